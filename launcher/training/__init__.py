@@ -1,0 +1,1 @@
+"""What runs in the training process; imports torch, transformers, peft and trl."""

@@ -1,0 +1,99 @@
+"""What a plan needs to know about a data set: how many rows, and how long in tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftplan.planner.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """A kind of trouble in a data file, with the first line numbers where it stands."""
+
+    kind: str
+    count: int
+    first_lines: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataProfile:
+    """A data file, read and measured.
+
+    `lengths` are the usable training rows' lengths in tokens, template included, sorted from
+    the longest; `exact` says whether the model's own tokenizer measured them.
+    """
+
+    path: str
+    sha256: str
+    format: str
+    objective: str
+    num_rows: int
+    num_usable_rows: int
+    num_eval_rows: int
+    lengths: tuple[int, ...]
+    exact: bool
+    duplicates: int = 0
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise InputError(f"`{self.path}` has no usable training row")
+        assert list(self.lengths) == sorted(self.lengths, reverse=True), "longest first"
+
+    @property
+    def num_train_rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return self.lengths[0]
+
+    @property
+    def mean_length(self) -> float:
+        return sum(self.lengths) / len(self.lengths)
+
+    def cut_rows(self, max_length: int) -> int:
+        """Rows longer than `max_length`, whose end is cut off."""
+        return sum(1 for length in self.lengths if length > max_length)
+
+    def padded_tokens_per_batch(self, batch_size: int, max_length: int) -> float:
+        """Mean tokens of a micro-batch of shuffled rows padded to its longest.
+
+        E[max of batch_size draws] x batch_size; the maximum's expectation is exact for draws
+        without replacement: the i-th longest of n rows is the batch's longest with probability
+        C(n-1-i, b-1) / C(n, b).
+        """
+        capped = [min(length, max_length) for length in self.lengths]
+        n, b = len(capped), min(batch_size, len(capped))
+        chance = b / n
+        expected = 0.0
+        for i, length in enumerate(capped):
+            expected += chance * length
+            remaining = n - 1 - i
+            if remaining < b:
+                break
+            chance *= (remaining - (b - 1)) / remaining
+        return b * expected
+
+    def summary(self) -> dict[str, Any]:
+        """Minimum, median, mean, 95th and 99th percentile, maximum of the token lengths."""
+        ascending = self.lengths[::-1]
+        return {
+            "min": ascending[0],
+            "median": percentile(ascending, 0.50),
+            "mean": round(self.mean_length, 1),
+            "p95": percentile(ascending, 0.95),
+            "p99": percentile(ascending, 0.99),
+            "max": ascending[-1],
+            "exact": self.exact,
+        }
+
+
+def percentile(ascending: Sequence[int], share: float) -> int:
+    """The smallest value that at least `share` of the values do not exceed (nearest rank)."""
+    return ascending[max(0, math.ceil(share * len(ascending)) - 1)]

@@ -1,0 +1,401 @@
+"""Model specifications from `config.json`, one reader for each family of architectures.
+
+Input is the mapping that the Hub's `config.json` holds, under Hugging Face's field names.
+Counts that follow from it are compared with transformers' own in `tests/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.model_spec import Attention, FeedForward, Linear, ModelSpec
+from ftplan.planner.units import format_count, resolve_dtype
+
+Config = Mapping[str, Any]
+
+
+def spec_from_config(config: Config, name: str) -> ModelSpec:
+    """The specification of the model that `config` (a parsed `config.json`) describes.
+
+    Raises InputError when fields are missing or of the wrong type, UnknownNameError when
+    the family is not known.
+    """
+    if not isinstance(config, Mapping):
+        raise InputError(f"model `{name}`: config.json does not hold an object")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(
+            f"model `{name}`: config.json has no `model_type`",
+            "is this the folder of a transformers model?",
+        )
+    if config.get("is_encoder_decoder"):
+        raise InputError(
+            f"model `{name}` (`{model_type}`) is an encoder-decoder",
+            "ftplan plans decoder-only language models",
+        )
+    reader = FAMILIES.get(model_type)
+    if reader is None:
+        raise UnknownNameError("architecture", model_type, FAMILIES)
+    try:
+        return reader(config, name)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        detail = f"no `{error.args[0]}`" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"model `{name}`: config.json is incomplete: {detail}") from error
+
+
+def spec_from_size(num_parameters: int, name: str) -> ModelSpec:
+    """A Llama-shaped decoder of about `num_parameters`, for questions about a bare size.
+
+    A released model within 5 % of the size is taken as it is (by `7B` people mean 6.74 B);
+    elsewhere the nearest ones are scaled, depth and width together with the cube root. The
+    result says what it is in `approximate` and always carries its own exact count.
+
+    Raises InputError below MIN_SIZE_PARAMETERS, where embeddings make up most of a model.
+    """
+    if num_parameters < MIN_SIZE_PARAMETERS:
+        raise InputError(
+            f"a model of {format_count(num_parameters)} parameters is too small to stand for",
+            "give a size from `50M` up, such as `135M` or `7B`, or a folder with a config.json",
+        )
+    released = [_llama_shape(name, *anchor) for anchor in SIZE_ANCHORS]
+    scaled = [spec for anchor in SIZE_ANCHORS for spec in _scaled(anchor, num_parameters, name)]
+
+    def distance(spec: ModelSpec) -> float:
+        return abs(spec.num_parameters / num_parameters - 1)
+
+    nearest = min(released, key=distance)
+    return nearest if distance(nearest) <= 0.05 else min(scaled, key=distance)
+
+
+MIN_SIZE_PARAMETERS = 50_000_000
+
+# (layers, hidden, intermediate, heads, key-value heads, vocabulary) of released Llama-shaped
+# models, from their config.json: SmolLM2-135M, 360M, 1.7B; TinyLlama; Llama-3.2-3B; Llama-2-7B;
+# Llama-3.1-8B; Llama-2-13B; Llama-33B; Yi-34B; Llama-65B; Llama-2-70B; Llama-3.1-405B.
+SIZE_ANCHORS: tuple[tuple[int, int, int, int, int, int], ...] = (
+    (30, 576, 1536, 9, 3, 49152),
+    (32, 960, 2560, 15, 5, 49152),
+    (22, 2048, 5632, 32, 4, 32000),
+    (24, 2048, 8192, 32, 32, 49152),
+    (28, 3072, 8192, 24, 8, 128256),
+    (32, 4096, 11008, 32, 32, 32000),
+    (32, 4096, 14336, 32, 8, 128256),
+    (40, 5120, 13824, 40, 40, 32000),
+    (60, 6656, 17920, 52, 52, 32000),
+    (60, 7168, 20480, 56, 8, 64000),
+    (80, 8192, 22016, 64, 64, 32000),
+    (80, 8192, 28672, 64, 8, 32000),
+    (126, 16384, 53248, 128, 8, 128256),
+)
+
+
+def _scaled(
+    anchor: tuple[int, int, int, int, int, int], num_parameters: int, name: str
+) -> list[ModelSpec]:
+    """The anchor scaled in width to the wanted count, in several depths around the scaled one."""
+    layers, hidden, intermediate, heads, kv_heads, vocab = anchor
+    unscaled = _llama_shape(name, *anchor)
+    factor = (num_parameters / unscaled.num_parameters) ** (1 / 3)
+    head_dim, groups = hidden // heads, heads // kv_heads
+    scaled_kv_heads = max(1, round(kv_heads * factor))
+    scaled_heads = scaled_kv_heads * groups
+    scaled_hidden = scaled_heads * head_dim
+    scaled_intermediate = max(64, round(intermediate / hidden * scaled_hidden / 64) * 64)
+    depth = max(3, round(layers * factor))
+    return [
+        _llama_shape(
+            name, d, scaled_hidden, scaled_intermediate, scaled_heads, scaled_kv_heads, vocab
+        )
+        for d in range(depth - depth // 3, depth + depth // 3 + 1)
+    ]
+
+
+def _llama_shape(
+    name: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int
+) -> ModelSpec:
+    config = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 4096,
+    }
+    return _llama(
+        config,
+        name,
+        approximate=f"a Llama-shaped decoder: {layers} layers of width {hidden}, "
+        f"vocabulary {vocab}",
+    )
+
+
+def _dtype(config: Config) -> str:
+    dtype = config.get("torch_dtype") or config.get("dtype")
+    return resolve_dtype(dtype) if isinstance(dtype, str) else "float32"
+
+
+def _architecture(config: Config, default: str) -> str:
+    listed = config.get("architectures")
+    return str(listed[0]) if isinstance(listed, list) and listed else default
+
+
+def _head_dim(config: Config) -> int:
+    given = config.get("head_dim")
+    return int(given or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _separate_attention(
+    config: Config,
+    *,
+    input_bias: bool,
+    output_bias: bool,
+    output_name: str = "o_proj",
+    head_norms: bool = False,
+) -> Attention:
+    """Attention with `q_proj`, `k_proj`, `v_proj` and an output projection."""
+    hidden, head_dim = int(config["hidden_size"]), _head_dim(config)
+    heads = int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    query, key_value = heads * head_dim, kv_heads * head_dim
+    return Attention(
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        inputs=(
+            Linear(name="q_proj", in_features=hidden, out_features=query, bias=input_bias),
+            Linear(name="k_proj", in_features=hidden, out_features=key_value, bias=input_bias),
+            Linear(name="v_proj", in_features=hidden, out_features=key_value, bias=input_bias),
+        ),
+        output=Linear(name=output_name, in_features=query, out_features=hidden, bias=output_bias),
+        num_norm_parameters=2 * head_dim if head_norms else 0,
+        sliding_window=_sliding_window(config),
+    )
+
+
+def _sliding_window(config: Config) -> int | None:
+    window = config.get("sliding_window")
+    return int(window) if window and config.get("use_sliding_window", True) else None
+
+
+def _gated(hidden: int, intermediate: int, bias: bool = False) -> FeedForward:
+    return FeedForward(
+        intermediate_size=intermediate,
+        gated=True,
+        inputs=(
+            Linear(name="gate_proj", in_features=hidden, out_features=intermediate, bias=bias),
+            Linear(name="up_proj", in_features=hidden, out_features=intermediate, bias=bias),
+        ),
+        output=Linear(name="down_proj", in_features=intermediate, out_features=hidden, bias=bias),
+    )
+
+
+def _mixture(
+    hidden: int, intermediate: int, num_experts: int, num_experts_per_token: int
+) -> FeedForward:
+    """Stacked gated experts (`gate_up_proj`, `down_proj` parameters) behind a linear router."""
+    return FeedForward(
+        intermediate_size=intermediate,
+        gated=True,
+        inputs=(Linear(name="gate_up_proj", in_features=hidden, out_features=2 * intermediate),),
+        output=Linear(name="down_proj", in_features=intermediate, out_features=hidden),
+        num_experts=num_experts,
+        num_experts_per_token=num_experts_per_token,
+    )
+
+
+def _dense(hidden: int, intermediate: int, names: tuple[str, str]) -> FeedForward:
+    return FeedForward(
+        intermediate_size=intermediate,
+        gated=False,
+        inputs=(Linear(name=names[0], in_features=hidden, out_features=intermediate, bias=True),),
+        output=Linear(name=names[1], in_features=intermediate, out_features=hidden, bias=True),
+    )
+
+
+def _decoder(
+    config: Config,
+    name: str,
+    architecture: str,
+    attention: Attention,
+    feed_forward: FeedForward,
+    *,
+    tied_by_default: bool = False,
+    norms_per_layer: int = 2,
+    norm_has_bias: bool = False,
+    lm_head_bias: bool = False,
+    approximate: str | None = None,
+) -> ModelSpec:
+    """The fields that most families share under the same names."""
+    return ModelSpec(
+        name=name,
+        architecture=_architecture(config, architecture),
+        model_type=str(config["model_type"]),
+        hidden_size=int(config["hidden_size"]),
+        num_hidden_layers=int(config["num_hidden_layers"]),
+        vocab_size=int(config["vocab_size"]),
+        max_position_embeddings=int(config["max_position_embeddings"]),
+        attention=attention,
+        feed_forward=feed_forward,
+        norms_per_layer=norms_per_layer,
+        norm_has_bias=norm_has_bias,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", tied_by_default)),
+        lm_head_bias=lm_head_bias,
+        final_logit_softcapping=bool(config.get("final_logit_softcapping")),
+        native_dtype=_dtype(config),
+        approximate=approximate,
+    )
+
+
+def _llama(config: Config, name: str, approximate: str | None = None) -> ModelSpec:
+    bias = bool(config.get("attention_bias", False))
+    attention = _separate_attention(config, input_bias=bias, output_bias=bias)
+    feed_forward = _gated(
+        config["hidden_size"], config["intermediate_size"], bool(config.get("mlp_bias", False))
+    )
+    return _decoder(
+        config, name, "LlamaForCausalLM", attention, feed_forward, approximate=approximate
+    )
+
+
+def _mistral(config: Config, name: str) -> ModelSpec:
+    attention = _separate_attention(config, input_bias=False, output_bias=False)
+    feed_forward = _gated(config["hidden_size"], config["intermediate_size"])
+    return _decoder(config, name, "MistralForCausalLM", attention, feed_forward)
+
+
+def _qwen2(config: Config, name: str) -> ModelSpec:
+    attention = _separate_attention(config, input_bias=True, output_bias=False)
+    feed_forward = _gated(config["hidden_size"], config["intermediate_size"])
+    return _decoder(config, name, "Qwen2ForCausalLM", attention, feed_forward)
+
+
+def _qwen3(config: Config, name: str) -> ModelSpec:
+    bias = bool(config.get("attention_bias", False))
+    attention = _separate_attention(config, input_bias=bias, output_bias=bias, head_norms=True)
+    feed_forward = _gated(config["hidden_size"], config["intermediate_size"])
+    return _decoder(config, name, "Qwen3ForCausalLM", attention, feed_forward)
+
+
+def _qwen3_moe(config: Config, name: str) -> ModelSpec:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise InputError(f"model `{name}`: dense layers among the expert layers are not modelled")
+    bias = bool(config.get("attention_bias", False))
+    attention = _separate_attention(config, input_bias=bias, output_bias=bias, head_norms=True)
+    experts = _mixture(
+        config["hidden_size"],
+        config["moe_intermediate_size"],
+        config["num_experts"],
+        config["num_experts_per_tok"],
+    )
+    return _decoder(config, name, "Qwen3MoeForCausalLM", attention, experts)
+
+
+def _mixtral(config: Config, name: str) -> ModelSpec:
+    attention = _separate_attention(config, input_bias=False, output_bias=False)
+    experts = _mixture(
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_local_experts"],
+        config["num_experts_per_tok"],
+    )
+    return _decoder(config, name, "MixtralForCausalLM", attention, experts)
+
+
+def _gemma2(config: Config, name: str) -> ModelSpec:
+    bias = bool(config.get("attention_bias", False))
+    attention = _separate_attention(config, input_bias=bias, output_bias=bias)
+    feed_forward = _gated(config["hidden_size"], config["intermediate_size"])
+    return _decoder(
+        config,
+        name,
+        "Gemma2ForCausalLM",
+        attention,
+        feed_forward,
+        tied_by_default=True,
+        norms_per_layer=4,
+    )
+
+
+def _phi3(config: Config, name: str) -> ModelSpec:
+    hidden, intermediate = int(config["hidden_size"]), int(config["intermediate_size"])
+    heads, head_dim = int(config["num_attention_heads"]), _head_dim(config)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    fused_width = (heads + 2 * kv_heads) * head_dim
+    attention = Attention(
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        inputs=(Linear(name="qkv_proj", in_features=hidden, out_features=fused_width),),
+        output=Linear(name="o_proj", in_features=heads * head_dim, out_features=hidden),
+        sliding_window=_sliding_window(config),
+    )
+    feed_forward = FeedForward(
+        intermediate_size=intermediate,
+        gated=True,
+        inputs=(Linear(name="gate_up_proj", in_features=hidden, out_features=2 * intermediate),),
+        output=Linear(name="down_proj", in_features=intermediate, out_features=hidden),
+    )
+    return _decoder(config, name, "Phi3ForCausalLM", attention, feed_forward)
+
+
+def _phi(config: Config, name: str) -> ModelSpec:
+    if config.get("qk_layernorm"):
+        raise InputError(f"model `{name}`: `qk_layernorm` is not modelled for phi")
+    attention = _separate_attention(config, input_bias=True, output_bias=True, output_name="dense")
+    feed_forward = _dense(config["hidden_size"], config["intermediate_size"], ("fc1", "fc2"))
+    return _decoder(
+        config,
+        name,
+        "PhiForCausalLM",
+        attention,
+        feed_forward,
+        norms_per_layer=1,
+        norm_has_bias=True,
+        lm_head_bias=True,
+    )
+
+
+def _gpt2(config: Config, name: str) -> ModelSpec:
+    hidden, heads = int(config["n_embd"]), int(config["n_head"])
+    positions = int(config["n_positions"])
+    attention = Attention(
+        num_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=hidden // heads,
+        inputs=(Linear(name="c_attn", in_features=hidden, out_features=3 * hidden, bias=True),),
+        output=Linear(name="c_proj", in_features=hidden, out_features=hidden, bias=True),
+        rotary=False,
+    )
+    return ModelSpec(
+        name=name,
+        architecture=_architecture(config, "GPT2LMHeadModel"),
+        model_type="gpt2",
+        hidden_size=hidden,
+        num_hidden_layers=int(config["n_layer"]),
+        vocab_size=int(config["vocab_size"]),
+        max_position_embeddings=positions,
+        attention=attention,
+        feed_forward=_dense(hidden, int(config.get("n_inner") or 4 * hidden), ("c_fc", "c_proj")),
+        norm_has_bias=True,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        learned_positions=positions,
+        native_dtype=_dtype(config),
+    )
+
+
+FAMILIES: dict[str, Callable[[Config, str], ModelSpec]] = {
+    "gemma2": _gemma2,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "phi": _phi,
+    "phi3": _phi3,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+}

@@ -1,0 +1,91 @@
+"""The devices a run may use, and the machine around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ftplan.planner.units import GIB, MIB
+
+DeviceKind = Literal["cuda", "cpu"]
+
+# Memory that a CUDA process holds before its first tensor: context, cuBLAS workspaces and the
+# kernels of loaded libraries. Assumed: 0.14 GiB was seen on a T4 process, "several hundred MiB"
+# on data-centre cards (fitcheck's measurements); 0.5 GiB stands in until a card's own is known.
+ASSUMED_CUDA_CONTEXT_BYTES = 512 * MIB
+
+# Resident memory of a Python process that has imported torch, transformers, peft and trl and
+# built a Trainer, less its tensors. Measured on Linux x86-64 with torch 2.13 (CPU build),
+# transformers 5.23, trl 1.16: see docs/memory-model.md.
+CPU_PROCESS_BYTES = round(0.85 * GIB)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryHolder:
+    """A process that holds GPU memory."""
+
+    pid: int
+    name: str
+    used_bytes: int | None
+    """None where the driver does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One GPU, or the processor as a device that can train.
+
+    FLOP/s are dense; `peak_flops_per_second` is keyed by dtype name. `rates_source` says
+    whether they are from a data sheet or measured on this machine.
+    """
+
+    name: str
+    kind: DeviceKind
+    index: int = 0
+    total_bytes: int
+    free_bytes: int
+    memory_bandwidth_bytes_per_second: float
+    peak_flops_per_second: Mapping[str, float]
+    compute_capability: tuple[int, int] | None = None
+    context_bytes: int = ASSUMED_CUDA_CONTEXT_BYTES
+    rates_source: str = ""
+    holders: tuple[MemoryHolder, ...] = ()
+    uuid: str | None = None
+
+    @property
+    def supports_bfloat16(self) -> bool:
+        """bf16 arithmetic: compute capability 8.0 up; any processor (emulated if need be)."""
+        return self.kind == "cpu" or (self.compute_capability or (0, 0)) >= (8, 0)
+
+    @property
+    def supports_quantization(self) -> bool:
+        """bitsandbytes 4-bit for training: compute capability 6.0 up."""
+        return self.kind == "cuda" and (self.compute_capability or (0, 0)) >= (6, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """The machine: what is left of it for a run. `ram_*` respect the container's limit."""
+
+    cpu_name: str
+    num_cores: int
+    ram_total_bytes: int
+    ram_available_bytes: int
+    disk_free_bytes: int
+    disk_path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What a probe found: GPUs (none is possible), the processor as a device, the host."""
+
+    gpus: tuple[Device, ...]
+    cpu: Device
+    host: Host
+    driver_version: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def best_device(self) -> Device:
+        """The GPU with the most free memory, else the processor."""
+        return max(self.gpus, key=lambda gpu: gpu.free_bytes, default=self.cpu)

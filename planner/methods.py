@@ -1,0 +1,164 @@
+"""What each fine-tuning method trains and adds.
+
+One entry of METHODS a method; the training code has one builder for each
+(`launcher/training/build.py`), and a test compares the counts with PEFT's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.model_spec import Linear, ModelSpec
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """Which parameters a configuration trains, as counts.
+
+    `base_parameters` belong to the model itself, `added_parameters` to adapters. `adapted`
+    are the linear modules of one layer that carry an adapter of rank `rank`.
+    `trained_layers` counts the layers whose own weights are trained, from the last.
+    """
+
+    base_parameters: int
+    added_parameters: int
+    adapted: tuple[Linear, ...] = ()
+    rank: int = 0
+    trained_layers: int = 0
+    trains_embeddings: bool = False
+    trains_lm_head: bool = False
+
+    @property
+    def num_trainable_parameters(self) -> int:
+        return self.base_parameters + self.added_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodSettings:
+    """The settings of a plan that decide what is trained."""
+
+    lora_rank: int = 16
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    num_trainable_layers: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """A way to fine-tune.
+
+    `quantized_base`: the frozen base is held in 4 or 8 bits unless said otherwise.
+    `master_weights`: the trained weights are held in fp32 unless said otherwise.
+    """
+
+    name: str
+    title: str
+    trains: str
+    source: str
+    count: Callable[[ModelSpec, MethodSettings], Trained]
+    adapter: bool = False
+    quantized_base: bool = False
+
+
+def _full(model: ModelSpec, settings: MethodSettings) -> Trained:
+    return Trained(
+        base_parameters=model.num_parameters,
+        added_parameters=0,
+        trained_layers=model.num_hidden_layers,
+        trains_embeddings=True,
+        trains_lm_head=True,
+    )
+
+
+def _freeze(model: ModelSpec, settings: MethodSettings) -> Trained:
+    """The last layers with all their parameters; the rest, embeddings and head stay frozen."""
+    layers = settings.num_trainable_layers
+    if not 1 <= layers <= model.num_hidden_layers:
+        raise InputError(
+            f"`--num-trainable-layers {layers}` is outside this model's "
+            f"1 to {model.num_hidden_layers} layers"
+        )
+    return Trained(
+        base_parameters=layers * model.layer_parameters, added_parameters=0, trained_layers=layers
+    )
+
+
+def _lora(model: ModelSpec, settings: MethodSettings) -> Trained:
+    """A pair A (rank x in), B (out x rank) for each targeted linear module of every layer.
+
+    LoRA, Hu et al. 2021 (arXiv 2106.09685), section 4.1: rank (in + out) parameters each.
+    """
+    if settings.lora_rank < 1:
+        raise InputError(f"`--lora-rank {settings.lora_rank}` must be at least 1")
+    adapted = targeted_linears(model, settings.target_modules)
+    per_layer = sum(settings.lora_rank * (m.in_features + m.out_features) for m in adapted)
+    return Trained(
+        base_parameters=0,
+        added_parameters=model.num_hidden_layers * per_layer,
+        adapted=adapted,
+        rank=settings.lora_rank,
+    )
+
+
+def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[Linear, ...]:
+    """The linear modules of one layer that `target_modules` names; `all-linear` means all.
+
+    Raises UnknownNameError for a name that no module of this model has.
+    """
+    linears = model.layer_linears
+    if tuple(target_modules) == (ALL_LINEAR,):
+        return linears
+    known = {m.name for m in linears}
+    for name in target_modules:
+        if name not in known:
+            raise UnknownNameError("target module", name, {*known, ALL_LINEAR})
+    return tuple(m for m in linears if m.name in target_modules)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="lora",
+            title="LoRA",
+            trains="low-rank adapters on the linear layers; the base is frozen",
+            source="Hu et al. 2021, arXiv 2106.09685",
+            count=_lora,
+            adapter=True,
+        ),
+        Method(
+            name="qlora",
+            title="QLoRA",
+            trains="low-rank adapters; the frozen base is held in 4 bits",
+            source="Dettmers et al. 2023, arXiv 2305.14314",
+            count=_lora,
+            adapter=True,
+            quantized_base=True,
+        ),
+        Method(
+            name="freeze",
+            title="Freeze",
+            trains="the last layers; the others, embeddings and head are frozen",
+            source="Lee et al. 2019, arXiv 1911.03090",
+            count=_freeze,
+        ),
+        Method(
+            name="full",
+            title="Full",
+            trains="every parameter",
+            source="the plain method",
+            count=_full,
+        ),
+    )
+}
+
+
+def resolve_method(name: str) -> Method:
+    """The method of that name; raises UnknownNameError with the nearest ones."""
+    method = METHODS.get(name.lower())
+    if method is None:
+        raise UnknownNameError("method", name, METHODS)
+    return method

@@ -1,0 +1,257 @@
+"""A training plan: every setting of a run, and why each has its value.
+
+Settings carry Hugging Face's names. The command line's flags, the plan file and the JSON output
+all follow from the fields of TrainingPlan, so a new setting is one field here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.methods import ALL_LINEAR, METHODS, Method, MethodSettings, resolve_method
+from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
+from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
+
+Origin = Literal["given", "derived", "default"]
+
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
+DTYPES = ("float32", "bfloat16", "float16")
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+LOSSES = ("stock", "trl-fused", "liger")
+TRAINERS = ("trl", "transformers")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+AUTOCAST_DTYPE = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reason:
+    """Where a setting's value comes from."""
+
+    origin: Origin
+    why: str
+
+
+def _setting(
+    default: Any, help_text: str, *, choices: tuple[str, ...] | None = None, recipe: bool = False
+) -> Any:
+    """A plan's field. `recipe` marks what changes training's result but not its memory."""
+    metadata = {"help": help_text, "choices": choices, "recipe": recipe}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPlan:
+    """All settings of one run, resolved. Raises InputError for values that cannot be."""
+
+    method: str = _setting("lora", "what is trained", choices=tuple(METHODS))
+    quantization: str = _setting("none", "how the frozen base is held", choices=QUANTIZATIONS)
+    double_quant: bool = _setting(True, "quantize the quantization scales too (nf4, fp4)")
+    dtype: str = _setting("bfloat16", "dtype of the loaded weights", choices=DTYPES)
+    mixed_precision: str = _setting("bf16", "autocast dtype", choices=MIXED_PRECISIONS)
+    lora_rank: int = _setting(16, "rank of the adapters")
+    lora_alpha: int = _setting(32, "scale of the adapters: alpha / rank", recipe=True)
+    lora_dropout: float = _setting(0.0, "dropout before the adapters")
+    target_modules: tuple[str, ...] = _setting(
+        (ALL_LINEAR,), "linear modules that carry adapters, comma-separated, or `all-linear`"
+    )
+    num_trainable_layers: int = _setting(2, "layers trained by `freeze`, from the last")
+    optim: str = _setting("adamw_torch_fused", "optimizer", choices=tuple(OPTIMIZERS))
+    per_device_train_batch_size: int = _setting(1, "rows a GPU holds at once")
+    gradient_accumulation_steps: int = _setting(1, "micro-batches before an optimizer step")
+    max_length: int = _setting(2048, "tokens a row is cut at")
+    gradient_checkpointing: bool = _setting(True, "keep layer inputs only, compute the rest again")
+    attn_implementation: str = _setting("sdpa", "attention kernel", choices=ATTENTIONS)
+    loss: str = _setting("trl-fused", "loss kernel", choices=LOSSES)
+    trainer: str = _setting("trl", "training stack", choices=TRAINERS)
+    num_gpus: int = _setting(1, "GPUs to use")
+    learning_rate: float = _setting(2e-4, "peak learning rate", recipe=True)
+    lr_scheduler_type: str = _setting(
+        "cosine", "learning-rate schedule", choices=SCHEDULES, recipe=True
+    )
+    warmup_ratio: float = _setting(0.03, "share of the steps that warm up", recipe=True)
+    weight_decay: float = _setting(0.0, "weight decay", recipe=True)
+    max_grad_norm: float = _setting(1.0, "gradient clipping", recipe=True)
+    num_train_epochs: float = _setting(1.0, "passes over the data", recipe=True)
+    max_steps: int | None = _setting(None, "optimizer steps, instead of epochs", recipe=True)
+    save_steps: int = _setting(50, "optimizer steps between checkpoints", recipe=True)
+    seed: int = _setting(42, "seed of shuffling and initialization", recipe=True)
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            choices, value = item.metadata["choices"], getattr(self, item.name)
+            if choices is not None and value not in choices:
+                raise UnknownNameError(f"{flag_name(item.name)} value", str(value), choices)
+        for name in _POSITIVE_SETTINGS:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"`{flag_name(name)} {value}` must be above 0")
+        for name in _SHARE_SETTINGS:
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise InputError(f"`{flag_name(name)} {value}` must be from 0 up to, not with, 1")
+        if self.quantization != "none" and not resolve_method(self.method).adapter:
+            raise InputError(
+                f"method `{self.method}` cannot train a base quantized to {self.quantization}",
+                "quantized weights cannot be trained themselves: use `--method qlora`, "
+                "or `--quantization none`",
+            )
+        if self.method == "qlora" and self.quantization == "none":
+            raise InputError(
+                "method `qlora` needs a quantized base",
+                "use `--quantization nf4`, or `--method lora`",
+            )
+
+    @property
+    def resolved_method(self) -> Method:
+        return resolve_method(self.method)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return resolve_optimizer(self.optim)
+
+    @property
+    def method_settings(self) -> MethodSettings:
+        return MethodSettings(
+            lora_rank=self.lora_rank,
+            target_modules=self.target_modules,
+            num_trainable_layers=self.num_trainable_layers,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one unquantized weight."""
+        return BYTES_PER_DTYPE[self.dtype]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one element that a matrix product returns."""
+        autocast = AUTOCAST_DTYPE[self.mixed_precision]
+        return BYTES_PER_DTYPE[autocast or self.dtype]
+
+    @property
+    def autocast(self) -> bool:
+        return self.mixed_precision != "no"
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows an optimizer step sees, over all GPUs."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_gpus
+
+    def replace(self, **changes: Any) -> TrainingPlan:
+        """A copy with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+
+_POSITIVE_SETTINGS = (
+    "lora_rank",
+    "lora_alpha",
+    "num_trainable_layers",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "num_gpus",
+    "learning_rate",
+    "max_grad_norm",
+    "num_train_epochs",
+    "max_steps",
+    "save_steps",
+)
+_SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay")
+
+SETTING_NAMES: tuple[str, ...] = tuple(item.name for item in dataclasses.fields(TrainingPlan))
+
+
+def flag_name(setting: str) -> str:
+    """`per_device_train_batch_size` as the command line spells it."""
+    return "--" + setting.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReasonedPlan:
+    """A plan with a reason for every setting."""
+
+    plan: TrainingPlan
+    reasons: Mapping[str, Reason]
+
+    def __post_init__(self) -> None:
+        assert set(self.reasons) == set(SETTING_NAMES), "every setting has its reason"
+
+    def replace(self, origin: Origin, why: str, **changes: Any) -> ReasonedPlan:
+        """A copy with some settings changed, for the one reason given."""
+        reasons = {**self.reasons, **dict.fromkeys(changes, Reason(origin=origin, why=why))}
+        return ReasonedPlan(plan=self.plan.replace(**changes), reasons=reasons)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """`{setting: {"value", "from", "why"}}`, as in the JSON output and the plan file."""
+        return {
+            name: {
+                "value": _plain(getattr(self.plan, name)),
+                "from": self.reasons[name].origin,
+                "why": self.reasons[name].why,
+            }
+            for name in SETTING_NAMES
+        }
+
+    @staticmethod
+    def from_dict(settings: Mapping[str, Any]) -> ReasonedPlan:
+        """Read back what `to_dict` wrote; raises InputError naming what is wrong."""
+        for name in settings:
+            if name not in SETTING_NAMES:
+                raise UnknownNameError("plan setting", name, SETTING_NAMES)
+        values, reasons = {}, {}
+        for name in SETTING_NAMES:
+            entry = settings.get(name)
+            if not isinstance(entry, Mapping) or not {"value", "from", "why"} <= set(entry):
+                raise InputError(f"plan setting `{name}` needs `value`, `from` and `why`")
+            values[name] = _typed(name, entry["value"])
+            reasons[name] = Reason(origin=entry["from"], why=str(entry["why"]))
+        return ReasonedPlan(plan=TrainingPlan(**values), reasons=reasons)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A value read from a file, as the type of the setting; raises InputError."""
+    default = next(f.default for f in dataclasses.fields(TrainingPlan) if f.name == name)
+    if name == "max_steps":
+        expected: tuple[type, ...] = (int, type(None))
+    elif isinstance(default, tuple):
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise InputError(f"plan setting `{name}` must be a list of names")
+        return tuple(value)
+    elif isinstance(default, float):
+        expected = (float, int)
+    else:
+        expected = (type(default),)
+    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+        raise InputError(f"plan setting `{name}` has a value of the wrong type: {value!r}")
+    return float(value) if isinstance(default, float) else value
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """The value of a setting as a person writes it on the command line.
+
+    Raises InputError when the text cannot be read as the setting's type.
+    """
+    default = next(f.default for f in dataclasses.fields(TrainingPlan) if f.name == name)
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
+        if isinstance(default, tuple):
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        if isinstance(default, float):
+            return float(text)
+        if isinstance(default, int) or name == "max_steps":
+            return int(text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", float: "a number"}.get(type(default), "a whole number")
+        raise InputError(f"`{flag_name(name)} {text}`: {kind} is expected") from None
+    return resolve_dtype(text) if name == "dtype" else text

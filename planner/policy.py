@@ -1,0 +1,63 @@
+"""The recipe: settings that decide what training learns, each with its source.
+
+Sources, short: LoRA = arXiv 2106.09685, QLoRA = 2305.14314, "LoRA Without Regret" (Schulman et
+al., Thinking Machines, 2025), LIMA = 2305.11206, Llama 2 = 2307.09288. docs/policy.md has more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftplan.planner.methods import Method
+from ftplan.planner.model_spec import ModelSpec
+
+# Held-out share of the rows.
+EVAL_SHARE = 0.10
+
+# What a run on the processor may take unless told otherwise: long enough to see the loss fall.
+CPU_TIME_BUDGET_SECONDS = 150.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advice:
+    """A recommended value and the line of why."""
+
+    value: float
+    why: str
+
+
+def learning_rate(method: Method, model: ModelSpec) -> Advice:
+    """Peak learning rate by method and size."""
+    if method.adapter:
+        if model.num_parameters < 3e9:
+            return Advice(value=2e-4, why="adapters train well from 1e-4 to 3e-4 (QLoRA, table 9)")
+        rate = 2e-4 if model.num_parameters < 30e9 else 1e-4
+        return Advice(value=rate, why="QLoRA's rate: 2e-4 up to 13B, 1e-4 from 33B (table 9)")
+    if model.num_parameters < 1e9:
+        return Advice(value=5e-5, why="small models bear more than the 1e-5 to 2e-5 of 7B")
+    return Advice(value=2e-5, why="the rate of Llama 2's fine-tuning (section 3.1)")
+
+
+def num_train_epochs(num_rows: int) -> Advice:
+    """Passes over the data: few rows are seen more often."""
+    if num_rows < 2_000:
+        return Advice(value=3, why="under 2,000 rows; LIMA-like sets are seen several times")
+    if num_rows < 20_000:
+        return Advice(value=2, why="2,000 to 20,000 rows; Llama 2 tuned for two epochs")
+    return Advice(value=1, why="from 20,000 rows one pass is enough")
+
+
+def effective_batch_size(num_rows: int) -> Advice:
+    """Rows an optimizer step: small, since LoRA tolerates large batches less."""
+    if num_rows < 1_000:
+        return Advice(value=8, why="under 1,000 rows: enough steps to learn from")
+    if num_rows < 10_000:
+        return Advice(value=16, why="QLoRA's batch (table 9)")
+    return Advice(value=32, why="above 10,000 rows; LoRA likes batches of 32 and below")
+
+
+def lora_rank(num_rows: int) -> Advice:
+    """Adapter capacity by the amount of data."""
+    if num_rows < 10_000:
+        return Advice(value=16, why="under 10,000 rows a low rank holds what they teach")
+    return Advice(value=64, why="from 10,000 rows; QLoRA's rank")

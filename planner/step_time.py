@@ -1,0 +1,154 @@
+"""How long an optimizer step takes, in closed form.
+
+A step is the larger of its arithmetic and its memory traffic: FLOPs over what the device
+achieves, bytes moved over its bandwidth. The list of operations is the one that memory is
+read off (`layers.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.layers import LayerTotals, decoder_layer
+from ftplan.planner.memory import weight_memory_bytes
+from ftplan.planner.methods import Trained
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
+from ftplan.planner.units import BYTES_PER_DTYPE
+
+# Share of the dense peak that large matrix products and the work around them reach together.
+# Assumed for every GPU: LoRA and full fine-tuning of 7B models with FlashAttention-2 on an A100
+# run at 0.50 to 0.60 of 312 TFLOP/s (fms-acceleration's measured rows).
+ACHIEVED_SHARE_OF_PEAK = 0.55
+
+# On the processor the rate is that of a matrix product measured on this machine. Everything
+# around the products (norms, activations, attention, the loss's chain of element-wise
+# operations) is bound by memory and counted by the bytes it moves; each value saved for backward
+# is written once and read about three times (forward, its gradient, and that gradient's use).
+TRAFFIC_PER_SAVED_BYTE = 4
+
+Bound = Literal["arithmetic", "memory bandwidth"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Time of one optimizer step (all its micro-batches) on one device."""
+
+    step_seconds: float
+    tokens_per_step: float
+    forward_flops: float
+    step_flops: float
+    bound_by: Bound
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.tokens_per_step / self.step_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "step_seconds": self.step_seconds,
+            "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
+            "bound_by": self.bound_by,
+        }
+
+
+def estimate_step_time(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    device: Device,
+    *,
+    tokens_per_micro_batch: float,
+    mean_length: float,
+) -> StepTime:
+    """Time of one optimizer step.
+
+    `tokens_per_micro_batch`: padded tokens of the mean micro-batch, `mean_length`: of its rows.
+    An arithmetic and a memory bound added, since on one stream they seldom overlap.
+    """
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    tokens, length = tokens_per_micro_batch, mean_length
+    forward = forward_flops(model, plan, trained, tokens, length)
+    step = micro_batch_flops(model, plan, trained, tokens, length)
+    arithmetic_seconds = step / achieved_flops_per_second(plan, device)
+    moved = _micro_batch_bytes(model, plan, trained, tokens, length)
+    memory_seconds = moved / device.memory_bandwidth_bytes_per_second
+    micro_batches = plan.gradient_accumulation_steps
+    optimizer_seconds = _optimizer_bytes(plan, trained) / device.memory_bandwidth_bytes_per_second
+    seconds = micro_batches * (arithmetic_seconds + memory_seconds) + optimizer_seconds
+    return StepTime(
+        step_seconds=seconds,
+        tokens_per_step=micro_batches * tokens,
+        forward_flops=micro_batches * forward,
+        step_flops=micro_batches * step,
+        bound_by="arithmetic" if arithmetic_seconds >= memory_seconds else "memory bandwidth",
+    )
+
+
+def achieved_flops_per_second(plan: TrainingPlan, device: Device) -> float:
+    """FLOP/s that products in the plan's compute dtype reach on the device."""
+    dtype = AUTOCAST_DTYPE[plan.mixed_precision] or plan.dtype
+    peaks: Mapping[str, float] = device.peak_flops_per_second
+    peak = peaks.get(dtype) or peaks["float32"]
+    return peak if device.kind == "cpu" else peak * ACHIEVED_SHARE_OF_PEAK
+
+
+def _totals(
+    model: ModelSpec, plan: TrainingPlan, trained: Trained
+) -> tuple[LayerTotals, LayerTotals]:
+    own = LayerTotals(operations=decoder_layer(model, plan, trained, own_weights=True))
+    frozen = LayerTotals(operations=decoder_layer(model, plan, trained, own_weights=False))
+    return own, frozen
+
+
+def forward_flops(
+    model: ModelSpec, plan: TrainingPlan, trained: Trained, tokens: float, length: float
+) -> float:
+    """FLOPs of one forward pass, output projection included."""
+    _, frozen = _totals(model, plan, trained)
+    head = 2 * tokens * model.embedding_parameters
+    return model.num_hidden_layers * frozen.forward_flops(tokens, length) + head
+
+
+def micro_batch_flops(
+    model: ModelSpec, plan: TrainingPlan, trained: Trained, tokens: float, length: float
+) -> float:
+    """FLOPs of forward, backward and recomputation of one micro-batch.
+
+    The output projection's backward costs its forward again, once more where its weights are
+    trained, and once more where a fused loss computes the logits a second time.
+    """
+    own, frozen = _totals(model, plan, trained)
+    head = 2 * tokens * model.embedding_parameters
+    total = forward_flops(model, plan, trained, tokens, length) + head
+    total += head if trained.trains_lm_head else 0
+    total += head if plan.loss == "trl-fused" else 0
+    layers = trained.trained_layers
+    reached = model.num_hidden_layers if trained.adapted else layers
+    total += layers * own.backward_flops(tokens, length)
+    total += (reached - layers) * frozen.backward_flops(tokens, length)
+    if plan.gradient_checkpointing:
+        total += reached * frozen.forward_flops(tokens, length)
+    return total
+
+
+def _micro_batch_bytes(
+    model: ModelSpec, plan: TrainingPlan, trained: Trained, tokens: float, length: float
+) -> float:
+    """Bytes moved by element-wise work and by reading the weights."""
+    own, frozen = _totals(model, plan, trained)
+    layer = (own if trained.trained_layers else frozen).saved_bytes(tokens, length)
+    passes = TRAFFIC_PER_SAVED_BYTE + (2 if plan.gradient_checkpointing else 0)
+    # Logits: written and read by forward and by backward, in the width of the compute dtype.
+    logits = 4 * tokens * model.vocab_size * BYTES_PER_DTYPE["float32"]
+    weights = (3 if plan.gradient_checkpointing else 2) * weight_memory_bytes(model, plan)
+    return model.num_hidden_layers * layer * passes + logits + weights
+
+
+def _optimizer_bytes(plan: TrainingPlan, trained: Trained) -> float:
+    """Bytes an optimizer step moves: parameter, gradient and states read, two thirds written."""
+    count, width = trained.num_trainable_parameters, plan.weight_bytes
+    states = plan.optimizer.state_bytes(count, width)
+    return 2 * (count * width + states) + count * width

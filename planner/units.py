@@ -1,0 +1,108 @@
+"""Parsing and printing of quantities. Inside ftplan: bytes, FLOPs and seconds, always in the name."""
+
+from __future__ import annotations
+
+import re
+
+from ftplan.planner.errors import InputError
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+TIB = 1024**4
+
+BYTES_PER_DTYPE: dict[str, int] = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8": 1,
+    "int8": 1,
+}
+
+DTYPE_SHORT_NAMES: dict[str, str] = {
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
+
+_COUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMBT])\s*$", re.IGNORECASE)
+_COUNT_FACTORS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)?\s*$", re.IGNORECASE)
+_BYTE_FACTORS = {
+    "B": 1,
+    "KIB": KIB,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": TIB,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+def parse_count(text: str) -> int | None:
+    """Read a parameter count such as `7B`, `0.5b`, `135M`; None if it is not one."""
+    match = _COUNT.match(text)
+    if match is None:
+        return None
+    return round(float(match[1]) * _COUNT_FACTORS[match[2].upper()])
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as `24GiB`, `80 GB`, `512MiB`; a bare number is bytes.
+
+    Raises InputError for anything else.
+    """
+    match = _BYTES.match(text)
+    if match is None:
+        raise InputError(f"`{text}` is not a size in bytes", "write for example `24GiB` or `80GB`")
+    return round(float(match[1]) * _BYTE_FACTORS[(match[2] or "B").upper()])
+
+
+def resolve_dtype(name: str) -> str:
+    """The Hugging Face name (`bfloat16`) of a dtype given in long or short form (`bf16`)."""
+    return DTYPE_SHORT_NAMES.get(name, name)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`13.4 GiB`, `512 MiB`, `0 B`: 1024-based, three significant digits or so."""
+    sign = "-" if num_bytes < 0 else ""
+    size = abs(num_bytes)
+    for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if size >= factor:
+            value = size / factor
+            digits = 2 if value < 10 else 1 if value < 1000 else 0
+            return f"{sign}{value:.{digits}f} {unit}"
+    return f"{sign}{size:.0f} B"
+
+
+def format_count(number: float) -> str:
+    """`7.24 B`, `134.5 M`, `1,234`: for counts of parameters and tokens."""
+    for suffix, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if number >= factor:
+            value = number / factor
+            return f"{value:.{2 if value < 10 else 1}f} {suffix}"
+    return f"{number:,.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.42 s`, `12 s`, `3 min 20 s`, `2 h 05 min`, `3.1 days`."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest:02d} s"
+    if seconds < 48 * 3600:
+        hours, rest = divmod(round(seconds / 60), 60)
+        return f"{hours} h {rest:02d} min"
+    return f"{seconds / 86400:.1f} days"
+
+
+def format_percent(fraction: float) -> str:
+    """`+3.2 %`, for relative errors."""
+    return f"{100 * fraction:+.1f} %"

@@ -1,0 +1,1 @@
+"""Data only: one YAML file an entry, read by `ftplan.profiles`."""
