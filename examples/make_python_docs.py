@@ -18,11 +18,31 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MODULES = ["textwrap", "shutil", "pathlib", "collections", "collections.abc", "itertools", "functools", "json", "csv", "re", "statistics", "random", "datetime", "os.path", "os", "string", "argparse", "logging", "logging.handlers", "heapq", "bisect", "copy", "glob", "fnmatch", "tempfile", "zipfile", "tarfile", "subprocess", "threading", "queue", "urllib.parse", "urllib.request", "urllib.error", "html", "html.parser", "math", "decimal", "fractions", "inspect", "ast", "difflib", "calendar", "socket", "ssl", "email.message", "email.utils", "configparser", "contextlib", "dataclasses", "enum", "asyncio", "concurrent.futures", "sqlite3", "uuid", "hashlib", "hmac", "base64", "binascii", "struct", "pprint", "reprlib", "traceback", "unittest", "unittest.mock", "doctest", "timeit", "time", "typing", "weakref", "operator", "io", "gzip", "bz2", "lzma", "zlib", "secrets", "shelve", "pickle", "ipaddress", "http.client", "http.cookies", "http.server", "smtplib", "imaplib", "ftplib", "poplib", "mailbox", "cmd", "shlex", "locale", "gettext", "types", "array", "sched", "graphlib", "numbers", "abc", "selectors", "signal", "socketserver", "linecache", "tokenize", "warnings", "importlib", "importlib.util", "importlib.resources", "mimetypes", "filecmp", "fileinput", "stat", "getpass", "platform", "codecs", "unicodedata", "zoneinfo", "tomllib", "xml.etree.ElementTree", "contextvars", "sys", "tracemalloc", "webbrowser"]
+# fmt: off
+MODULES = [
+    "textwrap", "shutil", "pathlib", "collections", "collections.abc", "itertools", "functools",
+    "json", "csv", "re", "statistics", "random", "datetime", "os.path", "os", "string",
+    "argparse", "logging", "logging.handlers", "heapq", "bisect", "copy", "glob", "fnmatch",
+    "tempfile", "zipfile", "tarfile", "subprocess", "threading", "queue", "urllib.parse",
+    "urllib.request", "urllib.error", "html", "html.parser", "math", "decimal", "fractions",
+    "inspect", "ast", "difflib", "calendar", "socket", "ssl", "email.message", "email.utils",
+    "configparser", "contextlib", "dataclasses", "enum", "asyncio", "concurrent.futures",
+    "sqlite3", "uuid", "hashlib", "hmac", "base64", "binascii", "struct", "pprint", "reprlib",
+    "traceback", "unittest", "unittest.mock", "doctest", "timeit", "time", "typing", "weakref",
+    "operator", "io", "gzip", "bz2", "lzma", "zlib", "secrets", "shelve", "pickle", "ipaddress",
+    "http.client", "http.cookies", "http.server", "smtplib", "imaplib", "ftplib", "poplib",
+    "mailbox", "cmd", "shlex", "locale", "gettext", "types", "array", "sched", "graphlib",
+    "numbers", "abc", "selectors", "signal", "socketserver", "linecache", "tokenize", "warnings",
+    "importlib", "importlib.util", "importlib.resources", "mimetypes", "filecmp", "fileinput",
+    "stat", "getpass", "platform", "codecs", "unicodedata", "zoneinfo", "tomllib",
+    "xml.etree.ElementTree", "contextvars", "sys", "tracemalloc", "webbrowser",
+]
+# fmt: on
 
 MAX_PER_MODULE = 12
 MAX_TOP_LEVEL = 8  # of those, at most this many functions and classes; methods fill the rest
@@ -67,7 +87,7 @@ UNWANTED = re.compile(
     re.IGNORECASE,
 )
 NOT_PROSE = re.compile(
-    r"^(\s|[-*+#@=~.:%]|\d+[.)]\s|\w+\s*=\s|\w+:$|[A-Z ]+:$|\S+\s+--?\s)"  # lists, fields, definitions
+    r"^(\s|[-*+#@=~.:%]|\d+[.)]\s|\w+\s*=\s|\w+:$|[A-Z ]+:$|\S+\s+--?\s)"  # lists, fields
     r"|\S {3,}\S|[\[\]{}\\]{2}|::$|\)\s+--?\s|-> |= <|://",  # tables, code, usage lines, links
     re.MULTILINE,
 )
@@ -103,7 +123,7 @@ def clean_paragraph(lines: list[str]) -> str | None:
     """Join one hard-wrapped paragraph, or return None where it is not plain prose."""
     if NOT_PROSE.search("\n".join(lines)):
         return None
-    for line, following in zip(lines, lines[1:]):
+    for line, following in pairwise(lines):
         if len(line) < 45 and line[-1] not in ".,;:!?" and following[0].isupper():
             return None  # a list laid out by line, not wrapped text
     joined = re.sub(r"(?<=\w-) (?=[a-z])", "", " ".join(line.rstrip() for line in lines))

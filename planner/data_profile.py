@@ -61,25 +61,6 @@ class DataProfile:
         """Rows longer than `max_length`, whose end is cut off."""
         return sum(1 for length in self.lengths if length > max_length)
 
-    def padded_tokens_per_batch(self, batch_size: int, max_length: int) -> float:
-        """Mean tokens of a micro-batch of shuffled rows padded to its longest.
-
-        E[max of batch_size draws] x batch_size; the maximum's expectation is exact for draws
-        without replacement: the i-th longest of n rows is the batch's longest with probability
-        C(n-1-i, b-1) / C(n, b).
-        """
-        capped = [min(length, max_length) for length in self.lengths]
-        n, b = len(capped), min(batch_size, len(capped))
-        chance = b / n
-        expected = 0.0
-        for i, length in enumerate(capped):
-            expected += chance * length
-            remaining = n - 1 - i
-            if remaining < b:
-                break
-            chance *= (remaining - (b - 1)) / remaining
-        return b * expected
-
     def summary(self) -> dict[str, Any]:
         """Minimum, median, mean, 95th and 99th percentile, maximum of the token lengths."""
         ascending = self.lengths[::-1]

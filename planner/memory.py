@@ -32,7 +32,7 @@ COMPONENTS: dict[str, str] = {
     "adapters": "adapter weights",
     "gradients": "gradients",
     "optimizer_states": "optimizer states",
-    "autocast_copies": "autocast's 16-bit copies of weights",
+    "autocast_copies": "16-bit copies by autocast",
     "activations": "activations kept for backward",
     "logits_and_loss": "logits and loss",
     "communication": "gradient buckets between GPUs",

@@ -83,18 +83,8 @@ class TrainingPlan:
     seed: int = _setting(42, "seed of shuffling and initialization", recipe=True)
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            choices, value = item.metadata["choices"], getattr(self, item.name)
-            if choices is not None and value not in choices:
-                raise UnknownNameError(f"{flag_name(item.name)} value", str(value), choices)
-        for name in _POSITIVE_SETTINGS:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"`{flag_name(name)} {value}` must be above 0")
-        for name in _SHARE_SETTINGS:
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise InputError(f"`{flag_name(name)} {value}` must be from 0 up to, not with, 1")
+        for name in SETTING_NAMES:
+            check_setting(name, getattr(self, name))
         if self.quantization != "none" and not resolve_method(self.method).adapter:
             raise InputError(
                 f"method `{self.method}` cannot train a base quantized to {self.quantization}",
@@ -165,6 +155,17 @@ _POSITIVE_SETTINGS = (
 _SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay")
 
 SETTING_NAMES: tuple[str, ...] = tuple(item.name for item in dataclasses.fields(TrainingPlan))
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Raises InputError when no plan can have this value for the setting."""
+    choices = TrainingPlan.__dataclass_fields__[name].metadata["choices"]
+    if choices is not None and value not in choices:
+        raise UnknownNameError(name.replace("_", " "), str(value), choices)
+    if name in _POSITIVE_SETTINGS and value is not None and not value > 0:
+        raise InputError(f"`{flag_name(name)} {value}` must be above 0")
+    if name in _SHARE_SETTINGS and not 0 <= value < 1:
+        raise InputError(f"`{flag_name(name)} {value}` must be at least 0 and below 1")
 
 
 def flag_name(setting: str) -> str:

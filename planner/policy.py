@@ -7,6 +7,7 @@ al., Thinking Machines, 2025), LIMA = 2305.11206, Llama 2 = 2307.09288. docs/pol
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ftplan.planner.methods import Method
 from ftplan.planner.model_spec import ModelSpec
@@ -17,12 +18,15 @@ EVAL_SHARE = 0.10
 # What a run on the processor may take unless told otherwise: long enough to see the loss fall.
 CPU_TIME_BUDGET_SECONDS = 150.0
 
+# When nobody named a model, the largest whose training stays within this is taken.
+MODEL_CHOICE_SECONDS = 6 * 3600.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
     """A recommended value and the line of why."""
 
-    value: float
+    value: Any
     why: str
 
 
@@ -41,10 +45,10 @@ def learning_rate(method: Method, model: ModelSpec) -> Advice:
 def num_train_epochs(num_rows: int) -> Advice:
     """Passes over the data: few rows are seen more often."""
     if num_rows < 2_000:
-        return Advice(value=3, why="under 2,000 rows; LIMA-like sets are seen several times")
+        return Advice(value=3.0, why="under 2,000 rows; LIMA-like sets are seen several times")
     if num_rows < 20_000:
-        return Advice(value=2, why="2,000 to 20,000 rows; Llama 2 tuned for two epochs")
-    return Advice(value=1, why="from 20,000 rows one pass is enough")
+        return Advice(value=2.0, why="2,000 to 20,000 rows; Llama 2 tuned for two epochs")
+    return Advice(value=1.0, why="from 20,000 rows one pass is enough")
 
 
 def effective_batch_size(num_rows: int) -> Advice:

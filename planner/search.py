@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftplan.planner import policy
+from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.plan import SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
+from ftplan.planner.plan import ReasonedPlan, TrainingPlan
+from ftplan.planner.recipe import data_recipe
 from ftplan.planner.step_time import StepTime, estimate_step_time
 
 # Kept free on top of `required`: the first memory model is within 5 % of the measured runs it
@@ -28,9 +30,6 @@ MEMORY_MARGIN = 0.05
 # tuning is for those who ask: adapters on all linear layers reach it on data of this size
 # ("LoRA Without Regret", 2025).
 PREFERRED_METHODS = ("lora", "qlora")
-
-# max_length follows the data: lengths are rounded up to a multiple of this.
-LENGTH_STEP = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +128,7 @@ def evaluate(
 ) -> Evaluated:
     """Memory on the longest batch, time on the mean one."""
     plan = reasoned.plan
-    tokens = data.padded_tokens_per_batch(plan.per_device_train_batch_size, plan.max_length)
+    tokens = mean_batch_tokens(data.lengths, plan.per_device_train_batch_size, plan.max_length)
     step = estimate_step_time(
         model,
         plan,
@@ -167,9 +166,9 @@ def candidates(
     model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any]
 ) -> Iterator[ReasonedPlan]:
     """Plans that differ in micro-batch and checkpointing; the recipe is the same in all."""
-    base = recipe(model, data, device, given)
+    base = data_recipe(model, data, device, given)
     batch = policy.effective_batch_size(data.num_train_rows)
-    wanted = round(batch.value)
+    wanted = batch.value
     sizes: Iterable[int] = [s for s in (1, 2, 4, 8, 16, 32) if s <= wanted]
     if "per_device_train_batch_size" in given:
         sizes = (base.plan.per_device_train_batch_size,)
@@ -200,70 +199,6 @@ def candidates(
                 )
                 plan = plan.replace("derived", why, gradient_checkpointing=checkpointing)
             yield plan
-
-
-def recipe(
-    model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any]
-) -> ReasonedPlan:
-    """All settings but micro-batch and checkpointing, each with its reason."""
-    rows = data.num_train_rows
-    method = METHODS[str(given["method"])]
-    length = min(-(-data.longest // LENGTH_STEP) * LENGTH_STEP, model.max_position_embeddings)
-    derived: dict[str, tuple[Any, str]] = {
-        "max_length": (length, f"the longest row has {data.longest:,} tokens"),
-        "attn_implementation": ("sdpa", "torch's own kernel, which every device has"),
-        "loss": ("trl-fused", "TRL's loss in tiles: the full logits never exist"),
-        "num_gpus": (1, "one device"),
-        **_precision(device, method.adapter),
-    }
-    if method.quantized_base:
-        derived["quantization"] = ("nf4", "4-bit NormalFloat, the QLoRA paper's choice")
-    rate, epochs = policy.learning_rate(method, model), policy.num_train_epochs(rows)
-    rank = policy.lora_rank(rows)
-    derived["learning_rate"] = (rate.value, rate.why)
-    derived["num_train_epochs"] = (epochs.value, epochs.why)
-    derived["lora_rank"] = (round(rank.value), rank.why)
-    derived["lora_alpha"] = (2 * round(rank.value), "twice the rank")
-    return resolve(given, derived)
-
-
-def _precision(device: Device, adapter: bool) -> dict[str, tuple[Any, str]]:
-    """Dtype of the weights and autocast, by what the device computes well."""
-    if device.kind == "cpu":
-        why = "processors compute fp32 natively; 16 bits save memory but not always time"
-        return {"dtype": ("float32", why), "mixed_precision": ("no", why)}
-    if device.supports_bfloat16:
-        autocast = ("bf16", f"{device.name} computes bf16 natively")
-        if adapter:
-            return {
-                "dtype": ("bfloat16", "the frozen base needs no more than bf16"),
-                "mixed_precision": autocast,
-            }
-        why = "trained weights are kept in fp32, so that small updates are not lost"
-        return {"dtype": ("float32", why), "mixed_precision": autocast}
-    autocast = ("fp16", f"{device.name} has no bf16 (compute capability below 8.0)")
-    weights = (
-        ("float16", "the frozen base needs no more")
-        if adapter
-        else ("float32", "trained weights under fp16 autocast must be fp32")
-    )
-    return {"dtype": weights, "mixed_precision": autocast}
-
-
-def resolve(given: Mapping[str, Any], derived: Mapping[str, tuple[Any, str]]) -> ReasonedPlan:
-    """Given settings first, then derived ones, then defaults; each with its reason."""
-    values: dict[str, Any] = {}
-    reasons: dict[str, Reason] = {}
-    for name in SETTING_NAMES:
-        if name in given:
-            values[name] = given[name]
-            reasons[name] = Reason(origin="given", why="asked for")
-        elif name in derived:
-            values[name], why = derived[name]
-            reasons[name] = Reason(origin="derived", why=why)
-        else:
-            reasons[name] = Reason(origin="default", why="ftplan's default")
-    return ReasonedPlan(plan=TrainingPlan(**values), reasons=reasons)
 
 
 def optimizer_steps(plan: TrainingPlan, num_train_rows: int) -> int:

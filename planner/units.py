@@ -1,4 +1,7 @@
-"""Parsing and printing of quantities. Inside ftplan: bytes, FLOPs and seconds, always in the name."""
+"""Parsing and printing of quantities.
+
+Inside ftplan numbers are bytes, FLOPs and seconds, always in the name.
+"""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _documents(folder: str) -> dict[str, Any]:
 
 
 @cache
-def models() -> Mapping[str, ModelEntry]:
+def model_catalog() -> Mapping[str, ModelEntry]:
     """The model catalog, by name."""
     return {
         stem: ModelEntry(
@@ -98,7 +98,7 @@ def models() -> Mapping[str, ModelEntry]:
 
 
 @cache
-def gpus() -> Mapping[str, GpuEntry]:
+def gpu_catalog() -> Mapping[str, GpuEntry]:
     """The GPU catalog, by key."""
     return {
         stem: GpuEntry(
@@ -120,7 +120,7 @@ def gpus() -> Mapping[str, GpuEntry]:
 def find_model(name: str) -> ModelEntry | None:
     """The catalogued model of that name, alias or Hub id, in any case; None if there is none."""
     wanted = name.casefold()
-    for entry in models().values():
+    for entry in model_catalog().values():
         if wanted in (entry.name, entry.hub_id.casefold(), *entry.aliases):
             return entry
     return None
@@ -132,16 +132,16 @@ def find_gpu(name: str) -> GpuEntry:
     Raises UnknownNameError with the nearest names; a part of a name never matches.
     """
     wanted = _gpu_key(name)
-    for entry in gpus().values():
+    for entry in gpu_catalog().values():
         spellings = (entry.key, entry.name, *entry.aliases, *entry.nvml_names)
         if wanted in map(_gpu_key, spellings):
             return entry
-    raise UnknownNameError("GPU", name, gpus())
+    raise UnknownNameError("GPU", name, gpu_catalog())
 
 
 def find_gpu_by_nvml_name(nvml_name: str) -> GpuEntry | None:
     """The GPU whose driver reports exactly this name; None if no entry lists it."""
-    for entry in gpus().values():
+    for entry in gpu_catalog().values():
         if nvml_name in entry.nvml_names:
             return entry
     return None
@@ -155,7 +155,7 @@ def require_model(name: str) -> ModelEntry:
     """Like `find_model`, but raises UnknownNameError."""
     entry = find_model(name)
     if entry is None:
-        raise UnknownNameError("model", name, models())
+        raise UnknownNameError("model", name, model_catalog())
     return entry
 
 
@@ -165,8 +165,8 @@ __all__ = [
     "find_gpu",
     "find_gpu_by_nvml_name",
     "find_model",
-    "gpus",
-    "models",
+    "gpu_catalog",
+    "model_catalog",
     "read_yaml",
     "require_model",
 ]

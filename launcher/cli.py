@@ -1,0 +1,122 @@
+"""The `ftplan` command: picks the verb, runs it, turns errors into messages and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+import ftplan
+from ftplan.planner.errors import FtplanError, InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from ftplan.launcher.ui import Ui
+
+# Verb -> what it does, in the order of `ftplan --help`. Each is a module of
+# `ftplan.launcher.commands`; a test compares this list with the files there.
+COMMANDS: dict[str, str] = {
+    "estimate": "memory of one configuration, at once",
+    "plan": "the best plan for a data file on this or a named GPU",
+    "auto": "plan, show, launch, report",
+    "launch": "start or repeat the run of a run directory",
+    "resume": "go on with an interrupted run",
+    "data": "what is in a data file",
+    "gpus": "what this machine has, free and total",
+    "models": "the models ftplan knows by name",
+}
+
+EXIT_STATUS_HELP = (
+    "exit status: 0 fits or done, 1 does not fit or the run failed, 2 bad usage or input, "
+    "130 interrupted"
+)
+
+
+class Command(Protocol):
+    """What a module of `ftplan.launcher.commands` offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace, ui: Ui) -> int: ...
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as InputError, so that all messages look alike."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message, f"see `{self.prog} --help`")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status and never raises for a person's mistake."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(words)
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        sys.stdout.write(f"ftplan {ftplan.__version__}\n")
+        return 0
+    from ftplan.launcher.ui import Ui
+
+    ui = Ui()
+    try:
+        verb = words[0]
+        if verb not in COMMANDS:
+            raise UnknownNameError("command", verb, COMMANDS, "See `ftplan --help`.")
+        command: Command = importlib.import_module(f"ftplan.launcher.commands.{verb}")
+        parser = make_parser(verb, command)
+        arguments, unknown = parser.parse_known_args(words[1:])
+        if unknown:
+            raise _unknown_argument(parser, unknown[0])
+        ui.as_json = arguments.json
+        return command.run(arguments, ui)
+    except FtplanError as error:
+        ui.fail(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        ui.say("interrupted")
+        return 130
+
+
+def make_parser(verb: str, command: Command) -> argparse.ArgumentParser:
+    """The parser of one verb."""
+    parser = _Parser(
+        prog=f"ftplan {verb}",
+        description=f"{COMMANDS[verb]}.",
+        epilog=EXIT_STATUS_HELP,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    command.add_arguments(parser)
+    return parser
+
+
+def _unknown_argument(parser: argparse.ArgumentParser, word: str) -> InputError:
+    if word.startswith("-"):
+        options = [o for o in parser._option_string_actions if o.startswith("--")]
+        return UnknownNameError("option", word.split("=")[0], options, f"See `{parser.prog} -h`.")
+    return InputError(f"`{word}` is one argument too many", f"see `{parser.prog} --help`")
+
+
+def overview() -> str:
+    """The text of `ftplan --help`."""
+    width = max(map(len, COMMANDS))
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in COMMANDS.items())
+    return (
+        "usage: ftplan COMMAND [options]\n\n"
+        "Plan the memory, time and settings of a fine-tuning run, then launch it.\n\n"
+        f"commands:\n{verbs}\n\n"
+        "options:\n  --help     this text; `ftplan COMMAND --help` for one command\n"
+        "  --version  the version\n\n"
+        f"{EXIT_STATUS_HELP}\n"
+    )

@@ -1,0 +1,212 @@
+"""`ftplan estimate MODEL`: the memory table of one configuration, at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ftplan.launcher.model_source import find_source
+from ftplan.launcher.settings_flags import add_setting_flags, given_settings
+from ftplan.launcher.ui import Ui
+from ftplan.planner.errors import InputError
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.memory import MemoryEstimate, estimate_memory
+from ftplan.planner.methods import METHODS
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import ReasonedPlan
+from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.rule_of_thumb import rule_to_dict
+from ftplan.planner.step_time import estimate_step_time
+from ftplan.planner.units import format_bytes, format_count, parse_bytes
+
+# Settings that make sense for one method only; left out when others are compared.
+_METHOD_BOUND = ("method", "quantization", "dtype", "mixed_precision")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a size (7B), a catalog name, a Hub id, or a folder"
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="say whether it fits on this GPU")
+    parser.add_argument(
+        "--free-memory", metavar="SIZE", help="memory free on it (default: all), such as 22GiB"
+    )
+    add_setting_flags(parser)
+
+
+def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    """Exit status 1 when a GPU was named and the configuration does not fit it."""
+    given = given_settings(arguments)
+    device = named_device(arguments.gpu, arguments.free_memory)
+    model = find_source(arguments.model).spec
+    reasoned = estimate_recipe(model, device, given)
+    memory = estimate_memory(model, reasoned.plan, device=device)
+    warnings = plan_warnings(model, reasoned, device)
+    ui.json(estimate_to_dict(model, reasoned, memory, device, warnings))
+    if not ui.as_json:
+        _show(ui, model, reasoned, memory, device, given)
+        for warning in warnings:
+            ui.warn(warning)
+    fits = device is None or memory.required_bytes <= device.free_bytes
+    return 0 if fits else 1
+
+
+def named_device(gpu: str | None, free_memory: str | None) -> Device | None:
+    """A catalogued GPU, with less free memory if said so; None when none is named."""
+    if gpu is None:
+        if free_memory is not None:
+            raise InputError("`--free-memory` needs `--gpu`", "name the card, such as `--gpu l4`")
+        return None
+    from ftplan.profiles import find_gpu
+
+    device = find_gpu(gpu).device()
+    if free_memory is None:
+        return device
+    return dataclasses.replace(device, free_bytes=parse_bytes(free_memory))
+
+
+def plan_warnings(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> list[str]:
+    """Combinations that are known to disappoint, and numbers that are not what they seem."""
+    plan, warnings = reasoned.plan, []
+    if plan.max_length > model.max_position_embeddings:
+        warnings.append(
+            f"{model.name} knows {model.max_position_embeddings} positions, "
+            f"`--max-length {plan.max_length}` is beyond them"
+        )
+    bf16 = plan.mixed_precision == "bf16" or plan.dtype == "bfloat16"
+    if device is not None and bf16 and not device.supports_bfloat16:
+        warnings.append(f"{device.name} has no bf16; use `--mixed-precision fp16`")
+    flash = plan.attn_implementation == "flash_attention_2"
+    if device is not None and flash and (device.compute_capability or (0, 0)) < (8, 0):
+        warnings.append(f"FlashAttention-2 does not run on {device.name}; use sdpa")
+    if plan.num_gpus > 1:
+        warnings.append(
+            "the figures are per GPU: under data parallelism more GPUs save time, not memory"
+        )
+    return warnings
+
+
+def estimate_to_dict(
+    model: ModelSpec,
+    reasoned: ReasonedPlan,
+    memory: MemoryEstimate,
+    device: Device | None,
+    warnings: list[str],
+    step: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The object of `estimate --json`."""
+    plan = reasoned.plan
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    return {
+        "schema": 1,
+        "model": {
+            "name": model.name,
+            "architecture": model.architecture,
+            "num_parameters": model.num_parameters,
+            "num_trainable_parameters": trained.num_trainable_parameters,
+        },
+        "plan": reasoned.to_dict(),
+        "per_gpu": memory.to_dict(),
+        "host_ram_peak_bytes": memory.host_ram_peak_bytes,
+        "disk_bytes": memory.disk_bytes,
+        "step": step or _step(model, reasoned, device),
+        "rule_of_thumb": rule_to_dict(model.num_parameters),
+        "fits": _fits(memory, device),
+        "estimated_by": "closed-form",
+        "warnings": (
+            [f"`{model.name}` stands for {model.approximate}"] if model.approximate else []
+        )
+        + warnings,
+    }
+
+
+def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> dict[str, Any]:
+    """Time of a step of full rows; unknown without a device."""
+    if device is None:
+        return {"step_seconds": None, "tokens_per_second_per_gpu": None, "bound_by": None}
+    plan = reasoned.plan
+    tokens = plan.per_device_train_batch_size * plan.max_length
+    step = estimate_step_time(
+        model, plan, device, tokens_per_micro_batch=tokens, mean_length=plan.max_length
+    )
+    return step.to_dict()
+
+
+def _fits(memory: MemoryEstimate, device: Device | None) -> dict[str, Any] | None:
+    if device is None:
+        return None
+    margin = device.free_bytes - memory.required_bytes
+    return {
+        "gpu": device.name,
+        "free_bytes": device.free_bytes,
+        "verdict": "fits" if margin >= 0 else "does not fit",
+        "margin_bytes": margin,
+    }
+
+
+def _show(
+    ui: Ui,
+    model: ModelSpec,
+    reasoned: ReasonedPlan,
+    memory: MemoryEstimate,
+    device: Device | None,
+    given: Mapping[str, Any],
+) -> None:
+    from ftplan.launcher import views
+
+    plan = reasoned.plan
+    trained = plan.resolved_method.count(model, plan.method_settings).num_trainable_parameters
+    share = 100 * trained / model.num_parameters
+    ui.show(
+        f"{model.name}: {format_count(model.num_parameters)} parameters"
+        + (f" ({model.approximate})" if model.approximate else f", {model.architecture}"),
+        f"{plan.resolved_method.title} fine-tuning trains {format_count(trained)} of them "
+        f"({share:.3g} %); {_configuration(reasoned)}",
+        "",
+        views.memory_table(memory, device),
+        "",
+    )
+    if plan.method == "full":
+        ui.show(views.rule_table(model.num_parameters, memory), "", views.RULE_NOTE, "")
+    others = [
+        (name, *_other_method(model, name, device, given))
+        for name in METHODS
+        if name != plan.method
+    ]
+    ui.show(views.methods_table(others))
+
+
+def _configuration(reasoned: ReasonedPlan) -> str:
+    """The settings that memory depends on, in one line."""
+    plan = reasoned.plan
+    autocast = f", {plan.mixed_precision} autocast" if plan.autocast else ""
+    base = plan.dtype if plan.quantization == "none" else f"{plan.quantization} base"
+    checkpointing = "" if plan.gradient_checkpointing else "no "
+    return (
+        f"{base}{autocast}, {plan.per_device_train_batch_size}x{plan.max_length} tokens, "
+        f"{plan.optim}, {checkpointing}gradient checkpointing, {plan.loss} loss"
+    )
+
+
+def _other_method(
+    model: ModelSpec, name: str, device: Device | None, given: Mapping[str, Any]
+) -> tuple[int, int, str]:
+    """(trained parameters, required bytes, cards it fits on) of the model by another method."""
+    kept = {key: value for key, value in given.items() if key not in _METHOD_BOUND}
+    plan = estimate_recipe(model, device, {**kept, "method": name}).plan
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    required = estimate_memory(model, plan, device=device).required_bytes
+    return trained.num_trainable_parameters, required, smallest_card(required)
+
+
+def smallest_card(required_bytes: int) -> str:
+    """The catalogued GPU with the least memory that is enough, and how much that is."""
+    from ftplan.profiles import gpu_catalog
+
+    enough = [g for g in gpu_catalog().values() if g.memory_bytes >= required_bytes]
+    if not enough:
+        return "no single GPU of the catalog"
+    smallest = min(enough, key=lambda g: (g.memory_bytes, g.name))
+    return f"{smallest.name} ({format_bytes(smallest.memory_bytes)}) and larger"

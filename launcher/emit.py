@@ -1,0 +1,135 @@
+"""From a plan to the files that run it: pure functions of text and mappings."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ftplan.launcher.run_dir import RunDir
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.plan import TrainingPlan
+
+TRAIN_MODULE = "ftplan.launcher.train"
+
+
+def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
+    """accelerate's configuration file for one machine."""
+    several = plan.num_gpus > 1
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if several else "NO",
+        "mixed_precision": plan.mixed_precision,
+        "num_machines": 1,
+        "num_processes": plan.num_gpus,
+        "machine_rank": 0,
+        "use_cpu": device.kind == "cpu",
+        "rdzv_backend": "static",
+        "same_network": True,
+        "main_training_function": "main",
+        "downcast_bf16": "no",
+        "debug": False,
+    }
+
+
+def training_arguments(plan: TrainingPlan, device: Device) -> dict[str, Any]:
+    """Arguments of TRL's SFTConfig that follow from the plan."""
+    return {
+        "per_device_train_batch_size": plan.per_device_train_batch_size,
+        "per_device_eval_batch_size": plan.per_device_train_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "max_length": plan.max_length,
+        "packing": False,
+        "optim": plan.optim,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": plan.lr_scheduler_type,
+        "warmup_ratio": plan.warmup_ratio,
+        "weight_decay": plan.weight_decay,
+        "max_grad_norm": plan.max_grad_norm,
+        "num_train_epochs": plan.num_train_epochs,
+        "max_steps": plan.max_steps or -1,
+        "save_steps": plan.save_steps,
+        "bf16": plan.mixed_precision == "bf16",
+        "fp16": plan.mixed_precision == "fp16",
+        "seed": plan.seed,
+        "use_cpu": device.kind == "cpu",
+    }
+
+
+def train_config(
+    plan: TrainingPlan,
+    device: Device,
+    *,
+    model: str,
+    data: str,
+    eval_data: str | None,
+    data_sha256: str,
+    eval_data_sha256: str | None,
+) -> dict[str, Any]:
+    """train.yaml: all that the training process reads. Relative paths are within the run."""
+    return {
+        "model": model,
+        "data": data,
+        "data_sha256": data_sha256,
+        "eval_data": eval_data,
+        "eval_data_sha256": eval_data_sha256,
+        "method": plan.method,
+        "method_settings": {
+            "quantization": plan.quantization,
+            "double_quant": plan.double_quant,
+            "dtype": plan.dtype,
+            "mixed_precision": plan.mixed_precision,
+            "attn_implementation": plan.attn_implementation,
+            "lora_rank": plan.lora_rank,
+            "lora_alpha": plan.lora_alpha,
+            "lora_dropout": plan.lora_dropout,
+            "target_modules": list(plan.target_modules),
+            "num_trainable_layers": plan.num_trainable_layers,
+        },
+        "trainer": plan.trainer,
+        "loss": plan.loss,
+        "training_arguments": training_arguments(plan, device),
+    }
+
+
+def launch_command(run: RunDir, resume: bool = False) -> list[str]:
+    """`accelerate launch` of the training module on a run directory."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(run.accelerate), "-m", TRAIN_MODULE, str(run.root)]
+    return [*command, "--resume"] if resume else command
+
+
+def launch_environment(
+    environ: Mapping[str, str], device: Device, plan: TrainingPlan
+) -> dict[str, str]:
+    """The child's environment: the parent's, made safe and quiet.
+
+    PYTHONSAFEPATH keeps a `torch.py` in the user's folder from replacing torch.
+    """
+    changed = {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if device.kind == "cuda":
+        changed["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        if plan.num_gpus == 1 and device.uuid:
+            changed["CUDA_VISIBLE_DEVICES"] = device.uuid
+    else:
+        changed["CUDA_VISIBLE_DEVICES"] = ""
+    return {**environ, **changed}
+
+
+def shell_line(command: list[str]) -> str:
+    """The command as one line for a shell."""
+    return shlex.join(command)
+
+
+def relative_to_run(run: RunDir, path: Path) -> str:
+    """A path inside the run directory as written in its files."""
+    return str(path.relative_to(run.root))

@@ -1,0 +1,84 @@
+"""What is shown while a run goes on: a progress bar in a terminal, quiet lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from ftplan.launcher.ui import Ui
+from ftplan.planner.units import format_bytes, format_seconds
+
+_QUIET_LINES = 10
+
+
+class LiveView(AbstractContextManager["LiveView"]):
+    """Follows a run's status and metrics. Shows on stderr, so that stdout stays data."""
+
+    def __init__(self, ui: Ui, total_steps: int, predicted_step_seconds: float) -> None:
+        self.ui = ui
+        self.total_steps = total_steps
+        self.predicted_step_seconds = predicted_step_seconds
+        self.stage = ""
+        self.last_step = 0
+        self.began = time.monotonic()
+        self.progress: Progress | None = None
+        if ui.err.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}", style="dim"),
+                console=ui.err,
+            )
+            self.task = self.progress.add_task("starting", total=total_steps, facts="")
+
+    def __enter__(self) -> LiveView:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def update(self, status: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Take in the latest status and metric rows."""
+        stage = str(status.get("stage", "starting"))
+        steps = [row for row in rows if "step" in row]
+        latest = steps[-1] if steps else None
+        if self.progress:
+            facts = self._facts(steps) if latest else ""
+            done = latest["step"] if latest else 0
+            self.progress.update(self.task, description=stage, completed=done, facts=facts)
+            return
+        if stage != self.stage:
+            self.stage = stage
+            self._line(stage)
+        every = max(1, self.total_steps // _QUIET_LINES)
+        if latest and latest["step"] >= self.last_step + every:
+            self.last_step = latest["step"]
+            self._line(f"step {latest['step']}/{self.total_steps}, {self._facts(steps)}")
+
+    def _line(self, text: str) -> None:
+        elapsed = format_seconds(time.monotonic() - self.began)
+        self.ui.err.print(Text(f"[{elapsed:>9}] {text}", style="dim"))
+
+    def _facts(self, steps: list[dict[str, Any]]) -> str:
+        latest = steps[-1]
+        recent = [row["seconds"] for row in steps[-8:]]
+        left = (self.total_steps - latest["step"]) * sum(recent) / len(recent)
+        facts = [f"loss {latest['loss']:.3f}", f"{latest['tokens_per_second']:,.0f} tokens/s"]
+        if latest.get("allocated_bytes"):
+            facts.append(format_bytes(latest["allocated_bytes"]))
+        facts.append(f"{format_seconds(left)} left")
+        return ", ".join(facts)

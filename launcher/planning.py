@@ -1,0 +1,321 @@
+"""Joins data, machine and model into a plan: what `plan` and `auto` share."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftplan.launcher import default_model
+from ftplan.launcher.data_reader import DataFile, read_data
+from ftplan.launcher.model_source import (
+    ModelSource,
+    cached_folder,
+    find_source,
+    has_weights,
+    hub_offline,
+    source_from_folder,
+)
+from ftplan.launcher.probe import probe_machine
+from ftplan.launcher.profiling import Split, make_split, profile_data
+from ftplan.launcher.tokens import RowTokenizer, load_tokenizer
+from ftplan.launcher.ui import Ui
+from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.errors import DoesNotFitError, InputError
+from ftplan.planner.hardware_spec import Device, Machine
+from ftplan.planner.plan import check_setting
+from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
+from ftplan.planner.search import (
+    Evaluated,
+    Ranking,
+    choose_plan,
+    limit_to_time_budget,
+    needed_bytes,
+    optimizer_steps,
+)
+from ftplan.planner.units import format_bytes
+from ftplan.profiles import model_catalog
+
+TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+# Licences under which a model may be chosen for somebody who named none.
+_FREE_LICENCES = ("Apache-2.0", "MIT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """Everything that was found out and chosen."""
+
+    data: DataFile
+    eval_data: DataFile | None
+    split: Split
+    profile: DataProfile
+    template: str
+    machine: Machine | None
+    device: Device
+    source: ModelSource
+    model_why: str
+    ranking: Ranking
+    chosen: Evaluated
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return optimizer_steps(self.chosen.plan, self.profile.num_train_rows)
+
+
+def missing_packages() -> list[str]:
+    """Packages of the `train` extra that are not installed."""
+    return [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def require_training() -> None:
+    """Raises InputError when the `train` extra is not installed."""
+    missing = missing_packages()
+    if missing:
+        raise InputError(
+            f"training needs packages that are not installed: {', '.join(missing)}",
+            "`pip install -c constraints.txt '.[train]'` in ftplan's folder",
+        )
+
+
+def check_settings(given: Mapping[str, Any]) -> None:
+    """Raises before anything slow is done for values that no plan can have."""
+    for name, value in given.items():
+        check_setting(name, value)
+
+
+def make_plan(
+    ui: Ui,
+    *,
+    data_path: Path,
+    eval_path: Path | None,
+    model_name: str | None,
+    named_device: Device | None,
+    given: Mapping[str, Any],
+    runs_dir: Path,
+    for_launch: bool,
+) -> Planned:
+    """Find out what is there and choose a plan.
+
+    With `for_launch` weights and tokenizer are fetched where need be. Raises InputError for
+    input that cannot be used and DoesNotFitError when nothing fits.
+    """
+    check_settings(given)
+    data = read_data(data_path)
+    eval_data = read_data(eval_path) if eval_path else None
+    split = make_split(data, eval_data)
+    source = find_source(model_name) if model_name else None
+    machine = None if named_device else _probe(ui, runs_dir)
+    device = named_device or _chosen_device(machine)
+    model_why = "asked for"
+    if source is None:
+        source, model_why = choose_model(ui, data, split, device, given, for_launch)
+    if for_launch:
+        source = with_weights(source)
+    tokenizer = _tokenizer(ui, source)
+    profile = profile_data(data, split, tokenizer)
+    ranking = choose_plan(source.spec, profile, device, given)
+    if ranking.best is None:
+        raise does_not_fit(source, device, ranking)
+    chosen = ranking.best
+    if device.kind == "cpu":
+        chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
+    return Planned(
+        data=data,
+        eval_data=eval_data,
+        split=split,
+        profile=profile,
+        template=tokenizer.template if tokenizer else "",
+        machine=machine,
+        device=device,
+        source=source,
+        model_why=model_why,
+        ranking=ranking,
+        chosen=chosen,
+    )
+
+
+def _probe(ui: Ui, runs_dir: Path) -> Machine:
+    machine = probe_machine(run_dir=runs_dir)
+    if machine.gpus:
+        return machine
+    if importlib.util.find_spec("torch"):
+        ui.say("no GPU found; measuring what this processor computes ...")
+        return probe_machine(run_dir=runs_dir, measure_cpu=True)
+    return machine
+
+
+def _chosen_device(machine: Machine | None) -> Device:
+    assert machine is not None
+    return machine.best_device
+
+
+def _tokenizer(ui: Ui, source: ModelSource) -> RowTokenizer | None:
+    """The model's own tokenizer where its files are here; None (and a word) otherwise."""
+    if source.folder is None or importlib.util.find_spec("transformers") is None:
+        ui.say("no tokenizer at hand: token lengths are estimated from characters")
+        return None
+    ui.say("reading the rows with the model's tokenizer ...")
+    try:
+        return load_tokenizer(source.folder)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"the tokenizer of `{source.folder}` cannot be loaded: {first_line}",
+            "the folder needs a tokenizer.json beside its config.json",
+        ) from error
+
+
+def choose_model(
+    ui: Ui,
+    data: DataFile,
+    split: Split,
+    device: Device,
+    given: Mapping[str, Any],
+    for_launch: bool,
+) -> tuple[ModelSource, str]:
+    """The base model when none is named, and why.
+
+    On a processor the embedded default. On a GPU the largest chat model of the catalog with a
+    free licence that trains in time; without a Hub, the largest of those in the local cache.
+    """
+    fallback = "the embedded default: small enough for a processor"
+    if device.kind == "cuda":
+        rough = profile_data(data, split, None)
+        found = _largest_trainable(rough, device, given, in_cache_only=_hub_is_out_of_reach())
+        if found is not None:
+            return found
+        fallback = "the embedded default: no larger model of the catalog is in reach or fits"
+    if not for_launch:
+        entry = model_catalog()[default_model.NAME]
+        converted = default_model.cache_folder() / default_model.NAME
+        folder = converted if has_weights(converted) else cached_folder(entry.hub_id)
+        return (
+            ModelSource(spec=entry.spec, origin="default", hub_id=entry.hub_id, folder=folder),
+            fallback,
+        )
+    require_training()
+    folder = default_model.find_default_model(ui.say)
+    found_source = source_from_folder(folder)
+    return (
+        ModelSource(
+            spec=model_catalog()[default_model.NAME].spec,
+            origin="default",
+            folder=found_source.folder,
+        ),
+        fallback,
+    )
+
+
+def _hub_is_out_of_reach() -> bool:
+    return hub_offline() or not default_model.hub_reachable()
+
+
+def _largest_trainable(
+    profile: DataProfile, device: Device, given: Mapping[str, Any], *, in_cache_only: bool
+) -> tuple[ModelSource, str] | None:
+    entries = sorted(model_catalog().values(), key=lambda e: -e.num_parameters)
+    chat = [e for e in entries if e.kind == "chat" and e.licence in _FREE_LICENCES]
+    for entry in chat:
+        folder = cached_folder(entry.hub_id)
+        if in_cache_only and not (folder and has_weights(folder)):
+            continue
+        ranking = choose_plan(entry.spec, profile, device, given)
+        if ranking.best is None:
+            continue
+        steps = optimizer_steps(ranking.best.plan, profile.num_train_rows)
+        if steps * ranking.best.step.step_seconds <= MODEL_CHOICE_SECONDS:
+            where = "in the local cache" if in_cache_only else "of the catalog"
+            why = f"the largest free chat model {where} that fits and trains within 6 hours"
+            source = ModelSource(
+                spec=entry.spec, origin="catalog", hub_id=entry.hub_id, folder=folder
+            )
+            return source, why
+    return None
+
+
+def with_weights(source: ModelSource) -> ModelSource:
+    """The source with a folder whose weights and tokenizer are on this machine.
+
+    Raises InputError for a bare size, and when the Hub is needed but out of reach.
+    """
+    require_training()
+    if source.folder is not None and has_weights(source.folder):
+        return source
+    if source.hub_id is None:
+        if source.folder is not None:
+            raise InputError(
+                f"`{source.folder}` has no safetensors weights",
+                "put model.safetensors (or its shards and index) beside config.json",
+            )
+        raise InputError(
+            f"`{source.spec.name}` is only a size: there are no weights to train",
+            "name a model, such as `--model smollm2-135m-instruct`; see `ftplan models`",
+        )
+    folder = cached_folder(source.hub_id)
+    if folder is None or not has_weights(folder):
+        folder = _fetch(source.hub_id)
+    return ModelSource(spec=source.spec, origin=source.origin, hub_id=source.hub_id, folder=folder)
+
+
+def _fetch(hub_id: str) -> Path:
+    """Weights and tokenizer of a Hub model; safetensors only, no code."""
+    if hub_id == default_model.HUB_ID:
+        return default_model.find_default_model(lambda message: None)
+    if _hub_is_out_of_reach():
+        raise InputError(
+            f"the weights of `{hub_id}` are not on this machine, and the Hub is out of reach",
+            "go online, or give a folder that holds the model with `--model FOLDER`",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"the Hub did not deliver `{hub_id}`: {str(error).splitlines()[0]}",
+            "a gated model needs its licence accepted and HF_TOKEN set",
+        ) from error
+
+
+def does_not_fit(source: ModelSource, device: Device, ranking: Ranking) -> DoesNotFitError:
+    """By how much it misses, and what would fit."""
+    nearest = ranking.nearest
+    if nearest is None:
+        reasons = "; ".join(f"{item.method}: {item.reason}" for item in ranking.rejected)
+        return DoesNotFitError(f"no method is possible on {device.name}: {reasons}")
+    needed = needed_bytes(nearest.memory)
+    from ftplan.launcher.commands.estimate import smallest_card
+
+    fitting = _largest_fitting_model(device)
+    instead = [f"a larger GPU: {smallest_card(needed)}"]
+    if fitting:
+        instead.append(f"a smaller model: `--model {fitting}`")
+    if nearest.plan.max_length > 256:
+        instead.append(f"shorter rows: `--max-length {nearest.plan.max_length // 2}`")
+    return DoesNotFitError(
+        f"{source.spec.name} does not fit on {device.name}: {nearest.plan.method} with the "
+        f"smallest batch needs {format_bytes(needed)}, {format_bytes(device.free_bytes)} is free, "
+        f"{format_bytes(needed - device.free_bytes)} is missing",
+        "what would fit: " + "; or ".join(instead),
+    )
+
+
+def _largest_fitting_model(device: Device) -> str | None:
+    """The largest chat model of the catalog whose plain LoRA estimate fits the device."""
+    from ftplan.planner.memory import estimate_memory
+    from ftplan.planner.recipe import estimate_recipe
+
+    for entry in sorted(model_catalog().values(), key=lambda e: -e.num_parameters):
+        if entry.kind != "chat":
+            continue
+        method = "qlora" if device.supports_quantization else "lora"
+        plan = estimate_recipe(entry.spec, device, {"method": method}).plan
+        if estimate_memory(entry.spec, plan, device=device).required_bytes <= device.free_bytes:
+            return entry.name
+    return None

@@ -1,0 +1,225 @@
+"""A run directory: the one class that owns every file name in it.
+
+Files are written beside and renamed, so each is whole or absent. `record.json` comes last: its
+presence means that the run finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftplan.planner.errors import InputError
+from ftplan.profiles import read_yaml
+
+# Kept when a run is repeated: what it was started from.
+_INPUTS = frozenset(
+    {"plan.yaml", "train.yaml", "accelerate.yaml", "command.txt", "data_profile.json", "data"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of one run. Making the object touches nothing."""
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.yaml"
+
+    @property
+    def accelerate(self) -> Path:
+        return self.root / "accelerate.yaml"
+
+    @property
+    def train(self) -> Path:
+        return self.root / "train.yaml"
+
+    @property
+    def command(self) -> Path:
+        return self.root / "command.txt"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def data_profile(self) -> Path:
+        return self.root / "data_profile.json"
+
+    @property
+    def data(self) -> Path:
+        """Copies of the data files, as they were when the run was planned."""
+        return self.root / "data"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def status(self) -> Path:
+        """What the training process is doing now; replaced at every change."""
+        return self.root / "status.json"
+
+    @property
+    def stdout(self) -> Path:
+        return self.root / "stdout.log"
+
+    @property
+    def stderr(self) -> Path:
+        return self.root / "stderr.log"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.root / "loss.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def record(self) -> Path:
+        return self.root / "record.json"
+
+    @property
+    def previous(self) -> Path:
+        """Results of earlier attempts in this directory, numbered."""
+        return self.root / "previous"
+
+    @property
+    def finished(self) -> bool:
+        return self.record.is_file()
+
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint of the highest step, None without any."""
+        found = [
+            (int(path.name.removeprefix("checkpoint-")), path)
+            for path in self.checkpoints.glob("checkpoint-*")
+            if path.name.removeprefix("checkpoint-").isdigit()
+            and (path / "trainer_state.json").is_file()
+        ]
+        return max(found)[1] if found else None
+
+    def set_results_aside(self) -> Path | None:
+        """Move what an earlier attempt left to `previous/N`; the inputs stay. Loses nothing.
+
+        Returns the folder, None when there was nothing to move.
+        """
+        results = [p for p in self.root.iterdir() if p.name not in {*_INPUTS, "previous"}]
+        if not results:
+            return None
+        number = 1
+        while (self.previous / str(number)).exists():
+            number += 1
+        target = self.previous / str(number)
+        target.mkdir(parents=True)
+        for path in results:
+            shutil.move(path, target / path.name)
+        return target
+
+    def read_plan(self) -> dict[str, Any]:
+        return read_mapping(self.plan)
+
+    def read_record(self) -> dict[str, Any]:
+        return read_mapping(self.record)
+
+    def read_status(self) -> dict[str, Any]:
+        """The latest status; empty before the training process has written one."""
+        try:
+            return read_mapping(self.status)
+        except InputError:
+            return {}
+
+    def metric_rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of metrics.jsonl; a last line still being written is left out."""
+        if not self.metrics.is_file():
+            return
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def open_run(path: Path) -> RunDir:
+    """The run directory at `path`; raises InputError if it is not one."""
+    run = RunDir(path)
+    if not path.is_dir():
+        raise InputError(f"no run directory at `{path}`", "runs are made by `ftplan auto`")
+    for needed in (run.plan, run.train, run.accelerate):
+        if not needed.is_file():
+            raise InputError(f"`{path}` is not a run directory: it has no {needed.name}")
+    return run
+
+
+def create_run(base: Path, name: str) -> RunDir:
+    """A new, empty directory `base/name`, or `name-2`, `name-3`, ... where that is taken."""
+    number = 1
+    while True:
+        root = base / (name if number == 1 else f"{name}-{number}")
+        try:
+            root.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            continue
+        except OSError as error:
+            raise InputError(
+                f"cannot make the run directory `{root}`: {error.strerror}",
+                "choose a folder that can be written with `--runs-dir`",
+            ) from error
+        return RunDir(root)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_yaml(path: Path, value: Mapping[str, Any], comment: str = "") -> None:
+    text = yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True, width=100)
+    write_text(path, f"# {comment}\n{text}" if comment else text)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file that holds a mapping; raises InputError otherwise."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else read_yaml(text)
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"`{path}` is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"`{path}` does not hold a mapping")
+    return value

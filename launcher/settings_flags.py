@@ -1,0 +1,40 @@
+"""A command-line flag for every setting of a plan, made from TrainingPlan's fields."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from ftplan.planner.plan import TrainingPlan, flag_name, parse_setting
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag a setting under its Hugging Face name, dashes for underscores.
+
+    Values are checked when the plan is made, so that messages name the nearest choice.
+    """
+    group = parser.add_argument_group(
+        "settings of the plan", "what is given is kept; the rest is chosen around it"
+    )
+    for item in dataclasses.fields(TrainingPlan):
+        switch = isinstance(item.default, bool)
+        choices = item.metadata["choices"]
+        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if switch else {}
+        metavar = "yes|no" if switch else "|".join(choices) if choices else None
+        group.add_argument(
+            flag_name(item.name),
+            dest=item.name,
+            metavar=metavar,
+            help=item.metadata["help"],
+            **extra,
+        )
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings given on the command line, as their types; raises InputError."""
+    return {
+        item.name: parse_setting(item.name, text)
+        for item in dataclasses.fields(TrainingPlan)
+        if (text := getattr(arguments, item.name)) is not None
+    }

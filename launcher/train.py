@@ -1,0 +1,35 @@
+"""The training process: `accelerate launch ... -m ftplan.launcher.train RUN_DIR [--resume]`.
+
+Reads everything from the run directory and writes everything to it. Exit status: 0 finished,
+130 or 143 stopped by SIGINT or SIGTERM with a checkpoint, 2 for input that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ftplan.launcher.run_dir import open_run
+from ftplan.planner.errors import FtplanError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ftplan.launcher.train", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    arguments = parser.parse_args(argv)
+    try:
+        run = open_run(arguments.run_dir)
+        from ftplan.launcher.training.loop import train
+
+        return train(run, resume=arguments.resume)
+    except FtplanError as error:
+        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)  # noqa: T201
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

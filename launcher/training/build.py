@@ -1,0 +1,90 @@
+"""Model and method, built once: one builder for each entry of `planner.methods.METHODS`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from ftplan.planner.errors import InputError
+from ftplan.planner.methods import ALL_LINEAR
+
+Settings = Mapping[str, Any]
+
+
+def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedModel:
+    """The base model with its weights, on the device it trains on."""
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, settings["dtype"]),
+        "attn_implementation": settings["attn_implementation"],
+    }
+    quantization = quantization_config(settings)
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+    if device_type == "cuda":
+        arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    return AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **arguments)
+
+
+def quantization_config(settings: Settings) -> BitsAndBytesConfig | None:
+    """bitsandbytes' configuration; None for an unquantized base."""
+    kind = settings["quantization"]
+    if kind == "none":
+        return None
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=settings["double_quant"],
+        bnb_4bit_compute_dtype=compute[settings["mixed_precision"]],
+    )
+
+
+def apply_method(model: nn.Module, method: str, settings: Settings) -> PeftConfig | None:
+    """Prepare `model` in place; the PEFT configuration the trainer adds, None without one."""
+    if method in ("lora", "qlora"):
+        return lora_config(settings)
+    if method == "freeze":
+        freeze_all_but_last(model, settings["num_trainable_layers"])
+        return None
+    if method == "full":
+        return None
+    raise InputError(f"no builder for method `{method}`")
+
+
+def lora_config(settings: Settings) -> LoraConfig:
+    targets = list(settings["target_modules"])
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=settings["lora_dropout"],
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+    )
+
+
+def freeze_all_but_last(model: nn.Module, num_layers: int) -> None:
+    """Freeze every parameter outside the last `num_layers` decoder layers."""
+    model.requires_grad_(False)
+    for layer in decoder_layers(model)[-num_layers:]:
+        layer.requires_grad_(True)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in order: the longest list of modules in the model."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise InputError("this model has no list of layers")
+    return list(max(lists, key=len))
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Parameters that receive gradients."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,348 @@
+"""One run from its directory: load, evaluate, train, evaluate, save, record."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+from trl import SFTConfig
+
+from ftplan.launcher.data_reader import DataFile, Row, read_data
+from ftplan.launcher.profiling import make_split
+from ftplan.launcher.run_dir import RunDir, write_json
+from ftplan.launcher.tokens import RowTokenizer, TokenRow, load_tokenizer
+from ftplan.launcher.training.build import apply_method, count_trainable, load_model
+from ftplan.launcher.training.config import TrainConfig, read_train_config
+from ftplan.launcher.training.measure import (
+    CpuAllocationRecorder,
+    measured_memory,
+    typical_step_seconds,
+)
+from ftplan.launcher.training.plot import plot_loss
+from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
+from ftplan.planner.errors import InputError
+from ftplan.planner.memory import CHECKPOINTS_KEPT
+
+SAMPLE_NEW_TOKENS = 64
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM outside the training loop; carries the exit status."""
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__(exit_status)
+        self.exit_status = exit_status
+
+
+@dataclass
+class _Session:
+    """What is needed throughout a run."""
+
+    run: RunDir
+    config: TrainConfig
+    tokenizer: RowTokenizer
+    reporter: StepReporter
+    recorder: CpuAllocationRecorder
+    stop_status: int | None = None
+    training: bool = False
+
+    def say(self, stage: str, **details: Any) -> None:
+        """Tell the launcher what is going on."""
+        if os.environ.get("RANK", "0") == "0":
+            write_json(self.run.status, {"stage": stage, "pid": os.getpid(), **details})
+
+    def on_signal(self, number: int, frame: object) -> None:
+        status = 128 + number
+        if self.training and self.stop_status is None:
+            self.stop_status = status
+            self.reporter.stop_requested = True
+            return
+        raise Stopped(status)
+
+
+def train(run: RunDir, *, resume: bool) -> int:
+    """Carry the run out; returns the exit status. `record.json` is written last."""
+    started = time.time()
+    config = read_train_config(run)
+    recorder = CpuAllocationRecorder()
+    reporter = StepReporter(run, recorder)
+    tokenizer = load_tokenizer(config.model)
+    session = _Session(run, config, tokenizer, reporter, recorder)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, session.on_signal)
+    try:
+        return _train(session, resume=resume, started=started)
+    except Stopped as stopped:
+        session.say("interrupted", checkpoint=_checkpoint_name(run))
+        return stopped.exit_status
+
+
+def _train(session: _Session, *, resume: bool, started: float) -> int:
+    run, config = session.run, session.config
+    session.say("reading the data")
+    split = make_split(_read_checked(config), _read_eval(config))
+    train_rows = tokenized(session.tokenizer, split.train, config)
+    eval_rows = tokenized(session.tokenizer, split.held_out, config)
+    session.say("loading the model")
+    trainer = build_trainer(session, train_rows, eval_rows)
+    loaded = time.time()
+    checkpoint = run.last_checkpoint() if resume else None
+    before = _earlier_evaluation(run) if checkpoint else None
+    if before is None:
+        before = _evaluate(session, trainer, "before", split.held_out)
+    write_json(run.environment, environment())
+    session.say("training", step=trainer.state.global_step)
+    began = time.time()
+    session.training = True
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    session.training = False
+    trained = time.time()
+    if session.stop_status is not None:
+        session.say("interrupted", checkpoint=_checkpoint_name(run))
+        return session.stop_status
+    memory = measured_memory(session.recorder)
+    after = _evaluate(session, trainer, "after", split.held_out)
+    session.say("saving")
+    output = save(session, trainer)
+    if trainer.is_world_process_zero():
+        plot_loss(run)
+        seconds = {"load": loaded - started, "train": trained - began}
+        seconds["total"] = time.time() - started
+        record = make_record(session, trainer, before, after, memory, seconds, output)
+        write_json(run.record, record)
+        session.say("finished")
+    return 0
+
+
+def _read_checked(config: TrainConfig) -> DataFile:
+    """The data that was profiled, or an error."""
+    data = read_data(config.data)
+    if data.sha256 != config.data_sha256:
+        raise InputError(
+            f"`{config.data}` has changed since the run was planned",
+            "plan again with `ftplan auto`, or put the file back",
+        )
+    return data
+
+
+def _read_eval(config: TrainConfig) -> DataFile | None:
+    if config.eval_data is None:
+        return None
+    data = read_data(config.eval_data)
+    if data.sha256 != config.eval_data_sha256:
+        raise InputError(f"`{config.eval_data}` has changed since the run was planned")
+    return data
+
+
+def tokenized(
+    tokenizer: RowTokenizer, rows: tuple[Row, ...], config: TrainConfig
+) -> list[TokenRow]:
+    """Token rows cut at `max_length`; rows without a trained token left are dropped.
+
+    Raises InputError when nothing is left.
+    """
+    limit = config.training_arguments["max_length"]
+    cut = [
+        TokenRow(row.input_ids[:limit], row.completion_mask[:limit])
+        for row in tokenizer.tokenize(rows)
+    ]
+    kept = [row for row in cut if any(row.completion_mask[1:])]
+    if not kept:
+        raise InputError(
+            f"cut at {limit} tokens, no row has an answer left", "raise `--max-length`"
+        )
+    return kept
+
+
+def build_trainer(
+    session: _Session, train_rows: list[TokenRow], eval_rows: list[TokenRow]
+) -> PlannedTrainer:
+    """The trainer with model, method and data in place."""
+    config, run = session.config, session.run
+    arguments = sft_arguments(config, run)
+    set_seed(arguments.seed)
+    model = load_model(config.model, config.method_settings, arguments.device.type)
+    peft_config = apply_method(model, config.method, config.method_settings)
+    trainer = PlannedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=as_dataset(train_rows),
+        eval_dataset=as_dataset(eval_rows),
+        processing_class=session.tokenizer.tokenizer,
+        peft_config=peft_config,
+        callbacks=[session.reporter],
+        row_lengths=[len(row.input_ids) for row in train_rows],
+    )
+    session.reporter.trainer = trainer
+    return trainer
+
+
+def sft_arguments(config: TrainConfig, run: RunDir) -> SFTConfig:
+    """TRL's configuration: the plan's arguments, and how this launcher runs it."""
+    planned = dict(config.training_arguments)
+    # transformers 5 takes a share of the steps as a `warmup_steps` below 1.
+    planned["warmup_steps"] = planned.pop("warmup_ratio")
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        logging_steps=1,
+        eval_strategy="no",
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_total_limit=CHECKPOINTS_KEPT,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=not planned["use_cpu"],
+        completion_only_loss=True,
+        ddp_find_unused_parameters=False,
+        **planned,
+    )
+
+
+def as_dataset(rows: list[TokenRow]) -> Dataset:
+    return Dataset.from_list([dataclasses.asdict(row) for row in rows])
+
+
+def _evaluate(
+    session: _Session, trainer: PlannedTrainer, when: str, held_out: tuple[Row, ...]
+) -> dict[str, Any]:
+    """Loss on the held-out rows, and a sample answer; kept in metrics.jsonl for a resume."""
+    session.say(f"evaluating {when} training")
+    loss = trainer.evaluate()["eval_loss"]
+    session.say(f"answering a held-out question {when} training")
+    row = sample_row(held_out)
+    answer = generate_answer(trainer, session.tokenizer, row) if row else None
+    result = {
+        "event": "evaluation",
+        "when": when,
+        "eval_loss": float(loss),
+        "prompt": row.prompt[-1].content if row else None,
+        "reference": row.answer if row else None,
+        "answer": answer,
+    }
+    if trainer.is_world_process_zero():
+        append_metric(session.run, result)
+    return result
+
+
+def _earlier_evaluation(run: RunDir) -> dict[str, Any] | None:
+    """The evaluation before training of the attempt that is being resumed."""
+    return next((row for row in run.metric_rows() if row.get("when") == "before"), None)
+
+
+def sample_row(held_out: tuple[Row, ...]) -> Row | None:
+    """The conversation whose question and answer are shortest together; None for plain text."""
+    conversations = [row for row in held_out if row.messages]
+    return min(
+        conversations, key=lambda row: sum(len(m.content) for m in row.messages), default=None
+    )
+
+
+def generate_answer(trainer: PlannedTrainer, tokenizer: RowTokenizer, row: Row) -> str:
+    """The model's greedy answer to the row's prompt, at most SAMPLE_NEW_TOKENS tokens."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    text = tokenizer.render(row.prompt, ask=True)
+    inputs = tokenizer.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), trainer.autocast_smart_context_manager():
+        tokens = model.generate(
+            **inputs.to(trainer.args.device),
+            max_new_tokens=SAMPLE_NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.tokenizer.pad_token_id,
+        )
+    model.train(was_training)
+    new = tokens[0][inputs["input_ids"].shape[1] :]
+    return str(tokenizer.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def save(session: _Session, trainer: PlannedTrainer) -> str:
+    """The trained weights, as safetensors, with the tokenizer; returns the folder's name."""
+    run = session.run
+    folder = run.adapter if session.config.method in ("lora", "qlora") else run.model
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        session.tokenizer.tokenizer.save_pretrained(folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; plan.yaml says it all
+    return folder.name
+
+
+def make_record(
+    session: _Session,
+    trainer: PlannedTrainer,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    memory: dict[str, int | None],
+    seconds: dict[str, float],
+    output: str,
+) -> dict[str, Any]:
+    """record.json: predicted beside measured, evaluation before and after, what was made."""
+    plan = session.run.read_plan()
+    step_seconds = typical_step_seconds(session.reporter.steps)
+    rows = [row for row in session.run.metric_rows() if "step" in row]
+    tokens = sum(row["tokens"] for row in rows)
+    spent = sum(row["seconds"] for row in rows)
+    return {
+        "schema": 1,
+        "name": session.run.root.name,
+        "model": plan["model"],
+        "method": session.config.method,
+        "num_trainable_parameters": count_trainable(trainer.model),
+        "steps": trainer.state.global_step,
+        "predicted": plan["predicted"],
+        "measured": {
+            **memory,
+            "step_seconds": step_seconds,
+            "tokens_per_second_per_gpu": tokens / spent if spent else None,
+            "train_seconds": seconds["train"],
+            "seconds": seconds,
+        },
+        "evaluation": {
+            "before": before["eval_loss"],
+            "after": after["eval_loss"],
+            "num_rows": len(trainer.eval_dataset),
+        },
+        "sample": {
+            "prompt": after["prompt"],
+            "reference": after["reference"],
+            "before": before["answer"],
+            "after": after["answer"],
+        },
+        "data_sha256": session.config.data_sha256,
+        "output": output,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine; no environment variables, which may hold secrets."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "num_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "argv": sys.argv[1:],
+    }
+
+
+def _checkpoint_name(run: RunDir) -> str | None:
+    checkpoint = run.last_checkpoint()
+    return checkpoint.name if checkpoint else None

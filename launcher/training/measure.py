@@ -1,0 +1,137 @@
+"""What a run really takes: memory on GPU or processor, seconds a step.
+
+On CUDA the caching allocator's own counters. On the processor tensors are counted by torch's
+profiler during the first two steps (they hold the longest batches, the second one optimizer
+states too), and the process by the kernel's high-water mark.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PROFILED_STEPS = 2
+
+
+class CpuAllocationRecorder:
+    """Peak of tensor bytes on the processor while it is on."""
+
+    def __init__(self) -> None:
+        self._profiler: Any = None
+        self._base_bytes = 0
+        self.peak_bytes: int | None = None
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        self._base_bytes = live_bytes(model, optimizer)
+        self._profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
+        self._profiler.__enter__()
+
+    def stop(self) -> None:
+        if self._profiler is None:
+            return
+        self._profiler.__exit__(None, None, None)
+        peak = self._base_bytes + highest_rise(self._profiler)
+        self.peak_bytes = max(self.peak_bytes or 0, peak)
+        self._profiler = None
+
+
+def highest_rise(profiler: Any) -> int:
+    """How far allocations rose above the start of the profile, in bytes."""
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    level = highest = 0
+    for _, num_bytes in sorted(events, key=lambda event: event[0]):
+        level += num_bytes
+        highest = max(highest, level)
+    return highest
+
+
+def live_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of parameters, buffers, gradients and optimizer states, shared storage once."""
+    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    tensors += [p.grad for p in model.parameters() if p.grad is not None]
+    if optimizer is not None:
+        tensors += [
+            value
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ]
+    return sum(storage_sizes(tensors).values())
+
+
+def storage_sizes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of each distinct storage, by address."""
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+    return sizes
+
+
+def process_peak_bytes() -> int | None:
+    """The process's highest resident memory so far (Linux); None elsewhere."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
+
+
+def measured_memory(recorder: CpuAllocationRecorder) -> dict[str, int | None]:
+    """Peak bytes: allocated, reserved, device, in the sense of the estimate."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        reserved_now = torch.cuda.memory_reserved()
+        reserved = torch.cuda.max_memory_reserved()
+        return {
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": reserved,
+            # What the driver shows beside the allocator's cache does not shrink with it.
+            "device_bytes": process_device_bytes(total - free) - reserved_now + reserved,
+        }
+    return {
+        "allocated_bytes": recorder.peak_bytes,
+        "reserved_bytes": recorder.peak_bytes,
+        "device_bytes": process_peak_bytes(),
+    }
+
+
+def process_device_bytes(fallback: int) -> int:
+    """GPU memory of this process by NVML; `fallback` (all that is used) where it will not say."""
+    try:
+        import os
+
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == os.getpid() and process.usedGpuMemory:
+                    return int(process.usedGpuMemory)
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # containers hide processes, drivers lack the query
+        return fallback
+    return fallback
+
+
+def typical_step_seconds(steps: list[tuple[int, float]]) -> float | None:
+    """Median seconds of the steps after the profiled ones; of all when there are no others."""
+    settled = [seconds for step, seconds in steps if step > PROFILED_STEPS]
+    chosen = settled or [seconds for _, seconds in steps]
+    return statistics.median(chosen) if chosen else None

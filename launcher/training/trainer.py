@@ -1,0 +1,154 @@
+"""TRL's SFTTrainer with the planned order of rows, and the callback that reports each step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.training.measure import PROFILED_STEPS, CpuAllocationRecorder
+from ftplan.planner.batching import training_order
+
+
+class PlannedSampler(Sampler[int]):
+    """Rows in `planner.batching.training_order`; the same on every rank and every resume."""
+
+    def __init__(
+        self, lengths: list[int], batch_size: int, accumulation_steps: int, seed: int
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.accumulation_steps = accumulation_steps
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(
+            training_order(
+                self.lengths, self.batch_size, self.accumulation_steps, self.seed, self.epoch
+            )
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class PlannedTrainer(SFTTrainer):
+    """Trains in the planned order and counts the tokens that each step computes on."""
+
+    def __init__(self, *args: Any, row_lengths: list[int], **kwargs: Any) -> None:
+        self.row_lengths = row_lengths
+        self.step_tokens = 0
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PlannedSampler:
+        return PlannedSampler(
+            self.row_lengths,
+            self.args.per_device_train_batch_size * self.args.world_size,
+            self.args.gradient_accumulation_steps,
+            self.args.seed,
+        )
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.step_tokens += inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class StepReporter(TrainerCallback):
+    """Writes a row of metrics.jsonl for every step; stops with a checkpoint when asked to."""
+
+    def __init__(self, run: RunDir, recorder: CpuAllocationRecorder) -> None:
+        self.run = run
+        self.recorder = recorder
+        self.trainer: PlannedTrainer | None = None
+        self.steps: list[tuple[int, float]] = []
+        self.stop_requested = False
+        self._began = 0.0
+        self._seconds = 0.0
+        self._tokens = 0
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step = state.global_step
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.trainer is not None:
+            self.trainer.step_tokens = 0
+        profiled = state.global_step - self._first_step < PROFILED_STEPS
+        if args.device.type == "cpu" and profiled:
+            self.recorder.start(model, optimizer)
+        _synchronize(args)
+        self._began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        _synchronize(args)
+        self._seconds = time.monotonic() - self._began
+        self.recorder.stop()
+        self.steps.append((state.global_step - self._first_step, self._seconds))
+        self._tokens = self.trainer.step_tokens if self.trainer else 0
+        if self.stop_requested:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        row = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "grad_norm": float(logs["grad_norm"]) if "grad_norm" in logs else None,
+            "learning_rate": float(logs["learning_rate"]),
+            "epoch": state.epoch,
+            "seconds": self._seconds,
+            "tokens": self._tokens,
+            "tokens_per_second": self._tokens / self._seconds if self._seconds else None,
+            "allocated_bytes": _allocated_bytes(self.recorder),
+        }
+        append_metric(self.run, row)
+
+
+def append_metric(run: RunDir, row: dict[str, Any]) -> None:
+    """One more line of metrics.jsonl."""
+    with run.metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _synchronize(args: TrainingArguments) -> None:
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _allocated_bytes(recorder: CpuAllocationRecorder) -> int | None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return recorder.peak_bytes

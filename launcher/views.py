@@ -1,0 +1,318 @@
+"""What the commands print: tables made from planner objects. Pure; nothing is computed here
+but shares and differences of what is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ftplan.launcher.ui import bar, table
+from ftplan.planner import rule_of_thumb
+from ftplan.planner.memory import COMPONENTS, MemoryEstimate
+from ftplan.planner.units import (
+    format_bytes,
+    format_count,
+    format_percent,
+    format_seconds,
+)
+
+if TYPE_CHECKING:
+    from ftplan.planner.data_profile import DataProfile
+    from ftplan.planner.hardware_spec import Device, Machine
+    from ftplan.planner.plan import ReasonedPlan
+    from ftplan.planner.search import Evaluated, Rejection
+
+
+def hardware_table(machine: Machine) -> Table:
+    """GPUs with free and total memory, the processor, RAM and disk."""
+    rows: list[list[RenderableType]] = []
+    for gpu in machine.gpus:
+        holders = ", ".join(
+            f"{h.name} {format_bytes(h.used_bytes) if h.used_bytes else ''}".strip()
+            for h in gpu.holders
+        )
+        rows.append(
+            [
+                f"GPU {gpu.index}",
+                format_bytes(gpu.free_bytes),
+                format_bytes(gpu.total_bytes),
+                f"{gpu.name}{_capability(gpu)}{'; held by ' + holders if holders else ''}",
+            ]
+        )
+    if not machine.gpus:
+        rows.append(["GPU", "-", "-", "none found"])
+    host = machine.host
+    rows.append(
+        [
+            "RAM",
+            format_bytes(host.ram_available_bytes),
+            format_bytes(host.ram_total_bytes),
+            f"{host.cpu_name}, {host.num_cores} cores",
+        ]
+    )
+    rows.append(["disk", format_bytes(host.disk_free_bytes), "", host.disk_path])
+    return table("Hardware", ("", ">free", ">total", "what"), rows)
+
+
+def _capability(gpu: Device) -> str:
+    if gpu.compute_capability is None:
+        return ""
+    major, minor = gpu.compute_capability
+    return f", compute capability {major}.{minor}"
+
+
+def data_table(profile: DataProfile, template: str) -> Table:
+    """Rows and token lengths."""
+    lengths = profile.summary()
+    measured = "with the model's tokenizer" if profile.exact else "estimated from characters"
+    rows = [
+        ["file", profile.path],
+        ["format", f"{profile.format}, for {profile.objective} tuning"],
+        [
+            "rows",
+            f"{profile.num_rows:,} read, {profile.num_train_rows:,} to train on, "
+            f"{profile.num_eval_rows:,} held out",
+        ],
+        [
+            "tokens a row",
+            f"{lengths['min']} to {lengths['max']:,}, median {lengths['median']}, "
+            f"mean {lengths['mean']:.0f}, 95 % up to {lengths['p95']:,}; {measured}",
+        ],
+    ]
+    if template:
+        rows.append(["template", template])
+    return table("Data", ("", "what was found"), rows)
+
+
+def memory_table(memory: MemoryEstimate, device: Device | None) -> Group:
+    """Components of the peak with a bar each, then the totals."""
+    phase = memory.peak_phase
+    peak = memory.allocated_peak_bytes
+    rows: list[list[RenderableType]] = [
+        [COMPONENTS[name], format_bytes(size), f"{100 * size / peak:.0f} %", bar(size / peak)]
+        for name, size in sorted(phase.components.items(), key=lambda item: -item[1])
+        if size
+    ]
+    components = table(
+        f"Memory at the peak ({phase.name})", ("component", ">size", ">share", ""), rows
+    )
+    return Group(components, Text(""), totals_table(memory, device))
+
+
+def totals_table(memory: MemoryEstimate, device: Device | None) -> Table:
+    """Allocated, reserved, device, required, and what that leaves of the free memory."""
+    on_cpu = device is not None and device.kind == "cpu"
+    rows: list[list[RenderableType]] = [
+        ["allocated", format_bytes(memory.allocated_peak_bytes), "tensors alive at the peak"],
+    ]
+    if on_cpu:
+        rows.append(
+            ["process", format_bytes(memory.device_peak_bytes), "with Python and its libraries"]
+        )
+    else:
+        rows += [
+            ["reserved", format_bytes(memory.reserved_peak_bytes), "what torch's allocator holds"],
+            ["device", format_bytes(memory.device_peak_bytes), "what nvidia-smi shows"],
+        ]
+    rows.append(
+        ["required", format_bytes(memory.required_bytes), "free memory the run needs to survive"]
+    )
+    if device is not None:
+        margin = device.free_bytes - memory.required_bytes
+        verdict = Text("fits", "green") if margin >= 0 else Text("does not fit", "red")
+        told = f" of {format_bytes(device.free_bytes)} free on {device.name}"
+        rows.append(
+            [
+                "left over" if margin >= 0 else "missing",
+                format_bytes(abs(margin)),
+                Text.assemble(verdict, told),
+            ]
+        )
+    return table("Totals", ("", ">size", "meaning"), rows)
+
+
+RULE_NOTE = (
+    "The rule counts 16-bit parameters; autocast keeps the trained parameters in fp32 and casts "
+    "copies. Activations depend on batch, length and checkpointing, not on parameters."
+)
+
+
+def rule_table(num_parameters: int, memory: MemoryEstimate) -> Table:
+    """The 17.5-bytes rule, part by part, beside what was computed."""
+    computed = memory.peak_phase.components
+    overhead = memory.device_peak_bytes - memory.allocated_peak_bytes
+    rows = []
+    for part, width in rule_of_thumb.PARTS_BYTES_PER_PARAMETER.items():
+        size = sum(computed[name] for name in rule_of_thumb.COMPONENTS_OF_PART[part])
+        size += overhead if part == "framework" else 0
+        rows.append(
+            [
+                part.replace("_", " "),
+                f"{width:g}",
+                format_bytes(width * num_parameters),
+                format_bytes(size),
+                f"{size / num_parameters:.2f}",
+            ]
+        )
+    rows.append(
+        [
+            Text("total", "bold"),
+            f"{rule_of_thumb.BYTES_PER_PARAMETER:g}",
+            format_bytes(rule_of_thumb.rule_bytes(num_parameters)),
+            format_bytes(memory.device_peak_bytes),
+            f"{memory.device_peak_bytes / num_parameters:.2f}",
+        ]
+    )
+    return table(
+        "The 17.5-bytes-a-parameter rule, beside the computed peak",
+        ("part", ">rule, B/param", ">by the rule", ">computed", ">B/param"),
+        rows,
+    )
+
+
+def methods_table(rows: Iterable[tuple[str, int, int, str]]) -> Table:
+    """(method, trained parameters, required bytes, smallest card) for each method."""
+    return table(
+        "The same model by other methods",
+        ("method", ">trained", ">required", "fits on"),
+        [[name, format_count(n), format_bytes(size), card] for name, n, size, card in rows],
+    )
+
+
+# Settings that a person wants to see on one screen, in this order; all are in plan.yaml.
+_SHOWN_SETTINGS = (
+    "method", "quantization", "lora_rank", "target_modules", "dtype", "mixed_precision",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
+    "gradient_checkpointing", "optim", "loss", "learning_rate", "num_train_epochs", "max_steps",
+)  # fmt: skip
+
+
+def choices_table(reasoned: ReasonedPlan) -> Table:
+    """The chosen settings with a reason each; values that were given are marked."""
+    rows: list[list[RenderableType]] = []
+    adapter = reasoned.plan.resolved_method.adapter
+    for name in _SHOWN_SETTINGS:
+        value = getattr(reasoned.plan, name)
+        if value is None or (name in ("lora_rank", "target_modules") and not adapter):
+            continue
+        reason = reasoned.reasons[name]
+        rows.append([name, Text(_shown(value), "bold"), f"{reason.why}"])
+    return table("Choices", ("setting", "value", "why"), rows)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def time_table(chosen: Evaluated, steps: int, device: Device) -> Table:
+    """Expected time of a step and of the run."""
+    step = chosen.step
+    total = steps * step.step_seconds
+    rows = [
+        ["optimizer steps", f"{steps:,}", f"{chosen.plan.effective_batch_size} rows each"],
+        ["a step", format_seconds(step.step_seconds),
+         f"{step.tokens_per_second_per_gpu:,.0f} tokens/s; bound by {step.bound_by}"],
+        ["training", format_seconds(total), f"rates of {device.name}: {device.rates_source}"],
+    ]  # fmt: skip
+    return table("Time", ("", ">expected", ""), rows)
+
+
+def rejected_table(rejected: Iterable[Rejection], device: Device) -> Table:
+    """Methods that were not taken, and what stopped each."""
+    rows = []
+    for item in rejected:
+        reason = item.reason
+        if item.needs_bytes is not None:
+            reason = (
+                f"needs {format_bytes(item.needs_bytes)}, {format_bytes(device.free_bytes)} is free"
+            )
+        rows.append([item.method, reason])
+    return table("Not possible here", ("method", "why"), rows)
+
+
+def alternatives_table(alternatives: Iterable[Evaluated], steps_of: Mapping[str, int]) -> Table:
+    """Methods that fit too."""
+    rows = [
+        [
+            e.plan.method,
+            format_bytes(e.memory.required_bytes),
+            format_seconds(e.step.step_seconds * steps_of[e.plan.method]),
+            e.plan.resolved_method.trains,
+        ]
+        for e in alternatives
+    ]
+    return table("Would fit too", ("method", ">required", ">time", "trains"), rows)
+
+
+def report(record: Mapping[str, Any], output_lines: Iterable[str]) -> Group:
+    """Predicted beside measured, held-out loss, a sample answer, what was made."""
+    parts: list[RenderableType] = [comparison_table(record), Text("")]
+    evaluation = record["evaluation"]
+    parts += [
+        table(
+            "Loss on held-out rows",
+            ("", ">before", ">after", ">change", ""),
+            [
+                [
+                    f"{evaluation['num_rows']} rows",
+                    f"{evaluation['before']:.3f}",
+                    f"{evaluation['after']:.3f}",
+                    format_percent(evaluation["after"] / evaluation["before"] - 1),
+                    "lower is better",
+                ]
+            ],
+        ),
+        Text(""),
+        sample_view(record["sample"]),
+        Text("Result", "bold"),
+        *(Padding(Text(line), (0, 0, 0, 1)) for line in output_lines),
+    ]
+    return Group(*parts)
+
+
+def comparison_table(record: Mapping[str, Any]) -> Table:
+    """What was predicted, what was measured, and how far off it was."""
+    predicted, measured = record["predicted"], record["measured"]
+    rows: list[list[RenderableType]] = []
+    for label, key, form in (
+        ("memory, allocated", "allocated_bytes", format_bytes),
+        ("memory, device", "device_bytes", format_bytes),
+        ("seconds a step", "step_seconds", format_seconds),
+        ("training time", "train_seconds", format_seconds),
+    ):
+        guess, real = predicted.get(key), measured.get(key)
+        if guess is None or real is None:
+            continue
+        rows.append([label, form(guess), form(real), format_percent(guess / real - 1)])
+    return table("Predicted and measured", ("", ">predicted", ">measured", ">off by"), rows)
+
+
+def sample_view(sample: Mapping[str, Any]) -> RenderableType:
+    """One held-out question with the answers before and after training."""
+    if not sample.get("prompt"):
+        return Text("")
+    lines: list[RenderableType] = []
+    for label, key in (
+        ("question", "prompt"),
+        ("before", "before"),
+        ("after", "after"),
+        ("reference", "reference"),
+    ):
+        lines.append(Text.assemble((f"{label}: ", "dim"), _clipped(sample[key] or "")))
+    return Panel(Group(*lines), title="A held-out question", title_align="left", border_style="dim")
+
+
+def _clipped(text: str, limit: int = 400) -> str:
+    """Printable, of bounded length: a model's output may hold anything."""
+    clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in text).strip()
+    return clean if len(clean) <= limit else clean[:limit].rstrip() + " ..."

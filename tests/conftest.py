@@ -1,0 +1,163 @@
+"""Shapes, devices and data sets that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.families import spec_from_config
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.units import GIB
+
+# The same examples on every machine, however slow it is at the moment.
+settings.register_profile("ftplan", deadline=None, derandomize=True)
+settings.load_profile("ftplan")
+
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    # The classes' own ids lie outside so small a vocabulary.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_GPT2_SHAPE = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 128}
+_TOKEN_IDS = {"bos_token_id": None, "eos_token_id": None}
+
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma2": {**_SHAPE, "head_dim": 24},
+    "gpt2": {**_GPT2_SHAPE, **_TOKEN_IDS},
+    "llama": _SHAPE,
+    "mistral": _SHAPE,
+    "mixtral": {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi": _SHAPE,
+    "phi3": _SHAPE,
+    "qwen2": _SHAPE,
+    "qwen3": {**_SHAPE, "head_dim": 32},
+    "qwen3_moe": {
+        **_SHAPE,
+        "head_dim": 32,
+        "moe_intermediate_size": 48,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., dict[str, Any]]:
+    """`tiny_config("qwen2", vocab_size=256)`: a config.json of a very small model."""
+
+    def make(family: str, **changes: Any) -> dict[str, Any]:
+        return {"model_type": family, **TINY_CONFIGS[family], **changes}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., ModelSpec]:
+    def make(family: str, **changes: Any) -> ModelSpec:
+        return spec_from_config(tiny_config(family, **changes), f"tiny-{family}")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_2_7b() -> ModelSpec:
+    """32 layers of width 4096, feed-forward 11008, vocabulary 32000: 6,738,415,616 parameters."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+    return spec_from_config(config, "llama-2-7b")
+
+
+@pytest.fixture(scope="session")
+def small_llama() -> ModelSpec:
+    """The shape of SmolLM2-135M: 134,515,008 parameters, tied embeddings."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+    return spec_from_config(config, "small-llama")
+
+
+def _device(
+    name: str,
+    gib: float,
+    bandwidth: float,
+    flops: dict[str, float],
+    capability: tuple[int, int] | None,
+) -> Device:
+    return Device(
+        name=name,
+        kind="cuda" if capability else "cpu",
+        total_bytes=round(gib * GIB),
+        free_bytes=round(gib * GIB),
+        memory_bandwidth_bytes_per_second=bandwidth,
+        peak_flops_per_second=flops,
+        compute_capability=capability,
+    )
+
+
+@pytest.fixture(scope="session")
+def devices() -> dict[str, Device]:
+    """Synthetic devices with round numbers near the real cards'."""
+    ampere = {"float32": 20e12, "float16": 300e12, "bfloat16": 300e12}
+    ada = {"float32": 80e12, "float16": 160e12, "bfloat16": 160e12}
+    return {
+        "T4": _device("T4", 16, 320e9, {"float32": 8e12, "float16": 65e12}, (7, 5)),
+        "RTX 4090": _device("RTX 4090", 24, 1e12, ada, (8, 9)),
+        "A100": _device("A100", 80, 2e12, ampere, (8, 0)),
+        "CPU": _device("CPU", 32, 20e9, {"float32": 200e9}, None),
+    }
+
+
+@pytest.fixture(scope="session")
+def make_data() -> Callable[[Iterable[int]], DataProfile]:
+    """`make_data([12, 70, 31])`: a profile of rows with these lengths in tokens."""
+
+    def make(lengths: Iterable[int]) -> DataProfile:
+        ordered = tuple(sorted(lengths, reverse=True))
+        return DataProfile(
+            path="rows.jsonl",
+            sha256="0" * 64,
+            format="alpaca",
+            objective="sft",
+            num_rows=len(ordered),
+            num_usable_rows=len(ordered),
+            num_eval_rows=0,
+            lengths=ordered,
+            exact=True,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def few_short_rows(make_data: Callable[[Iterable[int]], DataProfile]) -> DataProfile:
+    """480 rows of 50 to 449 tokens."""
+    return make_data(50 + 37 * i % 400 for i in range(480))

@@ -1,0 +1,165 @@
+"""A whole fake of NVIDIA's management library, as far as ftplan asks it.
+
+`FakeNvml(gpus=[FakeGpu(name=...)])` is handed to the probe where `pynvml` would stand. Any call
+can be made to fail: `FakeGpu(fails={"nvmlDeviceGetUUID": NVMLError_NotSupported})`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+GIB = 1024**3
+
+
+class NVMLError(Exception):
+    text = "Unknown Error"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class NVMLError_NotSupported(NVMLError):
+    text = "Not Supported"
+
+
+class NVMLError_NoPermission(NVMLError):
+    text = "Insufficient Permissions"
+
+
+class NVMLError_NotFound(NVMLError):
+    text = "Not Found"
+
+
+class NVMLError_GpuIsLost(NVMLError):
+    text = "GPU is lost"
+
+
+class NVMLError_LibraryNotFound(NVMLError):
+    text = "NVML Shared Library Not Found"
+
+
+class NVMLError_DriverNotLoaded(NVMLError):
+    text = "Driver Not Loaded"
+
+
+class NVMLError_LibRmVersionMismatch(NVMLError):
+    text = "RM has detected an NVML/RM version mismatch."
+
+
+Failures = Mapping[str, type[NVMLError]]
+
+
+@dataclass(frozen=True)
+class FakeMemory:
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class FakeProcess:
+    pid: int
+    usedGpuMemory: int | None
+
+
+@dataclass(eq=False)
+class FakeGpu:
+    """A GPU or MIG device; it is its own handle."""
+
+    name: str | bytes = "NVIDIA GeForce RTX 4090"
+    uuid: str | bytes = "GPU-00000000-0000-0000-0000-000000000000"
+    total: int = 24 * GIB
+    free: int = 23 * GIB
+    compute_capability: tuple[int, int] = (8, 9)
+    compute: Sequence[FakeProcess] = ()
+    graphics: Sequence[FakeProcess] = ()
+    mig: Sequence[FakeGpu | None] | None = None
+    """MIG devices by place, None where a place is empty; None where MIG is not supported."""
+    mig_mode: int = 1
+    fails: Failures = field(default_factory=dict)
+
+
+@dataclass
+class FakeNvml:
+    gpus: Sequence[FakeGpu] = ()
+    driver_version: str | bytes = "550.54.15"
+    process_names: Mapping[int, str | bytes] = field(default_factory=dict)
+    fails: Failures = field(default_factory=dict)
+    open_sessions: int = 0
+
+    NVMLError = NVMLError
+    NVMLError_GpuIsLost = NVMLError_GpuIsLost
+
+    def nvmlInit(self) -> None:
+        self._may_fail("nvmlInit", self.fails)
+        self.open_sessions += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open_sessions -= 1
+        self._may_fail("nvmlShutdown", self.fails)
+
+    def nvmlSystemGetDriverVersion(self) -> str | bytes:
+        self._system("nvmlSystemGetDriverVersion")
+        return self.driver_version
+
+    def nvmlSystemGetProcessName(self, pid: int) -> str | bytes:
+        self._system("nvmlSystemGetProcessName")
+        if pid not in self.process_names:
+            raise NVMLError_NotFound
+        return self.process_names[pid]
+
+    def nvmlDeviceGetCount(self) -> int:
+        self._system("nvmlDeviceGetCount")
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
+        return self._device("nvmlDeviceGetHandleByIndex", self.gpus[index])
+
+    def nvmlDeviceGetName(self, handle: FakeGpu) -> str | bytes:
+        return self._device("nvmlDeviceGetName", handle).name
+
+    def nvmlDeviceGetUUID(self, handle: FakeGpu) -> str | bytes:
+        return self._device("nvmlDeviceGetUUID", handle).uuid
+
+    def nvmlDeviceGetMemoryInfo(self, handle: FakeGpu) -> FakeMemory:
+        gpu = self._device("nvmlDeviceGetMemoryInfo", handle)
+        return FakeMemory(total=gpu.total, free=gpu.free)
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: FakeGpu) -> tuple[int, int]:
+        return self._device("nvmlDeviceGetCudaComputeCapability", handle).compute_capability
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: FakeGpu) -> Sequence[FakeProcess]:
+        return self._device("nvmlDeviceGetComputeRunningProcesses", handle).compute
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: FakeGpu) -> Sequence[FakeProcess]:
+        return self._device("nvmlDeviceGetGraphicsRunningProcesses", handle).graphics
+
+    def nvmlDeviceGetMigMode(self, handle: FakeGpu) -> list[int]:
+        gpu = self._device("nvmlDeviceGetMigMode", handle)
+        if gpu.mig is None:
+            raise NVMLError_NotSupported
+        return [gpu.mig_mode, gpu.mig_mode]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: FakeGpu) -> int:
+        return len(self._device("nvmlDeviceGetMaxMigDeviceCount", handle).mig or ())
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: FakeGpu, index: int) -> FakeGpu:
+        gpu = self._device("nvmlDeviceGetMigDeviceHandleByIndex", handle)
+        mig = (gpu.mig or ())[index]
+        if mig is None:
+            raise NVMLError_NotFound
+        return mig
+
+    def _system(self, call: str) -> None:
+        assert self.open_sessions == 1, f"{call} outside nvmlInit ... nvmlShutdown"
+        self._may_fail(call, self.fails)
+
+    def _device(self, call: str, gpu: FakeGpu) -> FakeGpu:
+        self._system(call)
+        self._may_fail(call, gpu.fails)
+        return gpu
+
+    @staticmethod
+    def _may_fail(call: str, fails: Failures) -> None:
+        if error := fails.get(call):
+            raise error

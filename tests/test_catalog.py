@@ -1,0 +1,217 @@
+"""The catalogs: every file is read, every number has its source, names are exact."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftplan import profiles
+from ftplan.planner.errors import UnknownNameError
+from ftplan.planner.families import FAMILIES, spec_from_config
+
+FOLDER = Path(__file__).parents[1] / "profiles"
+MODEL_FILES = sorted((FOLDER / "models").glob("*.yaml"))
+GPU_FILES = sorted((FOLDER / "gpus").glob("*.yaml"))
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+def read(path: Path) -> dict[str, Any]:
+    entry = profiles.read_yaml(path.read_text(encoding="utf-8"))
+    assert isinstance(entry, dict)
+    return entry
+
+
+def test_the_catalogs_hold_every_file() -> None:
+    assert set(profiles.model_catalog()) == {path.stem for path in MODEL_FILES}
+    assert set(profiles.gpu_catalog()) == {path.stem for path in GPU_FILES}
+
+
+def test_the_catalogs_can_be_asked_again_and_again() -> None:
+    for _ in range(3):
+        assert profiles.find_model("gpt2") is not None
+        assert profiles.find_gpu("t4").name == "T4"
+        assert len(profiles.model_catalog()) == len(MODEL_FILES)
+        assert len(profiles.gpu_catalog()) == len(GPU_FILES)
+
+
+# --- models
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=stem)
+def test_a_model_has_its_exact_count(path: Path) -> None:
+    entry = read(path)
+    assert spec_from_config(entry["config"], path.stem).num_parameters == entry["num_parameters"]
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=stem)
+def test_a_model_cut_to_two_layers_counts_as_transformers_builds_it(path: Path) -> None:
+    """At full width, on the meta device, where nothing is allocated."""
+    torch = pytest.importorskip("torch", reason="counts come from torch modules")
+    transformers = pytest.importorskip("transformers", reason="the reference is transformers")
+    config = read(path)["config"]
+    depth = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    config = {**config, depth: 2}
+    del config["torch_dtype"]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config)
+        )
+    built = sum(parameter.numel() for parameter in model.parameters())
+    assert spec_from_config(config, path.stem).num_parameters == built
+    assert config["architectures"] == [type(model).__name__]
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=stem)
+def test_a_model_is_filed_under_its_name(path: Path) -> None:
+    entry = read(path)
+    assert entry["name"] == path.stem
+    assert entry["hub_id"].casefold().split("/")[1] == path.stem
+    assert entry["kind"] in ("base", "chat")
+    assert entry["licence"].strip()
+    assert entry["source"].strip()
+
+
+def test_no_two_models_share_a_name() -> None:
+    names: Counter[str] = Counter()
+    for path in MODEL_FILES:
+        entry = read(path)
+        assert [a.casefold() for a in entry["aliases"]] == entry["aliases"], path.stem
+        names.update({entry["name"], entry["hub_id"].casefold(), *entry["aliases"]})
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_every_family_has_a_model() -> None:
+    assert {read(path)["config"]["model_type"] for path in MODEL_FILES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=stem)
+def test_a_model_is_found_by_each_of_its_names_in_any_case(path: Path) -> None:
+    entry = read(path)
+    for name in (entry["name"], entry["hub_id"], *entry["aliases"]):
+        for spelling in (name, name.upper(), name.title()):
+            found = profiles.find_model(spelling)
+            assert found is not None and found.name == path.stem, spelling
+
+
+def test_an_unknown_model_is_none_or_refused_with_the_nearest() -> None:
+    assert profiles.find_model("llama-3.1") is None
+    assert profiles.find_model("") is None
+    with pytest.raises(UnknownNameError, match=r"unknown model `llama-3\.1-9b`") as refused:
+        profiles.require_model("llama-3.1-9b")
+    assert "`llama-3.1-8b`" in (refused.value.hint or "")
+    assert profiles.require_model("gpt2").num_parameters == 124_439_808
+
+
+# --- GPUs
+
+
+def figures(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Every number of an entry: mappings with a `value`, and bare numbers (there are none)."""
+    if isinstance(value, dict) and "value" in value:
+        yield where, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key != "compute_capability":
+                yield from figures(part, f"{where}.{key}")
+    elif isinstance(value, int | float):
+        yield where, {"value": value}
+
+
+@pytest.mark.parametrize("path", GPU_FILES, ids=stem)
+def test_every_figure_of_a_gpu_has_kind_and_source(path: Path) -> None:
+    found = dict(figures(read(path), path.stem))
+    assert {f"{path.stem}.memory_bytes", f"{path.stem}.memory_bandwidth_bytes_per_second"} <= set(
+        found
+    )
+    for where, figure in found.items():
+        assert set(figure) == {"value", "kind", "source"}, where
+        assert figure["value"] > 0, where
+        assert figure["kind"] in ("datasheet", "measured", "assumed"), where
+        assert figure["source"].strip(), where
+
+
+@pytest.mark.parametrize("path", GPU_FILES, ids=stem)
+def test_a_gpu_lists_bfloat16_just_where_it_computes_it(path: Path) -> None:
+    entry = read(path)
+    rates = set(entry["peak_flops_per_second"])
+    assert {"float32", "float16"} <= rates
+    assert ("bfloat16" in rates) == (tuple(entry["compute_capability"]) >= (8, 0))
+
+
+@pytest.mark.parametrize("path", GPU_FILES, ids=stem)
+def test_a_gpu_is_found_by_each_of_its_names_in_any_case(path: Path) -> None:
+    entry = read(path)
+    for name in (path.stem, entry["name"], *entry["aliases"], *entry["nvml_names"]):
+        for spelling in (name, name.upper(), name.lower(), name.replace(" ", "-")):
+            assert profiles.find_gpu(spelling).key == path.stem, spelling
+    for name in entry["nvml_names"]:
+        found = profiles.find_gpu_by_nvml_name(name)
+        assert found is not None and found.key == path.stem
+
+
+def test_no_two_gpus_share_a_name() -> None:
+    """As they are looked up: case, blanks and dashes do not tell names apart."""
+    names: Counter[str] = Counter()
+    for path in GPU_FILES:
+        entry = read(path)
+        spellings = (path.stem, entry["name"], *entry["aliases"], *entry["nvml_names"])
+        names.update({s.casefold().replace(" ", "-").removeprefix("nvidia-") for s in spellings})
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_l4_l40_and_l40s_are_told_apart() -> None:
+    assert profiles.find_gpu("L4").name == "L4"
+    assert profiles.find_gpu("L40").name == "L40"
+    assert profiles.find_gpu("NVIDIA L40S").name == "L40S"
+    for nvml_name, key in (("NVIDIA L4", "l4"), ("NVIDIA L40", "l40"), ("NVIDIA L40S", "l40s")):
+        found = profiles.find_gpu_by_nvml_name(nvml_name)
+        assert found is not None and found.key == key
+    memory = [profiles.find_gpu(name).memory_bytes for name in ("l4", "l40")]
+    assert memory[0] < memory[1]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "rtx 4090",
+        "RTX 4090",
+        "rtx-4090",
+        "rtx_4090",
+        "RTX4090",
+        "GeForce RTX 4090",
+        "NVIDIA GeForce RTX 4090",
+        "nvidia rtx 4090",
+        "4090",
+    ],
+)
+def test_the_rtx_4090_however_it_is_spelled(spelling: str) -> None:
+    assert profiles.find_gpu(spelling).name == "RTX 4090"
+
+
+@pytest.mark.parametrize("name", ["RTX", "40", "L", "A100", "NVIDIA", "RTX 4090 Ti", ""])
+def test_a_part_of_a_name_is_no_name(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="unknown GPU"):
+        profiles.find_gpu(name)
+
+
+def test_an_unknown_gpu_is_told_the_nearest() -> None:
+    with pytest.raises(UnknownNameError) as refused:
+        profiles.find_gpu("rtx 4091")
+    assert "`rtx-4090`" in (refused.value.hint or "")
+    assert profiles.find_gpu_by_nvml_name("NVIDIA GeForce RTX 4091") is None
+    assert profiles.find_gpu_by_nvml_name("nvidia l4") is None  # the driver's spelling, exactly
+
+
+def test_a_catalogued_gpu_becomes_an_idle_device() -> None:
+    device = profiles.find_gpu("t4").device()
+    assert device.kind == "cuda"
+    assert device.free_bytes == device.total_bytes == 15360 * 1024**2
+    assert not device.supports_bfloat16
+    assert device.supports_quantization

@@ -1,0 +1,528 @@
+"""Choosing a plan on synthetic devices: given settings, feasibility, ranking."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given as for_all
+from hypothesis import strategies as st
+
+from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.families import FAMILIES, spec_from_size
+from ftplan.planner.hardware_spec import Device, Host, Machine
+from ftplan.planner.methods import METHODS
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.search import (
+    Evaluated,
+    candidates,
+    choose_plan,
+    evaluate,
+    fits,
+    limit_to_time_budget,
+    needed_bytes,
+    optimizer_steps,
+)
+from ftplan.planner.units import GIB
+
+MakeData = Callable[[Iterable[int]], DataProfile]
+MakeConfig = Callable[..., dict[str, Any]]
+MakeSpec = Callable[..., ModelSpec]
+Devices = dict[str, Device]
+
+SIZES = ("135M", "1.7B", "8B", "70B")
+DEVICES = ("T4", "RTX 4090", "A100", "CPU")
+
+
+@pytest.fixture(scope="module")
+def sized() -> dict[str, ModelSpec]:
+    counts = (135 * 10**6, 17 * 10**8, 8 * 10**9, 70 * 10**9)
+    return {size: spec_from_size(count, size) for size, count in zip(SIZES, counts, strict=True)}
+
+
+def with_free(device: Device, free_bytes: int) -> Device:
+    return dataclasses.replace(device, free_bytes=free_bytes)
+
+
+def chosen(
+    model: ModelSpec, data: DataProfile, device: Device, given: dict[str, Any] | None = None
+) -> Evaluated:
+    best = choose_plan(model, data, device, given or {}).best
+    assert best is not None
+    return best
+
+
+# --- feasibility
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_chosen_fits_and_what_is_rejected_does_not(
+    size: str,
+    device: str,
+    sized: dict[str, ModelSpec],
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    ranking = choose_plan(sized[size], few_short_rows, devices[device], {})
+    plans = [*([ranking.best] if ranking.best else []), *ranking.alternatives]
+    for evaluated in plans:
+        assert fits(evaluated.memory, devices[device])
+        assert needed_bytes(evaluated.memory) <= devices[device].free_bytes
+    for rejection in ranking.rejected:
+        assert rejection.reason
+        if rejection.needs_bytes is not None:
+            assert rejection.needs_bytes > devices[device].free_bytes
+    named = [*(e.plan.method for e in plans), *(r.method for r in ranking.rejected)]
+    assert sorted(named) == sorted(METHODS)  # each method once: taken or left out with a reason
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "method"),
+    [
+        ("135M", "T4", "lora"),
+        ("8B", "T4", "qlora"),
+        ("8B", "A100", "lora"),
+        ("70B", "A100", "qlora"),
+        ("1.7B", "CPU", "lora"),
+        ("8B", "CPU", None),
+        ("70B", "RTX 4090", None),
+    ],
+)
+def test_the_usual_cases(
+    size: str,
+    device: str,
+    method: str | None,
+    sized: dict[str, ModelSpec],
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    best = choose_plan(sized[size], few_short_rows, devices[device], {}).best
+    assert (best.plan.method if best else None) == method
+
+
+def test_when_nothing_fits_the_nearest_is_named(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    ranking = choose_plan(sized["70B"], few_short_rows, devices["RTX 4090"], {})
+    assert ranking.best is None and ranking.alternatives == ()
+    assert ranking.nearest is not None
+    assert {r.method for r in ranking.rejected} == set(METHODS)
+    least = min(r.needs_bytes for r in ranking.rejected if r.needs_bytes is not None)
+    assert needed_bytes(ranking.nearest.memory) == least > devices["RTX 4090"].free_bytes
+
+
+def test_when_something_fits_there_is_no_nearest_miss(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    ranking = choose_plan(sized["8B"], few_short_rows, devices["A100"], {})
+    assert ranking.best is not None and ranking.rejected  # full training does not fit
+    assert ranking.nearest is None
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_needed_memory_is_enough_and_one_byte_less_is_not(
+    method: str, sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """`needs_bytes` of a rejection, taken at its word."""
+    model, given = sized["1.7B"], {"method": method}
+    none_free = choose_plan(model, few_short_rows, with_free(devices["A100"], 0), given)
+    needs = none_free.rejected[0].needs_bytes
+    assert needs is not None
+    enough = choose_plan(model, few_short_rows, with_free(devices["A100"], needs), given)
+    assert enough.best is not None
+    short = choose_plan(model, few_short_rows, with_free(devices["A100"], needs - 1), given)
+    assert short.best is None
+
+
+# --- ranking
+
+
+@for_all(
+    method=st.sampled_from(sorted(METHODS)),
+    size=st.sampled_from(["135M", "1.7B", "8B"]),
+    free_gib=st.floats(0.5, 40),
+    more_gib=st.floats(0, 40),
+)
+def test_more_free_memory_never_gives_a_slower_plan(
+    method: str,
+    size: str,
+    free_gib: float,
+    more_gib: float,
+    sized: dict[str, ModelSpec],
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    """Of one method; a method preferred for its quality may be slower than the next."""
+    model, given = sized[size], {"method": method}
+    less, more = (
+        choose_plan(model, few_short_rows, with_free(devices["A100"], round(gib * GIB)), given).best
+        for gib in (free_gib, free_gib + more_gib)
+    )
+    if less is not None:
+        assert more is not None
+        assert more.step.step_seconds <= less.step.step_seconds
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", ["135M", "1.7B", "8B"])
+def test_the_least_memory_is_taken_among_plans_within_2_percent_of_the_fastest(
+    size: str,
+    device: str,
+    sized: dict[str, ModelSpec],
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    best = choose_plan(sized[size], few_short_rows, devices[device], {}).best
+    if best is None:
+        return
+    given = {"method": best.plan.method}
+    possible = [
+        evaluated
+        for reasoned in candidates(sized[size], few_short_rows, devices[device], given)
+        if fits(
+            (evaluated := evaluate(sized[size], reasoned, devices[device], few_short_rows)).memory,
+            devices[device],
+        )
+    ]
+    fastest = min(e.step.step_seconds for e in possible)
+    assert best.step.step_seconds <= 1.02 * fastest
+    for evaluated in possible:
+        if evaluated.step.step_seconds <= 1.02 * fastest:
+            assert best.memory.required_bytes <= evaluated.memory.required_bytes
+
+
+def test_the_same_input_gives_the_same_ranking(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    rankings = [
+        choose_plan(sized["8B"], few_short_rows, devices["RTX 4090"], {"lora_rank": 8})
+        for _ in range(2)
+    ]
+    assert rankings[0] == rankings[1]
+
+
+def test_an_effective_batch_is_the_recipes_however_it_is_split(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """Under 1,000 rows: 8 rows a step."""
+    for device in devices.values():
+        best = choose_plan(sized["1.7B"], few_short_rows, device, {}).best
+        assert best is not None and best.plan.effective_batch_size == 8
+
+
+def test_a_given_accumulation_does_not_reward_small_batches(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """Steps of 2 x 1 rows are shorter than steps of 2 x 4, but there are four times as many."""
+    free = chosen(small_llama, few_short_rows, devices["A100"])
+    assert free.plan.per_device_train_batch_size > 1
+    accumulation = free.plan.gradient_accumulation_steps
+    fixed = chosen(
+        small_llama,
+        few_short_rows,
+        devices["A100"],
+        {"gradient_accumulation_steps": accumulation},
+    )
+    assert fixed.step.tokens_per_second_per_gpu >= 0.97 * free.step.tokens_per_second_per_gpu
+
+
+# --- given settings
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "freeze"},
+        {"method": "full", "optim": "sgd"},
+        {"quantization": "int8"},
+        {"quantization": "nf4", "double_quant": False},
+        {"method": "lora", "quantization": "nf4"},
+        {"lora_rank": 4, "lora_alpha": 5, "target_modules": ("q_proj", "v_proj")},
+        {"max_length": 128, "per_device_train_batch_size": 3},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 5},
+        {"dtype": "float32", "mixed_precision": "no", "loss": "stock"},
+        {"num_gpus": 2, "learning_rate": 1e-3, "num_train_epochs": 1.5, "seed": 7},
+        {"max_steps": 11, "attn_implementation": "eager", "trainer": "transformers"},
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_given_settings_are_kept_in_every_plan_and_marked_as_given(
+    given: dict[str, Any], small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    ranking = choose_plan(small_llama, few_short_rows, devices["A100"], given)
+    assert ranking.best is not None
+    for evaluated in (ranking.best, *ranking.alternatives):
+        for name, value in given.items():
+            assert getattr(evaluated.plan, name) == value
+            assert evaluated.reasoned.reasons[name].origin == "given"
+
+
+def test_what_is_chosen_is_not_marked_as_given(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    best = chosen(small_llama, few_short_rows, devices["A100"], {"lora_rank": 4})
+    origins = {name: reason.origin for name, reason in best.reasoned.reasons.items()}
+    assert [name for name, origin in origins.items() if origin == "given"] == ["lora_rank"]
+    assert all(reason.why for reason in best.reasoned.reasons.values())
+
+
+def test_alpha_follows_a_given_rank(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    best = chosen(small_llama, few_short_rows, devices["A100"], {"lora_rank": 64})
+    assert best.plan.lora_alpha == 128
+    assert best.reasoned.reasons["lora_alpha"].why == "twice the rank"
+
+
+@pytest.mark.parametrize("device", ["A100", "CPU"])
+def test_an_unquantized_base_may_be_asked_for(
+    device: str, small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    best = chosen(small_llama, few_short_rows, devices[device], {"quantization": "none"})
+    assert (best.plan.method, best.plan.quantization) == ("lora", "none")
+
+
+def test_a_model_of_one_layer_has_a_plan(
+    tiny_spec: MakeSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """Though `freeze` would train two layers by default."""
+    model = tiny_spec("llama", num_hidden_layers=1, max_position_embeddings=512)
+    assert chosen(model, few_short_rows, devices["A100"]).plan.method == "lora"
+
+
+@pytest.mark.parametrize("given", [{"method": "qlora"}, {"quantization": "nf4"}])
+def test_a_quantized_base_asked_for_on_a_processor_is_refused(
+    given: dict[str, Any], small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    with pytest.raises(InputError, match="for GPUs") as refused:
+        choose_plan(small_llama, few_short_rows, devices["CPU"], given)
+    assert "--method lora" in (refused.value.hint or "")
+
+
+def test_settings_that_contradict_each_other_are_refused(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    with pytest.raises(InputError, match="cannot train a base quantized"):
+        choose_plan(
+            small_llama, few_short_rows, devices["A100"], {"method": "full", "quantization": "nf4"}
+        )
+
+
+def test_an_unknown_method_is_told_the_nearest(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    with pytest.raises(UnknownNameError, match="`lorra`"):
+        choose_plan(small_llama, few_short_rows, devices["A100"], {"method": "lorra"})
+
+
+def test_an_old_card_takes_no_quantized_base(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    old = dataclasses.replace(devices["T4"], compute_capability=(5, 2))
+    ranking = choose_plan(small_llama, few_short_rows, old, {})
+    reasons = {r.method: r.reason for r in ranking.rejected}
+    assert "compute capability 6.0" in reasons["qlora"]
+    assert ranking.best is not None and ranking.best.plan.method == "lora"
+
+
+# --- the recipe around it
+
+
+@pytest.mark.parametrize(
+    ("device", "method", "dtype", "mixed_precision"),
+    [
+        ("A100", "lora", "bfloat16", "bf16"),
+        ("A100", "full", "float32", "bf16"),
+        ("T4", "lora", "float16", "fp16"),
+        ("T4", "full", "float32", "fp16"),
+        ("CPU", "lora", "float32", "no"),
+        ("CPU", "full", "float32", "no"),
+    ],
+)
+def test_precision_follows_the_device(
+    device: str,
+    method: str,
+    dtype: str,
+    mixed_precision: str,
+    small_llama: ModelSpec,
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    plan = chosen(small_llama, few_short_rows, devices[device], {"method": method}).plan
+    assert (plan.dtype, plan.mixed_precision) == (dtype, mixed_precision)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_attention_kernel_is_one_that_the_model_has(
+    family: str,
+    tiny_config: MakeConfig,
+    tiny_spec: MakeSpec,
+    devices: Devices,
+    make_data: MakeData,
+) -> None:
+    """transformers refuses to build a model with a kernel it lacks (Gemma 2 has no SDPA)."""
+    torch = pytest.importorskip("torch", reason="models are torch modules")
+    transformers = pytest.importorskip("transformers", reason="the reference is transformers")
+    plan = chosen(tiny_spec(family), make_data([40] * 50), devices["A100"]).plan
+    with torch.device("meta"):
+        transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**tiny_config(family)),
+            attn_implementation=plan.attn_implementation,
+        )
+
+
+@pytest.mark.parametrize(
+    ("longest", "max_length"), [(1, 64), (64, 64), (65, 128), (449, 512), (100_000, 8192)]
+)
+def test_max_length_is_the_longest_row_rounded_up_within_the_models_positions(
+    longest: int,
+    max_length: int,
+    small_llama: ModelSpec,
+    devices: Devices,
+    make_data: MakeData,
+) -> None:
+    data = make_data([longest, *[1] * 50])
+    assert chosen(small_llama, data, devices["A100"]).plan.max_length == max_length
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "batch", "rank"),
+    [(999, 3.0, 8, 16), (1_000, 3.0, 16, 16), (2_000, 2.0, 16, 16), (20_000, 1.0, 32, 64)],
+)
+def test_the_recipe_follows_the_number_of_rows(
+    rows: int,
+    epochs: float,
+    batch: int,
+    rank: int,
+    small_llama: ModelSpec,
+    devices: Devices,
+    make_data: MakeData,
+) -> None:
+    plan = chosen(small_llama, make_data([100] * rows), devices["A100"]).plan
+    assert (plan.num_train_epochs, plan.effective_batch_size, plan.lora_rank) == (
+        epochs,
+        batch,
+        rank,
+    )
+
+
+# --- steps and the time budget
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "gpus", "epochs", "steps"),
+    [
+        (480, 4, 2, 1, 1.0, 60),
+        (480, 4, 2, 2, 1.0, 30),
+        (481, 4, 2, 1, 1.0, 61),  # 121 micro-batches, the last step has one
+        (10, 1, 4, 1, 2.0, 6),
+        (10, 1, 4, 1, 1.5, 5),  # 3 a pass, 4.5 in all, which the Trainer rounds up
+        (10, 1, 4, 1, 0.5, 2),
+        (1, 8, 4, 1, 1.0, 1),
+    ],
+)
+def test_optimizer_steps_as_the_trainer_counts_them(
+    rows: int, batch: int, accumulation: int, gpus: int, epochs: float, steps: int
+) -> None:
+    plan = TrainingPlan(
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        num_gpus=gpus,
+        num_train_epochs=epochs,
+    )
+    assert optimizer_steps(plan, rows) == steps
+    assert optimizer_steps(plan.replace(max_steps=7), rows) == 7
+
+
+@for_all(
+    rows=st.integers(1, 5000),
+    batch=st.integers(1, 32),
+    accumulation=st.integers(1, 16),
+    epochs=st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.5, 3.0]),
+)
+def test_optimizer_steps_by_transformers_formula(
+    rows: int, batch: int, accumulation: int, epochs: float
+) -> None:
+    """`Trainer.set_initial_training_values`: ceil(epochs x steps of an epoch)."""
+    micro_batches = math.ceil(rows / batch)
+    per_epoch = max(micro_batches // accumulation + int(micro_batches % accumulation > 0), 1)
+    plan = TrainingPlan(
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+    )
+    assert optimizer_steps(plan, rows) == math.ceil(epochs * per_epoch)
+
+
+def test_a_run_longer_than_the_budget_is_cut_to_it(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    whole = chosen(small_llama, few_short_rows, devices["CPU"])
+    seconds = whole.step.step_seconds
+    cut = limit_to_time_budget(whole, few_short_rows, {}, 10.5 * seconds)
+    assert cut.plan.max_steps == 10
+    reason = cut.reasoned.reasons["max_steps"]
+    assert reason.origin == "derived" and "--num-train-epochs" in reason.why
+    assert cut.memory == whole.memory and cut.step == whole.step
+    assert optimizer_steps(cut.plan, few_short_rows.num_train_rows) * seconds <= 10.5 * seconds
+
+
+def test_a_cut_run_still_makes_two_steps(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    whole = chosen(small_llama, few_short_rows, devices["CPU"])
+    assert limit_to_time_budget(whole, few_short_rows, {}, 0.0).plan.max_steps == 2
+
+
+def test_a_run_within_the_budget_stays_whole(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    whole = chosen(small_llama, few_short_rows, devices["CPU"])
+    assert limit_to_time_budget(whole, few_short_rows, {}, 1e9) == whole
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 500}, {"num_train_epochs": 3.0}])
+def test_an_amount_of_training_that_was_given_is_not_cut(
+    given: dict[str, Any], small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    whole = chosen(small_llama, few_short_rows, devices["CPU"], given)
+    assert limit_to_time_budget(whole, few_short_rows, given, 1.0) == whole
+
+
+# --- devices
+
+
+def test_what_devices_support(devices: Devices) -> None:
+    supports = {
+        name: (device.supports_bfloat16, device.supports_quantization)
+        for name, device in devices.items()
+    }
+    assert supports == {
+        "T4": (False, True),
+        "RTX 4090": (True, True),
+        "A100": (True, True),
+        "CPU": (True, False),
+    }
+
+
+def test_the_best_device_is_the_gpu_with_most_free_memory_else_the_processor(
+    devices: Devices,
+) -> None:
+    host = Host(
+        cpu_name="a processor",
+        num_cores=2,
+        ram_total_bytes=32 * GIB,
+        ram_available_bytes=30 * GIB,
+        disk_free_bytes=100 * GIB,
+        disk_path="/",
+    )
+    cpu = devices["CPU"]
+    busy = with_free(devices["A100"], 2 * GIB)
+    assert Machine(gpus=(busy, devices["T4"]), cpu=cpu, host=host).best_device.name == "T4"
+    assert Machine(gpus=(), cpu=cpu, host=host).best_device is cpu

@@ -1,0 +1,232 @@
+"""Time of a step: FLOPs derived a second way, and how time follows the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftplan.planner.families import FAMILIES
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.methods import METHODS
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.step_time import (
+    StepTime,
+    estimate_step_time,
+    forward_flops,
+    micro_batch_flops,
+)
+
+MakeSpec = Callable[..., ModelSpec]
+
+TOKENS, LENGTH = 4096, 512
+
+
+def flops(model: ModelSpec, plan: TrainingPlan, length: int = LENGTH) -> float:
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    return micro_batch_flops(model, plan, trained, TOKENS, length)
+
+
+def plan_of(method: str, *, checkpointing: bool = False, loss: str = "stock") -> TrainingPlan:
+    return TrainingPlan(
+        method=method,
+        quantization="nf4" if method == "qlora" else "none",
+        gradient_checkpointing=checkpointing,
+        loss=loss,
+    )
+
+
+def step(
+    model: ModelSpec, plan: TrainingPlan, device: Device, *, tokens: float = TOKENS
+) -> StepTime:
+    return estimate_step_time(
+        model, plan, device, tokens_per_micro_batch=tokens, mean_length=LENGTH
+    )
+
+
+# --- FLOPs
+
+
+def test_forward_of_llama_2_7b_by_hand(llama_2_7b: ModelSpec) -> None:
+    """A token: two FLOPs for each weight of the matrices it passes, and in every layer
+    scores and mixing, 4 x 4096 FLOPs for each of the tokens before it, on average half a row.
+    """
+    matrices = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) + 32000 * 4096
+    attention = 32 * 4 * 4096 * (LENGTH / 2)
+    plan = plan_of("full")
+    trained = plan.resolved_method.count(llama_2_7b, plan.method_settings)
+    counted = forward_flops(llama_2_7b, plan, trained, TOKENS, LENGTH)
+    assert counted == pytest.approx(TOKENS * (2 * matrices + attention), rel=1e-12)
+
+
+def test_a_token_of_a_mixture_passes_its_own_experts_only(tiny_spec: MakeSpec) -> None:
+    """Mixtral of width 64: attention 12,288 weights, router 4 x 64, two experts of 3 x 64 x 96."""
+    model = tiny_spec("mixtral")
+    plan = plan_of("full")
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    weights = 3 * (12_288 + 4 * 64 + 2 * 3 * 64 * 96) + 128 * 64
+    attention = 3 * 4 * 64 * (LENGTH / 2)
+    counted = forward_flops(model, plan, trained, TOKENS, LENGTH)
+    assert counted == pytest.approx(TOKENS * (2 * weights + attention), rel=1e-12)
+
+
+def test_full_training_takes_6_flops_a_parameter_and_token(llama_2_7b: ModelSpec) -> None:
+    """The rule of Kaplan et al. 2020 (arXiv 2001.08361), where the vocabulary is small."""
+    assert flops(llama_2_7b, plan_of("full")) == pytest.approx(
+        6 * llama_2_7b.num_parameters * TOKENS, rel=0.04
+    )
+
+
+def test_lora_takes_4_flops_a_parameter_and_token(llama_2_7b: ModelSpec) -> None:
+    """No gradients of the frozen weights."""
+    lora = flops(llama_2_7b, plan_of("lora"))
+    assert lora == pytest.approx(4 * llama_2_7b.num_parameters * TOKENS, rel=0.04)
+    assert lora == flops(llama_2_7b, plan_of("qlora"))
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_checkpointing_adds_the_forward_of_the_layers(method: str, llama_2_7b: ModelSpec) -> None:
+    plan = plan_of(method)
+    trained = plan.resolved_method.count(llama_2_7b, plan.method_settings)
+    head = 2 * TOKENS * llama_2_7b.embedding_parameters
+    layers = forward_flops(llama_2_7b, plan, trained, TOKENS, LENGTH) - head
+    added = flops(llama_2_7b, plan_of(method, checkpointing=True)) - flops(llama_2_7b, plan)
+    assert added == pytest.approx(layers, rel=1e-12)
+
+
+def test_a_fused_loss_computes_the_logits_twice(llama_2_7b: ModelSpec) -> None:
+    added = flops(llama_2_7b, plan_of("lora", loss="trl-fused")) - flops(
+        llama_2_7b, plan_of("lora")
+    )
+    assert added == pytest.approx(2 * TOKENS * 32000 * 4096, rel=1e-9)
+
+
+def test_freeze_goes_back_through_the_trained_layers_only(llama_2_7b: ModelSpec) -> None:
+    """Forward of all, and of two layers out of 32 the gradients of inputs and weights."""
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    attention = 4 * 4096 * (LENGTH / 2)
+    forward = 32 * (2 * layer + attention) + 2 * 32000 * 4096
+    backward = 2 * (4 * layer + 2 * attention) + 2 * 32000 * 4096
+    plan = plan_of("freeze")
+    assert flops(llama_2_7b, plan) == pytest.approx(TOKENS * (forward + backward), rel=1e-12)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_more_is_trained_more_is_computed(family: str, tiny_spec: MakeSpec) -> None:
+    model = tiny_spec(family)
+    assert flops(model, plan_of("freeze")) < flops(model, plan_of("full"))
+    assert flops(model, plan_of("lora").replace(lora_rank=1)) < flops(model, plan_of("full"))
+
+
+def test_attention_grows_with_the_square_of_the_row(llama_2_7b: ModelSpec) -> None:
+    """For the same tokens the part beyond the matrices is proportional to the length."""
+    plan = plan_of("full")
+    base, twice, four = (flops(llama_2_7b, plan, length) for length in (1024, 2048, 4096))
+    assert four - twice == pytest.approx(2 * (twice - base), rel=1e-9)
+    assert twice - base == pytest.approx(3 * TOKENS * 32 * 2 * 4096 * 1024, rel=1e-9)
+
+
+# --- time
+
+
+@given(
+    method=st.sampled_from(sorted(METHODS)),
+    checkpointing=st.booleans(),
+    device=st.sampled_from(["T4", "RTX 4090", "A100"]),
+    tokens=st.integers(1, 100_000),
+    more=st.integers(1, 10_000),
+)
+def test_more_tokens_take_more_time_but_less_each(
+    method: str,
+    checkpointing: bool,
+    device: str,
+    tokens: int,
+    more: int,
+    small_llama: ModelSpec,
+    devices: dict[str, Device],
+) -> None:
+    plan = plan_of(method, checkpointing=checkpointing)
+    few = step(small_llama, plan, devices[device], tokens=tokens)
+    many = step(small_llama, plan, devices[device], tokens=tokens + more)
+    assert 0 < few.step_seconds < many.step_seconds
+    assert few.tokens_per_second_per_gpu <= many.tokens_per_second_per_gpu * (1 + 1e-9)
+
+
+def test_a_faster_card_takes_less_time(small_llama: ModelSpec, devices: dict[str, Device]) -> None:
+    plan = plan_of("lora").replace(mixed_precision="fp16", dtype="float16")
+    seconds = [step(small_llama, plan, devices[name]).step_seconds for name in ("A100", "T4")]
+    assert seconds[0] < seconds[1]
+
+
+def test_a_step_is_its_micro_batches(small_llama: ModelSpec, devices: dict[str, Device]) -> None:
+    one = step(small_llama, plan_of("lora"), devices["A100"])
+    plan = plan_of("lora").replace(gradient_accumulation_steps=8)
+    eight = step(small_llama, plan, devices["A100"])
+    assert eight.tokens_per_step == 8 * one.tokens_per_step == 8 * TOKENS
+    assert eight.step_flops == pytest.approx(8 * one.step_flops)
+    assert eight.forward_flops == pytest.approx(8 * one.forward_flops)
+    # The optimizer runs once.
+    assert 7 * one.step_seconds < eight.step_seconds <= 8 * one.step_seconds
+
+
+def test_a_step_never_beats_the_dense_peak(
+    llama_2_7b: ModelSpec, devices: dict[str, Device]
+) -> None:
+    for device in devices.values():
+        plan = plan_of("lora").replace(mixed_precision="no", dtype="float32")
+        result = step(llama_2_7b, plan, device)
+        assert result.step_flops / result.step_seconds < device.peak_flops_per_second["float32"]
+
+
+def test_a_card_without_bfloat16_is_taken_at_its_fp32_rate(
+    small_llama: ModelSpec, devices: dict[str, Device]
+) -> None:
+    bf16 = step(small_llama, plan_of("lora"), devices["T4"])
+    fp16 = step(small_llama, plan_of("lora").replace(mixed_precision="fp16"), devices["T4"])
+    assert bf16.step_seconds > fp16.step_seconds
+
+
+def test_reading_the_weights_bounds_a_step_of_few_tokens(
+    llama_2_7b: ModelSpec, devices: dict[str, Device]
+) -> None:
+    assert step(llama_2_7b, plan_of("lora"), devices["A100"], tokens=1).bound_by == (
+        "memory bandwidth"
+    )
+    assert step(llama_2_7b, plan_of("lora"), devices["T4"]).bound_by == "arithmetic"
+
+
+def test_the_optimizer_moves_adapters_in_their_own_width(
+    llama_2_7b: ModelSpec, devices: dict[str, Device]
+) -> None:
+    """39,976,960 fp32 adapters: parameter, gradient and two states read, all but the gradient
+    written: (4 + 3) x 4 bytes each over 2e12 bytes/s, whatever the dtype of the frozen base.
+    """
+    plan = plan_of("lora")
+    one, two = (
+        step(llama_2_7b, plan.replace(gradient_accumulation_steps=n), devices["A100"]).step_seconds
+        for n in (1, 2)
+    )
+    assert 2 * one - two == pytest.approx(39_976_960 * 28 / 2e12, rel=1e-3)
+
+
+def test_freeze_moves_activations_of_its_trained_layers_only(
+    llama_2_7b: ModelSpec, devices: dict[str, Device]
+) -> None:
+    """30 of 32 layers save nothing and are not gone back through: they move what forward
+    writes and reads, about half of what a trained layer moves.
+    """
+    fast = Device(
+        name="endless arithmetic",
+        kind="cuda",
+        total_bytes=devices["A100"].total_bytes,
+        free_bytes=devices["A100"].free_bytes,
+        memory_bandwidth_bytes_per_second=2e12,
+        peak_flops_per_second={"float32": 1e30, "bfloat16": 1e30},
+        compute_capability=(8, 0),
+    )
+    frozen = step(llama_2_7b, plan_of("freeze"), fast, tokens=100_000).step_seconds
+    full = step(llama_2_7b, plan_of("full"), fast, tokens=100_000).step_seconds
+    assert frozen < 0.75 * full
