@@ -8,7 +8,6 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-import ftplan
 from ftplan.planner.errors import FtplanError, InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -64,7 +63,9 @@ def _run(words: list[str]) -> int:
         sys.stdout.write(overview())
         return 0 if words else 2
     if words[0] == "--version":
-        sys.stdout.write(f"ftplan {ftplan.__version__}\n")
+        from ftplan.launcher.version import version
+
+        sys.stdout.write(f"ftplan {version()}\n")
         return 0
     from ftplan.launcher.ui import Ui
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ftplan.launcher.run_dir import RunDir
@@ -102,12 +101,11 @@ def launch_command(run: RunDir, resume: bool = False) -> list[str]:
     return [*command, "--resume"] if resume else command
 
 
-def launch_environment(
-    environ: Mapping[str, str], device: Device, plan: TrainingPlan
-) -> dict[str, str]:
-    """The child's environment: the parent's, made safe and quiet.
+def environment_changes(device: Device, plan: TrainingPlan, num_cores: int) -> dict[str, str]:
+    """What the child's environment has on top of the parent's.
 
-    PYTHONSAFEPATH keeps a `torch.py` in the user's folder from replacing torch.
+    PYTHONSAFEPATH keeps a `torch.py` in the user's folder from replacing torch. accelerate
+    would set one thread a process unless OMP_NUM_THREADS says otherwise.
     """
     changed = {
         "PYTHONSAFEPATH": "1",
@@ -115,6 +113,7 @@ def launch_environment(
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": str(max(1, num_cores // plan.num_gpus)),
     }
     if device.kind == "cuda":
         changed["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -122,14 +121,21 @@ def launch_environment(
             changed["CUDA_VISIBLE_DEVICES"] = device.uuid
     else:
         changed["CUDA_VISIBLE_DEVICES"] = ""
-    return {**environ, **changed}
+    return changed
 
 
-def shell_line(command: list[str]) -> str:
-    """The command as one line for a shell."""
-    return shlex.join(command)
+def launch_environment(
+    environ: Mapping[str, str], device: Device, plan: TrainingPlan, num_cores: int
+) -> dict[str, str]:
+    """The child's environment: the parent's, made safe and quiet. A thread count that the
+    person has set is kept."""
+    merged = {**environ, **environment_changes(device, plan, num_cores)}
+    if "OMP_NUM_THREADS" in environ:
+        merged["OMP_NUM_THREADS"] = environ["OMP_NUM_THREADS"]
+    return merged
 
 
-def relative_to_run(run: RunDir, path: Path) -> str:
-    """A path inside the run directory as written in its files."""
-    return str(path.relative_to(run.root))
+def shell_line(command: list[str], settings: Mapping[str, str]) -> str:
+    """The command as one line for a shell, with the environment it needs."""
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    return " ".join([*assignments, shlex.join(command)])

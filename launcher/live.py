@@ -19,10 +19,9 @@ _QUIET_LINES = 10
 class LiveView(AbstractContextManager["LiveView"]):
     """Follows a run's status and metrics. Shows on stderr, so that stdout stays data."""
 
-    def __init__(self, ui: Ui, total_steps: int, predicted_step_seconds: float) -> None:
+    def __init__(self, ui: Ui, total_steps: int) -> None:
         self.ui = ui
         self.total_steps = total_steps
-        self.predicted_step_seconds = predicted_step_seconds
         self.stage = ""
         self.last_step = 0
         self.began = time.monotonic()

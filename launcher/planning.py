@@ -16,7 +16,6 @@ from ftplan.launcher.model_source import (
     find_source,
     has_weights,
     hub_offline,
-    source_from_folder,
 )
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.profiling import Split, make_split, profile_data
@@ -65,6 +64,12 @@ class Planned:
         """Optimizer steps of the run."""
         return optimizer_steps(self.chosen.plan, self.profile.num_train_rows)
 
+    def why_not(self, other: Evaluated) -> str:
+        """Why another plan that fits was not taken."""
+        if other.plan.method == "qlora":
+            return "the unquantized base fits, and a 4-bit one costs time and some quality"
+        return f"{self.chosen.plan.method} reaches the same with fewer trained parameters"
+
 
 def missing_packages() -> list[str]:
     """Packages of the `train` extra that are not installed."""
@@ -112,10 +117,10 @@ def make_plan(
     device = named_device or _chosen_device(machine)
     model_why = "asked for"
     if source is None:
-        source, model_why = choose_model(ui, data, split, device, given, for_launch)
+        source, model_why = choose_model(data, split, device, given)
     if for_launch:
-        source = with_weights(source)
-    tokenizer = _tokenizer(ui, source)
+        source = with_weights(ui, source)
+    tokenizer = tokenizer_of(ui, source)
     profile = profile_data(data, split, tokenizer)
     ranking = choose_plan(source.spec, profile, device, given)
     if ranking.best is None:
@@ -153,29 +158,36 @@ def _chosen_device(machine: Machine | None) -> Device:
     return machine.best_device
 
 
-def _tokenizer(ui: Ui, source: ModelSource) -> RowTokenizer | None:
+def tokenizer_of(ui: Ui, source: ModelSource) -> RowTokenizer | None:
     """The model's own tokenizer where its files are here; None (and a word) otherwise."""
-    if source.folder is None or importlib.util.find_spec("transformers") is None:
+    folder = source.folder or (cached_folder(source.hub_id) if source.hub_id else None)
+    if folder is None or importlib.util.find_spec("transformers") is None:
         ui.say("no tokenizer at hand: token lengths are estimated from characters")
         return None
     ui.say("reading the rows with the model's tokenizer ...")
     try:
-        return load_tokenizer(source.folder)
+        return load_tokenizer(folder)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"the tokenizer of `{source.folder}` cannot be loaded: {first_line}",
+            f"the tokenizer of `{folder}` cannot be loaded: {first_line}",
             "the folder needs a tokenizer.json beside its config.json",
         ) from error
 
 
+def default_source() -> ModelSource:
+    """The embedded default model, with its folder if it has been fetched before."""
+    entry = model_catalog()[default_model.NAME]
+    converted = default_model.cache_folder() / default_model.NAME
+    folder = converted if has_weights(converted) else cached_folder(entry.hub_id)
+    return ModelSource(spec=entry.spec, origin="default", hub_id=entry.hub_id, folder=folder)
+
+
 def choose_model(
-    ui: Ui,
     data: DataFile,
     split: Split,
     device: Device,
     given: Mapping[str, Any],
-    for_launch: bool,
 ) -> tuple[ModelSource, str]:
     """The base model when none is named, and why.
 
@@ -189,25 +201,7 @@ def choose_model(
         if found is not None:
             return found
         fallback = "the embedded default: no larger model of the catalog is in reach or fits"
-    if not for_launch:
-        entry = model_catalog()[default_model.NAME]
-        converted = default_model.cache_folder() / default_model.NAME
-        folder = converted if has_weights(converted) else cached_folder(entry.hub_id)
-        return (
-            ModelSource(spec=entry.spec, origin="default", hub_id=entry.hub_id, folder=folder),
-            fallback,
-        )
-    require_training()
-    folder = default_model.find_default_model(ui.say)
-    found_source = source_from_folder(folder)
-    return (
-        ModelSource(
-            spec=model_catalog()[default_model.NAME].spec,
-            origin="default",
-            folder=found_source.folder,
-        ),
-        fallback,
-    )
+    return default_source(), fallback
 
 
 def _hub_is_out_of_reach() -> bool:
@@ -237,7 +231,7 @@ def _largest_trainable(
     return None
 
 
-def with_weights(source: ModelSource) -> ModelSource:
+def with_weights(ui: Ui, source: ModelSource) -> ModelSource:
     """The source with a folder whose weights and tokenizer are on this machine.
 
     Raises InputError for a bare size, and when the Hub is needed but out of reach.
@@ -257,14 +251,14 @@ def with_weights(source: ModelSource) -> ModelSource:
         )
     folder = cached_folder(source.hub_id)
     if folder is None or not has_weights(folder):
-        folder = _fetch(source.hub_id)
+        folder = _fetch(ui, source.hub_id)
     return ModelSource(spec=source.spec, origin=source.origin, hub_id=source.hub_id, folder=folder)
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(ui: Ui, hub_id: str) -> Path:
     """Weights and tokenizer of a Hub model; safetensors only, no code."""
     if hub_id == default_model.HUB_ID:
-        return default_model.find_default_model(lambda message: None)
+        return default_model.find_default_model(ui.say)
     if _hub_is_out_of_reach():
         raise InputError(
             f"the weights of `{hub_id}` are not on this machine, and the Hub is out of reach",
@@ -273,6 +267,7 @@ def _fetch(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    ui.say(f"fetching {hub_id} from the Hub ...")
     patterns = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))

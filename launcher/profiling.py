@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ftplan.launcher.data_reader import DataFile, Row
 from ftplan.launcher.tokens import RowTokenizer
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
-from ftplan.planner.policy import EVAL_SHARE
+from ftplan.planner.policy import EVAL_SHARE, data_advice
 
 # Characters a token, where no tokenizer is at hand: about 4 in English text (GPT-2's byte-pair
 # encoding and its successors); the template adds a few tokens a message.
@@ -51,11 +53,11 @@ def split_rows(rows: Sequence[Row], share: float = EVAL_SHARE, seed: int = SPLIT
     while keys and len(held_out) < wanted and len(keys) > 1:
         held_out += groups.pop(keys.pop())
     train = [row for key in groups for row in groups[key]]
-    in_file_order = {"key": lambda row: row.line}
-    return Split(
-        train=tuple(sorted(train, **in_file_order)),
-        held_out=tuple(sorted(held_out, **in_file_order)),
-    )
+    return Split(train=_in_file_order(train), held_out=_in_file_order(held_out))
+
+
+def _in_file_order(rows: Sequence[Row]) -> tuple[Row, ...]:
+    return tuple(sorted(rows, key=lambda row: row.line))
 
 
 def make_split(data: DataFile, eval_data: DataFile | None) -> Split:
@@ -90,6 +92,32 @@ def profile_data(
         problems=data.problems,
         warnings=_warnings(data),
     )
+
+
+def profile_to_dict(profile: DataProfile, max_position_embeddings: int) -> dict[str, Any]:
+    """The object of `data --json` and of a run's data_profile.json."""
+    advice = data_advice(profile.num_train_rows, profile.longest, max_position_embeddings)
+    max_length = advice["max_length"].value
+    return {
+        "schema": 1,
+        "path": profile.path,
+        "sha256": profile.sha256,
+        "format": profile.format,
+        "objective": profile.objective,
+        "num_rows": profile.num_rows,
+        "num_usable_rows": profile.num_usable_rows,
+        "num_train_rows": profile.num_train_rows,
+        "num_eval_rows": profile.num_eval_rows,
+        "problems": [dataclasses.asdict(problem) for problem in profile.problems],
+        "token_lengths": profile.summary(),
+        "max_length": max_length,
+        "truncated_rows": profile.cut_rows(max_length),
+        "duplicates": profile.duplicates,
+        "advice": [
+            {"setting": setting, "value": item.value, "why": item.why}
+            for setting, item in advice.items()
+        ],
+    }
 
 
 def estimated_tokens(row: Row) -> int:

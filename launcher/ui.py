@@ -51,6 +51,14 @@ class Ui:
         """A message beside the data."""
         self.err.print(Text(message, style="dim"))
 
+    def confirm(self, question: str) -> bool:
+        """Ask on the terminal; the empty answer means yes, the end of input no."""
+        try:
+            answer = self.err.input(Text.assemble((question, "bold"), " [Y/n] "))
+        except EOFError:
+            return False
+        return answer.strip().lower() in ("", "y", "yes")
+
     def warn(self, message: str) -> None:
         self.err.print(Text.assemble(("warning: ", "yellow"), message))
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +14,7 @@ from rich.text import Text
 from ftplan.launcher.ui import bar, table
 from ftplan.planner import rule_of_thumb
 from ftplan.planner.memory import COMPONENTS, MemoryEstimate
+from ftplan.planner.search import optimizer_steps
 from ftplan.planner.units import (
     format_bytes,
     format_count,
@@ -23,6 +23,7 @@ from ftplan.planner.units import (
 )
 
 if TYPE_CHECKING:
+    from ftplan.launcher.planning import Planned
     from ftplan.planner.data_profile import DataProfile
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.plan import ReasonedPlan
@@ -90,6 +91,12 @@ def data_table(profile: DataProfile, template: str) -> Table:
     return table("Data", ("", "what was found"), rows)
 
 
+def advice_table(advice: Iterable[Mapping[str, Any]]) -> Table:
+    """What the data alone decides."""
+    rows = [[item["setting"], f"{item['value']:g}", item["why"]] for item in advice]
+    return table("What follows for training", ("setting", ">value", "why"), rows)
+
+
 def memory_table(memory: MemoryEstimate, device: Device | None) -> Group:
     """Components of the peak with a bar each, then the totals."""
     phase = memory.peak_phase
@@ -147,7 +154,7 @@ def rule_table(num_parameters: int, memory: MemoryEstimate) -> Table:
     """The 17.5-bytes rule, part by part, beside what was computed."""
     computed = memory.peak_phase.components
     overhead = memory.device_peak_bytes - memory.allocated_peak_bytes
-    rows = []
+    rows: list[list[RenderableType]] = []
     for part, width in rule_of_thumb.PARTS_BYTES_PER_PARAMETER.items():
         size = sum(computed[name] for name in rule_of_thumb.COMPONENTS_OF_PART[part])
         size += overhead if part == "framework" else 0
@@ -193,9 +200,9 @@ _SHOWN_SETTINGS = (
 )  # fmt: skip
 
 
-def choices_table(reasoned: ReasonedPlan) -> Table:
-    """The chosen settings with a reason each; values that were given are marked."""
-    rows: list[list[RenderableType]] = []
+def choices_table(reasoned: ReasonedPlan, model: tuple[str, str]) -> Table:
+    """The model (name and why) and the settings with a reason each."""
+    rows: list[list[RenderableType]] = [["model", Text(model[0], "bold"), model[1]]]
     adapter = reasoned.plan.resolved_method.adapter
     for name in _SHOWN_SETTINGS:
         value = getattr(reasoned.plan, name)
@@ -254,7 +261,31 @@ def alternatives_table(alternatives: Iterable[Evaluated], steps_of: Mapping[str,
     return table("Would fit too", ("method", ">required", ">time", "trains"), rows)
 
 
-def report(record: Mapping[str, Any], output_lines: Iterable[str]) -> Group:
+def plan_parts(planned: Planned) -> list[RenderableType]:
+    """All that a plan shows, in the order in which it was found out."""
+    chosen, device = planned.chosen, planned.device
+    parts: list[RenderableType] = []
+    if planned.machine is not None:
+        parts += [hardware_table(planned.machine), Text("")]
+    parts += [
+        data_table(planned.profile, planned.template),
+        Text(""),
+        memory_table(chosen.memory, device),
+        Text(""),
+        choices_table(chosen.reasoned, model=(planned.source.spec.name, planned.model_why)),
+        Text(""),
+        time_table(chosen, planned.steps, device),
+    ]
+    if planned.ranking.alternatives:
+        rows = planned.profile.num_train_rows
+        steps = {e.plan.method: optimizer_steps(e.plan, rows) for e in planned.ranking.alternatives}
+        parts += [Text(""), alternatives_table(planned.ranking.alternatives, steps)]
+    if planned.ranking.rejected:
+        parts += [Text(""), rejected_table(planned.ranking.rejected, device)]
+    return parts
+
+
+def report(record: Mapping[str, Any], results: Iterable[tuple[str, str]]) -> Group:
     """Predicted beside measured, held-out loss, a sample answer, what was made."""
     parts: list[RenderableType] = [comparison_table(record), Text("")]
     evaluation = record["evaluation"]
@@ -274,8 +305,8 @@ def report(record: Mapping[str, Any], output_lines: Iterable[str]) -> Group:
         ),
         Text(""),
         sample_view(record["sample"]),
-        Text("Result", "bold"),
-        *(Padding(Text(line), (0, 0, 0, 1)) for line in output_lines),
+        Text(""),
+        table("Result", ("", ""), [[label, text] for label, text in results]),
     ]
     return Group(*parts)
 

@@ -29,6 +29,9 @@ def training_order(
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
+    # In the first group, which leaves no row over: the batch that is not full comes last.
+    longest = max(range(len(order)), key=lambda place: lengths[order[place]])
+    order[0], order[longest] = order[longest], order[0]
     together = _BATCHES_SORTED_TOGETHER * batch_size
     batches: list[list[int]] = []
     for start in range(0, len(order), together):

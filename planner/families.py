@@ -40,9 +40,8 @@ def spec_from_config(config: Config, name: str) -> ModelSpec:
         raise UnknownNameError("architecture", model_type, FAMILIES)
     try:
         return reader(config, name)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        detail = f"no `{error.args[0]}`" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"model `{name}`: config.json is incomplete: {detail}") from error
+    except _FieldError as error:
+        raise InputError(f"model `{name}`: config.json {error}") from None
 
 
 def spec_from_size(num_parameters: int, name: str) -> ModelSpec:
@@ -133,6 +132,25 @@ def _llama_shape(
     )
 
 
+class _FieldError(ValueError):
+    """What is wrong with a field of a config.json, without the model's name."""
+
+
+def _count(config: Config, field: str) -> int:
+    """A field that counts something: a whole number of at least 1."""
+    if field not in config:
+        raise _FieldError(f"is incomplete: no `{field}`")
+    value = config[field]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _FieldError(f"has `{field}`: {value!r}, where a whole number from 1 up is needed")
+    return value
+
+
+def _optional_count(config: Config, field: str, default: int) -> int:
+    """The same for a field that may be missing or null."""
+    return default if config.get(field) is None else _count(config, field)
+
+
 def _dtype(config: Config) -> str:
     dtype = config.get("torch_dtype") or config.get("dtype")
     return resolve_dtype(dtype) if isinstance(dtype, str) else "float32"
@@ -143,9 +161,29 @@ def _architecture(config: Config, default: str) -> str:
     return str(listed[0]) if isinstance(listed, list) and listed else default
 
 
-def _head_dim(config: Config) -> int:
-    given = config.get("head_dim")
-    return int(given or config["hidden_size"] // config["num_attention_heads"])
+def _head_dim(config: Config, class_default: int | None) -> int:
+    """`head_dim`; left out, what the configuration class has, or else the width over the heads."""
+    if class_default is not None and "head_dim" not in config:
+        return class_default
+    hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+    if heads > hidden:
+        raise _FieldError(f"has `num_attention_heads`: {heads}, more than `hidden_size`: {hidden}")
+    return _optional_count(config, "head_dim", hidden // heads)
+
+
+def _key_value_heads(config: Config, class_default: int | None) -> int:
+    """`num_key_value_heads`; left out, what the configuration class has; null: every head."""
+    heads = _count(config, "num_attention_heads")
+    if class_default is not None and "num_key_value_heads" not in config:
+        kv_heads = class_default
+    else:
+        kv_heads = _optional_count(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise _FieldError(
+            f"has `num_key_value_heads`: {kv_heads}, which does not divide the {heads} heads of "
+            "`num_attention_heads`"
+        )
+    return kv_heads
 
 
 def _separate_attention(
@@ -155,11 +193,18 @@ def _separate_attention(
     output_bias: bool,
     output_name: str = "o_proj",
     head_norms: bool = False,
+    default_head_dim: int | None = None,
+    default_key_value_heads: int | None = None,
+    rotary_concatenates: bool = False,
+    softcapped: bool = False,
 ) -> Attention:
-    """Attention with `q_proj`, `k_proj`, `v_proj` and an output projection."""
-    hidden, head_dim = int(config["hidden_size"]), _head_dim(config)
-    heads = int(config["num_attention_heads"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
+    """Attention with `q_proj`, `k_proj`, `v_proj` and an output projection.
+
+    The defaults are those of transformers' configuration class (5.23) for fields left out.
+    """
+    hidden, head_dim = _count(config, "hidden_size"), _head_dim(config, default_head_dim)
+    heads = _count(config, "num_attention_heads")
+    kv_heads = _key_value_heads(config, default_key_value_heads)
     query, key_value = heads * head_dim, kv_heads * head_dim
     return Attention(
         num_heads=heads,
@@ -172,16 +217,13 @@ def _separate_attention(
         ),
         output=Linear(name=output_name, in_features=query, out_features=hidden, bias=output_bias),
         num_norm_parameters=2 * head_dim if head_norms else 0,
-        sliding_window=_sliding_window(config),
+        rotary_concatenates=rotary_concatenates,
+        softcapped=softcapped,
     )
 
 
-def _sliding_window(config: Config) -> int | None:
-    window = config.get("sliding_window")
-    return int(window) if window and config.get("use_sliding_window", True) else None
-
-
-def _gated(hidden: int, intermediate: int, bias: bool = False) -> FeedForward:
+def _gated(config: Config, bias: bool = False) -> FeedForward:
+    hidden, intermediate = _count(config, "hidden_size"), _count(config, "intermediate_size")
     return FeedForward(
         intermediate_size=intermediate,
         gated=True,
@@ -193,17 +235,16 @@ def _gated(hidden: int, intermediate: int, bias: bool = False) -> FeedForward:
     )
 
 
-def _mixture(
-    hidden: int, intermediate: int, num_experts: int, num_experts_per_token: int
-) -> FeedForward:
+def _mixture(config: Config, intermediate_field: str, experts_field: str) -> FeedForward:
     """Stacked gated experts (`gate_up_proj`, `down_proj` parameters) behind a linear router."""
+    hidden, intermediate = _count(config, "hidden_size"), _count(config, intermediate_field)
     return FeedForward(
         intermediate_size=intermediate,
         gated=True,
         inputs=(Linear(name="gate_up_proj", in_features=hidden, out_features=2 * intermediate),),
         output=Linear(name="down_proj", in_features=intermediate, out_features=hidden),
-        num_experts=num_experts,
-        num_experts_per_token=num_experts_per_token,
+        num_experts=_count(config, experts_field),
+        num_experts_per_token=_count(config, "num_experts_per_tok"),
     )
 
 
@@ -226,7 +267,10 @@ def _decoder(
     tied_by_default: bool = False,
     norms_per_layer: int = 2,
     norm_has_bias: bool = False,
+    norm_scales_in_float32: bool = False,
     lm_head_bias: bool = False,
+    supports_sdpa: bool = True,
+    final_logit_softcapping: bool = False,
     approximate: str | None = None,
 ) -> ModelSpec:
     """The fields that most families share under the same names."""
@@ -234,17 +278,19 @@ def _decoder(
         name=name,
         architecture=_architecture(config, architecture),
         model_type=str(config["model_type"]),
-        hidden_size=int(config["hidden_size"]),
-        num_hidden_layers=int(config["num_hidden_layers"]),
-        vocab_size=int(config["vocab_size"]),
-        max_position_embeddings=int(config["max_position_embeddings"]),
+        hidden_size=_count(config, "hidden_size"),
+        num_hidden_layers=_count(config, "num_hidden_layers"),
+        vocab_size=_count(config, "vocab_size"),
+        max_position_embeddings=_count(config, "max_position_embeddings"),
         attention=attention,
         feed_forward=feed_forward,
         norms_per_layer=norms_per_layer,
         norm_has_bias=norm_has_bias,
+        norm_scales_in_float32=norm_scales_in_float32,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", tied_by_default)),
         lm_head_bias=lm_head_bias,
-        final_logit_softcapping=bool(config.get("final_logit_softcapping")),
+        supports_sdpa=supports_sdpa,
+        final_logit_softcapping=final_logit_softcapping,
         native_dtype=_dtype(config),
         approximate=approximate,
     )
@@ -253,30 +299,39 @@ def _decoder(
 def _llama(config: Config, name: str, approximate: str | None = None) -> ModelSpec:
     bias = bool(config.get("attention_bias", False))
     attention = _separate_attention(config, input_bias=bias, output_bias=bias)
-    feed_forward = _gated(
-        config["hidden_size"], config["intermediate_size"], bool(config.get("mlp_bias", False))
-    )
+    feed_forward = _gated(config, bool(config.get("mlp_bias", False)))
     return _decoder(
         config, name, "LlamaForCausalLM", attention, feed_forward, approximate=approximate
     )
 
 
 def _mistral(config: Config, name: str) -> ModelSpec:
-    attention = _separate_attention(config, input_bias=False, output_bias=False)
-    feed_forward = _gated(config["hidden_size"], config["intermediate_size"])
+    attention = _separate_attention(
+        config, input_bias=False, output_bias=False, default_key_value_heads=8
+    )
+    feed_forward = _gated(config)
     return _decoder(config, name, "MistralForCausalLM", attention, feed_forward)
 
 
 def _qwen2(config: Config, name: str) -> ModelSpec:
-    attention = _separate_attention(config, input_bias=True, output_bias=False)
-    feed_forward = _gated(config["hidden_size"], config["intermediate_size"])
+    attention = _separate_attention(
+        config, input_bias=True, output_bias=False, default_key_value_heads=32
+    )
+    feed_forward = _gated(config)
     return _decoder(config, name, "Qwen2ForCausalLM", attention, feed_forward)
 
 
 def _qwen3(config: Config, name: str) -> ModelSpec:
     bias = bool(config.get("attention_bias", False))
-    attention = _separate_attention(config, input_bias=bias, output_bias=bias, head_norms=True)
-    feed_forward = _gated(config["hidden_size"], config["intermediate_size"])
+    attention = _separate_attention(
+        config,
+        input_bias=bias,
+        output_bias=bias,
+        head_norms=True,
+        default_head_dim=128,
+        default_key_value_heads=32,
+    )
+    feed_forward = _gated(config)
     return _decoder(config, name, "Qwen3ForCausalLM", attention, feed_forward)
 
 
@@ -284,31 +339,36 @@ def _qwen3_moe(config: Config, name: str) -> ModelSpec:
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         raise InputError(f"model `{name}`: dense layers among the expert layers are not modelled")
     bias = bool(config.get("attention_bias", False))
-    attention = _separate_attention(config, input_bias=bias, output_bias=bias, head_norms=True)
-    experts = _mixture(
-        config["hidden_size"],
-        config["moe_intermediate_size"],
-        config["num_experts"],
-        config["num_experts_per_tok"],
+    attention = _separate_attention(
+        config,
+        input_bias=bias,
+        output_bias=bias,
+        head_norms=True,
+        default_key_value_heads=4,
     )
+    experts = _mixture(config, "moe_intermediate_size", "num_experts")
     return _decoder(config, name, "Qwen3MoeForCausalLM", attention, experts)
 
 
 def _mixtral(config: Config, name: str) -> ModelSpec:
-    attention = _separate_attention(config, input_bias=False, output_bias=False)
-    experts = _mixture(
-        config["hidden_size"],
-        config["intermediate_size"],
-        config["num_local_experts"],
-        config["num_experts_per_tok"],
+    attention = _separate_attention(
+        config, input_bias=False, output_bias=False, default_key_value_heads=8
     )
+    experts = _mixture(config, "intermediate_size", "num_local_experts")
     return _decoder(config, name, "MixtralForCausalLM", attention, experts)
 
 
 def _gemma2(config: Config, name: str) -> ModelSpec:
     bias = bool(config.get("attention_bias", False))
-    attention = _separate_attention(config, input_bias=bias, output_bias=bias)
-    feed_forward = _gated(config["hidden_size"], config["intermediate_size"])
+    attention = _separate_attention(
+        config,
+        input_bias=bias,
+        output_bias=bias,
+        default_head_dim=256,
+        default_key_value_heads=4,
+        softcapped=config.get("attn_logit_softcapping", 50.0) is not None,
+    )
+    feed_forward = _gated(config)
     return _decoder(
         config,
         name,
@@ -317,13 +377,16 @@ def _gemma2(config: Config, name: str) -> ModelSpec:
         feed_forward,
         tied_by_default=True,
         norms_per_layer=4,
+        norm_scales_in_float32=True,
+        supports_sdpa=False,
+        final_logit_softcapping=config.get("final_logit_softcapping", 30.0) is not None,
     )
 
 
 def _phi3(config: Config, name: str) -> ModelSpec:
-    hidden, intermediate = int(config["hidden_size"]), int(config["intermediate_size"])
-    heads, head_dim = int(config["num_attention_heads"]), _head_dim(config)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
+    hidden, intermediate = _count(config, "hidden_size"), _count(config, "intermediate_size")
+    heads, head_dim = _count(config, "num_attention_heads"), _head_dim(config, None)
+    kv_heads = _key_value_heads(config, None)
     fused_width = (heads + 2 * kv_heads) * head_dim
     attention = Attention(
         num_heads=heads,
@@ -331,7 +394,7 @@ def _phi3(config: Config, name: str) -> ModelSpec:
         head_dim=head_dim,
         inputs=(Linear(name="qkv_proj", in_features=hidden, out_features=fused_width),),
         output=Linear(name="o_proj", in_features=heads * head_dim, out_features=hidden),
-        sliding_window=_sliding_window(config),
+        rotary_concatenates=True,
     )
     feed_forward = FeedForward(
         intermediate_size=intermediate,
@@ -345,8 +408,16 @@ def _phi3(config: Config, name: str) -> ModelSpec:
 def _phi(config: Config, name: str) -> ModelSpec:
     if config.get("qk_layernorm"):
         raise InputError(f"model `{name}`: `qk_layernorm` is not modelled for phi")
-    attention = _separate_attention(config, input_bias=True, output_bias=True, output_name="dense")
-    feed_forward = _dense(config["hidden_size"], config["intermediate_size"], ("fc1", "fc2"))
+    attention = _separate_attention(
+        config,
+        input_bias=True,
+        output_bias=True,
+        output_name="dense",
+        rotary_concatenates=True,
+    )
+    feed_forward = _dense(
+        _count(config, "hidden_size"), _count(config, "intermediate_size"), ("fc1", "fc2")
+    )
     return _decoder(
         config,
         name,
@@ -360,8 +431,9 @@ def _phi(config: Config, name: str) -> ModelSpec:
 
 
 def _gpt2(config: Config, name: str) -> ModelSpec:
-    hidden, heads = int(config["n_embd"]), int(config["n_head"])
-    positions = int(config["n_positions"])
+    hidden, heads = _count(config, "n_embd"), _count(config, "n_head")
+    positions = _count(config, "n_positions")
+    intermediate = _optional_count(config, "n_inner", 4 * hidden)
     attention = Attention(
         num_heads=heads,
         num_key_value_heads=heads,
@@ -375,11 +447,11 @@ def _gpt2(config: Config, name: str) -> ModelSpec:
         architecture=_architecture(config, "GPT2LMHeadModel"),
         model_type="gpt2",
         hidden_size=hidden,
-        num_hidden_layers=int(config["n_layer"]),
-        vocab_size=int(config["vocab_size"]),
+        num_hidden_layers=_count(config, "n_layer"),
+        vocab_size=_count(config, "vocab_size"),
         max_position_embeddings=positions,
         attention=attention,
-        feed_forward=_dense(hidden, int(config.get("n_inner") or 4 * hidden), ("c_fc", "c_proj")),
+        feed_forward=_dense(hidden, intermediate, ("c_fc", "c_proj")),
         norm_has_bias=True,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
         learned_positions=positions,

@@ -22,6 +22,7 @@ from ftplan.planner.layers import (
     LayerTotals,
     adapter_weight_bytes,
     decoder_layer,
+    trained_widths,
 )
 from ftplan.planner.methods import Trained
 from ftplan.planner.model_spec import ModelSpec
@@ -191,10 +192,9 @@ def host_loading_bytes(model: ModelSpec, plan: TrainingPlan) -> int:
 
 def disk_bytes(plan: TrainingPlan, trained: Trained) -> int:
     """Checkpoints (trained weights and optimizer states) and the final trained weights."""
-    parameters = trained.num_trainable_parameters
-    width = adapter_weight_bytes(plan) if trained.added_parameters else plan.weight_bytes
-    weights = parameters * width
-    states = plan.optimizer.state_bytes(parameters, width)
+    widths = trained_widths(plan, trained)
+    weights = sum(count * width for count, width in widths)
+    states = sum(plan.optimizer.state_bytes(count, width) for count, width in widths)
     return CHECKPOINTS_KEPT * (weights + states) + weights
 
 
@@ -211,9 +211,14 @@ class _Model:
     ) -> None:
         self.model, self.plan, self.trained = model, plan, trained
         self.workload, self.kind = workload, kind
-        self.own = LayerTotals(operations=decoder_layer(model, plan, trained, own_weights=True))
-        self.frozen = LayerTotals(operations=decoder_layer(model, plan, trained, own_weights=False))
+        self.layer = LayerTotals(
+            operations=decoder_layer(
+                model, plan, trained, own_weights=trained.trained_layers > 0, kind=kind
+            )
+        )
         self.adapter_bytes = adapter_weight_bytes(plan)
+        self.trained_widths = trained_widths(plan, trained)
+        self.reached_layers = trained.reached_layers(model)
 
     def phases(self) -> list[Phase]:
         gradients = self.gradient_bytes()
@@ -227,7 +232,7 @@ class _Model:
         loaded = {**resident, "optimizer_states": 0, "communication": 0}
         kept = self.kept_activation_bytes()
         layer_saved, layer_rise = self.layer_backward_bytes()
-        first_layer_kept = kept // self.layers_with_activations()
+        first_layer_kept = kept // self.reached_layers
         return [
             _phase("load", loaded),
             _phase(
@@ -235,15 +240,15 @@ class _Model:
                 resident,
                 gradients=carried,
                 activations=kept,
-                autocast_copies=self.autocast_copy_bytes(),
+                autocast_copies=self.forward_copy_bytes() + self.head_copy_bytes(),
                 logits_and_loss=self.loss_forward_bytes(),
             ),
             _phase(
                 "loss backward",
                 resident,
-                gradients=max(carried, self.head_gradient_bytes()),
+                gradients=carried + self.handed_on_gradient_bytes(),
                 activations=kept,
-                autocast_copies=self.kept_autocast_copy_bytes(),
+                autocast_copies=self.kept_copy_bytes() + self.head_copy_bytes(),
                 logits_and_loss=self.loss_backward_bytes(),
             ),
             _phase(
@@ -251,7 +256,7 @@ class _Model:
                 resident,
                 gradients=max(carried, self.head_gradient_bytes()),
                 activations=kept + layer_saved,
-                autocast_copies=self.kept_autocast_copy_bytes(),
+                autocast_copies=max(self.kept_copy_bytes(), self.layer_copy_bytes()),
                 temporaries=layer_rise + self.dequantized_bytes(),
             ),
             _phase(
@@ -259,7 +264,7 @@ class _Model:
                 resident,
                 gradients=gradients,
                 activations=first_layer_kept + layer_saved,
-                autocast_copies=self.layer_autocast_copy_bytes(),
+                autocast_copies=self.layer_copy_bytes(),
                 temporaries=layer_rise + self.dequantized_bytes(),
             ),
             _phase(
@@ -277,36 +282,21 @@ class _Model:
             _phase("save", resident),
         ]
 
-    def trained_widths(self) -> tuple[tuple[int, int], ...]:
-        """(count, bytes a parameter) of the model's own trained parameters and the adapters'."""
-        return (
-            (self.trained.base_parameters, self.plan.weight_bytes),
-            (self.trained.added_parameters, self.adapter_bytes),
-        )
-
     def gradient_bytes(self) -> int:
         """Eq. (2): one gradient for each trained parameter, in its dtype."""
-        return sum(count * width for count, width in self.trained_widths())
+        return sum(count * width for count, width in self.trained_widths)
 
     def optimizer_state_bytes(self) -> int:
         """Eq. (3)."""
         optimizer = self.plan.optimizer
-        return sum(optimizer.state_bytes(count, width) for count, width in self.trained_widths())
+        return sum(optimizer.state_bytes(count, width) for count, width in self.trained_widths)
 
     def optimizer_step_bytes(self) -> int:
         """Eq. (4)."""
         optimizer = self.plan.optimizer
         return sum(
-            optimizer.step_temporary_bytes(count, width) for count, width in self.trained_widths()
+            optimizer.step_temporary_bytes(count, width) for count, width in self.trained_widths
         )
-
-    def layers_with_activations(self) -> int:
-        """Layers whose activations backward reaches: all, or the trained ones at the end."""
-        own = self.trained.trained_layers
-        return self.model.num_hidden_layers if self.trained.adapted else max(own, 1)
-
-    def layer_totals(self) -> LayerTotals:
-        return self.frozen if self.trained.adapted else self.own
 
     def kept_activation_bytes(self) -> int:
         """Eq. (5): what forward leaves for backward.
@@ -315,38 +305,66 @@ class _Model:
         """
         tokens, length = self.workload.tokens, self.workload.length
         hidden = tokens * self.model.hidden_size * self.plan.weight_bytes
-        layers = self.layers_with_activations()
+        layers = self.reached_layers
         final_norm = tokens * self.model.hidden_size * (FLOAT32_BYTES + self.plan.weight_bytes)
         if self.plan.gradient_checkpointing:
             return layers * hidden + final_norm
-        return layers * self.layer_totals().saved_bytes(tokens, length) + final_norm
+        return layers * self.layer.saved_bytes(tokens, length) + final_norm
 
     def layer_backward_bytes(self) -> tuple[int, int]:
         """Eq. (6): what recomputing a layer saves again, and how far backward rises above it."""
         tokens, length = self.workload.tokens, self.workload.length
-        totals = self.layer_totals()
-        again = totals.saved_bytes(tokens, length) if self.plan.gradient_checkpointing else 0
+        again = self.layer.saved_bytes(tokens, length) if self.plan.gradient_checkpointing else 0
         residual_gradient = tokens * self.model.hidden_size * self.plan.weight_bytes
-        return again, totals.backward_temporary_bytes(tokens, length) + residual_gradient
+        return again, self.layer.backward_temporary_bytes(tokens, length) + residual_gradient
 
-    def _cast_weights(self, layers: int) -> int:
-        """Bytes of autocast's copies of the trained matrices of so many layers."""
-        if not self.plan.autocast or self.plan.compute_bytes == self.plan.weight_bytes:
+    def weight_copy_bytes(self) -> int:
+        """Autocast's copies of one layer's own matrices; stacked experts are not cast."""
+        if not self.plan.casts_weights or self.plan.quantization != "none":
             return 0
-        return layers * self.model.layer_matrix_parameters * self.plan.compute_bytes
+        cast = sum(m.num_parameters for m in self.model.layer_linears)
+        return (cast + self.model.router_parameters) * self.plan.compute_bytes
 
-    def autocast_copy_bytes(self) -> int:
-        """Eq. (7): autocast keeps its copies of trained weights until forward ends."""
-        return self._cast_weights(self.trained.trained_layers)
+    def adapter_copy_bytes(self) -> int:
+        """Autocast's copies of one layer's adapters."""
+        if not self.plan.autocast or self.plan.compute_bytes == self.adapter_bytes:
+            return 0
+        per_layer = self.trained.added_parameters // self.model.num_hidden_layers
+        return per_layer * self.plan.compute_bytes
 
-    def kept_autocast_copy_bytes(self) -> int:
-        """Copies that backward still needs: all of them unless layers are recomputed."""
+    def layer_copy_bytes(self) -> int:
+        """Eq. (7): 16-bit copies that a layer's backward needs.
+
+        Each product keeps the copy of its weight for its input's gradient, frozen or not.
+        """
+        return self.weight_copy_bytes() + self.adapter_copy_bytes()
+
+    def forward_copy_bytes(self) -> int:
+        """Copies alive at the end of the layers' forward.
+
+        Autocast's cache holds those of trained weights until forward ends (at::autocast,
+        cached_cast: leaves that require a gradient). Those of frozen weights live as long as the
+        products that keep them: with checkpointing until the layer is computed again.
+        """
+        if not self.plan.gradient_checkpointing:
+            return self.reached_layers * self.layer_copy_bytes()
+        adapters = self.reached_layers * self.adapter_copy_bytes()
+        return self.trained.trained_layers * self.weight_copy_bytes() + adapters
+
+    def kept_copy_bytes(self) -> int:
+        """Copies that wait for backward: all layers', or none where they are computed again."""
         if self.plan.gradient_checkpointing:
-            return self.layer_autocast_copy_bytes()
-        return self.autocast_copy_bytes()
+            return 0
+        return self.reached_layers * self.layer_copy_bytes()
 
-    def layer_autocast_copy_bytes(self) -> int:
-        return self._cast_weights(min(1, self.trained.trained_layers))
+    def head_copy_bytes(self) -> int:
+        """The output projection's 16-bit copy; TRL's fused loss casts a tile's rows at a time."""
+        if not self.plan.casts_weights:
+            return 0
+        entries = self.model.vocab_size
+        if self.plan.loss == "trl-fused":
+            entries = min(entries, _FUSED_VOCABULARY)
+        return entries * self.model.hidden_size * self.plan.compute_bytes
 
     def dequantized_bytes(self) -> int:
         """Eq. (8): a quantized matrix is expanded for its product, the largest at a time."""
@@ -355,19 +373,26 @@ class _Model:
         return max(m.num_weights for m in self.model.layer_linears) * self.plan.compute_bytes
 
     def head_gradient_bytes(self) -> int:
-        """Gradient of the output projection, which exists from the start of backward."""
+        """Gradient of the output projection, which exists from the end of the loss's backward."""
         if not self.trained.trains_lm_head:
             return 0
         return self.model.embedding_parameters * self.plan.weight_bytes
 
+    def handed_on_gradient_bytes(self) -> int:
+        """The head's 16-bit gradient beside the fp32 sum that TRL's fused loss made of it."""
+        if self.plan.loss != "trl-fused" or self.plan.weight_bytes == FLOAT32_BYTES:
+            return 0
+        return self.head_gradient_bytes()
+
     def loss_forward_bytes(self) -> int:
         """Eq. (9): logits, their fp32 copy and log-softmax; or a fused kernel's tile."""
-        if self.plan.loss != "stock":
-            return self._fused_tile_bytes(backward=False)
-        entries = self.workload.tokens * self.model.vocab_size
+        if self.plan.loss == "liger":
+            return self._liger_bytes()
+        if self.plan.loss == "trl-fused":
+            return self._tile_bytes(5 * FLOAT32_BYTES)
         compute = self.plan.compute_bytes
         copy = FLOAT32_BYTES if compute != FLOAT32_BYTES else 0
-        return entries * (compute + copy + FLOAT32_BYTES)
+        return self._logit_entries() * (compute + copy + FLOAT32_BYTES + self._softcap_bytes())
 
     def loss_backward_bytes(self) -> int:
         """Eq. (10): logits, log-softmax, and the gradients of both sides of the log-softmax.
@@ -375,31 +400,50 @@ class _Model:
         14 bytes an entry in 16 bits; a difference of 14.8 was measured for Mistral-7B LoRA at
         4 x 4096 on an A100 (fms-acceleration), temporaries included.
         """
-        if self.plan.loss != "stock":
-            return self._fused_tile_bytes(backward=True)
-        entries = self.workload.tokens * self.model.vocab_size
-        return entries * (self.plan.compute_bytes + 3 * FLOAT32_BYTES)
-
-    def _fused_tile_bytes(self, *, backward: bool) -> int:
-        """Eq. (11): one tile of logits, and gradients of the hidden states and the head."""
-        tokens, model, compute = self.workload.tokens, self.model, self.plan.compute_bytes
-        hidden_gradient = tokens * model.hidden_size * FLOAT32_BYTES if backward else 0
-        head_gradient = (
-            model.embedding_parameters * FLOAT32_BYTES
-            if backward and self.trained.trains_lm_head
-            else 0
-        )
         if self.plan.loss == "liger":
-            # Chunks of tokens so that a chunk's logits take about the hidden states' size
-            # (liger_kernel.ops.fused_linear_cross_entropy).
-            chunks = max(1, -(-model.vocab_size // model.hidden_size))
-            tile = -(-tokens // chunks) * model.vocab_size * compute
-            return tile + hidden_gradient // 2 + head_gradient
-        entries = min(tokens, _FUSED_TOKENS) * min(model.vocab_size, _FUSED_VOCABULARY)
-        if self.kind == "cpu":
-            per_entry = _FUSED_TORCH_BYTES if backward else 5 * FLOAT32_BYTES
-            return entries * per_entry + hidden_gradient + head_gradient
-        return entries * compute + hidden_gradient + head_gradient
+            return self._liger_bytes()
+        if self.plan.loss == "trl-fused":
+            return self._tile_bytes(_FUSED_TORCH_BYTES) + self._fused_gradient_bytes()
+        per_entry = self.plan.compute_bytes + 3 * FLOAT32_BYTES + self._softcap_bytes()
+        return self._logit_entries() * per_entry
+
+    def _logit_entries(self) -> int:
+        return self.workload.tokens * self.model.vocab_size
+
+    def _softcap_bytes(self) -> int:
+        """The tanh of a capped logit, kept for backward."""
+        return self.plan.compute_bytes if self.model.final_logit_softcapping else 0
+
+    def _tile_bytes(self, torch_bytes_per_entry: int) -> int:
+        """Eq. (11): one tile of logits; where torch folds it, its fp32 intermediates instead."""
+        tokens = min(self.workload.tokens, _FUSED_TOKENS)
+        entries = tokens * min(self.model.vocab_size, _FUSED_VOCABULARY)
+        return entries * (torch_bytes_per_entry if self.kind == "cpu" else self.plan.compute_bytes)
+
+    def _fused_gradient_bytes(self) -> int:
+        """Gradients of the hidden states and the head, added up in fp32; the former handed on in
+        the weights' dtype (trl.kernels.chunked_logprob, `ChunkedLogProbFunction.backward`)."""
+        handed_on = 0 if self.plan.weight_bytes == FLOAT32_BYTES else self.plan.weight_bytes
+        hidden = self.workload.tokens * self.model.hidden_size * (FLOAT32_BYTES + handed_on)
+        head = self.model.embedding_parameters if self.trained.trains_lm_head else 0
+        return hidden + head * FLOAT32_BYTES
+
+    def _liger_bytes(self) -> int:
+        """A chunk of logits, and both gradients, which Liger computes in forward already.
+
+        Chunks of tokens so that a chunk's logits take about the hidden states' size
+        (liger_kernel.ops.fused_linear_cross_entropy).
+        """
+        tokens, model = self.workload.tokens, self.model
+        chunks = -(-model.vocab_size // model.hidden_size)
+        chunk = min(tokens, _next_power_of_2(-(-tokens // chunks)))
+        hidden_gradient = tokens * model.hidden_size * self.plan.weight_bytes
+        logits = chunk * model.vocab_size * self.plan.compute_bytes
+        return logits + hidden_gradient + self.head_gradient_bytes()
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _phase(name: str, resident: Mapping[str, int], **parts: int) -> Phase:

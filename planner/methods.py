@@ -36,6 +36,10 @@ class Trained:
     def num_trainable_parameters(self) -> int:
         return self.base_parameters + self.added_parameters
 
+    def reached_layers(self, model: ModelSpec) -> int:
+        """Layers that backward goes through: all with adapters, else the trained ones."""
+        return model.num_hidden_layers if self.adapted else self.trained_layers
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodSettings:
@@ -50,8 +54,8 @@ class MethodSettings:
 class Method:
     """A way to fine-tune.
 
-    `quantized_base`: the frozen base is held in 4 or 8 bits unless said otherwise.
-    `master_weights`: the trained weights are held in fp32 unless said otherwise.
+    `adapter`: small matrices are trained beside a frozen base.
+    `quantized_base`: that base is held in 4 or 8 bits.
     """
 
     name: str
@@ -103,11 +107,29 @@ def _lora(model: ModelSpec, settings: MethodSettings) -> Trained:
     )
 
 
+def check_target_modules(target_modules: Sequence[str]) -> None:
+    """Raises InputError for a list that no model can have."""
+    if not target_modules:
+        raise InputError(
+            "`--target-modules` names no module",
+            f"name some, such as `q_proj,v_proj`, or write `{ALL_LINEAR}`",
+        )
+    if ALL_LINEAR in target_modules and len(target_modules) > 1:
+        others = ", ".join(f"`{name}`" for name in target_modules if name != ALL_LINEAR)
+        raise InputError(
+            f"`{ALL_LINEAR}` already means every linear module: it stands alone",
+            f"leave out {others or 'the second one'}, or leave out `{ALL_LINEAR}`",
+        )
+
+
 def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[Linear, ...]:
     """The linear modules of one layer that `target_modules` names; `all-linear` means all.
 
-    Raises UnknownNameError for a name that no module of this model has.
+    A name takes every module of that name, as PEFT's match by suffix does (GPT-2 has a `c_proj`
+    in attention and one in the feed-forward). Raises UnknownNameError for a name that no module
+    of this model has.
     """
+    check_target_modules(target_modules)
     linears = model.layer_linears
     if tuple(target_modules) == (ALL_LINEAR,):
         return linears
@@ -116,6 +138,15 @@ def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[L
         if name not in known:
             raise UnknownNameError("target module", name, {*known, ALL_LINEAR})
     return tuple(m for m in linears if m.name in target_modules)
+
+
+def target_names(model: ModelSpec, target_modules: Sequence[str]) -> tuple[str, ...]:
+    """The module names that PEFT is given, each once: `all-linear` spelled out.
+
+    PEFT's own `all-linear` (0.21) also takes routers and stacked experts, which the counts here
+    leave out; so training is given names.
+    """
+    return tuple(dict.fromkeys(m.name for m in targeted_linears(model, target_modules)))
 
 
 METHODS: dict[str, Method] = {

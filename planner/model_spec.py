@@ -48,7 +48,16 @@ class Attention:
     output: Linear
     num_norm_parameters: int = 0
     rotary: bool = True
-    sliding_window: int | None = None
+    rotary_concatenates: bool = False
+    """Rotation writes query and key anew head by head (Phi), so that attention's result must be
+    copied into token order before its projection."""
+    softcapped: bool = False
+    """Scores pass through a tanh before the softmax (Gemma 2)."""
+
+    @property
+    def is_fused(self) -> bool:
+        """Query, key and value are views of one product's result."""
+        return len(self.inputs) == 1
 
     @property
     def query_width(self) -> int:
@@ -113,10 +122,15 @@ class ModelSpec:
     feed_forward: FeedForward
     norms_per_layer: int = 2
     norm_has_bias: bool = False
+    norm_scales_in_float32: bool = False
+    """The norm's scale multiplies the fp32 value, not its 16-bit copy (Gemma 2)."""
     tie_word_embeddings: bool = False
     lm_head_bias: bool = False
     learned_positions: int = 0
+    supports_sdpa: bool = True
+    """transformers has torch's own attention kernel for this architecture."""
     final_logit_softcapping: bool = False
+    """Logits pass through a tanh (Gemma 2)."""
     native_dtype: str = "bfloat16"
     approximate: str | None = None
     """Why the shape is a stand-in (a bare size was given); None for a real model."""

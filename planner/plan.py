@@ -7,12 +7,20 @@ all follow from the fields of TrainingPlan, so a new setting is one field here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.methods import ALL_LINEAR, METHODS, Method, MethodSettings, resolve_method
+from ftplan.planner.methods import (
+    ALL_LINEAR,
+    METHODS,
+    Method,
+    MethodSettings,
+    check_target_modules,
+    resolve_method,
+)
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
 
@@ -85,17 +93,7 @@ class TrainingPlan:
     def __post_init__(self) -> None:
         for name in SETTING_NAMES:
             check_setting(name, getattr(self, name))
-        if self.quantization != "none" and not resolve_method(self.method).adapter:
-            raise InputError(
-                f"method `{self.method}` cannot train a base quantized to {self.quantization}",
-                "quantized weights cannot be trained themselves: use `--method qlora`, "
-                "or `--quantization none`",
-            )
-        if self.method == "qlora" and self.quantization == "none":
-            raise InputError(
-                "method `qlora` needs a quantized base",
-                "use `--quantization nf4`, or `--method lora`",
-            )
+        _check_method(self)
 
     @property
     def resolved_method(self) -> Method:
@@ -129,6 +127,11 @@ class TrainingPlan:
         return self.mixed_precision != "no"
 
     @property
+    def casts_weights(self) -> bool:
+        """Whether autocast turns the loaded weights into another dtype for each product."""
+        return self.autocast and AUTOCAST_DTYPE[self.mixed_precision] != self.dtype
+
+    @property
     def effective_batch_size(self) -> int:
         """Rows an optimizer step sees, over all GPUs."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_gpus
@@ -154,7 +157,11 @@ _POSITIVE_SETTINGS = (
 )
 _SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay")
 
+# NumPy's generator, which transformers seeds too, takes no other.
+_SEEDS = range(2**32)
+
 SETTING_NAMES: tuple[str, ...] = tuple(item.name for item in dataclasses.fields(TrainingPlan))
+_DEFAULTS: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(TrainingPlan)}
 
 
 def check_setting(name: str, value: Any) -> None:
@@ -162,10 +169,36 @@ def check_setting(name: str, value: Any) -> None:
     choices = TrainingPlan.__dataclass_fields__[name].metadata["choices"]
     if choices is not None and value not in choices:
         raise UnknownNameError(name.replace("_", " "), str(value), choices)
-    if name in _POSITIVE_SETTINGS and value is not None and not value > 0:
-        raise InputError(f"`{flag_name(name)} {value}` must be above 0")
+    if name in _POSITIVE_SETTINGS and value is not None and not 0 < value < math.inf:
+        raise InputError(f"`{flag_name(name)} {value}` must be a finite number above 0")
     if name in _SHARE_SETTINGS and not 0 <= value < 1:
         raise InputError(f"`{flag_name(name)} {value}` must be at least 0 and below 1")
+    if name == "seed" and value not in _SEEDS:
+        raise InputError(f"`--seed {value}` must be from 0 to {_SEEDS[-1]}")
+    if name == "target_modules":
+        check_target_modules(value)
+
+
+def _check_method(plan: TrainingPlan) -> None:
+    """Raises InputError when the method cannot train weights held as the plan says."""
+    method = resolve_method(plan.method)
+    if plan.quantization != "none" and not method.adapter:
+        raise InputError(
+            f"method `{plan.method}` cannot train a base quantized to {plan.quantization}",
+            "quantized weights cannot be trained themselves: use `--method qlora`, "
+            "or `--quantization none`",
+        )
+    if plan.quantization == "none" and method.quantized_base:
+        raise InputError(
+            f"method `{plan.method}` needs a quantized base",
+            "use `--quantization nf4`, or `--method lora`",
+        )
+    if plan.dtype == "float16" and plan.mixed_precision == "fp16" and not method.adapter:
+        raise InputError(
+            f"method `{plan.method}` cannot train float16 weights under fp16 autocast: "
+            "torch's GradScaler refuses fp16 gradients",
+            "use `--dtype float32`: autocast computes its products in fp16 all the same",
+        )
 
 
 def flag_name(setting: str) -> str:
@@ -210,6 +243,11 @@ class ReasonedPlan:
             entry = settings.get(name)
             if not isinstance(entry, Mapping) or not {"value", "from", "why"} <= set(entry):
                 raise InputError(f"plan setting `{name}` needs `value`, `from` and `why`")
+            if entry["from"] not in get_args(Origin):
+                raise InputError(
+                    f"plan setting `{name}` is from `{entry['from']}`",
+                    "`from` is one of: " + ", ".join(get_args(Origin)),
+                )
             values[name] = _typed(name, entry["value"])
             reasons[name] = Reason(origin=entry["from"], why=str(entry["why"]))
         return ReasonedPlan(plan=TrainingPlan(**values), reasons=reasons)
@@ -221,7 +259,7 @@ def _plain(value: Any) -> Any:
 
 def _typed(name: str, value: Any) -> Any:
     """A value read from a file, as the type of the setting; raises InputError."""
-    default = next(f.default for f in dataclasses.fields(TrainingPlan) if f.name == name)
+    default = _DEFAULTS[name]
     if name == "max_steps":
         expected: tuple[type, ...] = (int, type(None))
     elif isinstance(default, tuple):
@@ -232,7 +270,8 @@ def _typed(name: str, value: Any) -> Any:
         expected = (float, int)
     else:
         expected = (type(default),)
-    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+    fits = isinstance(value, expected) and (bool in expected or not isinstance(value, bool))
+    if not fits:
         raise InputError(f"plan setting `{name}` has a value of the wrong type: {value!r}")
     return float(value) if isinstance(default, float) else value
 
@@ -242,7 +281,7 @@ def parse_setting(name: str, text: str) -> Any:
 
     Raises InputError when the text cannot be read as the setting's type.
     """
-    default = next(f.default for f in dataclasses.fields(TrainingPlan) if f.name == name)
+    default = _DEFAULTS[name]
     try:
         if isinstance(default, bool):
             return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
@@ -253,6 +292,7 @@ def parse_setting(name: str, text: str) -> Any:
         if isinstance(default, int) or name == "max_steps":
             return int(text)
     except (KeyError, ValueError):
-        kind = {bool: "true or false", float: "a number"}.get(type(default), "a whole number")
+        kinds: dict[type, str] = {bool: "true or false", float: "a number"}
+        kind = kinds.get(type(default), "a whole number")
         raise InputError(f"`{flag_name(name)} {text}`: {kind} is expected") from None
     return resolve_dtype(text) if name == "dtype" else text

@@ -22,6 +22,10 @@ CPU_TIME_BUDGET_SECONDS = 150.0
 MODEL_CHOICE_SECONDS = 6 * 3600.0
 
 
+# `max_length` follows the data: the longest row, rounded up to a multiple of this.
+_LENGTH_STEP = 64
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
     """A recommended value and the line of why."""
@@ -40,6 +44,16 @@ def learning_rate(method: Method, model: ModelSpec) -> Advice:
     if model.num_parameters < 1e9:
         return Advice(value=5e-5, why="small models bear more than the 1e-5 to 2e-5 of 7B")
     return Advice(value=2e-5, why="the rate of Llama 2's fine-tuning (section 3.1)")
+
+
+def max_length(longest_row: int, max_position_embeddings: int) -> Advice:
+    """Tokens that a row is cut at: none is cut that the model can take."""
+    if longest_row > max_position_embeddings:
+        why = f"the model's positions; the longest row has {longest_row:,} tokens"
+        return Advice(value=max_position_embeddings, why=why)
+    rounded = -(-longest_row // _LENGTH_STEP) * _LENGTH_STEP
+    why = f"the longest row has {longest_row:,} tokens"
+    return Advice(value=min(rounded, max_position_embeddings), why=why)
 
 
 def num_train_epochs(num_rows: int) -> Advice:
@@ -65,3 +79,13 @@ def lora_rank(num_rows: int) -> Advice:
     if num_rows < 10_000:
         return Advice(value=16, why="under 10,000 rows a low rank holds what they teach")
     return Advice(value=64, why="from 10,000 rows; QLoRA's rank")
+
+
+def data_advice(num_rows: int, longest_row: int, max_position_embeddings: int) -> dict[str, Advice]:
+    """What the data alone decides, by setting."""
+    return {
+        "max_length": max_length(longest_row, max_position_embeddings),
+        "num_train_epochs": num_train_epochs(num_rows),
+        "effective_batch_size": effective_batch_size(num_rows),
+        "lora_rank": lora_rank(num_rows),
+    }

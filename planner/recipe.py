@@ -11,16 +11,19 @@ from typing import Any
 
 from ftplan.planner import policy
 from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.methods import Method, resolve_method
+from ftplan.planner.methods import Method, MethodSettings, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
 
-# max_length follows the data: the longest row, rounded up to a multiple of this.
-LENGTH_STEP = 64
-
 # Rows of a question without data.
 ESTIMATE_LENGTH = 2048
+
+# Layers that `freeze` trains where the model has as many.
+_TRAINED_LAYERS = MethodSettings().num_trainable_layers
+
+_QUANTIZED = "a quantized base was asked for, beside which adapters are trained"
 
 Derived = dict[str, tuple[Any, str]]
 
@@ -44,42 +47,48 @@ def resolve(given: Mapping[str, Any], derived: Mapping[str, tuple[Any, str]]) ->
 def estimate_recipe(
     model: ModelSpec, device: Device | None, given: Mapping[str, Any]
 ) -> ReasonedPlan:
-    """One configuration of `model`, on `device` or on a GPU that computes bf16."""
-    method = resolve_method(str(given.get("method", _method_of(given))))
+    """One configuration of `model`, on `device` or on a GPU that computes bf16.
+
+    Raises InputError when the given settings contradict each other or the model.
+    """
+    _check_attention(model, given)
+    quantized = given.get("quantization", "none") != "none"
+    method = resolve_method(str(given.get("method", "qlora" if quantized else "lora")))
+    why = _QUANTIZED if quantized else "the default method: adapters on all linear layers"
     length = min(ESTIMATE_LENGTH, model.max_position_embeddings)
     derived: Derived = {
-        "method": (method.name, "the default method: adapters on all linear layers"),
+        "method": (method.name, why),
         "max_length": (length, "a usual length; data of your own decides it in `ftplan plan`"),
+        "attn_implementation": _attention(model),
+        "loss": _loss(given),
         "learning_rate": _advised(policy.learning_rate(method, model)),
-        **_method_settings(method, device),
+        **_method_settings(method, model, device),
     }
     return resolve(given, derived)
 
 
-def _method_of(given: Mapping[str, Any]) -> str:
-    return "qlora" if given.get("quantization", "none") != "none" else "lora"
-
-
 def data_recipe(
-    model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any]
+    model: ModelSpec, data: DataProfile, device: Device, method: Method, given: Mapping[str, Any]
 ) -> ReasonedPlan:
-    """All settings of a run on this data but micro-batch and checkpointing."""
+    """All settings of a run of `method` on this data but micro-batch and checkpointing.
+
+    Raises InputError when the given settings contradict each other or the model.
+    """
+    _check_attention(model, given)
     rows = data.num_train_rows
-    method = resolve_method(str(given["method"]))
-    rounded = -(-data.longest // LENGTH_STEP) * LENGTH_STEP
-    length = min(rounded, model.max_position_embeddings)
     rank = policy.lora_rank(rows)
+    length = policy.max_length(data.longest, model.max_position_embeddings)
     derived: Derived = {
-        "method": (method.name, _why_method(method)),
-        "max_length": (length, f"the longest row has {data.longest:,} tokens"),
-        "attn_implementation": ("sdpa", "torch's own kernel, which every device has"),
-        "loss": ("trl-fused", "TRL's loss in tiles: the full logits never exist"),
+        "method": (method.name, _why_method(method, given)),
+        "max_length": _advised(length),
+        "attn_implementation": _attention(model),
+        "loss": _loss(given),
         "lora_rank": _advised(rank),
         "lora_alpha": (2 * rank.value, "twice the rank"),
         "learning_rate": _advised(policy.learning_rate(method, model)),
         "num_train_epochs": _advised(policy.num_train_epochs(rows)),
         "num_gpus": (1, f"one device: {device.name}"),
-        **_method_settings(method, device),
+        **_method_settings(method, model, device),
     }
     if "lora_rank" in given:
         derived["lora_alpha"] = (2 * given["lora_rank"], "twice the rank")
@@ -90,19 +99,49 @@ def _advised(advice: policy.Advice) -> tuple[Any, str]:
     return advice.value, advice.why
 
 
-def _why_method(method: Method) -> str:
+def _why_method(method: Method, given: Mapping[str, Any]) -> str:
+    if given.get("quantization", "none") != "none":
+        return _QUANTIZED
     if method.name == "lora":
         return "adapters on all linear layers match full tuning on data of this size"
     if method.name == "qlora":
-        return "a 16-bit base does not fit with LoRA, a 4-bit one does"
+        return "a 4-bit base takes about a quarter of the memory of LoRA's 16-bit one"
     return method.trains
 
 
-def _method_settings(method: Method, device: Device | None) -> Derived:
-    """Quantization, dtype and autocast by method and by what the device computes."""
+def _loss(given: Mapping[str, Any]) -> tuple[str, str]:
+    if given.get("trainer") == "transformers":
+        return "stock", "transformers' own trainer computes the loss on whole logits"
+    return "trl-fused", "TRL's loss in tiles: the full logits never exist"
+
+
+def _attention(model: ModelSpec) -> tuple[str, str]:
+    if model.supports_sdpa:
+        return "sdpa", "torch's own kernel, which every device has"
+    return "eager", _no_sdpa(model)
+
+
+def _no_sdpa(model: ModelSpec) -> str:
+    return f"transformers has no `sdpa` attention for {model.model_type}"
+
+
+def _check_attention(model: ModelSpec, given: Mapping[str, Any]) -> None:
+    if given.get("attn_implementation") == "sdpa" and not model.supports_sdpa:
+        raise InputError(
+            _no_sdpa(model),
+            "use `--attn-implementation eager`, or flash_attention_2 where it is installed",
+        )
+
+
+def _method_settings(method: Method, model: ModelSpec, device: Device | None) -> Derived:
+    """What the method decides: quantization, trained layers; with the device, the dtypes."""
     derived = _precision(device, method.adapter)
     if method.quantized_base:
         derived["quantization"] = ("nf4", "4-bit NormalFloat, the QLoRA paper's choice")
+    if method.name == "freeze":
+        layers = min(_TRAINED_LAYERS, model.num_hidden_layers)
+        why = f"the last {layers} of {model.num_hidden_layers}; more take more memory and time"
+        derived["num_trainable_layers"] = (layers, why)
     return derived
 
 

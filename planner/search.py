@@ -6,17 +6,18 @@ with a margin for the estimate's own error, is within the device's free memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ftplan.planner import policy
 from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.data_profile import DataProfile
-from ftplan.planner.errors import InputError
+from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
-from ftplan.planner.methods import METHODS
+from ftplan.planner.methods import METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import data_recipe
@@ -31,6 +32,8 @@ MEMORY_MARGIN = 0.05
 # ("LoRA Without Regret", 2025).
 PREFERRED_METHODS = ("lora", "qlora")
 
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
@@ -43,6 +46,11 @@ class Evaluated:
     @property
     def plan(self) -> TrainingPlan:
         return self.reasoned.plan
+
+    @property
+    def seconds_per_row(self) -> float:
+        """What plans are compared by, whatever number of rows a step takes."""
+        return self.step.step_seconds / self.plan.effective_batch_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +70,7 @@ class Ranking:
     alternatives: tuple[Evaluated, ...]
     rejected: tuple[Rejection, ...]
     nearest: Evaluated | None
-    """What misses by least, when nothing fits."""
+    """What misses by least; None when something fits, or nothing was possible at all."""
     num_evaluated: int
 
 
@@ -71,47 +79,61 @@ def choose_plan(
 ) -> Ranking:
     """The best plan for this data on this device, `given` settings kept.
 
-    Deterministic: the same input gives the same ranking.
+    Deterministic: the same input gives the same ranking. Raises InputError when the given
+    settings are impossible with the method asked for, or with the preferred one.
     """
     best: list[Evaluated] = []
     rejected: list[Rejection] = []
-    nearest: Evaluated | None = None
+    missed: list[Evaluated] = []
     num_evaluated = 0
-    for method in _candidate_methods(given):
-        obstacle = _obstacle(method, device, given)
-        if obstacle:
-            rejected.append(Rejection(method=method, reason=obstacle))
+    for number, method in enumerate(_candidate_methods(given)):
+        try:
+            evaluated = _evaluate_method(model, data, device, given, method)
+        except InputError as error:
+            if number == 0 or isinstance(error, UnknownNameError):
+                raise
+            rejected.append(Rejection(method=method, reason=error.message))
             continue
-        evaluated = [
-            evaluate(model, reasoned, device, data)
-            for reasoned in candidates(model, data, device, {**given, "method": method})
-        ]
         num_evaluated += len(evaluated)
         fitting = [e for e in evaluated if fits(e.memory, device)]
         if fitting:
-            # Least time; where two differ by under 2 %, the larger micro-batch's padding and
-            # the estimate's error decide nothing, so the one with less memory is taken.
-            fastest = min(e.step.step_seconds for e in fitting)
-            near = [e for e in fitting if e.step.step_seconds <= 1.02 * fastest]
-            best.append(min(near, key=lambda e: e.memory.required_bytes))
+            best.append(_fastest(fitting))
             continue
         smallest = min(evaluated, key=lambda e: e.memory.required_bytes)
+        missed.append(smallest)
+        reason = "needs more memory than is free"
         rejected.append(
-            Rejection(
-                method=method,
-                reason="needs more memory than is free",
-                needs_bytes=needed_bytes(smallest.memory),
-            )
+            Rejection(method=method, reason=reason, needs_bytes=needed_bytes(smallest.memory))
         )
-        if nearest is None or smallest.memory.required_bytes < nearest.memory.required_bytes:
-            nearest = smallest
     return Ranking(
         best=best[0] if best else None,
         alternatives=tuple(best[1:]),
         rejected=tuple(rejected),
-        nearest=nearest,
+        nearest=None if best else min(missed, key=lambda e: e.memory.required_bytes, default=None),
         num_evaluated=num_evaluated,
     )
+
+
+def _evaluate_method(
+    model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any], method: str
+) -> list[Evaluated]:
+    """The method's candidates; raises InputError when device or given settings rule it out."""
+    _check_quantization(method, device, given)
+    return [
+        evaluate(model, reasoned, device, data)
+        for reasoned in candidates(model, data, device, given, method=method)
+    ]
+
+
+def _fastest(fitting: Sequence[Evaluated]) -> Evaluated:
+    """The plan of least time a row.
+
+    Where two differ by under 2 %, the larger micro-batch's padding and the estimate's error
+    decide nothing, so the one with less memory is taken.
+    """
+    fastest = min(e.seconds_per_row for e in fitting)
+    near = [e for e in fitting if e.seconds_per_row <= 1.02 * fastest]
+    return min(near, key=lambda e: e.memory.required_bytes)
 
 
 def needed_bytes(memory: MemoryEstimate) -> int:
@@ -145,71 +167,98 @@ def _candidate_methods(given: Mapping[str, Any]) -> Iterable[str]:
         return (str(given["method"]),)
     if given.get("quantization", "none") != "none":
         return ("qlora",)
-    others = (name for name in METHODS if name not in PREFERRED_METHODS)
-    return (*PREFERRED_METHODS, *sorted(others))
+    others = sorted(name for name in METHODS if name not in PREFERRED_METHODS)
+    unquantized = "quantization" in given
+    return [
+        name
+        for name in (*PREFERRED_METHODS, *others)
+        if not (unquantized and METHODS[name].quantized_base)
+    ]
 
 
-def _obstacle(method: str, device: Device, given: Mapping[str, Any]) -> str | None:
-    """Why a method is out before its memory is looked at; None if it is not."""
-    quantized = method == "qlora" or given.get("quantization", "none") != "none"
-    if quantized and device.kind == "cpu":
-        message = "4- and 8-bit bases are for GPUs: on a processor they save little and run slowly"
-        if "method" in given or "quantization" in given:
-            raise InputError(message, "use `--method lora`")
-        return message
-    if quantized and not device.supports_quantization:
-        return f"{device.name} lacks compute capability 6.0, which 4-bit bases need"
-    return None
+def _check_quantization(method: str, device: Device, given: Mapping[str, Any]) -> None:
+    """Raises InputError when the method holds its base as the device cannot."""
+    asked_for = given.get("quantization", "none") != "none"
+    if not asked_for and not resolve_method(method).quantized_base:
+        return
+    if device.kind == "cpu":
+        raise InputError(
+            "4- and 8-bit bases are for GPUs: on a processor they save little and run slowly",
+            "use `--method lora`",
+        )
+    if not device.supports_quantization:
+        raise InputError(
+            f"{device.name} lacks compute capability 6.0, which 4-bit bases need",
+            "use `--method lora`",
+        )
 
 
 def candidates(
-    model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any]
+    model: ModelSpec,
+    data: DataProfile,
+    device: Device,
+    given: Mapping[str, Any],
+    *,
+    method: str | None = None,
 ) -> Iterator[ReasonedPlan]:
-    """Plans that differ in micro-batch and checkpointing; the recipe is the same in all."""
-    base = data_recipe(model, data, device, given)
+    """Plans that differ in micro-batch and checkpointing; the recipe is the same in all.
+
+    `method`: the one they are made for; None for the given one.
+    """
+    chosen = resolve_method(method or str(given["method"]))
+    base = data_recipe(model, data, device, chosen, given)
     batch = policy.effective_batch_size(data.num_train_rows)
-    wanted = batch.value
-    sizes: Iterable[int] = [s for s in (1, 2, 4, 8, 16, 32) if s <= wanted]
+    for size in _micro_batches(base.plan, given, batch.value):
+        sized = _with_batch(base, given, size, batch)
+        if "gradient_checkpointing" in given:
+            yield sized
+            continue
+        for checkpointing, why in _CHECKPOINTING.items():
+            yield sized.replace("derived", why, gradient_checkpointing=checkpointing)
+
+
+_CHECKPOINTING = {
+    False: "everything fits without computing layers twice",
+    True: "without it the activations do not fit, or a larger batch is faster with it",
+}
+
+
+def _micro_batches(plan: TrainingPlan, given: Mapping[str, Any], wanted: int) -> Iterable[int]:
+    """Sizes to try: those with which a step takes no more than the wanted rows, 1 at least."""
     if "per_device_train_batch_size" in given:
-        sizes = (base.plan.per_device_train_batch_size,)
-    checkpointings: Iterable[bool] = (False, True)
-    if "gradient_checkpointing" in given:
-        checkpointings = (base.plan.gradient_checkpointing,)
-    for size in sizes:
-        for checkpointing in checkpointings:
-            plan = base
-            if "per_device_train_batch_size" not in given:
-                plan = plan.replace(
-                    "derived",
-                    "the micro-batch with the least predicted time that fits",
-                    per_device_train_batch_size=size,
-                )
-            if "gradient_accumulation_steps" not in given:
-                steps = max(1, wanted // (size * plan.plan.num_gpus))
-                plan = plan.replace(
-                    "derived",
-                    f"{steps * size * plan.plan.num_gpus} rows a step: {batch.why}",
-                    gradient_accumulation_steps=steps,
-                )
-            if "gradient_checkpointing" not in given:
-                why = (
-                    "without it the activations do not fit, or a larger batch is faster with it"
-                    if checkpointing
-                    else "everything fits without computing layers twice"
-                )
-                plan = plan.replace("derived", why, gradient_checkpointing=checkpointing)
-            yield plan
+        return (plan.per_device_train_batch_size,)
+    accumulation = given.get("gradient_accumulation_steps", 1)
+    most = max(1, wanted // (accumulation * plan.num_gpus))
+    return [size for size in MICRO_BATCHES if size <= most]
+
+
+def _with_batch(
+    base: ReasonedPlan, given: Mapping[str, Any], size: int, batch: policy.Advice
+) -> ReasonedPlan:
+    """The plan with this micro-batch, accumulated to the recipe's rows a step."""
+    if "per_device_train_batch_size" not in given:
+        why = "the micro-batch with the least predicted time that fits"
+        base = base.replace("derived", why, per_device_train_batch_size=size)
+    if "gradient_accumulation_steps" in given:
+        return base
+    rows = size * base.plan.num_gpus
+    steps = max(1, batch.value // rows)
+    why = f"{steps * rows} rows a step: {batch.why}"
+    return base.replace("derived", why, gradient_accumulation_steps=steps)
 
 
 def optimizer_steps(plan: TrainingPlan, num_train_rows: int) -> int:
-    """Optimizer steps of the whole run: `max_steps`, else the epochs' micro-batches, as the
-    Trainer counts them (a last, smaller accumulation counts as a step)."""
+    """Optimizer steps of the whole run: `max_steps`, else as the Trainer counts them.
+
+    A last, smaller accumulation of an epoch is a step, and so is what is left of the last epoch
+    (`Trainer.set_initial_training_values`, transformers 5.23).
+    """
     if plan.max_steps is not None:
         return plan.max_steps
     rows_per_micro_step = plan.per_device_train_batch_size * plan.num_gpus
     micro_batches = -(-num_train_rows // rows_per_micro_step)
-    per_epoch = max(1, -(-micro_batches // plan.gradient_accumulation_steps))
-    return max(1, round(per_epoch * plan.num_train_epochs))
+    per_epoch = -(-micro_batches // plan.gradient_accumulation_steps)
+    return math.ceil(plan.num_train_epochs * per_epoch)
 
 
 def limit_to_time_budget(

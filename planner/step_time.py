@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ftplan.planner.hardware_spec import Device
-from ftplan.planner.layers import LayerTotals, decoder_layer
+from ftplan.planner.hardware_spec import Device, DeviceKind
+from ftplan.planner.layers import LayerTotals, decoder_layer, trained_widths
 from ftplan.planner.memory import weight_memory_bytes
 from ftplan.planner.methods import Trained
 from ftplan.planner.model_spec import ModelSpec
@@ -26,9 +26,11 @@ ACHIEVED_SHARE_OF_PEAK = 0.55
 
 # On the processor the rate is that of a matrix product measured on this machine. Everything
 # around the products (norms, activations, attention, the loss's chain of element-wise
-# operations) is bound by memory and counted by the bytes it moves; each value saved for backward
-# is written once and read about three times (forward, its gradient, and that gradient's use).
-TRAFFIC_PER_SAVED_BYTE = 4
+# operations) is bound by memory and counted by the bytes it moves. Each value saved for backward
+# is written and read once in forward, and about as often again in backward (its gradient, and that
+# gradient's use). Assumed.
+TRAFFIC_PER_SAVED_BYTE_FORWARD = 2
+TRAFFIC_PER_SAVED_BYTE_BACKWARD = 2
 
 Bound = Literal["arithmetic", "memory bandwidth"]
 
@@ -73,7 +75,7 @@ def estimate_step_time(
     forward = forward_flops(model, plan, trained, tokens, length)
     step = micro_batch_flops(model, plan, trained, tokens, length)
     arithmetic_seconds = step / achieved_flops_per_second(plan, device)
-    moved = _micro_batch_bytes(model, plan, trained, tokens, length)
+    moved = _micro_batch_bytes(model, plan, trained, device.kind, tokens, length)
     memory_seconds = moved / device.memory_bandwidth_bytes_per_second
     micro_batches = plan.gradient_accumulation_steps
     optimizer_seconds = _optimizer_bytes(plan, trained) / device.memory_bandwidth_bytes_per_second
@@ -95,21 +97,25 @@ def achieved_flops_per_second(plan: TrainingPlan, device: Device) -> float:
     return peak if device.kind == "cpu" else peak * ACHIEVED_SHARE_OF_PEAK
 
 
-def _totals(
-    model: ModelSpec, plan: TrainingPlan, trained: Trained
-) -> tuple[LayerTotals, LayerTotals]:
-    own = LayerTotals(operations=decoder_layer(model, plan, trained, own_weights=True))
-    frozen = LayerTotals(operations=decoder_layer(model, plan, trained, own_weights=False))
-    return own, frozen
+def _layer(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    trained: Trained,
+    *,
+    own_weights: bool,
+    kind: DeviceKind = "cuda",
+) -> LayerTotals:
+    operations = decoder_layer(model, plan, trained, own_weights=own_weights, kind=kind)
+    return LayerTotals(operations=operations)
 
 
 def forward_flops(
     model: ModelSpec, plan: TrainingPlan, trained: Trained, tokens: float, length: float
 ) -> float:
     """FLOPs of one forward pass, output projection included."""
-    _, frozen = _totals(model, plan, trained)
+    layer = _layer(model, plan, trained, own_weights=False)
     head = 2 * tokens * model.embedding_parameters
-    return model.num_hidden_layers * frozen.forward_flops(tokens, length) + head
+    return model.num_hidden_layers * layer.forward_flops(tokens, length) + head
 
 
 def micro_batch_flops(
@@ -120,35 +126,48 @@ def micro_batch_flops(
     The output projection's backward costs its forward again, once more where its weights are
     trained, and once more where a fused loss computes the logits a second time.
     """
-    own, frozen = _totals(model, plan, trained)
+    layer = _layer(model, plan, trained, own_weights=trained.trained_layers > 0)
+    reached = trained.reached_layers(model)
     head = 2 * tokens * model.embedding_parameters
     total = forward_flops(model, plan, trained, tokens, length) + head
     total += head if trained.trains_lm_head else 0
     total += head if plan.loss == "trl-fused" else 0
-    layers = trained.trained_layers
-    reached = model.num_hidden_layers if trained.adapted else layers
-    total += layers * own.backward_flops(tokens, length)
-    total += (reached - layers) * frozen.backward_flops(tokens, length)
+    total += reached * layer.backward_flops(tokens, length)
     if plan.gradient_checkpointing:
-        total += reached * frozen.forward_flops(tokens, length)
+        total += reached * layer.forward_flops(tokens, length)
     return total
 
 
 def _micro_batch_bytes(
-    model: ModelSpec, plan: TrainingPlan, trained: Trained, tokens: float, length: float
+    model: ModelSpec,
+    plan: TrainingPlan,
+    trained: Trained,
+    kind: DeviceKind,
+    tokens: float,
+    length: float,
 ) -> float:
-    """Bytes moved by element-wise work and by reading the weights."""
-    own, frozen = _totals(model, plan, trained)
-    layer = (own if trained.trained_layers else frozen).saved_bytes(tokens, length)
-    passes = TRAFFIC_PER_SAVED_BYTE + (2 if plan.gradient_checkpointing else 0)
-    # Logits: written and read by forward and by backward, in the width of the compute dtype.
+    """Bytes moved by element-wise work and by reading the weights.
+
+    Layers below the first trained one are computed forward only.
+    """
+    reached = trained.reached_layers(model)
+    unreached = model.num_hidden_layers - reached
+    forwards = 2 if plan.gradient_checkpointing else 1
+    own = _layer(model, plan, trained, own_weights=trained.trained_layers > 0, kind=kind)
+    frozen = _layer(model, plan, trained, own_weights=False, kind=kind)
+    passes = forwards * TRAFFIC_PER_SAVED_BYTE_FORWARD + TRAFFIC_PER_SAVED_BYTE_BACKWARD
+    layers = reached * own.saved_bytes(tokens, length) * passes
+    layers += unreached * frozen.saved_bytes(tokens, length) * TRAFFIC_PER_SAVED_BYTE_FORWARD
+    # Logits: written and read by forward and by backward, taken as the loss's fp32.
     logits = 4 * tokens * model.vocab_size * BYTES_PER_DTYPE["float32"]
-    weights = (3 if plan.gradient_checkpointing else 2) * weight_memory_bytes(model, plan)
-    return model.num_hidden_layers * layer * passes + logits + weights
+    reads = 1 + forwards * reached / model.num_hidden_layers
+    return layers + logits + reads * weight_memory_bytes(model, plan)
 
 
 def _optimizer_bytes(plan: TrainingPlan, trained: Trained) -> float:
-    """Bytes an optimizer step moves: parameter, gradient and states read, two thirds written."""
-    count, width = trained.num_trainable_parameters, plan.weight_bytes
-    states = plan.optimizer.state_bytes(count, width)
-    return 2 * (count * width + states) + count * width
+    """Bytes an optimizer step moves: parameter, gradient and states read; all but the gradient
+    written."""
+    moved = 0
+    for count, width in trained_widths(plan, trained):
+        moved += 3 * count * width + 2 * plan.optimizer.state_bytes(count, width)
+    return moved

@@ -71,36 +71,44 @@ def resolve_dtype(name: str) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """`13.4 GiB`, `512 MiB`, `0 B`: 1024-based, three significant digits or so."""
+    """`13.4 GiB`, `512.0 MiB`, `0 B`: 1024-based, three significant digits or so."""
     sign = "-" if num_bytes < 0 else ""
     size = abs(num_bytes)
-    for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-        if size >= factor:
-            value = size / factor
-            digits = 2 if value < 10 else 1 if value < 1000 else 0
-            return f"{sign}{value:.{digits}f} {unit}"
-    return f"{sign}{size:.0f} B"
+    if round(size) < KIB:
+        return f"{sign}{size:.0f} B"
+    scales = (("KiB", KIB), ("MiB", MIB), ("GiB", GIB), ("TiB", TIB))
+    return f"{sign}{_scaled(size, scales, 1024)}"
 
 
 def format_count(number: float) -> str:
     """`7.24 B`, `134.5 M`, `1,234`: for counts of parameters and tokens."""
-    for suffix, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
-        if number >= factor:
-            value = number / factor
-            return f"{value:.{2 if value < 10 else 1}f} {suffix}"
-    return f"{number:,.0f}"
+    if round(number) < 10**6:
+        return f"{number:,.0f}"
+    return _scaled(number, (("M", 10**6), ("B", 10**9), ("T", 10**12)), 1000)
+
+
+def _scaled(number: float, scales: tuple[tuple[str, int], ...], base: int) -> str:
+    """The number in the first unit in which, as printed, it stays below `base`."""
+    text = ""
+    for unit, factor in scales:
+        value = number / factor
+        digits = 2 if round(value, 2) < 10 else 1 if round(value, 1) < 1000 else 0
+        text = f"{value:.{digits}f} {unit}"
+        if round(value, digits) < base:
+            break
+    return text
 
 
 def format_seconds(seconds: float) -> str:
     """`0.42 s`, `12 s`, `3 min 20 s`, `2 h 05 min`, `3.1 days`."""
-    if seconds < 10:
+    if round(seconds, 2) < 10:
         return f"{seconds:.2f} s"
-    if seconds < 120:
+    if round(seconds) < 120:
         return f"{seconds:.0f} s"
-    if seconds < 3600:
+    if round(seconds) < 3600:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest:02d} s"
-    if seconds < 48 * 3600:
+    if round(seconds / 60) < 48 * 60:
         hours, rest = divmod(round(seconds / 60), 60)
         return f"{hours} h {rest:02d} min"
     return f"{seconds / 86400:.1f} days"

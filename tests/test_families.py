@@ -237,5 +237,31 @@ def test_a_missing_field_is_named(field: str, tiny_config: MakeConfig) -> None:
 def test_a_field_that_is_no_positive_number_is_refused(
     field: str, value: Any, tiny_config: MakeConfig
 ) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=f"`{field}`"):
         spec_from_config(tiny_config("llama", **{field: value}), "x")
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("gpt2", "n_embd"),
+        ("gpt2", "n_inner"),
+        ("llama", "head_dim"),
+        ("llama", "num_key_value_heads"),
+        ("mixtral", "num_local_experts"),
+        ("qwen3_moe", "num_experts_per_tok"),
+        ("qwen3_moe", "moe_intermediate_size"),
+    ],
+)
+def test_other_fields_that_are_no_count_are_named_too(
+    family: str, field: str, tiny_config: MakeConfig
+) -> None:
+    with pytest.raises(InputError, match=f"`{field}`: 'wide'"):
+        spec_from_config(tiny_config(family, **{field: "wide"}), "x")
+
+
+def test_heads_that_do_not_divide_are_refused(tiny_config: MakeConfig) -> None:
+    with pytest.raises(InputError, match="`num_key_value_heads`: 3"):
+        spec_from_config(tiny_config("llama", num_key_value_heads=3), "x")
+    with pytest.raises(InputError, match="`num_attention_heads`: 128"):
+        spec_from_config(tiny_config("llama", num_attention_heads=128), "x")

@@ -27,8 +27,8 @@ CATALOGUED = {
     "meta-llama/Meta-Llama-3-8B": "llama-3.1-8b",
     "mistralai/Mistral-7B-v0.1": "mistral-7b-v0.1",
 }
-TOLERANCE = 0.07
-MEAN_TOLERANCE = 0.04
+TOLERANCE = 0.03
+MEAN_TOLERANCE = 0.01
 
 
 def predicted_bytes(row: dict[str, Any]) -> int:

@@ -16,6 +16,7 @@ from ftplan.planner.methods import (
     MethodSettings,
     Trained,
     resolve_method,
+    target_names,
     targeted_linears,
 )
 from ftplan.planner.model_spec import ModelSpec
@@ -90,8 +91,20 @@ def test_lora_of_rank_16_on_llama_2_7b(llama_2_7b: ModelSpec) -> None:
 def test_all_linear_counts_as_peft_does(
     family: str, tiny_config: MakeConfig, tiny_spec: MakeSpec
 ) -> None:
-    mine = count("lora", tiny_spec(family), lora_rank=4).num_trainable_parameters
-    assert mine == peft_count(tiny_config(family), "all-linear", 4)
+    """With the names that training is given; PEFT's own `all-linear` is the same but for
+    mixtures, where it adapts routers and stacked experts as well."""
+    model = tiny_spec(family)
+    mine = count("lora", model, lora_rank=4).num_trainable_parameters
+    assert mine == peft_count(tiny_config(family), list(target_names(model, ["all-linear"])), 4)
+    if not model.feed_forward.is_mixture:
+        assert mine == peft_count(tiny_config(family), "all-linear", 4)
+
+
+def test_target_names_spell_all_linear_out_each_name_once(tiny_spec: MakeSpec) -> None:
+    assert target_names(tiny_spec("gpt2"), ("all-linear",)) == ("c_attn", "c_proj", "c_fc")
+    attention_only = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert target_names(tiny_spec("mixtral"), ("all-linear",)) == attention_only
+    assert target_names(tiny_spec("llama"), ("v_proj", "q_proj")) == ("q_proj", "v_proj")
 
 
 @pytest.mark.filterwarnings("ignore")

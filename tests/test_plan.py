@@ -123,16 +123,35 @@ def test_what_must_be_a_share(name: str, value: float) -> None:
         TrainingPlan(**{name: value})
 
 
-def test_a_negative_seed_is_refused() -> None:
-    """NumPy's generator, which transformers seeds as well, takes none."""
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_refuses_is_refused(seed: int) -> None:
+    """transformers seeds NumPy's generator as well, with 32 bits."""
     with pytest.raises(InputError, match="--seed"):
-        TrainingPlan(seed=-1)
+        TrainingPlan(seed=seed)
 
 
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.adapter])
 def test_a_quantized_base_is_not_trained_itself(method: str) -> None:
     with pytest.raises(InputError, match="cannot train a base quantized to nf4"):
         TrainingPlan(method=method, quantization="nf4")
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.adapter])
+def test_fp16_weights_are_not_trained_under_fp16_autocast(method: str) -> None:
+    """torch's GradScaler: `Attempting to unscale FP16 gradients`. Adapters are fp32."""
+    with pytest.raises(InputError, match="float16 weights under fp16 autocast") as refused:
+        TrainingPlan(method=method, dtype="float16", mixed_precision="fp16")
+    assert "--dtype float32" in (refused.value.hint or "")
+    assert TrainingPlan(method=method, dtype="float16", mixed_precision="no").compute_bytes == 2
+    assert TrainingPlan(method="lora", dtype="float16", mixed_precision="fp16").compute_bytes == 2
+
+
+def test_target_modules_that_name_nothing_or_too_much_are_refused() -> None:
+    with pytest.raises(InputError, match="--target-modules"):
+        TrainingPlan(target_modules=())
+    with pytest.raises(InputError, match="stands alone") as refused:
+        TrainingPlan(target_modules=("all-linear", "q_proj"))
+    assert "`q_proj`" in (refused.value.hint or "")
 
 
 def test_qlora_needs_a_quantized_base() -> None:

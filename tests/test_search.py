@@ -18,6 +18,7 @@ from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.search import (
     Evaluated,
     candidates,
@@ -230,6 +231,7 @@ def test_a_given_accumulation_does_not_reward_small_batches(
         {"gradient_accumulation_steps": accumulation},
     )
     assert fixed.step.tokens_per_second_per_gpu >= 0.97 * free.step.tokens_per_second_per_gpu
+    assert fixed.plan.effective_batch_size == free.plan.effective_batch_size
 
 
 # --- given settings
@@ -288,12 +290,38 @@ def test_an_unquantized_base_may_be_asked_for(
     assert (best.plan.method, best.plan.quantization) == ("lora", "none")
 
 
+def test_an_unquantized_base_asked_for_leaves_qlora_out(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    ranking = choose_plan(small_llama, few_short_rows, devices["A100"], {"quantization": "none"})
+    methods = {e.plan.method for e in ranking.alternatives} | {r.method for r in ranking.rejected}
+    assert methods == {"freeze", "full"}
+
+
+def test_a_setting_that_rules_out_some_methods_leaves_the_others(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """Weights in fp16 cannot be trained under fp16 autocast, adapters beside them can."""
+    given = {"dtype": "float16"}
+    ranking = choose_plan(small_llama, few_short_rows, devices["T4"], given)
+    assert ranking.best is not None and ranking.best.plan.method == "lora"
+    reasons = {r.method: r.reason for r in ranking.rejected}
+    assert "float16 weights" in reasons["full"] and "float16 weights" in reasons["freeze"]
+    with pytest.raises(InputError, match="float16 weights"):
+        choose_plan(small_llama, few_short_rows, devices["T4"], {**given, "method": "full"})
+    with pytest.raises(UnknownNameError, match="`qproj`"):
+        choose_plan(small_llama, few_short_rows, devices["T4"], {"target_modules": ("qproj",)})
+
+
 def test_a_model_of_one_layer_has_a_plan(
     tiny_spec: MakeSpec, devices: Devices, few_short_rows: DataProfile
 ) -> None:
     """Though `freeze` would train two layers by default."""
     model = tiny_spec("llama", num_hidden_layers=1, max_position_embeddings=512)
     assert chosen(model, few_short_rows, devices["A100"]).plan.method == "lora"
+    freeze = chosen(model, few_short_rows, devices["A100"], {"method": "freeze"})
+    assert freeze.plan.num_trainable_layers == 1
+    assert freeze.reasoned.reasons["num_trainable_layers"].origin == "derived"
 
 
 @pytest.mark.parametrize("given", [{"method": "qlora"}, {"quantization": "nf4"}])
@@ -375,6 +403,26 @@ def test_the_attention_kernel_is_one_that_the_model_has(
             transformers.AutoConfig.for_model(**tiny_config(family)),
             attn_implementation=plan.attn_implementation,
         )
+
+
+def test_a_kernel_that_the_model_lacks_is_refused(
+    tiny_spec: MakeSpec, devices: Devices, make_data: MakeData
+) -> None:
+    given = {"attn_implementation": "sdpa"}
+    with pytest.raises(InputError, match="no `sdpa` attention for gemma2"):
+        choose_plan(tiny_spec("gemma2"), make_data([40] * 50), devices["A100"], given)
+    with pytest.raises(InputError, match="no `sdpa` attention for gemma2"):
+        estimate_recipe(tiny_spec("gemma2"), None, given)
+    assert estimate_recipe(tiny_spec("gemma2"), None, {}).plan.attn_implementation == "eager"
+
+
+def test_the_loss_is_one_that_the_trainer_has(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    for trainer, loss in (("trl", "trl-fused"), ("transformers", "stock")):
+        given = {"trainer": trainer}
+        assert chosen(small_llama, few_short_rows, devices["A100"], given).plan.loss == loss
+        assert estimate_recipe(small_llama, None, given).plan.loss == loss
 
 
 @pytest.mark.parametrize(

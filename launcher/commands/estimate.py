@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
@@ -17,8 +18,6 @@ from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan
 from ftplan.planner.recipe import estimate_recipe
-from ftplan.planner.rule_of_thumb import rule_to_dict
-from ftplan.planner.step_time import estimate_step_time
 from ftplan.planner.units import format_bytes, format_count, parse_bytes
 
 # Settings that make sense for one method only; left out when others are compared.
@@ -86,64 +85,6 @@ def plan_warnings(model: ModelSpec, reasoned: ReasonedPlan, device: Device | Non
             "the figures are per GPU: under data parallelism more GPUs save time, not memory"
         )
     return warnings
-
-
-def estimate_to_dict(
-    model: ModelSpec,
-    reasoned: ReasonedPlan,
-    memory: MemoryEstimate,
-    device: Device | None,
-    warnings: list[str],
-    step: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The object of `estimate --json`."""
-    plan = reasoned.plan
-    trained = plan.resolved_method.count(model, plan.method_settings)
-    return {
-        "schema": 1,
-        "model": {
-            "name": model.name,
-            "architecture": model.architecture,
-            "num_parameters": model.num_parameters,
-            "num_trainable_parameters": trained.num_trainable_parameters,
-        },
-        "plan": reasoned.to_dict(),
-        "per_gpu": memory.to_dict(),
-        "host_ram_peak_bytes": memory.host_ram_peak_bytes,
-        "disk_bytes": memory.disk_bytes,
-        "step": step or _step(model, reasoned, device),
-        "rule_of_thumb": rule_to_dict(model.num_parameters),
-        "fits": _fits(memory, device),
-        "estimated_by": "closed-form",
-        "warnings": (
-            [f"`{model.name}` stands for {model.approximate}"] if model.approximate else []
-        )
-        + warnings,
-    }
-
-
-def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> dict[str, Any]:
-    """Time of a step of full rows; unknown without a device."""
-    if device is None:
-        return {"step_seconds": None, "tokens_per_second_per_gpu": None, "bound_by": None}
-    plan = reasoned.plan
-    tokens = plan.per_device_train_batch_size * plan.max_length
-    step = estimate_step_time(
-        model, plan, device, tokens_per_micro_batch=tokens, mean_length=plan.max_length
-    )
-    return step.to_dict()
-
-
-def _fits(memory: MemoryEstimate, device: Device | None) -> dict[str, Any] | None:
-    if device is None:
-        return None
-    margin = device.free_bytes - memory.required_bytes
-    return {
-        "gpu": device.name,
-        "free_bytes": device.free_bytes,
-        "verdict": "fits" if margin >= 0 else "does not fit",
-        "margin_bytes": margin,
-    }
 
 
 def _show(

@@ -79,10 +79,10 @@ def freeze_all_but_last(model: nn.Module, num_layers: int) -> None:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers in order: the longest list of modules in the model."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise InputError("this model has no list of layers")
-    return list(max(lists, key=len))
+    return max(lists, key=len)
 
 
 def count_trainable(model: nn.Module) -> int:

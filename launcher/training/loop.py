@@ -327,7 +327,7 @@ def make_record(
 
 def environment() -> dict[str, Any]:
     """Versions and machine; no environment variables, which may hold secrets."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -150,5 +150,5 @@ def _synchronize(args: TrainingArguments) -> None:
 
 def _allocated_bytes(recorder: CpuAllocationRecorder) -> int | None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        return int(torch.cuda.max_memory_allocated())
     return recorder.peak_bytes

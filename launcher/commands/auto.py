@@ -1,0 +1,47 @@
+"""`ftplan auto DATA`: plan, show, launch, report."""
+
+from __future__ import annotations
+
+import argparse
+
+from ftplan.launcher.commands.plan import add_plan_arguments, planned_to_dict, show_plan
+from ftplan.launcher.launching import carry_out, write_run
+from ftplan.launcher.planning import make_plan, require_training
+from ftplan.launcher.settings_flags import add_setting_flags, given_settings
+from ftplan.launcher.ui import Ui
+from ftplan.planner.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_plan_arguments(parser)
+    parser.add_argument("--name", metavar="NAME", help="the run's name (default: made from inputs)")
+    parser.add_argument("--yes", "-y", action="store_true", help="start without asking")
+    add_setting_flags(parser)
+
+
+def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    if not arguments.yes and not ui.interactive:
+        raise InputError(
+            "nobody is there to be asked whether to start",
+            "add `--yes`, or look first with `ftplan plan`",
+        )
+    require_training()
+    planned = make_plan(
+        ui,
+        data_path=arguments.data,
+        eval_path=arguments.eval_data,
+        model_name=arguments.model,
+        named_device=None,
+        given=given_settings(arguments),
+        runs_dir=arguments.runs_dir,
+        for_launch=True,
+    )
+    show_plan(ui, planned)
+    if not arguments.yes and not ui.confirm("Start this run?"):
+        ui.say("not started; nothing was written")
+        return 0
+    run_dir = write_run(planned, arguments.name, arguments.runs_dir)
+    ui.say(f"run directory: {run_dir.root}")
+    record = carry_out(ui, run_dir)
+    ui.json({**planned_to_dict(planned), "run_dir": str(run_dir.root), "record": record})
+    return 0

@@ -1,0 +1,116 @@
+"""`ftplan plan DATA`: the best plan for a data file on this or a named GPU, with reasons."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ftplan.launcher.commands.estimate import named_device, plan_warnings
+from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.planning import Planned, make_plan
+from ftplan.launcher.settings_flags import add_setting_flags, given_settings
+from ftplan.launcher.ui import Ui
+from ftplan.planner.search import Evaluated
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_plan_arguments(parser)
+    parser.add_argument("--gpu", metavar="NAME", help="plan for this GPU instead of this machine")
+    parser.add_argument(
+        "--free-memory", metavar="SIZE", help="memory free on it (default: all), such as 22GiB"
+    )
+    add_setting_flags(parser)
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `plan` and `auto` are both told."""
+    parser.add_argument("data", metavar="DATA", type=Path, help="a .json or .jsonl file")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="a catalog name, a Hub id, or a folder (default: chosen)"
+    )
+    parser.add_argument(
+        "--eval-data", metavar="FILE", type=Path, help="held-out rows (default: a tenth of DATA)"
+    )
+    parser.add_argument(
+        "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
+    )
+
+
+def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    planned = make_plan(
+        ui,
+        data_path=arguments.data,
+        eval_path=arguments.eval_data,
+        model_name=arguments.model,
+        named_device=named_device(arguments.gpu, arguments.free_memory),
+        given=given_settings(arguments),
+        runs_dir=arguments.runs_dir,
+        for_launch=False,
+    )
+    ui.json(planned_to_dict(planned))
+    show_plan(ui, planned)
+    return 0
+
+
+def show_plan(ui: Ui, planned: Planned) -> None:
+    """The tables of a plan, and what is to be noted about it."""
+    if ui.as_json:
+        return
+    from ftplan.launcher import views
+
+    ui.show(*views.plan_parts(planned))
+    for warning in warnings_of(planned):
+        ui.warn(warning)
+
+
+def warnings_of(planned: Planned) -> list[str]:
+    notes = list(planned.machine.notes) if planned.machine else []
+    reasoned = planned.chosen.reasoned
+    return [
+        *notes,
+        *planned.profile.warnings,
+        *plan_warnings(planned.source.spec, reasoned, planned.device),
+        *_cut_rows(planned),
+    ]
+
+
+def _cut_rows(planned: Planned) -> list[str]:
+    max_length = planned.chosen.plan.max_length
+    cut = planned.profile.cut_rows(max_length)
+    if not cut:
+        return []
+    return [f"{cut} of {planned.profile.num_train_rows} rows are cut at {max_length} tokens"]
+
+
+def planned_to_dict(planned: Planned) -> dict[str, Any]:
+    """The object of `plan --json`."""
+    return {
+        "schema": 1,
+        "plan": planned.chosen.reasoned.to_dict(),
+        "estimate": _estimate(planned, planned.chosen, warnings_of(planned)),
+        "alternatives": [
+            {
+                "plan": other.reasoned.to_dict(),
+                "estimate": _estimate(planned, other, []),
+                "why_not": planned.why_not(other),
+            }
+            for other in planned.ranking.alternatives
+        ],
+        "rejected": [
+            {"method": r.method, "reason": r.reason, "needs_bytes": r.needs_bytes}
+            for r in planned.ranking.rejected
+        ],
+        "warnings": warnings_of(planned),
+    }
+
+
+def _estimate(planned: Planned, evaluated: Evaluated, warnings: list[str]) -> dict[str, Any]:
+    return estimate_to_dict(
+        planned.source.spec,
+        evaluated.reasoned,
+        evaluated.memory,
+        planned.device,
+        warnings,
+        evaluated.step.to_dict(),
+    )

@@ -1,0 +1,29 @@
+"""`ftplan resume RUN_DIR`: go on with an interrupted run from its last checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ftplan.launcher.launching import carry_out
+from ftplan.launcher.run_dir import open_run
+from ftplan.launcher.ui import Ui
+from ftplan.planner.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="an interrupted run")
+
+
+def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    run_dir = open_run(arguments.run_dir)
+    again = f"`ftplan launch {run_dir.root}` runs it again"
+    if run_dir.finished:
+        raise InputError(f"`{run_dir.root}` has finished", again)
+    checkpoint = run_dir.last_checkpoint()
+    if checkpoint is None:
+        raise InputError(f"`{run_dir.root}` has no checkpoint to go on from", again)
+    ui.say(f"going on from {checkpoint.name}")
+    record = carry_out(ui, run_dir, resume=True)
+    ui.json({"schema": 1, "run_dir": str(run_dir.root), "record": record})
+    return 0

@@ -1,0 +1,71 @@
+"""The object of `estimate --json`, which `plan`, `auto` and plan.yaml hold as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.memory import MemoryEstimate
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import ReasonedPlan
+from ftplan.planner.rule_of_thumb import rule_to_dict
+from ftplan.planner.step_time import estimate_step_time
+
+
+def estimate_to_dict(
+    model: ModelSpec,
+    reasoned: ReasonedPlan,
+    memory: MemoryEstimate,
+    device: Device | None,
+    warnings: list[str],
+    step: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The object of `estimate --json`."""
+    plan = reasoned.plan
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    return {
+        "schema": 1,
+        "model": {
+            "name": model.name,
+            "architecture": model.architecture,
+            "num_parameters": model.num_parameters,
+            "num_trainable_parameters": trained.num_trainable_parameters,
+        },
+        "plan": reasoned.to_dict(),
+        "per_gpu": memory.to_dict(),
+        "host_ram_peak_bytes": memory.host_ram_peak_bytes,
+        "disk_bytes": memory.disk_bytes,
+        "step": step or _step(model, reasoned, device),
+        "rule_of_thumb": rule_to_dict(model.num_parameters),
+        "fits": _fits(memory, device),
+        "estimated_by": "closed-form",
+        "warnings": (
+            [f"`{model.name}` stands for {model.approximate}"] if model.approximate else []
+        )
+        + warnings,
+    }
+
+
+def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> dict[str, Any]:
+    """Time of a step of full rows; unknown without a device."""
+    if device is None:
+        return {"step_seconds": None, "tokens_per_second_per_gpu": None, "bound_by": None}
+    plan = reasoned.plan
+    tokens = plan.per_device_train_batch_size * plan.max_length
+    step = estimate_step_time(
+        model, plan, device, tokens_per_micro_batch=tokens, mean_length=plan.max_length
+    )
+    return step.to_dict()
+
+
+def _fits(memory: MemoryEstimate, device: Device | None) -> dict[str, Any] | None:
+    if device is None:
+        return None
+    margin = device.free_bytes - memory.required_bytes
+    return {
+        "gpu": device.name,
+        "free_bytes": device.free_bytes,
+        "verdict": "fits" if margin >= 0 else "does not fit",
+        "margin_bytes": margin,
+    }

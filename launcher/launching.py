@@ -1,0 +1,196 @@
+"""From a plan to a run directory, and from a run directory to a finished run and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ftplan.launcher import emit
+from ftplan.launcher.data_reader import DataFile
+from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.host import usable_cores
+from ftplan.launcher.live import LiveView
+from ftplan.launcher.planning import Planned, require_training
+from ftplan.launcher.probe import probe_machine
+from ftplan.launcher.process import run_to_end
+from ftplan.launcher.profiling import profile_to_dict
+from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
+from ftplan.launcher.ui import Ui
+from ftplan.launcher.version import version
+from ftplan.planner.errors import InputError
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.methods import target_names
+from ftplan.planner.plan import ReasonedPlan, TrainingPlan
+from ftplan.planner.units import MIB, format_bytes
+
+# Data files up to this size are copied into the run directory, so that the run can be repeated
+# from it alone; larger ones are pointed at, and their SHA-256 is checked.
+COPIED_DATA_BYTES = 64 * MIB
+
+
+def write_run(planned: Planned, name: str | None, runs_dir: Path) -> RunDir:
+    """The run directory of a plan, whole or not at all."""
+    run = create_run(runs_dir, name or default_name(planned))
+    try:
+        _write_files(run, planned)
+    except BaseException:
+        shutil.rmtree(run.root, ignore_errors=True)
+        raise
+    return run
+
+
+def default_name(planned: Planned) -> str:
+    """`smollm2-135m-instruct-lora-python_docs`."""
+    parts = (planned.source.spec.name, planned.chosen.plan.method, planned.data.path.stem)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
+
+
+def _write_files(run: RunDir, planned: Planned) -> None:
+    plan, device = planned.chosen.plan, planned.device
+    model = planned.source
+    train = emit.train_config(
+        dataclasses.replace(plan, target_modules=target_names(model.spec, plan.target_modules)),
+        device,
+        model=str((model.folder or Path()).resolve()),
+        data=_keep_data(run, planned.data),
+        eval_data=_keep_data(run, planned.eval_data) if planned.eval_data else None,
+        data_sha256=planned.data.sha256,
+        eval_data_sha256=planned.eval_data.sha256 if planned.eval_data else None,
+    )
+    write_yaml(run.train, train, "Read by the training process.")
+    write_yaml(run.accelerate, emit.accelerate_config(plan, device))
+    profile = profile_to_dict(planned.profile, model.spec.max_position_embeddings)
+    write_json(run.data_profile, profile)
+    write_text(run.command, _command_text(run, device, plan))
+    # Last: a directory without its plan is not a run directory.
+    write_yaml(run.plan, plan_to_dict(planned), "What was planned, and why.")
+
+
+def _keep_data(run: RunDir, data: DataFile) -> str:
+    """The file's path as the run knows it: a copy inside, or where it is."""
+    if data.path.stat().st_size > COPIED_DATA_BYTES:
+        return str(data.path.resolve())
+    run.data.mkdir(exist_ok=True)
+    target = run.data / data.path.name
+    number = 2
+    while target.exists():  # training and held-out files may have one name
+        target = run.data / f"{data.path.stem}-{number}{data.path.suffix}"
+        number += 1
+    shutil.copyfile(data.path, target)
+    return str(target.relative_to(run.root))
+
+
+def _command_text(run: RunDir, device: Device, plan: TrainingPlan) -> str:
+    settings = emit.environment_changes(device, plan, usable_cores())
+    return emit.shell_line(emit.launch_command(run), settings) + "\n"
+
+
+def plan_to_dict(planned: Planned) -> dict[str, Any]:
+    """plan.yaml: what was planned for what, and the figures that the run is compared with."""
+    spec, device = planned.source.spec, planned.device
+    return {
+        "schema": 1,
+        "ftplan": version(),
+        "planned_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": {
+            "name": spec.name,
+            "hub_id": planned.source.hub_id,
+            "num_parameters": spec.num_parameters,
+            "why": planned.model_why,
+        },
+        "device": {"name": device.name, "kind": device.kind, "free_bytes": device.free_bytes},
+        "steps": planned.steps,
+        "plan": planned.chosen.reasoned.to_dict(),
+        "predicted": predicted(planned),
+        "estimate": estimate_to_dict(
+            spec,
+            planned.chosen.reasoned,
+            planned.chosen.memory,
+            device,
+            list(planned.profile.warnings),
+            planned.chosen.step.to_dict(),
+        ),
+    }
+
+
+def predicted(planned: Planned) -> dict[str, Any]:
+    """The figures that a run measures, under the names of record.json's `measured`."""
+    memory, step = planned.chosen.memory, planned.chosen.step
+    return {
+        "allocated_bytes": memory.allocated_peak_bytes,
+        "reserved_bytes": memory.reserved_peak_bytes,
+        "device_bytes": memory.device_peak_bytes,
+        "step_seconds": step.step_seconds,
+        "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
+        "train_seconds": planned.steps * step.step_seconds,
+    }
+
+
+def carry_out(ui: Ui, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
+    """Launch the run, show how it goes, and report; returns its record.
+
+    Raises RunFailedError, InterruptedRunError, or InputError when it cannot start here.
+    """
+    require_training()
+    written = run.read_plan()
+    plan = planned_settings(run, written)
+    device = _device_for(ui, run, written)
+    environment = emit.launch_environment(os.environ, device, plan, usable_cores())
+    with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
+        run_to_end(run, emit.launch_command(run, resume), environment, live.update)
+    record = run.read_record()
+    if not ui.as_json:
+        from ftplan.launcher import views
+
+        ui.show("", views.report(record, result_lines(run, record)))
+    return record
+
+
+def planned_settings(run: RunDir, written: Mapping[str, Any]) -> TrainingPlan:
+    """The plan's settings; raises InputError where plan.yaml has been damaged."""
+    settings = written.get("plan")
+    if not isinstance(settings, Mapping) or "predicted" not in written or "model" not in written:
+        raise InputError(f"`{run.plan}` lacks `plan`, `model` or `predicted`")
+    return ReasonedPlan.from_dict(settings).plan
+
+
+def _device_for(ui: Ui, run: RunDir, written: Mapping[str, Any]) -> Device:
+    """The device to run on now: of the planned kind, with the most free memory."""
+    kind = (written.get("device") or {}).get("kind")
+    machine = probe_machine(run_dir=run.root)
+    if kind == "cpu":
+        return machine.cpu
+    if not machine.gpus:
+        raise InputError(
+            "this run was planned for a GPU, and there is none here",
+            f"plan again for this machine with `ftplan auto {run.data}/...`",
+        )
+    device = machine.best_device
+    required = written["estimate"]["per_gpu"]["required_bytes"]
+    if required > device.free_bytes:
+        ui.warn(
+            f"the plan needs {format_bytes(required)}, "
+            f"{format_bytes(device.free_bytes)} is free on {device.name} now"
+        )
+    return device
+
+
+def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was made, where it is, and how to use it."""
+    folder = run.root / record["output"]
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    loader = "AutoPeftModelForCausalLM" if record["output"] == "adapter" else "AutoModelForCausalLM"
+    package = "peft" if record["output"] == "adapter" else "transformers"
+    return [
+        (record["output"], f"{folder}  ({format_bytes(size)}, safetensors)"),
+        ("use it", f"from {package} import {loader}"),
+        ("", f'model = {loader}.from_pretrained("{folder}")'),
+        ("run again", f"ftplan launch {run.root}"),
+        ("details", f"{run.record}, {run.loss_plot.name}, {run.metrics.name}"),
+    ]

@@ -1,0 +1,319 @@
+"""What a plan turns into: files that accelerate and TRL themselves accept, and one command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftplan.launcher import emit
+from ftplan.launcher.run_dir import RunDir, read_mapping, write_yaml
+from ftplan.launcher.training.config import TrainConfig, read_train_config
+from ftplan.planner.errors import InputError
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.optimizers import OPTIMIZERS
+from ftplan.planner.plan import SCHEDULES, TrainingPlan
+
+CPU = Device(
+    name="Some CPU",
+    kind="cpu",
+    total_bytes=2**35,
+    free_bytes=2**34,
+    memory_bandwidth_bytes_per_second=2e10,
+    peak_flops_per_second={"float32": 2e11},
+)
+GPU = dataclasses.replace(CPU, name="Some GPU", kind="cuda", uuid="GPU-1234-5678")
+
+ON_CPU = TrainingPlan(
+    dtype="float32",
+    mixed_precision="no",
+    per_device_train_batch_size=3,
+    gradient_accumulation_steps=5,
+    max_length=384,
+    optim="adamw_torch",
+    learning_rate=1e-5,
+    warmup_ratio=0.07,
+    num_train_epochs=2.5,
+    seed=11,
+)
+FILES: dict[str, Any] = {
+    "model": "/models/tiny",
+    "data": "data/rows.jsonl",
+    "eval_data": None,
+    "data_sha256": "0" * 64,
+    "eval_data_sha256": None,
+}
+
+
+def written(run: RunDir, plan: TrainingPlan, device: Device, **changes: Any) -> RunDir:
+    """The run's own files, as the launcher writes them."""
+    write_yaml(run.train, emit.train_config(plan, device, **{**FILES, **changes}))
+    write_yaml(run.accelerate, emit.accelerate_config(plan, device))
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Somewhere with a blank and a quote in its path."""
+    return RunDir(tmp_path / "it's mine")
+
+
+@pytest.fixture(scope="module")
+def sft_arguments() -> Callable[[TrainConfig, RunDir], Any]:
+    """How the training process makes TRL's configuration; takes seconds to import."""
+    pytest.importorskip("trl")
+    from ftplan.launcher.training.loop import sft_arguments
+
+    return sft_arguments
+
+
+class TestAccelerate:
+    @pytest.mark.parametrize("device", [CPU, GPU], ids=lambda device: device.kind)
+    @pytest.mark.parametrize("num_gpus", [1, 4])
+    @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
+    def test_its_own_loader_reads_the_file(
+        self, run: RunDir, device: Device, num_gpus: int, mixed_precision: str
+    ) -> None:
+        config_args = pytest.importorskip("accelerate.commands.config.config_args")
+        plan = ON_CPU.replace(num_gpus=num_gpus, mixed_precision=mixed_precision)
+        written(run, plan, device)
+        config = config_args.load_config_from_file(str(run.accelerate))
+        assert type(config).__name__ == "ClusterConfig"
+        assert config.distributed_type.value == ("NO" if num_gpus == 1 else "MULTI_GPU")
+        assert config.num_processes == num_gpus
+        assert (config.num_machines, config.machine_rank) == (1, 0)
+        assert config.mixed_precision == mixed_precision
+        assert config.use_cpu is (device.kind == "cpu")
+
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_its_own_parser_finds_module_run_and_settings_in_the_command(
+        self, run: RunDir, resume: bool
+    ) -> None:
+        launch = pytest.importorskip("accelerate.commands.launch")
+        written(run, ON_CPU, CPU)
+        command = emit.launch_command(run, resume)
+        parsed = launch.launch_command_parser().parse_args(command[3:])
+        parsed, _, _ = launch._validate_launch_command(parsed)
+        child, environment = launch.prepare_simple_launcher_cmd_env(parsed)
+        expected = [sys.executable, "-m", "ftplan.launcher.train", str(run.root)]
+        assert child == expected + ["--resume"] * resume
+        assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+        assert environment["ACCELERATE_USE_CPU"] == "True"
+
+    def test_the_command_is_exactly_this(self) -> None:
+        run = RunDir(Path("runs/mine"))
+        expected = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            "runs/mine/accelerate.yaml",
+            "-m",
+            "ftplan.launcher.train",
+            "runs/mine",
+        ]
+        assert emit.launch_command(run) == expected
+        assert emit.launch_command(run, resume=True) == [*expected, "--resume"]
+
+
+class TestTrainConfig:
+    def test_the_training_process_reads_back_what_was_planned(self, run: RunDir) -> None:
+        plan = ON_CPU.replace(target_modules=("q_proj", "v_proj"))
+        config = read_train_config(written(run, plan, CPU))
+        assert (config.model, config.method) == ("/models/tiny", "lora")
+        assert config.data == run.root / "data" / "rows.jsonl"
+        assert (config.eval_data, config.eval_data_sha256) == (None, None)
+        assert config.training_arguments == emit.training_arguments(plan, CPU)
+        assert config.method_settings["target_modules"] == ["q_proj", "v_proj"]
+        assert not config.is_quantized
+
+    def test_a_file_outside_the_run_stays_where_it_is(self, run: RunDir) -> None:
+        config = read_train_config(
+            written(run, ON_CPU, CPU, data="/far/rows.jsonl", eval_data="/far/held.jsonl")
+        )
+        assert config.data == Path("/far/rows.jsonl")
+        assert config.eval_data == Path("/far/held.jsonl")
+
+    def test_nothing_in_train_yaml_goes_unread(self) -> None:
+        """A setting that is planned for, written down and then ignored is a wrong forecast."""
+        keys = set(emit.train_config(ON_CPU, CPU, **FILES))
+        assert keys == {item.name for item in dataclasses.fields(TrainConfig)}
+
+    def test_every_setting_of_a_plan_is_written_somewhere(self) -> None:
+        """A new field of TrainingPlan must reach the files that the run is started from."""
+        other = {
+            "method": "freeze",
+            "quantization": "nf4",
+            "double_quant": False,
+            "dtype": "float16",
+            "mixed_precision": "bf16",
+            "target_modules": ("q_proj",),
+            "optim": "sgd",
+            "gradient_checkpointing": False,
+            "attn_implementation": "eager",
+            "loss": "stock",
+            "trainer": "transformers",
+            "lr_scheduler_type": "linear",
+            "max_steps": 7,
+        }
+
+        def files(plan: TrainingPlan) -> str:
+            config = emit.train_config(plan, GPU, **FILES)
+            return json.dumps([config, emit.accelerate_config(plan, GPU)])
+
+        for item in dataclasses.fields(TrainingPlan):
+            value = getattr(ON_CPU, item.name)
+            changed = other[item.name] if item.name in other else type(value)(value / 2 + 0.5)
+            if changed == value:
+                changed = value + 1
+            assert files(ON_CPU.replace(**{item.name: changed})) != files(ON_CPU), item.name
+
+    @pytest.mark.parametrize("key", sorted(emit.train_config(ON_CPU, CPU, **FILES)))
+    def test_a_file_without_a_key_is_refused_or_does_without(self, run: RunDir, key: str) -> None:
+        written(run, ON_CPU, CPU)
+        config = read_mapping(run.train)
+        del config[key]
+        write_yaml(run.train, config)
+        if key in {item.name for item in dataclasses.fields(TrainConfig)}:
+            with pytest.raises(InputError, match=f"has no `{key}`"):
+                read_train_config(run)
+
+
+class TestTrl:
+    @pytest.mark.parametrize(
+        "plan",
+        [
+            ON_CPU,
+            ON_CPU.replace(warmup_ratio=0.0, max_steps=7, gradient_checkpointing=False),
+            ON_CPU.replace(mixed_precision="bf16", lr_scheduler_type="linear", weight_decay=0.01),
+            ON_CPU.replace(method="full", dtype="bfloat16", learning_rate=2e-5),
+            ON_CPU.replace(optim="paged_adamw_8bit", save_steps=1, seed=0),
+        ],
+        ids=["plain", "steps", "bf16", "full", "8 bit"],
+    )
+    def test_its_configuration_takes_every_argument_and_keeps_its_value(
+        self, run: RunDir, sft_arguments: Callable[[TrainConfig, RunDir], Any], plan: TrainingPlan
+    ) -> None:
+        arguments = sft_arguments(read_train_config(written(run, plan, CPU)), run)
+        for name, value in emit.training_arguments(plan, CPU).items():
+            if name != "warmup_ratio":
+                assert getattr(arguments, name) == value, name
+        assert arguments.get_warmup_steps(1000) == round(1000 * plan.warmup_ratio)
+        assert arguments.output_dir == str(run.checkpoints)
+        assert arguments.device.type == "cpu"
+
+    @pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_it_knows_every_optimizer_and_schedule(
+        self,
+        run: RunDir,
+        sft_arguments: Callable[[TrainConfig, RunDir], Any],
+        optim: str,
+        schedule: str,
+    ) -> None:
+        plan = ON_CPU.replace(optim=optim, lr_scheduler_type=schedule)
+        arguments = sft_arguments(read_train_config(written(run, plan, CPU)), run)
+        assert (arguments.optim, arguments.lr_scheduler_type) == (optim, schedule)
+
+    def test_every_argument_for_a_gpu_is_one_of_its_fields(self) -> None:
+        """Its constructor refuses bf16 on a machine without one."""
+        trl = pytest.importorskip("trl")
+        known = {item.name for item in dataclasses.fields(trl.SFTConfig)}
+        plan = TrainingPlan(method="qlora", quantization="nf4")
+        arguments = emit.training_arguments(plan, GPU)
+        assert set(arguments) - {"warmup_ratio"} <= known
+        assert (arguments["bf16"], arguments["fp16"], arguments["use_cpu"]) == (True, False, False)
+
+
+class TestEnvironment:
+    names = st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZ_", min_size=1, max_size=12)
+
+    @settings(max_examples=30)
+    @given(st.dictionaries(names, st.text(max_size=9)), st.sampled_from([CPU, GPU]))
+    def test_the_parent_s_own_is_kept_and_little_is_added(
+        self, environ: dict[str, str], device: Device
+    ) -> None:
+        environ = {"PATH": "/bin:/usr/bin", "HF_TOKEN": "hf_secret", **environ}
+        child = emit.launch_environment(environ, device, ON_CPU, 8)
+        changes = emit.environment_changes(device, ON_CPU, 8)
+        assert set(child) == set(environ) | set(changes)
+        for name in set(environ) - set(changes):
+            assert child[name] == environ[name]
+        assert child["PYTHONSAFEPATH"] == "1"
+
+    @pytest.mark.parametrize("device", [CPU, GPU], ids=lambda device: device.kind)
+    def test_what_is_added_holds_no_secret_and_no_path(
+        self, device: Device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is written to command.txt: it must follow from the plan alone."""
+        before = emit.environment_changes(device, ON_CPU, 8)
+        for name in before:
+            monkeypatch.setenv(name, "hf_secret")
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        assert emit.environment_changes(device, ON_CPU, 8) == before
+        assert not {"PATH", "HOME", "HF_TOKEN", "PYTHONPATH"} & set(before)
+
+    def test_one_gpu_is_named_by_its_id_and_several_are_left_as_they_are(self) -> None:
+        one = emit.launch_environment({}, GPU, ON_CPU, 8)
+        assert one["CUDA_VISIBLE_DEVICES"] == "GPU-1234-5678"
+        assert one["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+        several = emit.launch_environment(
+            {"CUDA_VISIBLE_DEVICES": "1,2"}, GPU, ON_CPU.replace(num_gpus=2), 8
+        )
+        assert several["CUDA_VISIBLE_DEVICES"] == "1,2"
+        unnamed = emit.launch_environment(
+            {"CUDA_VISIBLE_DEVICES": "1"}, dataclasses.replace(GPU, uuid=None), ON_CPU, 8
+        )
+        assert unnamed["CUDA_VISIBLE_DEVICES"] == "1"
+
+    def test_on_the_processor_no_gpu_is_seen(self) -> None:
+        child = emit.launch_environment({"CUDA_VISIBLE_DEVICES": "0"}, CPU, ON_CPU, 8)
+        assert child["CUDA_VISIBLE_DEVICES"] == ""
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in child
+
+    @pytest.mark.parametrize(
+        ("num_cores", "num_gpus", "threads"), [(8, 1, "8"), (8, 3, "2"), (2, 4, "1"), (1, 1, "1")]
+    )
+    def test_the_cores_are_shared_between_the_processes(
+        self, num_cores: int, num_gpus: int, threads: str
+    ) -> None:
+        plan = ON_CPU.replace(num_gpus=num_gpus)
+        assert emit.launch_environment({}, GPU, plan, num_cores)["OMP_NUM_THREADS"] == threads
+        given_by_hand = {"OMP_NUM_THREADS": "5"}
+        child = emit.launch_environment(given_by_hand, GPU, plan, num_cores)
+        assert child["OMP_NUM_THREADS"] == "5"
+
+    def test_a_module_in_the_user_s_folder_replaces_no_real_one(self, tmp_path: Path) -> None:
+        (tmp_path / "argparse.py").write_text("raise SystemExit('replaced')")
+        command = [sys.executable, "-m", "json.tool", "--help"]
+
+        def status(environment: dict[str, str]) -> int:
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+            return done.returncode
+
+        plain = {name: v for name, v in os.environ.items() if name != "PYTHONSAFEPATH"}
+        assert status(plain) == 1, "the premise"
+        assert status(emit.launch_environment(plain, CPU, ON_CPU, 1)) == 0
+
+
+class TestShellLine:
+    def test_it_is_exactly_this(self) -> None:
+        line = emit.shell_line(["python", "-m", "x", "runs/it's mine"], {"A": "1", "B": ""})
+        assert line == "A=1 B='' python -m x 'runs/it'\"'\"'s mine'"
+        assert emit.shell_line(["python"], {}) == "python"
+
+    def test_a_shell_hands_over_every_sign(self) -> None:
+        words = ["a b", "$HOME", "it's", '"', "", "*", "`id`", "a\nb", "é", "--x=~", "!!", "#"]
+        script = "import json,os,sys; print(json.dumps([sys.argv[1:], os.environ['X']]))"
+        line = emit.shell_line([sys.executable, "-c", script, *words], {"X": "; $(id) \\ '"})
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == [words, "; $(id) \\ '"]
