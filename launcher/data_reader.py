@@ -4,9 +4,11 @@ One reader serves profiling and training, so what was profiled is what is traine
 
 Shapes, recognized row by row:
 - messages: `messages` or `conversations` (OpenAI's `role`/`content`, ShareGPT's `from`/`value`)
-- instruction: `instruction`, optional `input`, `system`, `history`; `output`
+- instruction: `instruction`, optional `input`, `history`; `output`
 - prompt/completion: `prompt` and `completion` (or `response`); `question` and `answer`
 - text: `text`
+
+A `system` beside any but the last opens the conversation, unless that has a system message.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ftplan.planner.data_profile import Problem
 from ftplan.planner.errors import InputError
@@ -64,7 +66,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataFile:
-    """A data file, read. `num_rows` counts all rows, `rows` holds the usable ones."""
+    """A data file, read. `num_rows` counts all rows, `rows` holds the usable ones.
+
+    `unit` says what `Row.line` and `Problem.first_lines` count: a JSON array's rows have no lines.
+    """
 
     path: Path
     sha256: str
@@ -72,6 +77,7 @@ class DataFile:
     num_rows: int
     rows: tuple[Row, ...]
     problems: tuple[Problem, ...]
+    unit: Literal["line", "row"] = "line"
 
     @property
     def duplicates(self) -> int:
@@ -95,6 +101,7 @@ def read_data(path: Path) -> DataFile:
     """
     content = _read_bytes(path)
     text = _decode(path, content)
+    unit: Literal["line", "row"] = "row" if _is_array(path, text) else "line"
     rows: list[Row] = []
     formats: dict[str, int] = {}
     troubles: dict[str, list[int]] = {}
@@ -113,7 +120,7 @@ def read_data(path: Path) -> DataFile:
         for kind, lines in sorted(troubles.items(), key=lambda item: -len(item[1]))
     )
     if not rows:
-        raise _no_usable_row(path, num_rows, problems)
+        raise _no_usable_row(path, num_rows, problems, unit)
     return DataFile(
         path=path,
         sha256=hashlib.sha256(content).hexdigest(),
@@ -121,7 +128,14 @@ def read_data(path: Path) -> DataFile:
         num_rows=num_rows,
         rows=tuple(rows),
         problems=problems,
+        unit=unit,
     )
+
+
+def where(problem: Problem, unit: str) -> str:
+    """`line 3, 8, 9, ...`: where a problem stands."""
+    more = ", ..." if problem.count > len(problem.first_lines) else ""
+    return f"{unit} {', '.join(map(str, problem.first_lines))}{more}"
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -154,9 +168,13 @@ def _decode(path: Path, content: bytes) -> str:
         ) from error
 
 
+def _is_array(path: Path, text: str) -> bool:
+    return path.suffix == ".json" and text.lstrip().startswith("[")
+
+
 def _values(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """(line number, parsed value) of every row; an array's rows carry their ordinal."""
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    if _is_array(path, text):
         rows = _parse(path, text, first_line=1)
         yield from enumerate(rows, start=1)
         return
@@ -176,18 +194,31 @@ def _parse(path: Path, text: str, first_line: int) -> Any:
         ) from error
     except RecursionError as error:
         raise InputError(f"`{path}`, line {first_line}: JSON nested too deeply") from error
+    except ValueError as error:  # not JSONDecodeError: Python's limit on the digits of a number
+        raise InputError(
+            f"`{path}`: a number with thousands of digits, in what begins at line {first_line}",
+            "write it as text, in quotes, or leave it out",
+        ) from error
 
 
 def _row(line: int, value: Any) -> tuple[Row, str]:
     """The row and its shape; raises _Unusable."""
+    row, shape = _shaped_row(line, value)
+    try:
+        "".join([row.text, *(message.content for message in row.messages)]).encode()
+    except UnicodeEncodeError:  # valid JSON, but no tokenizer takes it and no file can hold it
+        raise _Unusable("half a character (a lone surrogate)") from None
+    return row, shape
+
+
+def _shaped_row(line: int, value: Any) -> tuple[Row, str]:
     if not isinstance(value, Mapping):
         raise _Unusable("not a JSON object")
     for key in ("messages", "conversations"):
         if key in value:
-            messages = _conversation(value[key])
-            return Row(line=line, messages=messages), "messages"
+            return Row(line=line, messages=_opened(value, _conversation(value[key]))), "messages"
     if "output" in value and ("instruction" in value or "input" in value):
-        return Row(line=line, messages=_instruction(value)), "instruction"
+        return Row(line=line, messages=_opened(value, _instruction(value))), "instruction"
     for question, answers in _ANSWER_FIELDS.items():
         answer = next((a for a in answers if a in value), None)
         if question in value and answer:
@@ -195,7 +226,7 @@ def _row(line: int, value: Any) -> tuple[Row, str]:
                 Message("user", _text(value, question)),
                 Message("assistant", _text(value, answer)),
             )
-            return Row(line=line, messages=messages), f"{question}/{answer}"
+            return Row(line=line, messages=_opened(value, messages)), f"{question}/{answer}"
     if "text" in value:
         return Row(line=line, text=_text(value, "text")), "text"
     raise _Unusable("no usable field")
@@ -219,20 +250,35 @@ def _optional_text(value: Mapping[str, Any], key: str) -> str:
     return content
 
 
+def _opened(value: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The conversation with the row's own `system`, if it has none."""
+    system = _optional_text(value, "system")
+    if not system.strip() or messages[0].role == "system":
+        return messages
+    return (Message("system", system), *messages)
+
+
 def _instruction(value: Mapping[str, Any]) -> tuple[Message, ...]:
-    system, instruction = _optional_text(value, "system"), _optional_text(value, "instruction")
+    instruction = _optional_text(value, "instruction")
     request = "\n\n".join(filter(None, (instruction, _optional_text(value, "input"))))
     if not request.strip():
         raise _Unusable("`instruction` and `input` are empty")
-    messages = [Message("system", system)] if system else []
-    for turn in value.get("history") or ():
-        if not (
-            isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
-        ):
-            raise _Unusable("`history` is not a list of [question, answer]")
-        messages += [Message("user", turn[0]), Message("assistant", turn[1])]
+    messages: list[Message] = []
+    for asked, answered in _history(value):
+        messages += [Message("user", asked), Message("assistant", answered)]
     messages += [Message("user", request), Message("assistant", _text(value, "output"))]
     return tuple(messages)
+
+
+def _history(value: Mapping[str, Any]) -> list[tuple[str, str]]:
+    turns = value.get("history") or []  # exported tables have "" for none
+    pairs = isinstance(turns, list) and all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in turns
+    )
+    if not pairs:
+        raise _Unusable("`history` is not a list of [question, answer]")
+    return [(asked, answered) for asked, answered in turns]
 
 
 def _conversation(turns: Any) -> tuple[Message, ...]:
@@ -243,7 +289,7 @@ def _conversation(turns: Any) -> tuple[Message, ...]:
         if not isinstance(turn, Mapping):
             raise _Unusable("a message is not an object")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise _Unusable("a message's role is not system, user or assistant")
         if not isinstance(content, str) or not content.strip():
             raise _Unusable("a message has no text")
@@ -256,11 +302,14 @@ def _conversation(turns: Any) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _no_usable_row(path: Path, num_rows: int, problems: tuple[Problem, ...]) -> InputError:
+def _no_usable_row(
+    path: Path, num_rows: int, problems: tuple[Problem, ...], unit: str
+) -> InputError:
+    if not problems:
+        return InputError(f"`{path}` holds no row", "it needs one JSON object a line")
     worst = problems[0]
-    lines = ", ".join(map(str, worst.first_lines))
     return InputError(
         f"`{path}`: none of its {num_rows} rows can be trained on: {worst.kind} "
-        f"(line {lines}{', ...' if worst.count > len(worst.first_lines) else ''})",
+        f"({where(worst, unit)})",
         "a row needs `instruction` and `output`, `prompt` and `completion`, `messages`, or `text`",
     )

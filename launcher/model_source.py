@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from ftplan.planner.units import parse_count
 from ftplan.profiles import find_model, model_catalog
 
 _HUB_TIMEOUT_SECONDS = 5
+
+# As huggingface_hub checks it, whose import would take longer than an estimate may.
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,9 +45,8 @@ def find_source(name: str, environ: Mapping[str, str] = os.environ) -> ModelSour
     Order: folder, size, catalog, local Hub cache, Hub. Raises InputError (UnknownNameError with
     the nearest catalog names) when nothing is found.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        return source_from_folder(folder)
+    if os.path.isdir(name):  # Path.is_dir raises for a name that is too long
+        return source_from_folder(Path(name))
     size = parse_count(name)
     if size is not None:
         spec = spec_from_size(size, name)
@@ -51,7 +54,7 @@ def find_source(name: str, environ: Mapping[str, str] = os.environ) -> ModelSour
     entry = find_model(name)
     if entry is not None:
         return ModelSource(spec=entry.spec, origin="catalog", hub_id=entry.hub_id)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if _HUB_ID.fullmatch(name):
         return _source_from_hub(name, environ)
     if "/" in name or name.startswith("~"):
         raise InputError(
@@ -67,46 +70,59 @@ def find_source(name: str, environ: Mapping[str, str] = os.environ) -> ModelSour
 
 def source_from_folder(folder: Path) -> ModelSource:
     """A folder with a `config.json`, as `save_pretrained` writes it."""
+    spec = spec_from_config(_read_config(folder), folder.resolve().name)
+    return ModelSource(spec=spec, origin="folder", folder=folder)
+
+
+def _read_config(folder: Path) -> Any:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"`{folder}` has no config.json", "give the folder of a transformers model"
         ) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read `{path}`: {error}") from error
-    name = folder.resolve().name
-    return ModelSource(spec=spec_from_config(config, name), origin="folder", folder=folder)
+        raise InputError(
+            f"cannot read `{path}`: {error}", "it is damaged: fetch or save the model again"
+        ) from error
+
+
+def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where huggingface_hub keeps models, by its own rules (`huggingface_hub.constants`)."""
+    home = environ.get("HF_HOME") or os.path.join(
+        environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
+    )
+    hub = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(os.path.expanduser(hub or os.path.join(home, "hub"))))
 
 
 def cached_folder(hub_id: str, environ: Mapping[str, str] = os.environ) -> Path | None:
     """The newest snapshot of a Hub model in the local cache that has a config.json."""
-    home = (
-        environ.get("HF_HOME")
-        or Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    )
-    hub = Path(environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    snapshots = hub / ("models--" + hub_id.replace("/", "--")) / "snapshots"
-    if not snapshots.is_dir():
+    snapshots = hub_cache(environ) / ("models--" + hub_id.replace("/", "--")) / "snapshots"
+    if not os.path.isdir(snapshots):
         return None
     found = [s for s in snapshots.iterdir() if (s / "config.json").is_file()]
     return max(found, key=lambda s: s.stat().st_mtime, default=None)
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether all safetensors files of a model folder are there."""
+    """Whether all safetensors files of a model folder are there; not where their index is
+    damaged."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return (folder / "model.safetensors").is_file()
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((folder / shard).is_file() for shard in shards)
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return bool(shards) and all((folder / shard).is_file() for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _source_from_hub(hub_id: str, environ: Mapping[str, str]) -> ModelSource:
     folder = cached_folder(hub_id, environ)
     if folder is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = _read_config(folder)
         origin = "local Hub cache"
     else:
         config = _fetch_config(hub_id, environ)
@@ -116,7 +132,15 @@ def _source_from_hub(hub_id: str, environ: Mapping[str, str]) -> ModelSource:
 
 
 def hub_offline(environ: Mapping[str, str] = os.environ) -> bool:
-    return environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+    """Whether the environment forbids asking the Hub; transformers' older variable counts too."""
+    said = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def config_url(hub_id: str, environ: Mapping[str, str]) -> str:
+    """The address of a Hub model's config.json."""
+    endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return f"{endpoint}/{hub_id}/resolve/main/config.json"
 
 
 def _fetch_config(hub_id: str, environ: Mapping[str, str]) -> Any:
@@ -128,15 +152,15 @@ def _fetch_config(hub_id: str, environ: Mapping[str, str]) -> Any:
             f"`{hub_id}` is not in the catalog or the local cache, and HF_HUB_OFFLINE is set",
             instead,
         )
-    import urllib.error  # 40 ms that only this path needs
+    import http.client  # 40 ms that only this path needs
+    import urllib.error
     import urllib.request
 
-    endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{endpoint}/{hub_id}/resolve/main/config.json")
-    token = environ.get("HF_TOKEN")
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
     try:
+        request = urllib.request.Request(config_url(hub_id, environ))
+        if token := environ.get("HF_TOKEN"):
+            # The Hub redirects to other hosts, which must not see it.
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
@@ -145,8 +169,13 @@ def _fetch_config(hub_id: str, environ: Mapping[str, str]) -> Any:
                 f"the Hub does not show `{hub_id}` to you ({error.code})",
                 "the name may be wrong, or the model gated: accept its licence and set HF_TOKEN",
             ) from error
-        raise InputError(f"the Hub has no model `{hub_id}` ({error.code})", instead) from error
-    except (OSError, ValueError) as error:
+        if error.code == 404:
+            raise InputError(f"the Hub has no model `{hub_id}` (404)", instead) from error
+        raise InputError(
+            f"the Hub does not answer for `{hub_id}` now ({error.code} {error.reason})",
+            "try again later, or give a folder with its config.json",
+        ) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(
             f"`{hub_id}` is not in the catalog, and the Hub is out of reach", instead
         ) from error

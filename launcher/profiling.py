@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftplan.launcher.data_reader import DataFile, Row
+from ftplan.launcher.data_reader import DataFile, Row, where
 from ftplan.launcher.tokens import RowTokenizer
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
@@ -36,6 +36,7 @@ class Split:
 def split_rows(rows: Sequence[Row], share: float = EVAL_SHARE, seed: int = SPLIT_SEED) -> Split:
     """A seeded split, grouped by prompt so that no prompt stands on both sides.
 
+    No more rows than the share are held out; where every prompt has more, those of the rarest.
     Raises InputError when there are too few different prompts to hold any out.
     """
     groups: dict[object, list[Row]] = {}
@@ -48,11 +49,14 @@ def split_rows(rows: Sequence[Row], share: float = EVAL_SHARE, seed: int = SPLIT
         )
     keys = list(groups)
     random.Random(seed).shuffle(keys)
-    wanted = min(max(1, round(share * len(rows))), _MAX_EVAL_ROWS)
+    wanted = min(max(1, round(share * len(rows))), _MAX_EVAL_ROWS, len(rows) - 1)
     held_out: list[Row] = []
-    while keys and len(held_out) < wanted and len(keys) > 1:
-        held_out += groups.pop(keys.pop())
-    train = [row for key in groups for row in groups[key]]
+    for key in reversed(keys):
+        if len(held_out) + len(groups[key]) <= wanted:
+            held_out += groups.pop(key)
+    if not held_out:
+        held_out = groups.pop(min(keys, key=lambda key: len(groups[key])))
+    train = [row for group in groups.values() for row in group]
     return Split(train=_in_file_order(train), held_out=_in_file_order(held_out))
 
 
@@ -132,8 +136,7 @@ def estimated_tokens(row: Row) -> int:
 def _warnings(data: DataFile) -> tuple[str, ...]:
     warnings = [
         f"{problem.count} of {data.num_rows} rows left out: {problem.kind} "
-        f"(line {', '.join(map(str, problem.first_lines))}"
-        f"{', ...' if problem.count > len(problem.first_lines) else ''})"
+        f"({where(problem, data.unit)})"
         for problem in data.problems
     ]
     if data.duplicates:

@@ -107,14 +107,14 @@ class RunDir:
         return self.record.is_file()
 
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint of the highest step, None without any."""
-        found = [
-            (int(path.name.removeprefix("checkpoint-")), path)
+        """The whole checkpoint of the highest step, None without any."""
+        found = {
+            int(step): path
             for path in self.checkpoints.glob("checkpoint-*")
-            if path.name.removeprefix("checkpoint-").isdigit()
-            and (path / "trainer_state.json").is_file()
-        ]
-        return max(found)[1] if found else None
+            if (step := path.name.removeprefix("checkpoint-")).isdecimal()
+        }
+        newest_first = (found[step] for step in sorted(found, reverse=True))
+        return next(filter(_whole, newest_first), None)
 
     def set_results_aside(self) -> Path | None:
         """Move what an earlier attempt left to `previous/N`; the inputs stay. Loses nothing.
@@ -147,16 +147,25 @@ class RunDir:
             return {}
 
     def metric_rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of metrics.jsonl; a last line still being written is left out."""
+        """Rows of metrics.jsonl; damaged ones and a last one still being written are left out."""
         if not self.metrics.is_file():
             return
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether the trainer has written all of it: its state comes last."""
+    try:
+        read_mapping(checkpoint / "trainer_state.json")
+    except InputError:
+        return False
+    return True
 
 
 def open_run(path: Path) -> RunDir:
@@ -172,20 +181,28 @@ def open_run(path: Path) -> RunDir:
 
 def create_run(base: Path, name: str) -> RunDir:
     """A new, empty directory `base/name`, or `name-2`, `name-3`, ... where that is taken."""
+    root = base / name
     number = 1
-    while True:
-        root = base / (name if number == 1 else f"{name}-{number}")
-        try:
-            root.mkdir(parents=True)
-        except FileExistsError:
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        while not _made(root):
             number += 1
-            continue
-        except OSError as error:
-            raise InputError(
-                f"cannot make the run directory `{root}`: {error.strerror}",
-                "choose a folder that can be written with `--runs-dir`",
-            ) from error
-        return RunDir(root)
+            root = base / f"{name}-{number}"
+    except OSError as error:
+        raise InputError(
+            f"cannot make the run directory `{root}`: {error.filename}: {error.strerror}",
+            "choose a folder that can be written with `--runs-dir`",
+        ) from error
+    return RunDir(root)
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder; False where its name is taken."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,21 +1,29 @@
 """Rows to tokens: one template for profiling, training, evaluation and samples.
 
 A tokenizer's own chat template where it has one; else a plain template, stated in the plan.
-Only answers carry loss; plain text carries loss throughout.
+Only answers carry loss; plain text carries loss throughout. Where the tokenizer puts a first token
+before every text (Llama's, Gemma's), so do we; a chat template writes its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ftplan.launcher.data_reader import Message, Row
+from ftplan.planner.errors import InputError
 
 PLAIN_HEADINGS = {"system": "System", "user": "Instruction", "assistant": "Response"}
 
 _ROWS_AT_ONCE = 256
+
+_OTHER_TEMPLATE = (
+    "give a model with another template, or take `chat_template` out of its tokenizer's files: "
+    "plain headings are used then"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,29 +60,55 @@ class RowTokenizer:
         """Token rows in order; `progress` is told how many rows are done."""
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             chunk = rows[start : start + _ROWS_AT_ONCE]
-            yield from self._tokenize_chunk([self.segments(row) for row in chunk])
+            yield from self._tokenize_chunk(chunk)
             progress(min(start + _ROWS_AT_ONCE, len(rows)))
 
-    def _tokenize_chunk(self, rows: list[list[Segment]]) -> Iterator[TokenRow]:
-        texts = [segment.text for segments in rows for segment in segments]
+    def _tokenize_chunk(self, rows: Sequence[Row]) -> Iterator[TokenRow]:
+        cut = [self.segments(row) for row in rows]
+        texts = [segment.text for segments in cut for segment in segments]
         ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        for segments in rows:
+        for row, segments in zip(rows, cut, strict=True):
             input_ids: list[int] = []
             mask: list[int] = []
             for segment in segments:
                 tokens = next(ids)
                 input_ids += tokens
                 mask += [int(segment.trained)] * len(tokens)
-            yield TokenRow(input_ids, mask)
+            opening = self._opening(row.messages, input_ids)
+            yield TokenRow(opening + input_ids, [0] * len(opening) + mask)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a prompt up to where its answer begins, as in training."""
+        text = self.render(messages, ask=True)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._opening(messages, ids) + ids
+
+    def _opening(self, messages: Sequence[Message], ids: list[int]) -> list[int]:
+        """What belongs before the tokens: nothing where template or text has brought its own."""
+        templated = messages and self.has_chat_template
+        return [] if templated or ids[:1] == self._first_token else self._first_token
+
+    @cached_property
+    def _first_token(self) -> list[int]:
+        """The token that the tokenizer puts before every text; empty where it puts none."""
+        first, bos = self.tokenizer("a")["input_ids"][:1], self.tokenizer.bos_token_id
+        return first if first == [bos] else []
 
     def segments(self, row: Row) -> list[Segment]:
-        """The row's text cut where loss begins and ends; its end token is trained."""
+        """The row's text cut where loss begins and ends; its end token is trained.
+
+        Raises InputError where the chat template refuses the row, or where a question is not
+        rendered as the beginning of its answered conversation.
+        """
         end = self.tokenizer.eos_token or ""
         if row.text:
             return [Segment(row.text + end, True)]
         if not self.has_chat_template:
             return self._plain_segments(row.messages, end)
-        return self._template_segments(row.messages)
+        try:
+            return self._template_segments(row.messages)
+        except InputError as error:
+            raise InputError(f"row {row.line}: {error.message}", error.hint) from error
 
     def _template_segments(self, messages: tuple[Message, ...]) -> list[Segment]:
         """Every answer of the conversation trained, where the template renders prefixes alike;
@@ -93,37 +127,65 @@ class RowTokenizer:
                 Segment(answered[len(asked) :], True),
             ]
             done = answered
-        if self.render(messages) != done:
-            return self._last_answer(messages)
         return segments
 
     def _last_answer(self, messages: tuple[Message, ...]) -> list[Segment]:
         asked, answered = self.render(messages[:-1], ask=True), self.render(messages)
         if not answered.startswith(asked):
             asked = self.render(messages[:-1])
+        if not answered.startswith(asked):
+            raise InputError(
+                "the tokenizer's chat template renders a question in another way once it is "
+                "answered, so that loss cannot be put on the answer alone",
+                _OTHER_TEMPLATE,
+            )
         return [Segment(asked, False), Segment(answered[len(asked) :], True)]
 
     def _plain_segments(self, messages: tuple[Message, ...], end: str) -> list[Segment]:
+        """Questions and headings between two answers are one segment: a tokenizer may have other
+        tokens for two line feeds at the end of a text than before `###`."""
         segments = []
+        asked = ""
         for message in messages:
-            heading = f"### {PLAIN_HEADINGS[message.role]}:\n"
+            asked += f"### {PLAIN_HEADINGS[message.role]}:\n"
             if message.role == "assistant":
-                segments += [Segment(heading, False), Segment(message.content + end, True)]
+                segments += [Segment(asked, False), Segment(message.content + end, True)]
+                asked = ""
             else:
-                segments.append(Segment(f"{heading}{message.content}\n\n", False))
-        return segments
+                asked += f"{message.content}\n\n"
+        return [*segments, Segment(asked, False)] if asked else segments
 
     def render(self, messages: Sequence[Message], ask: bool = False) -> str:
-        """The conversation as text, with the opening of the next answer if `ask`."""
+        """The conversation as text, with the opening of the next answer if `ask`.
+
+        A system message that the chat template refuses, as Gemma's does, stands before the first
+        question instead. Raises InputError if the template refuses that too.
+        """
         if not self.has_chat_template:
             parts = self._plain_segments(tuple(messages), self.tokenizer.eos_token or "")
             opening = f"### {PLAIN_HEADINGS['assistant']}:\n" if ask else ""
             return "".join(part.text for part in parts) + opening
+        try:
+            return self._apply_template(messages, ask)
+        except InputError:
+            if [message.role for message in messages[:2]] != ["system", "user"]:
+                raise
+        system, question, *rest = messages
+        folded = Message("user", f"{system.content}\n\n{question.content}")
+        return self._apply_template([folded, *rest], ask)
+
+    def _apply_template(self, messages: Sequence[Message], ask: bool) -> str:
+        from jinja2.exceptions import TemplateError  # comes with what renders templates
+
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        text: str = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=ask
-        )
-        return text
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"the tokenizer's chat template refuses the conversation: {error}", _OTHER_TEMPLATE
+            ) from error
 
 
 def load_tokenizer(model: str | Path) -> RowTokenizer:

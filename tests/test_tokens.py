@@ -170,8 +170,17 @@ class TestPlainText:
         opening = opening_tokenizer()
         bos = opening.bos_token_id
         assert opening("here")["input_ids"][0] == bos, "the premise"
-        ids = tokenize(RowTokenizer(opening), row).input_ids
-        assert (ids[0], ids.count(bos)) == (bos, 1)
+        tokens = tokenize(RowTokenizer(opening), row)
+        assert (tokens.input_ids[0], tokens.input_ids.count(bos)) == (bos, 1)
+        assert tokens.completion_mask[0] == 0
+        assert tokens.input_ids[1:] == tokenize(PLAIN, row).input_ids
+
+    def test_a_text_that_has_brought_its_first_token_has_it_once(self) -> None:
+        tokenizer = RowTokenizer(opening_tokenizer())
+        row = Row(line=1, text="here")
+        assert tokenize(tokenizer, Row(line=1, text="<|bos|>here")).input_ids == (
+            tokenize(tokenizer, row).input_ids
+        )
 
 
 class TestChatTemplates:
@@ -255,23 +264,40 @@ class TestChatTemplates:
         trained = [s.text for s in TEMPLATES[CHATML].segments(row) if s.trained]
         assert trained == [f"{answer}<|im_end|>\n" for answer in answers]
 
-    def test_a_text_that_cannot_be_cut_is_refused_or_kept_whole(self) -> None:
+    def test_a_text_that_cannot_be_cut_is_refused_with_its_row(self) -> None:
         """A template that always closes: the question alone is no beginning of the whole."""
         closing = RowTokenizer(tiny_tokenizer(CLOSING))
-        row = chat("The question?", "The answer.")
-        try:
-            segments = closing.segments(row)
-        except InputError:
-            return
-        assert "".join(s.text for s in segments) == closing.render(row.messages)
-        assert any(s.trained and "The answer." in s.text for s in segments)
-        assert not any(s.trained and "question" in s.text for s in segments)
+        with pytest.raises(InputError, match=r"row 7: .* in another way once it is") as caught:
+            tokenize(closing, chat("The question?", "The answer.", line=7))
+        assert "plain headings" in (caught.value.hint or "")
 
-    def test_what_a_template_refuses_is_bad_input(self) -> None:
+    def test_a_system_message_that_a_template_refuses_opens_the_first_question(self) -> None:
         no_system = RowTokenizer(tiny_tokenizer(NO_SYSTEM))
-        assert tokenize(no_system, chat("q", "a"))
-        with pytest.raises(InputError, match="System role not supported"):
-            tokenize(no_system, chat("q", "a", system="s"))
+        row = chat("q", "a", "r", "b", system="s")
+        assert tokenize(no_system, row) == tokenize(no_system, chat("s\n\nq", "a", "r", "b"))
+        assert tokenize(no_system, chat("q", "a")) == tokenize(TEMPLATES[CHATML], chat("q", "a"))
+
+    def test_what_a_template_refuses_altogether_is_bad_input_with_its_row(self) -> None:
+        refusing = RowTokenizer(tiny_tokenizer("{{ raise_exception('I speak to nobody') }}"))
+        for system in ("", "s"):
+            with pytest.raises(InputError, match=r"row 7: .* refuses .*: I speak to nobody"):
+                tokenize(refusing, chat("q", "a", system=system, line=7))
+
+
+class TestPrompts:
+    @pytest.mark.parametrize("opens", [False, True])
+    @pytest.mark.parametrize("template", [None, CHATML, FORGETFUL, TRIMMING, NO_SYSTEM])
+    @pytest.mark.parametrize("system", ["", "s"])
+    def test_an_answer_is_asked_for_as_it_was_trained(
+        self, template: str | None, opens: bool, system: str
+    ) -> None:
+        make = opening_tokenizer if opens else tiny_tokenizer
+        tokenizer = RowTokenizer(make(template))
+        row = chat("The question?", "The answer.", system=system)
+        ids, tokens = tokenizer.prompt_ids(row.prompt), tokenize(tokenizer, row)
+        assert tokens.input_ids[: len(ids)] == ids
+        if template != FORGETFUL:  # trains the empty thought before the answer as well
+            assert tokens.completion_mask.index(1) == len(ids)
 
 
 class TestManyRows:

@@ -22,11 +22,30 @@ class TrainConfig:
     eval_data_sha256: str | None
     method: str
     method_settings: Mapping[str, Any]
+    loss: str
     training_arguments: Mapping[str, Any]
 
     @property
     def is_quantized(self) -> bool:
         return bool(self.method_settings["quantization"] != "none")
+
+
+def checked_loss(loss: str, trainer: str) -> str:
+    """The loss, if ftplan's training process has it; raises InputError otherwise.
+
+    Both are settings of estimates too, where people ask about what they run elsewhere.
+    """
+    if trainer != "trl":
+        raise InputError(
+            f"runs are launched with TRL's trainer; `--trainer {trainer}` is for estimates",
+            "leave `--trainer` out",
+        )
+    if loss == "liger":
+        raise InputError(
+            "TRL's trainer brings a fused loss of its own; `--loss liger` is for estimates",
+            "use `--loss trl-fused`, the default, or `--loss stock`",
+        )
+    return loss
 
 
 def read_train_config(run: RunDir) -> TrainConfig:
@@ -42,6 +61,7 @@ def read_train_config(run: RunDir) -> TrainConfig:
             eval_data_sha256=raw["eval_data_sha256"],
             method=raw["method"],
             method_settings=raw["method_settings"],
+            loss=checked_loss(raw["loss"], raw["trainer"]),
             training_arguments=raw["training_arguments"],
         )
     except KeyError as error:

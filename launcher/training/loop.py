@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +21,14 @@ from trl import SFTConfig
 
 from ftplan.launcher.data_reader import DataFile, Row, read_data
 from ftplan.launcher.profiling import make_split
-from ftplan.launcher.run_dir import RunDir, write_json
+from ftplan.launcher.run_dir import RunDir, write_json, write_text
 from ftplan.launcher.tokens import RowTokenizer, TokenRow, load_tokenizer
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.config import TrainConfig, read_train_config
 from ftplan.launcher.training.measure import (
     CpuAllocationRecorder,
+    mean_step_seconds,
     measured_memory,
-    typical_step_seconds,
 )
 from ftplan.launcher.training.plot import plot_loss
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
@@ -99,6 +101,8 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     trainer = build_trainer(session, train_rows, eval_rows)
     loaded = time.time()
     checkpoint = run.last_checkpoint() if resume else None
+    if checkpoint:
+        forget_steps_after(run, checkpoint)
     before = _earlier_evaluation(run) if checkpoint else None
     if before is None:
         before = _evaluate(session, trainer, "before", split.held_out)
@@ -184,6 +188,7 @@ def build_trainer(
         peft_config=peft_config,
         callbacks=[session.reporter],
         row_lengths=[len(row.input_ids) for row in train_rows],
+        stock_loss=config.loss == "stock",
     )
     session.reporter.trainer = trainer
     return trainer
@@ -241,6 +246,13 @@ def _earlier_evaluation(run: RunDir) -> dict[str, Any] | None:
     return next((row for row in run.metric_rows() if row.get("when") == "before"), None)
 
 
+def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
+    """Take the steps that are going to be repeated out of metrics.jsonl."""
+    last = int(checkpoint.name.removeprefix("checkpoint-"))
+    kept = [row for row in run.metric_rows() if row.get("step", 0) <= last]
+    write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+
 def sample_row(held_out: tuple[Row, ...]) -> Row | None:
     """The conversation whose question and answer are shortest together; None for plain text."""
     conversations = [row for row in held_out if row.messages]
@@ -252,19 +264,19 @@ def sample_row(held_out: tuple[Row, ...]) -> Row | None:
 def generate_answer(trainer: PlannedTrainer, tokenizer: RowTokenizer, row: Row) -> str:
     """The model's greedy answer to the row's prompt, at most SAMPLE_NEW_TOKENS tokens."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    text = tokenizer.render(row.prompt, ask=True)
-    inputs = tokenizer.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    prompt = torch.tensor([tokenizer.prompt_ids(row.prompt)], device=trainer.args.device)
     was_training = model.training
     model.eval()
     with torch.no_grad(), trainer.autocast_smart_context_manager():
         tokens = model.generate(
-            **inputs.to(trainer.args.device),
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=SAMPLE_NEW_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.tokenizer.pad_token_id,
         )
     model.train(was_training)
-    new = tokens[0][inputs["input_ids"].shape[1] :]
+    new = tokens[0][prompt.shape[1] :]
     return str(tokenizer.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
@@ -290,7 +302,6 @@ def make_record(
 ) -> dict[str, Any]:
     """record.json: predicted beside measured, evaluation before and after, what was made."""
     plan = session.run.read_plan()
-    step_seconds = typical_step_seconds(session.reporter.steps)
     rows = [row for row in session.run.metric_rows() if "step" in row]
     tokens = sum(row["tokens"] for row in rows)
     spent = sum(row["seconds"] for row in rows)
@@ -304,9 +315,9 @@ def make_record(
         "predicted": plan["predicted"],
         "measured": {
             **memory,
-            "step_seconds": step_seconds,
+            "step_seconds": mean_step_seconds([row["seconds"] for row in rows]),
             "tokens_per_second_per_gpu": tokens / spent if spent else None,
-            "train_seconds": seconds["train"],
+            "train_seconds": spent,
             "seconds": seconds,
         },
         "evaluation": {

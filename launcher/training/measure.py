@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,10 @@ def process_device_bytes(fallback: int) -> int:
     return fallback
 
 
-def typical_step_seconds(steps: list[tuple[int, float]]) -> float | None:
-    """Median seconds of the steps after the profiled ones; of all when there are no others."""
-    settled = [seconds for step, seconds in steps if step > PROFILED_STEPS]
-    chosen = settled or [seconds for _, seconds in steps]
-    return statistics.median(chosen) if chosen else None
+def mean_step_seconds(seconds: Sequence[float]) -> float | None:
+    """Mean seconds of the steps after the profiled ones; of all when there are no others.
+
+    The mean, not the median: it is what the estimate predicts, and lengths vary.
+    """
+    settled = seconds[PROFILED_STEPS:] or seconds
+    return statistics.fmean(settled) if settled else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from ftplan.launcher.run_dir import RunDir
@@ -44,10 +44,17 @@ class PlannedSampler(Sampler[int]):
 
 
 class PlannedTrainer(SFTTrainer):
-    """Trains in the planned order and counts the tokens that each step computes on."""
+    """Trains in the planned order and counts the tokens that each step computes on.
 
-    def __init__(self, *args: Any, row_lengths: list[int], **kwargs: Any) -> None:
+    `stock_loss`: the loss from the full logits, as transformers computes it, instead of TRL's
+    fused output projection.
+    """
+
+    def __init__(
+        self, *args: Any, row_lengths: list[int], stock_loss: bool = False, **kwargs: Any
+    ) -> None:
         self.row_lengths = row_lengths
+        self.stock_loss = stock_loss
         self.step_tokens = 0
         super().__init__(*args, **kwargs)
 
@@ -58,6 +65,11 @@ class PlannedTrainer(SFTTrainer):
             self.args.gradient_accumulation_steps,
             self.args.seed,
         )
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stock_loss:
+            return Trainer.compute_loss(self, *args, **kwargs)
+        return super().compute_loss(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.step_tokens += inputs["input_ids"].numel()
@@ -71,7 +83,6 @@ class StepReporter(TrainerCallback):
         self.run = run
         self.recorder = recorder
         self.trainer: PlannedTrainer | None = None
-        self.steps: list[tuple[int, float]] = []
         self.stop_requested = False
         self._began = 0.0
         self._seconds = 0.0
@@ -106,7 +117,6 @@ class StepReporter(TrainerCallback):
         _synchronize(args)
         self._seconds = time.monotonic() - self._began
         self.recorder.stop()
-        self.steps.append((state.global_step - self._first_step, self._seconds))
         self._tokens = self.trainer.step_tokens if self.trainer else 0
         if self.stop_requested:
             control.should_save = True
