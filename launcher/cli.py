@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -53,9 +54,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(words)
     except BrokenPipeError:
-        # The reader (`| head`) has gone; nothing is left to say to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0  # the reader (`| head`) has seen enough
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write what is left, or nowhere if the reader has gone: Python would end with status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(words: list[str]) -> int:
@@ -67,6 +77,7 @@ def _run(words: list[str]) -> int:
 
         sys.stdout.write(f"ftplan {version()}\n")
         return 0
+    from ftplan.launcher.settings_flags import complete_switches
     from ftplan.launcher.ui import Ui
 
     ui = Ui()
@@ -76,13 +87,14 @@ def _run(words: list[str]) -> int:
             raise UnknownNameError("command", verb, COMMANDS, "See `ftplan --help`.")
         command: Command = importlib.import_module(f"ftplan.launcher.commands.{verb}")
         parser = make_parser(verb, command)
-        arguments, unknown = parser.parse_known_args(words[1:])
+        arguments, unknown = parser.parse_known_args(complete_switches(words[1:]))
         if unknown:
             raise _unknown_argument(parser, unknown[0])
         ui.as_json = arguments.json
         return command.run(arguments, ui)
     except FtplanError as error:
-        ui.fail(error)
+        with contextlib.suppress(BrokenPipeError):
+            ui.fail(error)
         return error.exit_status
     except KeyboardInterrupt:
         ui.say("interrupted")

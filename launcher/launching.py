@@ -148,7 +148,8 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
     if not ui.as_json:
         from ftplan.launcher import views
 
-        ui.show("", views.report(record, result_lines(run, record)))
+        ui.show("", views.report(record), "")
+        ui.show_lines(result_lines(run, record))
     return record
 
 
@@ -181,16 +182,18 @@ def _device_for(ui: Ui, run: RunDir, written: Mapping[str, Any]) -> Device:
     return device
 
 
-def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was made, where it is, and how to use it."""
+def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
+    """What was made, where it is, and how to use it: lines to be copied."""
     folder = run.root / record["output"]
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     loader = "AutoPeftModelForCausalLM" if record["output"] == "adapter" else "AutoModelForCausalLM"
     package = "peft" if record["output"] == "adapter" else "transformers"
     return [
-        (record["output"], f"{folder}  ({format_bytes(size)}, safetensors)"),
-        ("use it", f"from {package} import {loader}"),
-        ("", f'model = {loader}.from_pretrained("{folder}")'),
-        ("run again", f"ftplan launch {run.root}"),
-        ("details", f"{run.record}, {run.loss_plot.name}, {run.metrics.name}"),
+        f"The {record['output']} is in {folder} ({format_bytes(size)}, safetensors). Use it:",
+        "",
+        f"    from {package} import {loader}",
+        f'    model = {loader}.from_pretrained("{folder}")',
+        "",
+        f"Loss curve {run.loss_plot}, all figures {run.record}.",
+        f"Again: ftplan launch {run.root}",
     ]

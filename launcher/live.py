@@ -56,7 +56,7 @@ class LiveView(AbstractContextManager["LiveView"]):
         steps = [row for row in rows if "step" in row]
         latest = steps[-1] if steps else None
         if self.progress:
-            facts = self._facts(steps) if latest else ""
+            facts = self._facts(steps) if latest and stage == "training" else ""
             done = latest["step"] if latest else 0
             self.progress.update(self.task, description=stage, completed=done, facts=facts)
             return
@@ -70,13 +70,15 @@ class LiveView(AbstractContextManager["LiveView"]):
 
     def _line(self, text: str) -> None:
         elapsed = format_seconds(time.monotonic() - self.began)
-        self.ui.err.print(Text(f"[{elapsed:>9}] {text}", style="dim"))
+        self.ui.err.print(Text(f"[{elapsed:>9}] {text}", style="dim"), soft_wrap=True)
 
     def _facts(self, steps: list[dict[str, Any]]) -> str:
         latest = steps[-1]
         recent = [row["seconds"] for row in steps[-8:]]
         left = (self.total_steps - latest["step"]) * sum(recent) / len(recent)
-        facts = [f"loss {latest['loss']:.3f}", f"{latest['tokens_per_second']:,.0f} tokens/s"]
+        facts = [f"loss {latest['loss']:.3f}"]
+        if latest.get("tokens_per_second"):
+            facts.append(f"{latest['tokens_per_second']:,.0f} tokens/s")
         if latest.get("allocated_bytes"):
             facts.append(format_bytes(latest["allocated_bytes"]))
         facts.append(f"{format_seconds(left)} left")

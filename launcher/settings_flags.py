@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from itertools import zip_longest
 from typing import Any
 
+from ftplan.planner.errors import InputError
 from ftplan.planner.plan import TrainingPlan, flag_name, parse_setting
+
+_SWITCHES = {
+    flag_name(item.name): item.name
+    for item in dataclasses.fields(TrainingPlan)
+    if isinstance(item.default, bool)
+}
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +37,27 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
             help=item.metadata["help"],
             **extra,
         )
+
+
+def complete_switches(words: list[str]) -> list[str]:
+    """Command-line words with `yes` after every switch that stands alone.
+
+    argparse would take `7B` in `--gradient-checkpointing 7B` for the switch's value.
+    """
+    completed = []
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
+        completed.append(word)
+        if word in _SWITCHES and not _is_value(_SWITCHES[word], following):
+            completed.append("yes")
+    return completed
+
+
+def _is_value(setting: str, word: str) -> bool:
+    try:
+        parse_setting(setting, word)
+    except InputError:
+        return False
+    return True
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -18,6 +20,12 @@ from ftplan.planner.errors import FtplanError
 # Width of output that goes to a file or a pipe and has no terminal to ask.
 _WIDTH_WITHOUT_TERMINAL = 100
 _BAR_CELLS = 20
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would exit with status 1, which means that something does not fit."""
+        raise BrokenPipeError
 
 
 class Ui:
@@ -47,6 +55,12 @@ class Ui:
             for renderable in renderables:
                 self.out.print(renderable)
 
+    def show_lines(self, lines: Sequence[str]) -> None:
+        """Lines to be copied: never broken, however narrow the terminal."""
+        if not self.as_json:
+            for line in lines:
+                self.out.print(line, soft_wrap=True)
+
     def say(self, message: str) -> None:
         """A message beside the data."""
         self.err.print(Text(message, style="dim"))
@@ -69,16 +83,27 @@ class Ui:
             self.err.print(Text.assemble(("hint: ", "bold"), error.hint))
 
     def json(self, value: Any) -> None:
-        """One JSON object on stdout, under --json only."""
+        """One JSON object on stdout, under --json only. It is ASCII: valid in any encoding."""
         if self.as_json:
-            self.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            self.stdout.write(json.dumps(value, indent=1) + "\n")
 
 
 def _console(stream: TextIO, width: int | None) -> Console:
-    if width is None and not stream.isatty():
-        columns = os.environ.get("COLUMNS", "")
-        width = int(columns) if columns.isdigit() else _WIDTH_WITHOUT_TERMINAL
-    return Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8 has no box characters
+    return _Console(
+        file=stream, width=width or _width(stream), highlight=False, emoji=False, markup=False
+    )
+
+
+def _width(stream: TextIO) -> int | None:
+    """Columns of the output; None where rich asks the terminal, again whenever it is resized."""
+    columns = os.environ.get("COLUMNS", "")
+    if not stream.isatty():
+        given = int(columns) if columns.isdecimal() else 0
+        return given or _WIDTH_WITHOUT_TERMINAL
+    # Some editors' shells say 0, which rich believes.
+    return shutil.get_terminal_size().columns if columns == "0" else None
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[RenderableType]]) -> Table:

@@ -14,7 +14,6 @@ from rich.text import Text
 from ftplan.launcher.ui import bar, table
 from ftplan.planner import rule_of_thumb
 from ftplan.planner.memory import COMPONENTS, MemoryEstimate
-from ftplan.planner.search import optimizer_steps
 from ftplan.planner.units import (
     format_bytes,
     format_count,
@@ -206,7 +205,9 @@ def choices_table(reasoned: ReasonedPlan, model: tuple[str, str]) -> Table:
     adapter = reasoned.plan.resolved_method.adapter
     for name in _SHOWN_SETTINGS:
         value = getattr(reasoned.plan, name)
-        if value is None or (name in ("lora_rank", "target_modules") and not adapter):
+        if value is None or value == "none":
+            continue
+        if name in ("lora_rank", "target_modules") and not adapter:
             continue
         reason = reasoned.reasons[name]
         rows.append([name, Text(_shown(value), "bold"), f"{reason.why}"])
@@ -247,18 +248,18 @@ def rejected_table(rejected: Iterable[Rejection], device: Device) -> Table:
     return table("Not possible here", ("method", "why"), rows)
 
 
-def alternatives_table(alternatives: Iterable[Evaluated], steps_of: Mapping[str, int]) -> Table:
+def alternatives_table(alternatives: Iterable[Evaluated]) -> Table:
     """Methods that fit too."""
     rows = [
         [
             e.plan.method,
             format_bytes(e.memory.required_bytes),
-            format_seconds(e.step.step_seconds * steps_of[e.plan.method]),
+            format_seconds(e.step.step_seconds),
             e.plan.resolved_method.trains,
         ]
         for e in alternatives
     ]
-    return table("Would fit too", ("method", ">required", ">time", "trains"), rows)
+    return table("Would fit too", ("method", ">required", ">a step", "trains"), rows)
 
 
 def plan_parts(planned: Planned) -> list[RenderableType]:
@@ -277,16 +278,14 @@ def plan_parts(planned: Planned) -> list[RenderableType]:
         time_table(chosen, planned.steps, device),
     ]
     if planned.ranking.alternatives:
-        rows = planned.profile.num_train_rows
-        steps = {e.plan.method: optimizer_steps(e.plan, rows) for e in planned.ranking.alternatives}
-        parts += [Text(""), alternatives_table(planned.ranking.alternatives, steps)]
+        parts += [Text(""), alternatives_table(planned.ranking.alternatives)]
     if planned.ranking.rejected:
         parts += [Text(""), rejected_table(planned.ranking.rejected, device)]
     return parts
 
 
-def report(record: Mapping[str, Any], results: Iterable[tuple[str, str]]) -> Group:
-    """Predicted beside measured, held-out loss, a sample answer, what was made."""
+def report(record: Mapping[str, Any]) -> Group:
+    """Predicted beside measured, held-out loss, a sample answer."""
     parts: list[RenderableType] = [comparison_table(record), Text("")]
     evaluation = record["evaluation"]
     parts += [
@@ -305,8 +304,6 @@ def report(record: Mapping[str, Any], results: Iterable[tuple[str, str]]) -> Gro
         ),
         Text(""),
         sample_view(record["sample"]),
-        Text(""),
-        table("Result", ("", ""), [[label, text] for label, text in results]),
     ]
     return Group(*parts)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ftplan.planner.units import GIB, MIB
+from ftplan.planner.units import MIB
 
 DeviceKind = Literal["cuda", "cpu"]
 
@@ -15,10 +15,16 @@ DeviceKind = Literal["cuda", "cpu"]
 # on data-centre cards (fitcheck's measurements); 0.5 GiB stands in until a card's own is known.
 ASSUMED_CUDA_CONTEXT_BYTES = 512 * MIB
 
-# Resident memory of a Python process that has imported torch, transformers, peft and trl and
-# built a Trainer, less its tensors. Measured on Linux x86-64 with torch 2.13 (CPU build),
-# transformers 5.23, trl 1.16: see docs/memory-model.md.
-CPU_PROCESS_BYTES = round(0.85 * GIB)
+# Resident memory of a training process less its tensors and the heap's holes: Python, torch,
+# transformers, peft, trl, datasets. Measured at 636 MiB (Linux x86-64, CPU build of torch 2.13).
+CPU_PROCESS_BYTES = 640 * MIB
+
+# What the C library's heap keeps of freed tensors, as a share of the peak's: micro-batches differ
+# in length, and blocks under 32 MiB that are freed between others cannot be given back. Measured
+# on eight configurations of SmolLM2-135M (docs/memory-model.md); the same run has shown 0 and
+# 0.38, so this is a middle and a worst case, not a law.
+CPU_HEAP_HOLES = 0.45
+CPU_WORST_HEAP_HOLES = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

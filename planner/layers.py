@@ -420,8 +420,9 @@ class LayerTotals:
             alive += gradient
             highest = max(highest, alive)
             alive -= tokens * (op.saved_bytes + length * op.saved_bytes_per_length)
-            alive -= previous_gradient
-            previous_gradient = gradient
+            if gradient:  # an entry for a shared input makes none, and consumes none
+                alive -= previous_gradient
+                previous_gradient = gradient
         return round(highest)
 
     def forward_flops(self, tokens: float, length: float) -> float:

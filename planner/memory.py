@@ -13,7 +13,9 @@ from typing import Any
 
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
+    CPU_HEAP_HOLES,
     CPU_PROCESS_BYTES,
+    CPU_WORST_HEAP_HOLES,
     Device,
     DeviceKind,
 )
@@ -57,10 +59,12 @@ _DOUBLE_QUANT_BYTES = 0.5 + 1 / _BLOCK_SIZE + 4 / (_BLOCK_SIZE * _SCALES_PER_BLO
 # (trl.kernels.chunked_logprob, trl.trainer.utils in TRL 1.16).
 _FUSED_TOKENS = 4096
 _FUSED_VOCABULARY = 32768
-# Without Triton the tile's backward is a chain of torch operations: the tile, its fp32 copy or
-# scaled logits, log-probabilities, probabilities, gradient, and the one-hot difference with its
-# product are alive at once: eight fp32 arrays and a bool one.
-_FUSED_TORCH_BYTES = 8 * FLOAT32_BYTES + 1
+# Without Triton a tile is folded by a chain of torch operations. Alive at once beside the buffer,
+# in fp32: scaled logits, their difference from the maximum and its exponential in forward; scaled
+# logits twice, log-probabilities, probabilities, gradient, the one-hot difference and its product,
+# and a bool array, in backward.
+_FUSED_TORCH_FORWARD_BYTES = 3 * FLOAT32_BYTES
+_FUSED_TORCH_BACKWARD_BYTES = 7 * FLOAT32_BYTES + 1
 
 CHECKPOINTS_KEPT = 2
 
@@ -148,8 +152,9 @@ def estimate_memory(
     phases = _Model(model, plan, trained, workload, kind).phases()
     allocated = max(phase.allocated_peak_bytes for phase in phases)
     if kind == "cpu":
-        reserved = allocated
-        device_peak = required = allocated + CPU_PROCESS_BYTES
+        reserved = round(allocated * (1 + CPU_HEAP_HOLES))
+        device_peak = reserved + CPU_PROCESS_BYTES
+        required = round(allocated * (1 + CPU_WORST_HEAP_HOLES)) + CPU_PROCESS_BYTES
         host = device_peak
     else:
         context = device.context_bytes if device else ASSUMED_CUDA_CONTEXT_BYTES
@@ -389,7 +394,7 @@ class _Model:
         if self.plan.loss == "liger":
             return self._liger_bytes()
         if self.plan.loss == "trl-fused":
-            return self._tile_bytes(5 * FLOAT32_BYTES)
+            return self._tile_bytes(_FUSED_TORCH_FORWARD_BYTES)
         compute = self.plan.compute_bytes
         copy = FLOAT32_BYTES if compute != FLOAT32_BYTES else 0
         return self._logit_entries() * (compute + copy + FLOAT32_BYTES + self._softcap_bytes())
@@ -403,7 +408,7 @@ class _Model:
         if self.plan.loss == "liger":
             return self._liger_bytes()
         if self.plan.loss == "trl-fused":
-            return self._tile_bytes(_FUSED_TORCH_BYTES) + self._fused_gradient_bytes()
+            return self._tile_bytes(_FUSED_TORCH_BACKWARD_BYTES) + self._fused_gradient_bytes()
         per_entry = self.plan.compute_bytes + 3 * FLOAT32_BYTES + self._softcap_bytes()
         return self._logit_entries() * per_entry
 
@@ -415,10 +420,14 @@ class _Model:
         return self.plan.compute_bytes if self.model.final_logit_softcapping else 0
 
     def _tile_bytes(self, torch_bytes_per_entry: int) -> int:
-        """Eq. (11): one tile of logits; where torch folds it, its fp32 intermediates instead."""
-        tokens = min(self.workload.tokens, _FUSED_TOKENS)
+        """Eq. (11): the buffer for a tile of logits, as wide as a tile may be; where torch folds
+        the tile, its intermediates besides. A row's last position predicts nothing."""
+        tokens = min(self.workload.tokens - self.workload.rows, _FUSED_TOKENS)
+        buffer = tokens * _FUSED_VOCABULARY * self.plan.compute_bytes
+        if self.kind != "cpu":
+            return buffer
         entries = tokens * min(self.model.vocab_size, _FUSED_VOCABULARY)
-        return entries * (torch_bytes_per_entry if self.kind == "cpu" else self.plan.compute_bytes)
+        return buffer + entries * torch_bytes_per_entry
 
     def _fused_gradient_bytes(self) -> int:
         """Gradients of the hidden states and the head, added up in fp32; the former handed on in

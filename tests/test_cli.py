@@ -189,6 +189,11 @@ class TestMistakes:
                 "see `ftplan estimate --help`",
             ),
             (
+                ["estimate", "7B", "--double-quant", "maybe"],
+                "`maybe` is one argument too many",
+                "see `ftplan estimate --help`",
+            ),
+            (
                 ["estimate", "7B", "--lora-rank", "many"],
                 "`--lora-rank many`: a whole number is expected",
                 None,
@@ -219,8 +224,15 @@ class TestMistakes:
             assert lines[1].startswith(f"hint: {hint}")
 
     @pytest.mark.parametrize("flag", ["--gradient-checkpointing", "--double-quant"])
-    def test_a_switch_before_the_model_does_not_swallow_it(self, flag: str) -> None:
-        assert main(["estimate", flag, "7B", "--json"]) == 0
+    @pytest.mark.parametrize("value", ["", "yes", "No", "TRUE", "false"])
+    def test_a_switch_before_the_model_does_not_swallow_it(
+        self, flag: str, value: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["estimate", flag, *filter(None, [value]), "7B", "--json"]) == 0
+        estimated = json.loads(capsys.readouterr().out)
+        setting = estimated["plan"][flag.removeprefix("--").replace("-", "_")]
+        assert setting["value"] is (value.lower() not in ("no", "false"))
+        assert setting["from"] == "given"
 
     def test_they_are_told_on_stderr_under_json_too(
         self, capsys: pytest.CaptureFixture[str]
@@ -294,6 +306,15 @@ class TestExitStatuses:
         assert main(["models"]) == 130
         assert capsys.readouterr().err == "interrupted\n"
 
+    def test_an_encoding_without_a_sign_shows_another(self) -> None:
+        options = {"capture_output": True, "encoding": "latin-1"}
+        environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+        command = [sys.executable, "-m", "ftplan", "estimate", "7B"]
+        done = subprocess.run(command, env=environment, check=True, **options)
+        assert "|  89 % | ???" in done.stdout
+        done = subprocess.run([*command, "--json"], env=environment, check=True, **options)
+        assert json.loads(done.stdout)["schema"] == 1
+
     def test_a_mistake_of_ours_is_not_hidden(self, command: Callable[[Run], None]) -> None:
         def fail(arguments: argparse.Namespace, ui: Ui) -> int:
             raise ZeroDivisionError
@@ -335,6 +356,20 @@ class TestBrokenPipe:
         finally:
             os.close(writing)
         assert (done.returncode, done.stderr) == (0, "")
+
+    @pytest.mark.parametrize(
+        ("words", "status"),
+        [("estimate --help", 0), ("estimate 405B --gpu l4 --json", 1), ("estimat", 2)],
+    )
+    def test_the_status_stays_what_it_is(self, words: str, status: int) -> None:
+        """Of both streams, as in `2>&1 | head`."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            done = ftplan_process(*words.split(), stdout=writing, stderr=writing)
+        finally:
+            os.close(writing)
+        assert done.returncode == status
 
 
 class TestSettingsFlags:

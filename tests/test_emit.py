@@ -143,11 +143,6 @@ class TestTrainConfig:
         assert config.data == Path("/far/rows.jsonl")
         assert config.eval_data == Path("/far/held.jsonl")
 
-    def test_nothing_in_train_yaml_goes_unread(self) -> None:
-        """A setting that is planned for, written down and then ignored is a wrong forecast."""
-        keys = set(emit.train_config(ON_CPU, CPU, **FILES))
-        assert keys == {item.name for item in dataclasses.fields(TrainConfig)}
-
     def test_every_setting_of_a_plan_is_written_somewhere(self) -> None:
         """A new field of TrainingPlan must reach the files that the run is started from."""
         other = {
@@ -178,14 +173,14 @@ class TestTrainConfig:
             assert files(ON_CPU.replace(**{item.name: changed})) != files(ON_CPU), item.name
 
     @pytest.mark.parametrize("key", sorted(emit.train_config(ON_CPU, CPU, **FILES)))
-    def test_a_file_without_a_key_is_refused_or_does_without(self, run: RunDir, key: str) -> None:
+    def test_nothing_in_train_yaml_goes_unread(self, run: RunDir, key: str) -> None:
+        """A setting that is planned for, written down and then ignored is a wrong forecast."""
         written(run, ON_CPU, CPU)
         config = read_mapping(run.train)
         del config[key]
         write_yaml(run.train, config)
-        if key in {item.name for item in dataclasses.fields(TrainConfig)}:
-            with pytest.raises(InputError, match=f"has no `{key}`"):
-                read_train_config(run)
+        with pytest.raises(InputError, match=f"has no `{key}`"):
+            read_train_config(run)
 
 
 class TestTrl:

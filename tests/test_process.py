@@ -277,6 +277,40 @@ class TestFailure:
         with pytest.raises(RunFailedError) as caught:
             start(run, how("os.kill(os.getpid(), signal.SIGKILL)", run))
         assert "for lack of RAM" in (caught.value.hint or "")
+        assert caught.value.message == "training failed: the process was killed"
+
+    @pytest.mark.parametrize(
+        ("log", "message", "for_lack_of_ram"),
+        [
+            ("  traceback : Signal 9 (SIGKILL) received by PID 7", "the process was killed", True),
+            (
+                "  traceback : Signal 15 (SIGTERM) received by PID 8\n"
+                "  traceback : Signal 9 (SIGKILL) received by PID 7",
+                "the process was killed",
+                True,
+            ),
+            (
+                "[rank1]: ValueError: no such column\n"
+                "  traceback : Signal 9 (SIGKILL) received by PID 7",
+                "ValueError: no such column",
+                False,
+            ),
+            (
+                "subprocess.CalledProcessError: Command 'x' died with <Signals.SIGSEGV: 11>.",
+                "died by SIGSEGV",
+                False,
+            ),
+        ],
+        ids=["killed", "killed and others ended", "failed and others killed", "crashed"],
+    )
+    def test_how_the_launchers_report_a_death(
+        self, run: RunDir, log: str, message: str, for_lack_of_ram: bool
+    ) -> None:
+        """torchrun ends the other processes itself, at last by SIGKILL."""
+        run.stderr.write_text(log)
+        error = process.failed(run, 1)
+        assert error.message == f"training failed: {message}"
+        assert ("for lack of RAM" in (error.hint or "")) is for_lack_of_ram
 
     def test_an_earlier_attempt_s_words_are_not_told_again(self, run: RunDir) -> None:
         """A resumed run goes on in the same log."""
@@ -320,6 +354,14 @@ class TestLastWords:
             "ftplan.launcher.train FAILED\n"
         )
         assert self.log(tmp_path, text) == "the data has changed"
+
+    def test_on_several_gpus_every_line_begins_with_its_rank(self, tmp_path: Path) -> None:
+        text = (
+            "[rank1]: Traceback (most recent call last):\n"
+            '[rank1]:   File "train.py", line 3, in main\n'
+            "[rank1]: torch.OutOfMemoryError: CUDA out of memory.\n"
+        )
+        assert self.log(tmp_path, text) == "torch.OutOfMemoryError: CUDA out of memory."
 
     def test_a_long_one_is_cut(self, tmp_path: Path) -> None:
         assert len(self.log(tmp_path, "ValueError: " + "x" * 5000)) == 300
@@ -383,6 +425,54 @@ class TestCtrlC:
         with pytest.raises(InterruptedRunError):
             start(run, command, interrupting(run, times=2))
         assert all(map(ends, pids(run))), "the worker goes on holding its GPU"
+
+    def test_a_second_one_reaches_workers_that_have_told_nobody(self, run: RunDir) -> None:
+        """Of several processes only the first writes status.json."""
+        script = """
+import subprocess
+other = subprocess.Popen([sys.executable, "-S", "-E", "-c", "import time; time.sleep(30)"],
+                         start_new_session=True)
+write("launcher.json", other.pid)
+"""
+        with pytest.raises(InterruptedRunError):
+            start(run, directly(script + DEAF, run), interrupting(run, times=2))
+        assert len(pids(run)) == 2
+        assert all(map(ends, pids(run)))
+
+    def test_a_closed_terminal_is_no_second_one(self, run: RunDir) -> None:
+        """Kernel and shell may both send SIGHUP; the checkpoint is saved all the same."""
+        sent = 0
+
+        def watch(status: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+            nonlocal sent
+            if status.get("stage") == "training" and not sent:
+                sent += 1
+                for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+                    signal.raise_signal(number)
+
+        before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+        try:
+            with pytest.raises(InterruptedRunError, match="checkpoint-3 is saved"):
+                start(run, directly(TRAINS_UNTIL_ASKED, run), watch)
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def test_a_training_process_that_somebody_else_stopped_was_interrupted(
+        self, run: RunDir
+    ) -> None:
+        script = """
+write("checkpoints/checkpoint-3/trainer_state.json", {})
+say("interrupted")
+sys.exit(143)
+"""
+        with pytest.raises(InterruptedRunError, match="checkpoint-3 is saved"):
+            start(run, through_launcher(script, run))
+
+    def test_signals_mean_what_they_did_before(self, run: RunDir) -> None:
+        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        start(run, directly("write('record.json', {})", run))
+        after = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        assert after == before
 
     def test_a_process_of_an_earlier_attempt_is_left_in_peace(self, run: RunDir) -> None:
         """Its number stands in the old status, and may be anybody's by now."""

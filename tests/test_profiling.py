@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -92,17 +93,28 @@ class TestSplit:
     ) -> None:
         assert len(split_rows(different(count)).held_out) == held_out
 
+    def test_what_the_common_prompts_leave_free_is_filled_with_rare_ones(self) -> None:
+        split = split_rows(repeated(30, 30, 30, *[1] * 10))
+        assert len(split.held_out) == 10
+        assert len({row.prompt for row in split.held_out}) == 10
+
+    @pytest.mark.parametrize("share", [0.0, 1.0])
+    def test_neither_side_is_empty_whatever_the_share(self, share: float) -> None:
+        split = split_rows(different(10), share=share)
+        assert split.train
+        assert split.held_out
+
     def test_a_share_may_be_asked_for(self) -> None:
         assert len(split_rows(different(100), share=0.25).held_out) == 25
 
     @settings(max_examples=40)
     @given(groups, st.integers(0, 50))
-    def test_no_more_is_held_out_than_asked_for_but_for_the_last_prompt(
+    def test_no_more_is_held_out_than_asked_for_but_for_the_rarest_prompt(
         self, counts: list[int], seed: int
     ) -> None:
         split = split_rows(repeated(*counts), seed=seed)
         wanted = max(1, round(sum(counts) / 10))
-        assert len(split.held_out) < wanted + max(counts)
+        assert len(split.held_out) <= max(wanted, min(counts))
 
     @pytest.mark.parametrize("counts", [(99, 1), (1, 99), (40, 1, 1), (1, 40, 1), (1, 1, 40)])
     def test_a_prompt_that_most_rows_share_is_trained_on(self, counts: tuple[int, ...]) -> None:
@@ -198,6 +210,13 @@ class TestProfile:
             "1 rows repeat an earlier row word for word",
         )
         assert (profile.duplicates, profile.problems) == (1, problems)
+
+    def test_a_json_array_s_rows_are_counted_by_rows(self) -> None:
+        rows = different(4)
+        problems = (Problem(kind="no usable field", count=1, first_lines=(5,)),)
+        data = dataclasses.replace(data_file(rows, problems), unit="row")
+        profile = profile_data(data, split_rows(rows), None)
+        assert profile.warnings == ("1 of 5 rows left out: no usable field (row 5)",)
 
     def test_a_clean_file_makes_no_words(self) -> None:
         rows = different(10)

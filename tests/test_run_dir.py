@@ -236,15 +236,11 @@ class TestReading:
         run.metrics.write_text('{"step": 1}\n\n[1]\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
         assert [row["step"] for row in run.metric_rows()] == [1, 2]
 
-    def test_damaged_metrics_are_skipped_or_named(self, tmp_path: Path) -> None:
+    def test_damaged_metrics_are_skipped(self, tmp_path: Path) -> None:
         run = RunDir(tmp_path)
-        run.metrics.write_bytes(b'{"step": 1}\n\xff\xfe\x00\n{"step": 2}\n')
-        try:
-            steps = [row["step"] for row in run.metric_rows()]
-        except InputError as error:
-            assert "metrics.jsonl" in error.message
-        else:
-            assert steps == [1, 2]
+        long = b'{"step": ' + b"7" * 5000 + b"}"
+        run.metrics.write_bytes(b'{"step": 1}\n\xff\xfe\x00\n' + long + b'\n{"step": 2}\n')
+        assert [row["step"] for row in run.metric_rows()] == [1, 2]
 
 
 class TestOpenRun:
@@ -316,6 +312,14 @@ class TestCreateRun:
         except subprocess.TimeoutExpired:
             pytest.fail("it looks for a free name for ever")
         assert done.stdout.startswith("cannot make the run directory")
+        assert f"{tmp_path / 'runs'}: File exists" in done.stdout
+
+    def test_a_name_may_lead_into_folders(self, tmp_path: Path) -> None:
+        made = [create_run(tmp_path / "runs", "today/mine").root for _ in range(2)]
+        assert made == [tmp_path / "runs/today" / name for name in ("mine", "mine-2")]
+        (tmp_path / "runs" / "dead").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(InputError, match="dead: File exists"):
+            create_run(tmp_path / "runs", "dead/mine")
 
 
 class TestCheckpoints:
@@ -355,7 +359,8 @@ class TestCheckpoints:
 
     def test_other_folders_and_files_are_passed_over(self, tmp_path: Path) -> None:
         run = RunDir(tmp_path)
-        for name in ("checkpoint-best", "checkpoint-", "checkpoint--1", "tmp-checkpoint-9"):
+        others = ("checkpoint-best", "checkpoint-", "checkpoint--1", "checkpoint-²")
+        for name in (*others, "tmp-checkpoint-9"):
             checkpoint(run, name)
         (run.checkpoints / "checkpoint-7").touch()
         assert run.last_checkpoint() is None

@@ -8,8 +8,10 @@ from ftplan.launcher.commands.plan import add_plan_arguments, planned_to_dict, s
 from ftplan.launcher.launching import carry_out, write_run
 from ftplan.launcher.planning import make_plan, require_training
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
+from ftplan.launcher.training.config import checked_loss
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
+from ftplan.planner.plan import TrainingPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +28,16 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
             "add `--yes`, or look first with `ftplan plan`",
         )
     require_training()
+    given = given_settings(arguments)
+    defaults = TrainingPlan()
+    checked_loss(given.get("loss", defaults.loss), given.get("trainer", defaults.trainer))
     planned = make_plan(
         ui,
         data_path=arguments.data,
         eval_path=arguments.eval_data,
         model_name=arguments.model,
         named_device=None,
-        given=given_settings(arguments),
+        given=given,
         runs_dir=arguments.runs_dir,
         for_launch=True,
     )

@@ -60,15 +60,15 @@ def show_plan(ui: Ui, planned: Planned) -> None:
     from ftplan.launcher import views
 
     ui.show(*views.plan_parts(planned))
+    for note in planned.machine.notes if planned.machine else ():
+        ui.say(note)
     for warning in warnings_of(planned):
         ui.warn(warning)
 
 
 def warnings_of(planned: Planned) -> list[str]:
-    notes = list(planned.machine.notes) if planned.machine else []
     reasoned = planned.chosen.reasoned
     return [
-        *notes,
         *planned.profile.warnings,
         *plan_warnings(planned.source.spec, reasoned, planned.device),
         *_cut_rows(planned),

@@ -1,0 +1,450 @@
+"""The documentation says what the code does: equations, tables, file names, links."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftplan.launcher import cli, emit
+from ftplan.launcher.data_reader import read_data
+from ftplan.launcher.run_dir import RunDir
+from ftplan.planner import policy
+from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.families import spec_from_size
+from ftplan.planner.hardware_spec import ASSUMED_CUDA_CONTEXT_BYTES, CPU_PROCESS_BYTES, Device
+from ftplan.planner.layers import decoder_layer
+from ftplan.planner.memory import RESERVED_OVER_ALLOCATED, estimate_memory
+from ftplan.planner.methods import METHODS
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import SETTING_NAMES, TrainingPlan
+from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.search import (
+    MEMORY_MARGIN,
+    MICRO_BATCHES,
+    candidates,
+    choose_plan,
+    limit_to_time_budget,
+)
+from ftplan.planner.step_time import ACHIEVED_SHARE_OF_PEAK
+from ftplan.planner.units import GIB, format_bytes
+from ftplan.profiles import require_model
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under a heading, up to the next one of any level."""
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no heading `{heading}`"
+    return found[1]
+
+
+def table(name: str, heading: str) -> list[list[str]]:
+    """The cells of the only table under a heading, without its head."""
+    lines = [row for row in section(page(name), heading).splitlines() if row.startswith("|")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in lines]
+    assert len(cells) > 2 and set("".join(cells[1])) <= set("-:"), f"no table under `{heading}`"
+    assert len({len(row) for row in cells}) == 1, f"ragged table under `{heading}`"
+    return cells[2:]
+
+
+def codes(cell: str) -> list[str]:
+    """What stands between backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def number(cell: str) -> int:
+    return int(cell.replace(",", ""))
+
+
+# --- equations
+
+
+def numbered_equations() -> list[int]:
+    pattern = r"^### Eq\. \((\d+)\): \S"
+    return [int(n) for n in re.findall(pattern, page("memory-model.md"), re.MULTILINE)]
+
+
+def cited_equations(text: str) -> set[int]:
+    return {int(n) for n in re.findall(r"\b[Ee]q\. \((\d+)\)", text)}
+
+
+def test_every_equation_that_the_code_cites_is_numbered_and_every_numbered_one_is_cited() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "planner").glob("*.py")]
+    cited = set().union(*map(cited_equations, sources))
+    numbered = numbered_equations()
+    assert numbered == sorted(set(numbered)), "in order, each once"
+    assert set(numbered) == cited
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_pages_cite_equations_that_exist(path: Path) -> None:
+    assert cited_equations(path.read_text(encoding="utf-8")) <= set(numbered_equations())
+
+
+# --- links
+
+
+def links(text: str) -> Iterator[str]:
+    """Targets of Markdown links, those in code left out."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    yield from re.findall(r"\]\(([^)\s]+)\)", prose)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that headings get on GitHub."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def broken_links(path: Path) -> list[str]:
+    relative = (
+        link for link in links(path.read_text(encoding="utf-8")) if not re.match(r"[a-z]+:", link)
+    )
+    return [link for link in relative if not leads_somewhere(path, link)]
+
+
+def leads_somewhere(path: Path, link: str) -> bool:
+    target, _, anchor = link.partition("#")
+    file = path.parent / target if target else path
+    if not anchor:
+        return file.exists()
+    return file.is_file() and anchor in anchors(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", [*PAGES, *ROOT.glob("README.md")], ids=lambda path: path.name)
+def test_relative_links_point_to_something(path: Path) -> None:
+    assert broken_links(path) == []
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(
+        "# A heading, here\n[a](#a-heading-here) [b](page.md) [c](https://example.org/x)\n"
+        "[d](#no) [e](no.md) [f](page.md#no) `[g](no.md)`\n"
+    )
+    assert broken_links(path) == ["#no", "no.md", "page.md#no"]
+
+
+def test_the_pages_are_there_and_linked_to_each_other() -> None:
+    names = {path.name for path in PAGES}
+    assert names >= {"memory-model.md", "policy.md", "run-directory.md", "data.md"}
+    linked = {link.partition("#")[0] for path in PAGES for link in links(path.read_text())}
+    assert names <= linked
+
+
+# --- the worked example
+
+_OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def evaluated(cell: str, names: dict[str, int] | None = None) -> float:
+    """The value of a cell such as `32 x 4,096 + W`."""
+
+    def value(node: ast.expr) -> float:
+        if isinstance(node, ast.BinOp):
+            return _OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Name):
+            return (names or {})[node.id]
+        assert isinstance(node, ast.Constant)
+        return float(node.value) if isinstance(node.value, float) else int(node.value)
+
+    return value(ast.parse(cell.replace(",", "").replace(" x ", " * "), mode="eval").body)
+
+
+@cache
+def example() -> tuple[ModelSpec, TrainingPlan]:
+    """What `ftplan estimate 7B --method full` is about."""
+    model = spec_from_size(7 * 10**9, "7B")
+    return model, estimate_recipe(model, None, {"method": "full"}).plan
+
+
+def test_the_terms_of_the_example_are_what_their_arithmetic_gives() -> None:
+    for symbol, equation, arithmetic, size in table("memory-model.md", "Terms of the example"):
+        assert evaluated(arithmetic) == number(size), symbol
+        assert int(equation.strip("()")) in numbered_equations()
+
+
+def test_the_phases_of_the_example_are_the_planners() -> None:
+    terms = {row[0]: number(row[3]) for row in table("memory-model.md", "Terms of the example")}
+    rows = table("memory-model.md", "Phases of the example")
+    phases = estimate_memory(*example()).phases
+    assert [row[0] for row in rows] == [phase.name for phase in phases]
+    used = set()
+    for (name, summed, size), phase in zip(rows, phases, strict=True):
+        assert number(size) == phase.allocated_peak_bytes, name
+        assert evaluated(summed, terms) == number(size), name
+        used |= set(summed.split(" + "))
+    assert used | {"K"} == set(terms), "each term is used; K by Lf and Lb"
+
+
+def test_the_terms_of_the_example_are_the_planners_components() -> None:
+    terms = {row[0]: number(row[3]) for row in table("memory-model.md", "Terms of the example")}
+    phases = {phase.name: phase.components for phase in estimate_memory(*example()).phases}
+    forward, last = phases["forward"], phases["backward, last layer"]
+    assert forward["activations"] == terms["A"]
+    assert forward["autocast_copies"] == terms["Cf"] + terms["Ch"]
+    assert forward["logits_and_loss"] == terms["Lf"] == terms["K"]
+    assert phases["loss backward"]["logits_and_loss"] == terms["Lb"]
+    assert phases["backward, first layer"]["gradients"] == terms["H"]
+    assert last["optimizer_states"] == terms["O"]
+    assert last["weights"] == terms["W"] and last["gradients"] == terms["G"]
+    assert last["activations"] == terms["A1"] + terms["R"]
+    assert last["autocast_copies"] == terms["C"]
+    assert last["temporaries"] == terms["B"] + terms["D"]
+
+
+def test_the_totals_of_the_example_are_the_planners_and_the_printed_ones() -> None:
+    rows = {row[0]: row for row in table("memory-model.md", "Totals of the example")}
+    memory = estimate_memory(*example())
+    computed = {
+        "allocated": memory.allocated_peak_bytes,
+        "reserved": memory.reserved_peak_bytes,
+        "device": memory.device_peak_bytes,
+        "required": memory.required_bytes,
+    }
+    assert set(rows) == set(computed)
+    printed = run_ftplan("estimate", "7B", "--method", "full")
+    for name, size in computed.items():
+        _, arithmetic, exact, shown = rows[name]
+        assert round(evaluated(arithmetic)) == number(exact) == size
+        assert shown == format_bytes(size)
+        assert re.search(rf"^{name}\s+{re.escape(shown)} ", printed, re.MULTILINE)
+
+
+def run_ftplan(*words: str) -> str:
+    output = io.StringIO()
+    with redirect_stdout(output):
+        assert cli.main(list(words)) == 0
+    return output.getvalue()
+
+
+# --- other tables of the memory model
+
+
+LAYER_PLANS = {
+    "LoRA": TrainingPlan(method="lora"),
+    "QLoRA": TrainingPlan(method="qlora", quantization="nf4"),
+    "full, bf16": TrainingPlan(method="full", mixed_precision="no"),
+    "full, fp32": TrainingPlan(method="full", dtype="float32"),
+}
+
+
+def kept_by_operation(plan: TrainingPlan) -> dict[str, int]:
+    model = example()[0]
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    layer = decoder_layer(model, plan, trained, own_weights=trained.trained_layers > 0)
+    return {operation.name: round(operation.saved_bytes) for operation in layer}
+
+
+def test_the_layers_table_is_the_planners() -> None:
+    heading = "Bytes a token that a Llama layer keeps"
+    rows = table("memory-model.md", heading)
+    assert f"| operation | {' | '.join(LAYER_PLANS)} |" in section(page("memory-model.md"), heading)
+    *operations, total = rows
+    for column, plan in enumerate(LAYER_PLANS.values(), start=1):
+        kept = kept_by_operation(plan)
+        shown = {codes(row[0])[0]: number(row[column]) for row in operations}
+        assert {name: size for name, size in shown.items() if size} == {
+            name: size for name, size in kept.items() if size
+        }
+        assert number(total[column]) == sum(kept.values())
+
+
+def test_the_rules_table_is_what_the_command_line_gives() -> None:
+    for command, allocated, device, per_parameter in table(
+        "memory-model.md", "The rule beside the model"
+    ):
+        words = codes(command)[0].split()
+        found = json.loads(run_ftplan("estimate", *words, "--json"))
+        size = found["per_gpu"]["device_peak_bytes"]
+        assert format_bytes(found["per_gpu"]["allocated_peak_bytes"]) == allocated, command
+        assert format_bytes(size) == device, command
+        assert f"{size / found['model']['num_parameters']:.2f}" == per_parameter, command
+
+
+def measured_rows() -> list[dict[str, Any]]:
+    lines = (ROOT / "tests" / "measured" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def predicted_bytes(row: dict[str, Any]) -> int:
+    """As tests/test_measured.py predicts it, written a second time."""
+    names = {"torch_dtype": "dtype", "loss_kernel": "loss"}
+    settings = {names.get(key, key): value for key, value in row["config"].items()}
+    given = {key: value for key, value in settings.items() if value is not None}
+    if "target_modules" in given:
+        given["target_modules"] = tuple(given["target_modules"])
+    catalogued = "llama-3.1-8b" if "Llama-3" in row["model"] else "mistral-7b-v0.1"
+    model = require_model(catalogued).spec
+    return estimate_memory(model, TrainingPlan(**given)).allocated_peak_bytes
+
+
+def test_the_comparison_with_measured_runs_is_current() -> None:
+    rows = measured_rows()
+    errors = [predicted_bytes(row) / row["allocated_bytes"] - 1 for row in rows]
+    shown = table("memory-model.md", "Predicted and measured")
+    for row, error, cells in zip(rows, errors, shown, strict=True):
+        config = row["config"]
+        assert codes(cells[0]) == [row["id"]]
+        assert cells[1] == f"{row['model'].partition('/')[2]}, {config['method']}"
+        assert cells[2] == ("bf16" if config["mixed_precision"] == "no" else "autocast")
+        assert cells[3:5] == [str(config["per_device_train_batch_size"]), config["loss_kernel"]]
+        assert cells[5] == f"{predicted_bytes(row) / GIB:.2f} GiB"
+        assert cells[6] == f"{row['allocated_bytes'] / GIB:.2f} GiB"
+        assert cells[7] == f"{100 * error:+.2f} %"
+    sizes = [abs(error) for error in errors]
+    assert table("memory-model.md", "Errors over these runs") == [
+        ["mean", f"{100 * sum(errors) / len(errors):+.2f} %"],
+        ["mean of the absolute error", f"{100 * sum(sizes) / len(sizes):.2f} %"],
+        ["largest absolute error", f"{100 * max(sizes):.2f} %"],
+    ]
+
+
+# --- policy
+
+
+def derived_settings(data: DataProfile, devices: dict[str, Device], model: ModelSpec) -> set[str]:
+    """Every setting that any method on any device gets by a rule."""
+    found: set[str] = set()
+    for device in devices.values():
+        for method in METHODS:
+            if METHODS[method].quantized_base and device.kind == "cpu":
+                continue
+            for reasoned in candidates(model, data, device, {"method": method}):
+                found |= {n for n, reason in reasoned.reasons.items() if reason.origin == "derived"}
+    best = choose_plan(model, data, devices["CPU"], {}).best
+    assert best is not None
+    limited = limit_to_time_budget(best, data, {}, budget_seconds=1e-3).reasoned
+    return found | {n for n, reason in limited.reasons.items() if reason.origin == "derived"}
+
+
+def test_the_policy_page_has_a_rule_for_every_derived_setting(
+    few_short_rows: DataProfile, devices: dict[str, Device], small_llama: ModelSpec
+) -> None:
+    listed = [codes(row[0])[0] for row in table("policy.md", "Derived settings")]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == derived_settings(few_short_rows, devices, small_llama)
+
+
+def test_the_policy_page_has_every_other_default() -> None:
+    derived = {codes(row[0])[0] for row in table("policy.md", "Derived settings")}
+    defaults = {codes(row[0])[0]: codes(row[1])[0] for row in table("policy.md", "Defaults")}
+    assert derived | set(defaults) == set(SETTING_NAMES) and not derived & set(defaults)
+    for name, shown in defaults.items():
+        assert shown == str(getattr(TrainingPlan(), name)), name
+
+
+def row_counts(cell: str) -> list[int]:
+    """The ends of `under 1,000`, `1,000 to 1,999` or `20,000 up`."""
+    numbers = [number(text) for text in re.findall(r"[\d,]+", cell)]
+    return [1, numbers[0] - 1] if cell.startswith("under") else numbers
+
+
+def test_what_the_data_decides_is_the_policys() -> None:
+    rows = table("policy.md", "What the size of the data decides")
+    ends = [row_counts(row[0]) for row in rows]
+    assert ends[0][0] == 1 and len(ends[-1]) == 1
+    assert [end[1] + 1 for end in ends[:-1]] == [end[0] for end in ends[1:]]
+    for row, counts in zip(rows, ends, strict=True):
+        for count in counts:
+            assert policy.effective_batch_size(count).value == int(row[1])
+            assert policy.num_train_epochs(count).value == int(row[3])
+            assert policy.lora_rank(count).value == int(row[5])
+
+
+def test_the_learning_rates_are_the_policys() -> None:
+    rates = [float(row[2]) for row in table("policy.md", "Learning rate")]
+    sizes = ("29B", "34B", "0.9B", "1.1B")
+    models = [spec_from_size(round(float(size[:-1]) * 1e9), size) for size in sizes]
+    methods = [METHODS[name] for name in ("lora", "lora", "full", "full")]
+    advised = [policy.learning_rate(m, s).value for m, s in zip(methods, models, strict=True)]
+    assert rates == advised
+
+
+def test_the_pages_state_the_constants() -> None:
+    """Where a constant is changed its sentence is to be read again."""
+    sizes = [f"{size:,}" for size in MICRO_BATCHES]
+    for name, heading, said in (
+        ("policy.md", "The time budget on a processor",
+         f"{policy.CPU_TIME_BUDGET_SECONDS:g} seconds"),
+        ("policy.md", "The model when none is named",
+         f"within {policy.MODEL_CHOICE_SECONDS / 3600:g} hours"),
+        ("policy.md", "What fits", f"required x {1 + MEMORY_MARGIN:g} <= "),
+        ("policy.md", "Micro-batch and checkpointing",
+         f"{', '.join(sizes[:-1])} and {sizes[-1]} rows"),
+        ("policy.md", "Predicted time", f"{ACHIEVED_SHARE_OF_PEAK:.0%}".replace("%", " %")),
+        ("memory-model.md", "Four numbers", f"{RESERVED_OVER_ALLOCATED} x allocated"),
+        ("memory-model.md", "Four numbers", f"{ASSUMED_CUDA_CONTEXT_BYTES / GIB:g} GiB is assumed"),
+        ("memory-model.md", "Four numbers", f"{CPU_PROCESS_BYTES / GIB:g} GiB + min("),
+        ("memory-model.md", "On a processor", f"allocated + {CPU_PROCESS_BYTES / GIB:g} GiB"),
+        ("data.md", "Split", f"{100 * policy.EVAL_SHARE:g} % of the usable rows"),
+    ):  # fmt: skip
+        assert said in section(page(name), heading), (name, said)
+
+
+# --- run directory
+
+
+def test_the_table_of_files_lists_what_a_run_directory_names() -> None:
+    run = RunDir(Path("run"))
+    values = [
+        getattr(run, name) for name, item in vars(RunDir).items() if isinstance(item, property)
+    ]
+    owned = {str(value.relative_to("run")) for value in values if isinstance(value, Path)}
+    listed = [codes(row[0])[0] for row in table("run-directory.md", "Files")]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == owned
+
+
+def test_the_keys_of_train_yaml_are_all_described(devices: dict[str, Device]) -> None:
+    config = emit.train_config(
+        TrainingPlan(),
+        devices["A100"],
+        model="m",
+        data="d",
+        eval_data=None,
+        data_sha256="",
+        eval_data_sha256=None,
+    )
+    listed = {key for row in table("run-directory.md", "train.yaml") for key in codes(row[0])}
+    assert listed == set(config)
+
+
+# --- data
+
+
+def test_the_examples_of_the_data_page_are_read_as_their_format(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for name, _, line in table("data.md", "Formats"):
+        path.write_text(codes(line)[0] + "\n", encoding="utf-8")
+        data = read_data(path)
+        assert data.format == codes(name)[0] and len(data.rows) == 1, line
+
+
+def test_the_data_page_names_every_problem_of_a_row() -> None:
+    source = (ROOT / "launcher" / "data_reader.py").read_text(encoding="utf-8")
+    raised = set(re.findall(r'_Unusable\("([^"]+)"\)', source))
+    listed = {row[0].strip("` ") for row in table("data.md", "Rows that cannot be used")}
+    assert len(raised) > 5
+    assert {kind.strip("` ") for kind in raised} <= listed

