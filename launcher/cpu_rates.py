@@ -35,7 +35,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftplan.launcher.host import cpu_flags
+from ftplan.launcher.host import CPU_THREADS, cpu_flags
 
 # Assumed for a processor that nobody measured: every core multiplies and adds 8 float32 in each
 # of two vector units (AVX2), 32 FLOPs a cycle, at 2 GHz, and half of that is reached.
@@ -103,7 +103,7 @@ def _child_environ(num_cores: int, environ: Mapping[str, str]) -> dict[str, str]
     # torch counts the machine's cores, not those a container's quota leaves.
     limited = num_cores < (os.cpu_count() or 1)
     threads = {"OMP_NUM_THREADS": str(num_cores)} if limited else {}
-    return {**threads, **environ, "PYTHONSAFEPATH": "1"}
+    return {**threads, **CPU_THREADS, **environ, "PYTHONSAFEPATH": "1"}
 
 
 def _parse(output: str) -> CpuRates:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.plan import TrainingPlan
@@ -121,6 +122,7 @@ def environment_changes(device: Device, plan: TrainingPlan, num_cores: int) -> d
             changed["CUDA_VISIBLE_DEVICES"] = device.uuid
     else:
         changed["CUDA_VISIBLE_DEVICES"] = ""
+        changed.update(CPU_THREADS)
     return changed
 
 

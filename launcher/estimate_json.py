@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate
+from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan
 from ftplan.planner.rule_of_thumb import rule_to_dict
@@ -62,10 +62,9 @@ def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> di
 def _fits(memory: MemoryEstimate, device: Device | None) -> dict[str, Any] | None:
     if device is None:
         return None
-    margin = device.free_bytes - memory.required_bytes
     return {
         "gpu": device.name,
         "free_bytes": device.free_bytes,
-        "verdict": "fits" if margin >= 0 else "does not fit",
-        "margin_bytes": margin,
+        "verdict": "fits" if fits(memory, device) else "does not fit",
+        "margin_bytes": device.free_bytes - needed_bytes(memory),
     }

@@ -24,6 +24,7 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.hardware_spec import Device, Machine
+from ftplan.planner.memory import needed_bytes
 from ftplan.planner.plan import check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
 from ftplan.planner.search import (
@@ -31,7 +32,6 @@ from ftplan.planner.search import (
     Ranking,
     choose_plan,
     limit_to_time_budget,
-    needed_bytes,
     optimizer_steps,
 )
 from ftplan.planner.units import format_bytes
@@ -67,6 +67,8 @@ class Planned:
     def why_not(self, other: Evaluated) -> str:
         """Why another plan that fits was not taken."""
         if other.plan.method == "qlora":
+            if other.seconds_per_row < self.chosen.seconds_per_row:
+                return "the unquantized base fits; a 4-bit one, though faster, costs some quality"
             return "the unquantized base fits, and a 4-bit one costs time and some quality"
         return f"{self.chosen.plan.method} reaches the same with fewer trained parameters"
 
@@ -303,14 +305,14 @@ def does_not_fit(source: ModelSource, device: Device, ranking: Ranking) -> DoesN
 
 def _largest_fitting_model(device: Device) -> str | None:
     """The largest chat model of the catalog whose plain LoRA estimate fits the device."""
-    from ftplan.planner.memory import estimate_memory
-    from ftplan.planner.recipe import estimate_recipe
+    from ftplan.planner.memory import estimate_memory, fits
+    from ftplan.planner.recipe import DEFAULT_QUANTIZATION, estimate_recipe
 
     for entry in sorted(model_catalog().values(), key=lambda e: -e.num_parameters):
         if entry.kind != "chat":
             continue
-        method = "qlora" if device.supports_quantization else "lora"
+        method = "qlora" if device.supports_quantization(DEFAULT_QUANTIZATION) else "lora"
         plan = estimate_recipe(entry.spec, device, {"method": method}).plan
-        if estimate_memory(entry.spec, plan, device=device).required_bytes <= device.free_bytes:
+        if fits(estimate_memory(entry.spec, plan, device=device), device):
             return entry.name
     return None

@@ -13,7 +13,13 @@ from rich.text import Text
 
 from ftplan.launcher.ui import bar, table
 from ftplan.planner import rule_of_thumb
-from ftplan.planner.memory import COMPONENTS, MemoryEstimate
+from ftplan.planner.memory import (
+    COMPONENTS,
+    MEMORY_MARGIN,
+    MemoryEstimate,
+    fits,
+    needed_bytes,
+)
 from ftplan.planner.units import (
     format_bytes,
     format_count,
@@ -130,17 +136,29 @@ def totals_table(memory: MemoryEstimate, device: Device | None) -> Table:
         ["required", format_bytes(memory.required_bytes), "free memory the run needs to survive"]
     )
     if device is not None:
-        margin = device.free_bytes - memory.required_bytes
-        verdict = Text("fits", "green") if margin >= 0 else Text("does not fit", "red")
-        told = f" of {format_bytes(device.free_bytes)} free on {device.name}"
-        rows.append(
-            [
-                "left over" if margin >= 0 else "missing",
-                format_bytes(abs(margin)),
-                Text.assemble(verdict, told),
-            ]
-        )
+        rows += _verdict_rows(memory, device)
     return table("Totals", ("", ">size", "meaning"), rows)
+
+
+def _verdict_rows(memory: MemoryEstimate, device: Device) -> list[list[RenderableType]]:
+    """What is kept free besides, and what is left of the device's free memory then."""
+    needed = needed_bytes(memory)
+    margin = device.free_bytes - needed
+    enough = fits(memory, device)
+    verdict = Text("fits", "green") if enough else Text("does not fit", "red")
+    told = f" of {format_bytes(device.free_bytes)} free on {device.name}"
+    return [
+        [
+            "kept free",
+            format_bytes(needed - memory.required_bytes),
+            f"{100 * MEMORY_MARGIN:.0f} % of that, for the estimate's own error",
+        ],
+        [
+            "left over" if enough else "missing",
+            format_bytes(abs(margin)),
+            Text.assemble(verdict, told),
+        ],
+    ]
 
 
 RULE_NOTE = (

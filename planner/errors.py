@@ -10,7 +10,6 @@ FtplanError                exit status 2: bad usage or input
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -65,6 +64,8 @@ class InterruptedRunError(FtplanError):
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known names closest in spelling to `name`, best first; empty if none is close."""
+    import difflib  # only where something went wrong
+
     by_folded = {k.casefold(): k for k in known}
     wanted = name.casefold()
     contained = sorted(k for k in by_folded if wanted and (wanted in k or k in wanted))

@@ -21,10 +21,18 @@ CPU_PROCESS_BYTES = 640 * MIB
 
 # What the C library's heap keeps of freed tensors, as a share of the peak's: micro-batches differ
 # in length, and blocks under 32 MiB that are freed between others cannot be given back. Measured
-# on eight configurations of SmolLM2-135M (docs/memory-model.md); the same run has shown 0 and
-# 0.38, so this is a middle and a worst case, not a law.
+# on nine configurations of SmolLM2-135M (docs/memory-model.md): 0.03 to 0.90 with a median of
+# 0.41, and one of them 0 when it was run again. So this is a middle and a worst case, not a law.
 CPU_HEAP_HOLES = 0.45
 CPU_WORST_HEAP_HOLES = 0.9
+
+# The least compute capability for training beside a quantized base (bitsandbytes' installation
+# guide, "CUDA"): its 4-bit kernels, and LLM.int8, which needs the integer tensor cores of Turing.
+QUANTIZATION_CAPABILITY: dict[str, tuple[int, int]] = {
+    "nf4": (6, 0),
+    "fp4": (6, 0),
+    "int8": (7, 5),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +71,10 @@ class Device:
         """bf16 arithmetic: compute capability 8.0 up; any processor (emulated if need be)."""
         return self.kind == "cpu" or (self.compute_capability or (0, 0)) >= (8, 0)
 
-    @property
-    def supports_quantization(self) -> bool:
-        """bitsandbytes 4-bit for training: compute capability 6.0 up."""
-        return self.kind == "cuda" and (self.compute_capability or (0, 0)) >= (6, 0)
+    def supports_quantization(self, quantization: str) -> bool:
+        """Whether a base held as `nf4`, `fp4` or `int8` can be trained beside."""
+        least = QUANTIZATION_CAPABILITY[quantization]
+        return self.kind == "cuda" and (self.compute_capability or (0, 0)) >= least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

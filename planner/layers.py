@@ -12,6 +12,7 @@ Korthikanti et al. 2022 (arXiv 2205.05198) for the method.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,7 +32,9 @@ class Operation:
     `saved_bytes_per_length`: what it keeps for each token of row length besides (eager
     attention's weights).
     `gradient_bytes`, `gradient_bytes_per_length`: gradients with respect to its inputs, made in
-    backward.
+    backward. `gradient_temporary_bytes`: what making them holds besides.
+    `operand_bytes`, `operand_bytes_per_length`: its inputs, temporaries and results, all that is
+    alive while it runs without a backward pass to come. 0 where a neighbour plainly holds more.
     `forward_flops`, `weight_gradient_flops`: multiply and add counted as two. The gradient with
     respect to the inputs costs `forward_flops` again.
     `forward_flops_per_length`: attention's part that grows with the row's length.
@@ -42,6 +45,9 @@ class Operation:
     saved_bytes_per_length: float = 0.0
     gradient_bytes: float = 0.0
     gradient_bytes_per_length: float = 0.0
+    gradient_temporary_bytes: float = 0.0
+    operand_bytes: float = 0.0
+    operand_bytes_per_length: float = 0.0
     forward_flops: float = 0.0
     weight_gradient_flops: float = 0.0
     forward_flops_per_length: float = 0.0
@@ -243,14 +249,42 @@ class _LayerBuilder:
                 kept += linear.in_features * numerics.adapter_input
         return kept
 
+    def _input_copies(self, linear: Linear, input_bytes: int) -> int:
+        """The copies of its input that a product without a backward pass makes on the way."""
+        numerics, widths = self.numerics, [input_bytes]
+        if linear.name in self.adapted and numerics.casts_to_adapter:
+            widths.append(numerics.adapter)
+        if numerics.autocast:
+            widths.append(numerics.compute)
+        made = sum(new for old, new in itertools.pairwise(widths) if new != old)
+        return linear.in_features * made
+
+    def _adapter_gradient_bytes(self, linear: Linear) -> int:
+        """What wider adapters without autocast (PEFT's fp32 ones on a 16-bit base) hold besides.
+
+        First the gradient of the result and that of the adapter's share of it, both in the
+        adapter's width; later that of the input, beside which the base's share still waits.
+        """
+        numerics = self.numerics
+        wider = numerics.adapter - numerics.compute
+        if linear.name not in self.adapted or numerics.autocast or wider <= 0:
+            return 0
+        of_result = 2 * linear.out_features * numerics.adapter
+        of_input = linear.in_features * wider + linear.out_features * numerics.compute
+        return max(of_result - linear.in_features * numerics.compute, of_input)
+
     def _product(self, linear: Linear, input_bytes: int, copies: int) -> Operation:
         sides = linear.in_features + linear.out_features
         adapter_flops = 2 * self.trained.rank * sides if linear.name in self.adapted else 0
         weight_flops = 2 * linear.num_weights
+        result_bytes = linear.out_features * self.numerics.compute
+        read_bytes = linear.in_features * input_bytes + self._input_copies(linear, input_bytes)
         return Operation(
             name=linear.name,
             saved_bytes=copies * self._own_bytes(linear, input_bytes),
             gradient_bytes=copies * linear.in_features * self.numerics.compute,
+            gradient_temporary_bytes=copies * self._adapter_gradient_bytes(linear),
+            operand_bytes=copies * (read_bytes + result_bytes),
             forward_flops=copies * (weight_flops + adapter_flops),
             weight_gradient_flops=copies
             * ((weight_flops if self.own_weights else 0) + adapter_flops),
@@ -302,6 +336,7 @@ class _LayerBuilder:
             saved_bytes=width * compute + attention.num_heads * FLOAT32_BYTES,
             saved_bytes_per_length=0,
             gradient_bytes_per_length=0,
+            operand_bytes_per_length=0,
         )
 
     def _eager_kernel(self) -> Operation:
@@ -316,10 +351,17 @@ class _LayerBuilder:
             saved_bytes=3 * attention.query_width * compute,
             saved_bytes_per_length=attention.num_heads * (FLOAT32_BYTES + cast + capped),
             gradient_bytes_per_length=attention.num_heads * (FLOAT32_BYTES + compute),
+            # The scores, their softmax, and what it is cast to.
+            operand_bytes_per_length=attention.num_heads * (compute + FLOAT32_BYTES + cast),
         )
 
     def _kernel(
-        self, *, saved_bytes: int, saved_bytes_per_length: int, gradient_bytes_per_length: int
+        self,
+        *,
+        saved_bytes: int,
+        saved_bytes_per_length: int,
+        gradient_bytes_per_length: int,
+        operand_bytes_per_length: int,
     ) -> Operation:
         attention = self.model.attention
         width = attention.query_width + 2 * attention.key_value_width
@@ -329,6 +371,8 @@ class _LayerBuilder:
             saved_bytes_per_length=saved_bytes_per_length,
             gradient_bytes=width * self.numerics.compute,
             gradient_bytes_per_length=gradient_bytes_per_length,
+            operand_bytes=(width + attention.query_width) * self.numerics.compute,
+            operand_bytes_per_length=operand_bytes_per_length,
             # Two products (scores, mixing), half of them masked out by causality.
             forward_flops_per_length=2 * attention.query_width,
         )
@@ -387,9 +431,31 @@ class _LayerBuilder:
         activation = Operation(
             name="activation",
             saved_bytes=width * kept,
-            gradient_bytes=width * compute * 2 if block.gated else width * returned,
+            gradient_bytes=width * 2 * returned,  # of both operands of a product
+            operand_bytes=block.active_copies * max(self._around_activation(), self._adding_up()),
         )
         return activation, returned
+
+    def _around_activation(self) -> int:
+        """Gated: the activated gate, the other operand and their product; four arrays where both
+        operands are views of one product's result. Plain: the input and tanh-GELU's results."""
+        block, compute = self.model.feed_forward, self.numerics.compute
+        if block.gated:
+            return block.intermediate_size * compute * (4 if len(block.inputs) == 1 else 3)
+        return block.intermediate_size * (compute + 3 * self.numerics.function_bytes(compute))
+
+    def _adding_up(self) -> int:
+        """An adapter's end on the last product before the activation: the base's result, the
+        adapter's and their sum, the adapter's copy of the input, and the activated gate."""
+        numerics, inputs = self.numerics, self.model.feed_forward.inputs
+        last = inputs[-1]
+        if last.name not in self.adapted:
+            return 0
+        summed = last.out_features * (numerics.compute + 2 * numerics.adapter_input)
+        copied = numerics.casts_to_adapter and numerics.adapter != self.normalized_bytes
+        copy = last.in_features * numerics.adapter if copied else 0
+        gate = last.out_features * numerics.compute if len(inputs) > 1 else 0
+        return summed + copy + gate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -408,7 +474,7 @@ class LayerTotals:
         )
 
     def backward_temporary_bytes(self, tokens: float, length: float) -> int:
-        """How far backward rises above what the layer has saved.
+        """How far backward rises above what the layer has saved, eq. (6).
 
         Walking the operations backwards, gradients with respect to inputs come into being
         while saved tensors and finished gradients go.
@@ -418,12 +484,21 @@ class LayerTotals:
         for op in reversed(self.operations):
             gradient = tokens * (op.gradient_bytes + length * op.gradient_bytes_per_length)
             alive += gradient
-            highest = max(highest, alive)
+            highest = max(highest, alive + tokens * op.gradient_temporary_bytes)
             alive -= tokens * (op.saved_bytes + length * op.saved_bytes_per_length)
             if gradient:  # an entry for a shared input makes none, and consumes none
                 alive -= previous_gradient
                 previous_gradient = gradient
         return round(highest)
+
+    def inference_bytes(self, tokens: float, length: float) -> int:
+        """The most that one operation's operands take when nothing is kept, eq. (12)."""
+        return round(
+            max(
+                tokens * (op.operand_bytes + length * op.operand_bytes_per_length)
+                for op in self.operations
+            )
+        )
 
     def forward_flops(self, tokens: float, length: float) -> float:
         return sum(

@@ -37,8 +37,6 @@ class Advice:
 def learning_rate(method: Method, model: ModelSpec) -> Advice:
     """Peak learning rate by method and size."""
     if method.adapter:
-        if model.num_parameters < 3e9:
-            return Advice(value=2e-4, why="adapters train well from 1e-4 to 3e-4 (QLoRA, table 9)")
         rate = 2e-4 if model.num_parameters < 30e9 else 1e-4
         return Advice(value=rate, why="QLoRA's rate: 2e-4 up to 13B, 1e-4 from 33B (table 9)")
     if model.num_parameters < 1e9:

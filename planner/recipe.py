@@ -7,21 +7,26 @@ Each setting carries its reason. `estimate_recipe` serves a question about one c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftplan.planner import policy
-from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import Method, MethodSettings, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
 
+if TYPE_CHECKING:
+    from ftplan.planner.data_profile import DataProfile
+
 # Rows of a question without data.
 ESTIMATE_LENGTH = 2048
 
 # Layers that `freeze` trains where the model has as many.
 _TRAINED_LAYERS = MethodSettings().num_trainable_layers
+
+# How a method that needs a quantized base holds it.
+DEFAULT_QUANTIZATION = "nf4"
 
 _QUANTIZED = "a quantized base was asked for, beside which adapters are trained"
 
@@ -137,7 +142,8 @@ def _method_settings(method: Method, model: ModelSpec, device: Device | None) ->
     """What the method decides: quantization, trained layers; with the device, the dtypes."""
     derived = _precision(device, method.adapter)
     if method.quantized_base:
-        derived["quantization"] = ("nf4", "4-bit NormalFloat, the QLoRA paper's choice")
+        why = "4-bit NormalFloat, the QLoRA paper's choice"
+        derived["quantization"] = (DEFAULT_QUANTIZATION, why)
     if method.name == "freeze":
         layers = min(_TRAINED_LAYERS, model.num_hidden_layers)
         why = f"the last {layers} of {model.num_hidden_layers}; more take more memory and time"

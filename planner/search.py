@@ -15,17 +15,13 @@ from ftplan.planner import policy
 from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate, estimate_memory
+from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
+from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
 from ftplan.planner.methods import METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
-from ftplan.planner.recipe import data_recipe
+from ftplan.planner.recipe import DEFAULT_QUANTIZATION, data_recipe
 from ftplan.planner.step_time import StepTime, estimate_step_time
-
-# Kept free on top of `required`: the first memory model is within 5 % of the measured runs it
-# was compared with (docs/memory-model.md).
-MEMORY_MARGIN = 0.05
 
 # Methods tried when none is given, best first. `freeze` is offered, not recommended, and full
 # tuning is for those who ask: adapters on all linear layers reach it on data of this size
@@ -136,15 +132,6 @@ def _fastest(fitting: Sequence[Evaluated]) -> Evaluated:
     return min(near, key=lambda e: e.memory.required_bytes)
 
 
-def needed_bytes(memory: MemoryEstimate) -> int:
-    """Free memory that a plan is given: what it requires, and the margin."""
-    return round(memory.required_bytes * (1 + MEMORY_MARGIN))
-
-
-def fits(memory: MemoryEstimate, device: Device) -> bool:
-    return needed_bytes(memory) <= device.free_bytes
-
-
 def evaluate(
     model: ModelSpec, reasoned: ReasonedPlan, device: Device, data: DataProfile
 ) -> Evaluated:
@@ -178,18 +165,24 @@ def _candidate_methods(given: Mapping[str, Any]) -> Iterable[str]:
 
 def _check_quantization(method: str, device: Device, given: Mapping[str, Any]) -> None:
     """Raises InputError when the method holds its base as the device cannot."""
-    asked_for = given.get("quantization", "none") != "none"
-    if not asked_for and not resolve_method(method).quantized_base:
-        return
+    quantization = str(given.get("quantization", "none"))
+    if quantization == "none":
+        if not resolve_method(method).quantized_base:
+            return
+        quantization = DEFAULT_QUANTIZATION
     if device.kind == "cpu":
         raise InputError(
             "4- and 8-bit bases are for GPUs: on a processor they save little and run slowly",
             "use `--method lora`",
         )
-    if not device.supports_quantization:
+    if not device.supports_quantization(quantization):
+        major, minor = QUANTIZATION_CAPABILITY[quantization]
+        four_bits = device.supports_quantization(DEFAULT_QUANTIZATION)
+        instead = f"`--quantization {DEFAULT_QUANTIZATION}`, or " if four_bits else ""
         raise InputError(
-            f"{device.name} lacks compute capability 6.0, which 4-bit bases need",
-            "use `--method lora`",
+            f"{device.name} lacks compute capability {major}.{minor}, "
+            f"which {quantization} bases need",
+            f"use {instead}`--method lora`",
         )
 
 
@@ -209,12 +202,23 @@ def candidates(
     base = data_recipe(model, data, device, chosen, given)
     batch = policy.effective_batch_size(data.num_train_rows)
     for size in _micro_batches(base.plan, given, batch.value):
-        sized = _with_batch(base, given, size, batch)
-        if "gradient_checkpointing" in given:
-            yield sized
-            continue
-        for checkpointing, why in _CHECKPOINTING.items():
-            yield sized.replace("derived", why, gradient_checkpointing=checkpointing)
+        for plan in _with_losses(_with_batch(base, given, size, batch), device, given):
+            if "gradient_checkpointing" in given:
+                yield plan
+                continue
+            for checkpointing, why in _CHECKPOINTING.items():
+                yield plan.replace("derived", why, gradient_checkpointing=checkpointing)
+
+
+def _with_losses(
+    plan: ReasonedPlan, device: Device, given: Mapping[str, Any]
+) -> Iterator[ReasonedPlan]:
+    """The plan with the losses worth comparing: on a processor TRL's tiles are slow and may be
+    larger than the full logits."""
+    yield plan
+    if device.kind == "cpu" and "loss" not in given:
+        why = "without a GPU's kernel TRL's tiles are slower than the full logits"
+        yield plan.replace("derived", why, loss="stock")
 
 
 _CHECKPOINTING = {

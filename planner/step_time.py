@@ -12,25 +12,35 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ftplan.planner.hardware_spec import Device, DeviceKind
-from ftplan.planner.layers import LayerTotals, decoder_layer, trained_widths
+from ftplan.planner.layers import FLOAT32_BYTES, LayerTotals, decoder_layer, trained_widths
 from ftplan.planner.memory import weight_memory_bytes
 from ftplan.planner.methods import Trained
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
-from ftplan.planner.units import BYTES_PER_DTYPE
 
 # Share of the dense peak that large matrix products and the work around them reach together.
 # Assumed for every GPU: LoRA and full fine-tuning of 7B models with FlashAttention-2 on an A100
 # run at 0.50 to 0.60 of 312 TFLOP/s (fms-acceleration's measured rows).
 ACHIEVED_SHARE_OF_PEAK = 0.55
 
-# On the processor the rate is that of a matrix product measured on this machine. Everything
-# around the products (norms, activations, attention, the loss's chain of element-wise
-# operations) is bound by memory and counted by the bytes it moves. Each value saved for backward
-# is written and read once in forward, and about as often again in backward (its gradient, and that
-# gradient's use). Assumed.
-TRAFFIC_PER_SAVED_BYTE_FORWARD = 2
-TRAFFIC_PER_SAVED_BYTE_BACKWARD = 2
+# Element-wise work is bound by memory: how often each byte that is kept for backward is moved, in
+# (forward, backward). On a GPU it partly hides behind the products, whose achieved share covers the
+# rest; assumed. On the processor every read and write of a Llama layer's operations was counted, in
+# units of tokens x hidden_size: 55 and 100 beside 20 that are kept, with LoRA on every linear (the
+# two products' sum and scaling, and the sums of gradients) 110 and 153 beside 18.7.
+PASSES_OVER_KEPT: dict[DeviceKind, tuple[float, float]] = {"cuda": (2, 2), "cpu": (2.8, 5.0)}
+PASSES_OVER_KEPT_WITH_ADAPTERS: dict[DeviceKind, tuple[float, float]] = {
+    "cuda": (2, 2),
+    "cpu": (5.9, 8.2),
+}
+
+# How often the loss moves each logit. `stock`: written, log-softmax read and written, both read and
+# the gradient's source and result written in backward, read by the product. A fused kernel writes
+# and reads a tile in each direction and turns it into its gradient in place. Without a kernel TRL's
+# tiles pass through chains of torch operations, whose reads and writes were counted: 20.5 in
+# forward, 26.5 in backward (trl.kernels.chunked_logprob, `_forward_tile`, `_backward_tile`).
+PASSES_OVER_LOGITS = {"stock": 8, "trl-fused": 6, "liger": 6}
+PASSES_OVER_LOGITS_WITHOUT_KERNEL = 47
 
 Bound = Literal["arithmetic", "memory bandwidth"]
 
@@ -155,13 +165,39 @@ def _micro_batch_bytes(
     forwards = 2 if plan.gradient_checkpointing else 1
     own = _layer(model, plan, trained, own_weights=trained.trained_layers > 0, kind=kind)
     frozen = _layer(model, plan, trained, own_weights=False, kind=kind)
-    passes = forwards * TRAFFIC_PER_SAVED_BYTE_FORWARD + TRAFFIC_PER_SAVED_BYTE_BACKWARD
+    table = PASSES_OVER_KEPT_WITH_ADAPTERS if trained.adapted else PASSES_OVER_KEPT
+    forward_passes, backward_passes = table[kind]
+    passes = forwards * forward_passes + backward_passes
     layers = reached * own.saved_bytes(tokens, length) * passes
-    layers += unreached * frozen.saved_bytes(tokens, length) * TRAFFIC_PER_SAVED_BYTE_FORWARD
-    # Logits: written and read by forward and by backward, taken as the loss's fp32.
-    logits = 4 * tokens * model.vocab_size * BYTES_PER_DTYPE["float32"]
-    reads = 1 + forwards * reached / model.num_hidden_layers
-    return layers + logits + reads * weight_memory_bytes(model, plan)
+    layers += unreached * frozen.saved_bytes(tokens, length) * forward_passes
+    logits = passes_over_logits(plan, kind) * tokens * model.vocab_size * FLOAT32_BYTES
+    backwards = reached / model.num_hidden_layers
+    passes_over_weights = 1 + forwards * backwards
+    weights = passes_over_weights * weight_memory_bytes(model, plan)
+    expanded = _expanded_bytes(model, plan, passes_over_weights, backwards)
+    return layers + logits + weights + expanded
+
+
+def passes_over_logits(plan: TrainingPlan, kind: DeviceKind) -> int:
+    """How often each logit is moved, as fp32."""
+    if plan.loss == "trl-fused" and kind == "cpu":
+        return PASSES_OVER_LOGITS_WITHOUT_KERNEL
+    return PASSES_OVER_LOGITS[plan.loss]
+
+
+def _expanded_bytes(model: ModelSpec, plan: TrainingPlan, passes: float, backwards: float) -> float:
+    """Bytes of the 16-bit copies of quantized weights, written and read, beside the reading of
+    the quantized weights themselves.
+
+    4 bits: each pass expands each weight and multiplies with the copy. int8: forward multiplies
+    integers; backward casts and then scales the copy in place, so it goes by twice
+    (bitsandbytes.autograd, `MatMul4Bit` and `MatMul8bitLt`). bitsandbytes 0.50 has a kernel that
+    spares forward's copy for up to some hundred tokens, by card and shape; it is not counted.
+    """
+    if plan.quantization == "none":
+        return 0.0
+    times = 2 * backwards if plan.quantization == "int8" else passes
+    return times * 2 * model.quantizable_weights * plan.compute_bytes
 
 
 def _optimizer_bytes(plan: TrainingPlan, trained: Trained) -> float:

@@ -214,4 +214,4 @@ def test_a_catalogued_gpu_becomes_an_idle_device() -> None:
     assert device.kind == "cuda"
     assert device.free_bytes == device.total_bytes == 15360 * 1024**2
     assert not device.supports_bfloat16
-    assert device.supports_quantization
+    assert device.supports_quantization("nf4") and device.supports_quantization("int8")

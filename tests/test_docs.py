@@ -21,22 +21,32 @@ from ftplan.launcher.run_dir import RunDir
 from ftplan.planner import policy
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.families import spec_from_size
-from ftplan.planner.hardware_spec import ASSUMED_CUDA_CONTEXT_BYTES, CPU_PROCESS_BYTES, Device
+from ftplan.planner.hardware_spec import (
+    ASSUMED_CUDA_CONTEXT_BYTES,
+    CPU_HEAP_HOLES,
+    CPU_PROCESS_BYTES,
+    CPU_WORST_HEAP_HOLES,
+    QUANTIZATION_CAPABILITY,
+    Device,
+)
 from ftplan.planner.layers import decoder_layer
-from ftplan.planner.memory import RESERVED_OVER_ALLOCATED, estimate_memory
+from ftplan.planner.memory import MEMORY_MARGIN, RESERVED_OVER_ALLOCATED, estimate_memory
 from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import SETTING_NAMES, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.search import (
-    MEMORY_MARGIN,
     MICRO_BATCHES,
     candidates,
     choose_plan,
     limit_to_time_budget,
 )
-from ftplan.planner.step_time import ACHIEVED_SHARE_OF_PEAK
-from ftplan.planner.units import GIB, format_bytes
+from ftplan.planner.step_time import (
+    ACHIEVED_SHARE_OF_PEAK,
+    PASSES_OVER_LOGITS,
+    PASSES_OVER_LOGITS_WITHOUT_KERNEL,
+)
+from ftplan.planner.units import GIB, MIB, format_bytes
 from ftplan.profiles import require_model
 
 ROOT = Path(__file__).parent.parent
@@ -321,6 +331,29 @@ def test_the_comparison_with_measured_runs_is_current() -> None:
     ]
 
 
+def test_the_comparison_on_a_processor_is_current(devices: dict[str, Device]) -> None:
+    """The measured columns are what was measured; the others follow from them and the code."""
+    model, longest = require_model("smollm2-135m-instruct").spec, 330
+    for method, rows, checkpointing, predicted, measured, error, process, holes in table(
+        "memory-model.md", "Measured on a processor"
+    ):
+        plan = TrainingPlan(
+            method=method,
+            dtype="float32",
+            mixed_precision="no",
+            per_device_train_batch_size=int(rows),
+            gradient_accumulation_steps=8 // int(rows),
+            gradient_checkpointing=checkpointing == "yes",
+        )
+        memory = estimate_memory(model, plan, device=devices["CPU"], longest_row=longest)
+        mebibytes = round(memory.allocated_peak_bytes / MIB)
+        sizes = [number(cell.removesuffix(" MiB")) for cell in (predicted, measured, process)]
+        assert sizes[0] == mebibytes
+        assert error == f"{100 * (sizes[0] / sizes[1] - 1):+.1f} %"
+        assert holes == f"{(sizes[2] - 636) / sizes[1] - 1:.2f}"
+        assert float(holes) <= CPU_WORST_HEAP_HOLES
+
+
 # --- policy
 
 
@@ -382,6 +415,10 @@ def test_the_learning_rates_are_the_policys() -> None:
     assert rates == advised
 
 
+def capability(quantization: str) -> str:
+    return ".".join(map(str, QUANTIZATION_CAPABILITY[quantization]))
+
+
 def test_the_pages_state_the_constants() -> None:
     """Where a constant is changed its sentence is to be read again."""
     sizes = [f"{size:,}" for size in MICRO_BATCHES]
@@ -393,11 +430,22 @@ def test_the_pages_state_the_constants() -> None:
         ("policy.md", "What fits", f"required x {1 + MEMORY_MARGIN:g} <= "),
         ("policy.md", "Micro-batch and checkpointing",
          f"{', '.join(sizes[:-1])} and {sizes[-1]} rows"),
+        ("policy.md", "Predicted time", f"moved {PASSES_OVER_LOGITS['stock']} times as fp32"),
+        ("policy.md", "Predicted time", f"{PASSES_OVER_LOGITS['trl-fused']} times by a fused one"),
+        ("policy.md", "Predicted time", f"{PASSES_OVER_LOGITS_WITHOUT_KERNEL} times by TRL's"),
         ("policy.md", "Predicted time", f"{ACHIEVED_SHARE_OF_PEAK:.0%}".replace("%", " %")),
-        ("memory-model.md", "Four numbers", f"{RESERVED_OVER_ALLOCATED} x allocated"),
+        ("policy.md", "The method", f"compute capability {capability('nf4')}"),
+        ("policy.md", "The method", f"in int8 of {capability('int8')}"),
+        ("memory-model.md", "Four numbers", f"required x {1 + MEMORY_MARGIN:g} <= "),
+        *(
+            ("memory-model.md", "Four numbers", f"{factor} x allocated")
+            for factor in RESERVED_OVER_ALLOCATED.values()
+        ),
         ("memory-model.md", "Four numbers", f"{ASSUMED_CUDA_CONTEXT_BYTES / GIB:g} GiB is assumed"),
         ("memory-model.md", "Four numbers", f"{CPU_PROCESS_BYTES / GIB:g} GiB + min("),
-        ("memory-model.md", "On a processor", f"allocated + {CPU_PROCESS_BYTES / GIB:g} GiB"),
+        ("memory-model.md", "On a processor", f"reserved + {CPU_PROCESS_BYTES / GIB:g} GiB"),
+        ("memory-model.md", "On a processor", f"= {1 + CPU_HEAP_HOLES:g} x allocated"),
+        ("memory-model.md", "On a processor", f"= {1 + CPU_WORST_HEAP_HOLES:g} x allocated + "),
         ("data.md", "Split", f"{100 * policy.EVAL_SHARE:g} % of the usable rows"),
     ):  # fmt: skip
         assert said in section(page(name), heading), (name, said)

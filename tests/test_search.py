@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given as for_all
 from hypothesis import strategies as st
+from rich.console import Console
 
+from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.views import totals_table
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import FAMILIES, spec_from_size
-from ftplan.planner.hardware_spec import Device, Host, Machine
+from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device, Host, Machine
+from ftplan.planner.memory import fits, needed_bytes
 from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.plan import QUANTIZATIONS, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.search import (
     Evaluated,
     candidates,
     choose_plan,
     evaluate,
-    fits,
     limit_to_time_budget,
-    needed_bytes,
     optimizer_steps,
 )
 from ftplan.planner.units import GIB
@@ -44,6 +47,12 @@ DEVICES = ("T4", "RTX 4090", "A100", "CPU")
 def sized() -> dict[str, ModelSpec]:
     counts = (135 * 10**6, 17 * 10**8, 8 * 10**9, 70 * 10**9)
     return {size: spec_from_size(count, size) for size, count in zip(SIZES, counts, strict=True)}
+
+
+def render(table: Any) -> str:
+    console = Console(width=120, file=io.StringIO())
+    console.print(table)
+    return cast(io.StringIO, console.file).getvalue()
 
 
 def with_free(device: Device, free_bytes: int) -> Device:
@@ -139,6 +148,23 @@ def test_needed_memory_is_enough_and_one_byte_less_is_not(
     assert enough.best is not None
     short = choose_plan(model, few_short_rows, with_free(devices["A100"], needs - 1), given)
     assert short.best is None
+
+
+def test_estimate_says_that_it_fits_where_plan_does(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """Both keep the margin free; `margin_bytes` is what is left then."""
+    given = {"method": "lora", "per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    best = chosen(small_llama, few_short_rows, devices["A100"], given)
+    for short in (0, 1):
+        device = with_free(devices["A100"], needed_bytes(best.memory) - short)
+        ranking = choose_plan(small_llama, few_short_rows, device, given)
+        told = estimate_to_dict(small_llama, best.reasoned, best.memory, device, [])["fits"]
+        assert told["margin_bytes"] == -short
+        assert told["verdict"] == ("fits" if ranking.best else "does not fit")
+        printed = render(totals_table(best.memory, device))
+        assert "5 % of that, for the estimate's own error" in printed
+        assert ("left over" in printed) == bool(ranking.best)
 
 
 # --- ranking
@@ -548,7 +574,7 @@ def test_an_amount_of_training_that_was_given_is_not_cut(
 
 def test_what_devices_support(devices: Devices) -> None:
     supports = {
-        name: (device.supports_bfloat16, device.supports_quantization)
+        name: (device.supports_bfloat16, device.supports_quantization("nf4"))
         for name, device in devices.items()
     }
     assert supports == {
@@ -557,6 +583,32 @@ def test_what_devices_support(devices: Devices) -> None:
         "A100": (True, True),
         "CPU": (True, False),
     }
+
+
+@pytest.mark.parametrize(
+    ("capability", "four_bits", "eight_bits"),
+    [((5, 2), False, False), ((6, 0), True, False), ((7, 0), True, False), ((7, 5), True, True)],
+)
+def test_eight_bits_need_a_newer_card_than_four(
+    capability: tuple[int, int],
+    four_bits: bool,
+    eight_bits: bool,
+    small_llama: ModelSpec,
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    """LLM.int8 on Turing and later, NF4 and FP4 on Pascal and later (bitsandbytes' guide)."""
+    assert {*QUANTIZATION_CAPABILITY, "none"} == set(QUANTIZATIONS)
+    card = dataclasses.replace(devices["T4"], compute_capability=capability)
+    assert card.supports_quantization("nf4") == card.supports_quantization("fp4") == four_bits
+    assert card.supports_quantization("int8") == eight_bits
+    given = {"quantization": "int8"}
+    if eight_bits:
+        assert chosen(small_llama, few_short_rows, card, given).plan.quantization == "int8"
+        return
+    with pytest.raises(InputError, match=r"compute capability 7\.5, which int8") as refused:
+        choose_plan(small_llama, few_short_rows, card, given)
+    assert ("`--quantization nf4`" in (refused.value.hint or "")) == four_bits
 
 
 def test_the_best_device_is_the_gpu_with_most_free_memory_else_the_processor(

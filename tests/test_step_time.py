@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ftplan.planner.families import FAMILIES
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.memory import weight_memory_bytes
 from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
@@ -230,3 +231,45 @@ def test_freeze_moves_activations_of_its_trained_layers_only(
     frozen = step(llama_2_7b, plan_of("freeze"), fast, tokens=100_000).step_seconds
     full = step(llama_2_7b, plan_of("full"), fast, tokens=100_000).step_seconds
     assert frozen < 0.75 * full
+
+
+@pytest.mark.parametrize(
+    ("quantization", "checkpointing", "written_and_read"),
+    [("nf4", False, 2), ("nf4", True, 3), ("int8", False, 2), ("int8", True, 2)],
+)
+def test_a_quantized_base_is_expanded_for_its_products(
+    quantization: str,
+    checkpointing: bool,
+    written_and_read: int,
+    llama_2_7b: ModelSpec,
+    devices: dict[str, Device],
+) -> None:
+    """6,476,005,376 weights. 4 bits: forward, recomputation and backward each read them, write a
+    bf16 copy and read it: beside the reading of the weights themselves 2 + 2 bytes each. LLM.int8
+    casts them in backward only and scales the copy in place, which is twice that.
+    """
+    plan = plan_of("qlora", checkpointing=checkpointing).replace(quantization=quantization)
+    plain = plan.replace(method="lora", quantization="none")
+    passes = 3 if checkpointing else 2
+    weights = weight_memory_bytes(llama_2_7b, plan) - weight_memory_bytes(llama_2_7b, plain)
+    expected = passes * weights + written_and_read * 4 * 6_476_005_376
+    # One token, so that activations, which differ too, weigh little.
+    seconds = [step(llama_2_7b, p, devices["A100"], tokens=1).step_seconds for p in (plan, plain)]
+    assert seconds[0] - seconds[1] == pytest.approx(expected / 2e12, rel=0.02)
+
+
+def test_a_quantized_base_costs_time_on_equal_terms(
+    llama_2_7b: ModelSpec, devices: dict[str, Device]
+) -> None:
+    """A few hundred tokens at once, adapters of one width: what is left is the expanding."""
+    for tokens in (64, 512):
+        lora, qlora = (
+            step(
+                llama_2_7b,
+                plan_of(method, checkpointing=True).replace(trainer="transformers"),
+                devices["A100"],
+                tokens=tokens,
+            ).step_seconds
+            for method in ("lora", "qlora")
+        )
+        assert qlora > lora

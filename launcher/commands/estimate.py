@@ -12,11 +12,11 @@ from ftplan.launcher.model_source import find_source
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
-from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate, estimate_memory
+from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
+from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
 from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.plan import ReasonedPlan
+from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.units import format_bytes, format_count, parse_bytes
 
@@ -48,8 +48,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         _show(ui, model, reasoned, memory, device, given)
         for warning in warnings:
             ui.warn(warning)
-    fits = device is None or memory.required_bytes <= device.free_bytes
-    return 0 if fits else 1
+    return 0 if device is None or fits(memory, device) else 1
 
 
 def named_device(gpu: str | None, free_memory: str | None) -> Device | None:
@@ -74,17 +73,37 @@ def plan_warnings(model: ModelSpec, reasoned: ReasonedPlan, device: Device | Non
             f"{model.name} knows {model.max_position_embeddings} positions, "
             f"`--max-length {plan.max_length}` is beyond them"
         )
-    bf16 = plan.mixed_precision == "bf16" or plan.dtype == "bfloat16"
-    if device is not None and bf16 and not device.supports_bfloat16:
-        warnings.append(f"{device.name} has no bf16; use `--mixed-precision fp16`")
-    flash = plan.attn_implementation == "flash_attention_2"
-    if device is not None and flash and (device.compute_capability or (0, 0)) < (8, 0):
-        warnings.append(f"FlashAttention-2 does not run on {device.name}; use sdpa")
+    if device is not None:
+        warnings += _device_lacks(device, plan)
+    fp16 = plan.mixed_precision == "fp16" or plan.dtype == "float16"
+    if fp16 and model.native_dtype == "bfloat16":
+        warnings.append(
+            f"{model.name} was trained in bf16, and fp16 holds nothing above 65,504: activations "
+            "may overflow. Should the loss become nan, use `--dtype float32 --mixed-precision no`"
+        )
     if plan.num_gpus > 1:
         warnings.append(
             "the figures are per GPU: under data parallelism more GPUs save time, not memory"
         )
     return warnings
+
+
+def _device_lacks(device: Device, plan: TrainingPlan) -> list[str]:
+    """What the plan uses and the device does not have."""
+    lacks = []
+    bf16 = plan.mixed_precision == "bf16" or plan.dtype == "bfloat16"
+    if bf16 and not device.supports_bfloat16:
+        lacks.append(f"{device.name} has no bf16; use `--mixed-precision fp16`")
+    flash = plan.attn_implementation == "flash_attention_2"
+    if flash and (device.compute_capability or (0, 0)) < (8, 0):
+        lacks.append(f"FlashAttention-2 does not run on {device.name}; use sdpa")
+    kind = plan.quantization
+    if kind != "none" and not device.supports_quantization(kind):
+        major, minor = QUANTIZATION_CAPABILITY[kind]
+        lacks.append(
+            f"{kind} bases need compute capability {major}.{minor}, which {device.name} has not"
+        )
+    return lacks
 
 
 def _show(
@@ -138,15 +157,16 @@ def _other_method(
     kept = {key: value for key, value in given.items() if key not in _METHOD_BOUND}
     plan = estimate_recipe(model, device, {**kept, "method": name}).plan
     trained = plan.resolved_method.count(model, plan.method_settings)
-    required = estimate_memory(model, plan, device=device).required_bytes
-    return trained.num_trainable_parameters, required, smallest_card(required)
+    memory = estimate_memory(model, plan, device=device)
+    card = smallest_card(needed_bytes(memory))
+    return trained.num_trainable_parameters, memory.required_bytes, card
 
 
-def smallest_card(required_bytes: int) -> str:
-    """The catalogued GPU with the least memory that is enough, and how much that is."""
+def smallest_card(free_bytes: int) -> str:
+    """The catalogued GPU with the least memory of those that have so much, and how much it has."""
     from ftplan.profiles import gpu_catalog
 
-    enough = [g for g in gpu_catalog().values() if g.memory_bytes >= required_bytes]
+    enough = [g for g in gpu_catalog().values() if g.memory_bytes >= free_bytes]
     if not enough:
         return "no single GPU of the catalog"
     smallest = min(enough, key=lambda g: (g.memory_bytes, g.name))
