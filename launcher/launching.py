@@ -189,11 +189,13 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
     loader = "AutoPeftModelForCausalLM" if record["output"] == "adapter" else "AutoModelForCausalLM"
     package = "peft" if record["output"] == "adapter" else "transformers"
     return [
-        f"The {record['output']} is in {folder} ({format_bytes(size)}, safetensors). Use it:",
-        "",
+        f"{record['output']:<10}  {folder} ({format_bytes(size)})",
+        f"loss curve  {run.loss_plot}",
+        f"figures     {run.record}",
+        f"again       ftplan launch {run.root}",
+        "use it",
         f"    from {package} import {loader}",
-        f'    model = {loader}.from_pretrained("{folder}")',
-        "",
-        f"Loss curve {run.loss_plot}, all figures {run.record}.",
-        f"Again: ftplan launch {run.root}",
+        f"    model = {loader}.from_pretrained(",
+        f'        "{folder}"',
+        "    )",
     ]

@@ -146,7 +146,7 @@ def _verdict_rows(memory: MemoryEstimate, device: Device) -> list[list[Renderabl
     margin = device.free_bytes - needed
     enough = fits(memory, device)
     verdict = Text("fits", "green") if enough else Text("does not fit", "red")
-    told = f" of {format_bytes(device.free_bytes)} free on {device.name}"
+    told = f": {format_bytes(device.free_bytes)} is free on {device.name}"
     return [
         [
             "kept free",

@@ -16,7 +16,7 @@ from ftplan.planner.model_spec import ModelSpec
 EVAL_SHARE = 0.10
 
 # What a run on the processor may take unless told otherwise: long enough to see the loss fall.
-CPU_TIME_BUDGET_SECONDS = 120.0
+CPU_TIME_BUDGET_SECONDS = 100.0
 
 # When nobody named a model, the largest whose training stays within this is taken.
 MODEL_CHOICE_SECONDS = 6 * 3600.0
