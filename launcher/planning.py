@@ -126,7 +126,7 @@ def make_plan(
     profile = profile_data(data, split, tokenizer)
     ranking = choose_plan(source.spec, profile, device, given)
     if ranking.best is None:
-        raise does_not_fit(source, device, ranking)
+        raise does_not_fit(source, profile, device, given, ranking)
     chosen = ranking.best
     if device.kind == "cpu":
         chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
@@ -280,7 +280,13 @@ def _fetch(ui: Ui, hub_id: str) -> Path:
         ) from error
 
 
-def does_not_fit(source: ModelSource, device: Device, ranking: Ranking) -> DoesNotFitError:
+def does_not_fit(
+    source: ModelSource,
+    profile: DataProfile,
+    device: Device,
+    given: Mapping[str, Any],
+    ranking: Ranking,
+) -> DoesNotFitError:
     """By how much it misses, and what would fit."""
     nearest = ranking.nearest
     if nearest is None:
@@ -289,12 +295,13 @@ def does_not_fit(source: ModelSource, device: Device, ranking: Ranking) -> DoesN
     needed = needed_bytes(nearest.memory)
     from ftplan.launcher.commands.estimate import smallest_card
 
-    fitting = _largest_fitting_model(device)
+    fitting = _largest_fitting_model(device, source.spec.num_parameters)
     instead = [f"a larger GPU: {smallest_card(needed)}"]
     if fitting:
         instead.append(f"a smaller model: `--model {fitting}`")
-    if nearest.plan.max_length > 256:
-        instead.append(f"shorter rows: `--max-length {nearest.plan.max_length // 2}`")
+    shorter = {**given, "max_length": nearest.plan.max_length // 2}
+    if "max_length" not in given and choose_plan(source.spec, profile, device, shorter).best:
+        instead.append(f"shorter rows: `--max-length {shorter['max_length']}`")
     return DoesNotFitError(
         f"{source.spec.name} does not fit on {device.name}: {nearest.plan.method} with the "
         f"smallest batch needs {format_bytes(needed)}, {format_bytes(device.free_bytes)} is free, "
@@ -303,13 +310,14 @@ def does_not_fit(source: ModelSource, device: Device, ranking: Ranking) -> DoesN
     )
 
 
-def _largest_fitting_model(device: Device) -> str | None:
-    """The largest chat model of the catalog whose plain LoRA estimate fits the device."""
+def _largest_fitting_model(device: Device, num_parameters: int) -> str | None:
+    """The largest chat model of the catalog, of fewer parameters than the one that does not fit,
+    whose plain LoRA estimate fits the device."""
     from ftplan.planner.memory import estimate_memory, fits
     from ftplan.planner.recipe import DEFAULT_QUANTIZATION, estimate_recipe
 
     for entry in sorted(model_catalog().values(), key=lambda e: -e.num_parameters):
-        if entry.kind != "chat":
+        if entry.kind != "chat" or entry.num_parameters >= num_parameters:
             continue
         method = "qlora" if device.supports_quantization(DEFAULT_QUANTIZATION) else "lora"
         plan = estimate_recipe(entry.spec, device, {"method": method}).plan

@@ -38,7 +38,7 @@ class UnknownNameError(InputError):
         if near:
             parts.append("did you mean " + " or ".join(f"`{n}`" for n in near) + "?")
         elif len(candidates) <= 24:
-            parts.append("known: " + ", ".join(candidates))
+            parts.append("known: " + ", ".join(candidates) + ("." if advice else ""))
         if advice:
             parts.append(advice)
         super().__init__(f"unknown {kind} `{name}`", " ".join(parts) or None)
@@ -70,5 +70,6 @@ def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     wanted = name.casefold()
     contained = sorted(k for k in by_folded if wanted and (wanted in k or k in wanted))
     close = difflib.get_close_matches(wanted, list(by_folded), n=count, cutoff=0.5)
-    ordered = list(dict.fromkeys([*close, *contained]))
+    begun = [k for k in contained if k.startswith(wanted)]
+    ordered = list(dict.fromkeys([*begun, *close, *contained]))
     return [by_folded[k] for k in ordered[:count]]

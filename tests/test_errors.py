@@ -60,7 +60,7 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
 
 def test_a_short_list_is_given_where_nothing_is_near() -> None:
     error = UnknownNameError("method", "zzz", ["qlora", "lora"], "see `ftplan methods`")
-    assert error.hint == "known: lora, qlora see `ftplan methods`"
+    assert error.hint == "known: lora, qlora. see `ftplan methods`"
 
 
 def test_a_long_list_is_not_given_where_nothing_is_near() -> None:
