@@ -53,6 +53,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
+        # The usual 0.02 bounds a frozen head of this width to logits of about 1: nothing to learn.
+        initializer_range=0.25,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -131,7 +133,7 @@ def test_auto_leaves_a_record_of_predictions_and_measurements(finished: SimpleNa
 def test_auto_makes_the_held_out_loss_fall(finished: SimpleNamespace) -> None:
     evaluation = finished.run.read_record()["evaluation"]
     assert evaluation["num_rows"] == 5
-    assert evaluation["after"] < 0.8 * evaluation["before"]
+    assert evaluation["after"] < 0.5 * evaluation["before"]
 
 
 def test_the_run_directory_holds_what_the_design_names(finished: SimpleNamespace) -> None:
