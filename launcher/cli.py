@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "launch": "start or repeat the run of a run directory",
     "resume": "go on with an interrupted run",
     "data": "what is in a data file",
+    "validate": "predictions beside measured runs",
     "gpus": "what this machine has, free and total",
     "models": "the models ftplan knows by name",
 }
@@ -109,7 +110,7 @@ def make_parser(verb: str, command: Command) -> argparse.ArgumentParser:
         epilog=EXIT_STATUS_HELP,
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
     command.add_arguments(parser)
     return parser
 

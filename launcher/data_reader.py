@@ -99,8 +99,9 @@ def read_data(path: Path) -> DataFile:
     Raises InputError for a missing or empty file, for broken JSON (with its line), and when no
     row is usable. Rows that are not usable are counted by kind in `problems`.
     """
-    content = _read_bytes(path)
-    text = _decode(path, content)
+    _check_suffix(path)
+    content = read_bytes(path)
+    text = decode(path, content)
     unit: Literal["line", "row"] = "row" if _is_array(path, text) else "line"
     rows: list[Row] = []
     formats: dict[str, int] = {}
@@ -138,7 +139,7 @@ def where(problem: Problem, unit: str) -> str:
     return f"{unit} {', '.join(map(str, problem.first_lines))}{more}"
 
 
-def _read_bytes(path: Path) -> bytes:
+def _check_suffix(path: Path) -> None:
     if path.suffix not in (".json", ".jsonl"):
         if not path.exists():
             raise InputError(f"no such file: `{path}`", "give a .json or .jsonl file")
@@ -146,6 +147,10 @@ def _read_bytes(path: Path) -> bytes:
             f"`{path}` is not a .json or .jsonl file",
             'write one JSON object a line, for example {"instruction": "...", "output": "..."}',
         )
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in a file; raises InputError where that is nothing, or cannot be read."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -157,7 +162,8 @@ def _read_bytes(path: Path) -> bytes:
     return content
 
 
-def _decode(path: Path, content: bytes) -> str:
+def decode(path: Path, content: bytes) -> str:
+    """UTF-8, with or without a byte-order mark; raises InputError with the line."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

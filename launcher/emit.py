@@ -59,6 +59,22 @@ def training_arguments(plan: TrainingPlan, device: Device) -> dict[str, Any]:
     }
 
 
+def method_settings(plan: TrainingPlan) -> dict[str, Any]:
+    """What `training.build` needs to know of the plan."""
+    return {
+        "quantization": plan.quantization,
+        "double_quant": plan.double_quant,
+        "dtype": plan.dtype,
+        "mixed_precision": plan.mixed_precision,
+        "attn_implementation": plan.attn_implementation,
+        "lora_rank": plan.lora_rank,
+        "lora_alpha": plan.lora_alpha,
+        "lora_dropout": plan.lora_dropout,
+        "target_modules": list(plan.target_modules),
+        "num_trainable_layers": plan.num_trainable_layers,
+    }
+
+
 def train_config(
     plan: TrainingPlan,
     device: Device,
@@ -77,18 +93,7 @@ def train_config(
         "eval_data": eval_data,
         "eval_data_sha256": eval_data_sha256,
         "method": plan.method,
-        "method_settings": {
-            "quantization": plan.quantization,
-            "double_quant": plan.double_quant,
-            "dtype": plan.dtype,
-            "mixed_precision": plan.mixed_precision,
-            "attn_implementation": plan.attn_implementation,
-            "lora_rank": plan.lora_rank,
-            "lora_alpha": plan.lora_alpha,
-            "lora_dropout": plan.lora_dropout,
-            "target_modules": list(plan.target_modules),
-            "num_trainable_layers": plan.num_trainable_layers,
-        },
+        "method_settings": method_settings(plan),
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device),

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from ftplan.launcher.ui import Ui
 from ftplan.planner.units import format_bytes, format_seconds
 
+T = TypeVar("T")
+
 _QUIET_LINES = 10
+
+# Work that is over sooner shows no progress.
+_PATIENCE_SECONDS = 2
 
 
 class LiveView(AbstractContextManager["LiveView"]):
@@ -83,3 +89,37 @@ class LiveView(AbstractContextManager["LiveView"]):
             facts.append(format_bytes(latest["allocated_bytes"]))
         facts.append(f"{format_seconds(left)} left")
         return ", ".join(facts)
+
+
+def with_progress(
+    ui: Ui,
+    items: Iterator[T],
+    count: int,
+    what: str,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[T]:
+    """The items as they come. On stderr, once it takes long: a bar in a terminal, else lines."""
+    began, next_line = clock(), 0
+    bar: Progress | None = None
+    try:
+        for done, item in enumerate(items, start=1):
+            yield item
+            if done == count or clock() - began < _PATIENCE_SECONDS:
+                continue
+            if ui.err.is_terminal:
+                bar = bar or _started_bar(ui, count, what)
+                bar.update(TaskID(0), completed=done)
+            elif done >= next_line:
+                next_line = done + max(1, count // _QUIET_LINES)
+                ui.say(f"{done} of {count} {what}")
+    finally:
+        if bar:
+            bar.stop()
+
+
+def _started_bar(ui: Ui, count: int, what: str) -> Progress:
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn(what))
+    bar = Progress(*columns, console=ui.err, transient=True)
+    bar.add_task(what, total=count)
+    bar.start()
+    return bar

@@ -87,6 +87,12 @@ class Ui:
         if self.as_json:
             self.stdout.write(json.dumps(value, indent=1) + "\n")
 
+    def json_line(self, value: Any) -> None:
+        """Like `json`, where a command prints many objects: each on a line of its own, at once."""
+        if self.as_json:
+            self.stdout.write(json.dumps(value) + "\n")
+            self.stdout.flush()
+
 
 def _console(stream: TextIO, width: int | None) -> Console:
     if isinstance(stream, io.TextIOWrapper):

@@ -248,7 +248,7 @@ class ReasonedPlan:
                     f"plan setting `{name}` is from `{entry['from']}`",
                     "`from` is one of: " + ", ".join(get_args(Origin)),
                 )
-            values[name] = _typed(name, entry["value"])
+            values[name] = typed_setting(name, entry["value"])
             reasons[name] = Reason(origin=entry["from"], why=str(entry["why"]))
         return ReasonedPlan(plan=TrainingPlan(**values), reasons=reasons)
 
@@ -257,7 +257,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _typed(name: str, value: Any) -> Any:
+def typed_setting(name: str, value: Any) -> Any:
     """A value read from a file, as the type of the setting; raises InputError."""
     default = _DEFAULTS[name]
     if name == "max_steps":

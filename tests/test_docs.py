@@ -154,7 +154,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 
 def test_the_pages_are_there_and_linked_to_each_other() -> None:
     names = {path.name for path in PAGES}
-    assert names >= {"memory-model.md", "policy.md", "run-directory.md", "data.md"}
+    assert names >= {"memory-model.md", "policy.md", "run-directory.md", "data.md", "accuracy.md"}
     linked = {link.partition("#")[0] for path in PAGES for link in links(path.read_text())}
     assert names <= linked
 

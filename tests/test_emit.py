@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ftplan.launcher import emit
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_yaml
-from ftplan.launcher.training.config import TrainConfig, read_train_config
+from ftplan.launcher.training.config import read_train_config
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.optimizers import OPTIMIZERS
@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def sft_arguments() -> Callable[[TrainConfig, RunDir], Any]:
+def sft_arguments() -> Callable[..., Any]:
     """How the training process makes TRL's configuration; takes seconds to import."""
     pytest.importorskip("trl")
     from ftplan.launcher.training.loop import sft_arguments
@@ -196,9 +196,11 @@ class TestTrl:
         ids=["plain", "steps", "bf16", "full", "8 bit"],
     )
     def test_its_configuration_takes_every_argument_and_keeps_its_value(
-        self, run: RunDir, sft_arguments: Callable[[TrainConfig, RunDir], Any], plan: TrainingPlan
+        self, run: RunDir, sft_arguments: Callable[..., Any], plan: TrainingPlan
     ) -> None:
-        arguments = sft_arguments(read_train_config(written(run, plan, CPU)), run)
+        arguments = sft_arguments(
+            read_train_config(written(run, plan, CPU)).training_arguments, str(run.checkpoints)
+        )
         for name, value in emit.training_arguments(plan, CPU).items():
             if name != "warmup_ratio":
                 assert getattr(arguments, name) == value, name
@@ -211,12 +213,14 @@ class TestTrl:
     def test_it_knows_every_optimizer_and_schedule(
         self,
         run: RunDir,
-        sft_arguments: Callable[[TrainConfig, RunDir], Any],
+        sft_arguments: Callable[..., Any],
         optim: str,
         schedule: str,
     ) -> None:
         plan = ON_CPU.replace(optim=optim, lr_scheduler_type=schedule)
-        arguments = sft_arguments(read_train_config(written(run, plan, CPU)), run)
+        arguments = sft_arguments(
+            read_train_config(written(run, plan, CPU)).training_arguments, str(run.checkpoints)
+        )
         assert (arguments.optim, arguments.lr_scheduler_type) == (optim, schedule)
 
     def test_every_argument_for_a_gpu_is_one_of_its_fields(self) -> None:

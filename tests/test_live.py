@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from ftplan.launcher import live
-from ftplan.launcher.live import LiveView
+from ftplan.launcher.live import LiveView, with_progress
 from ftplan.launcher.ui import Ui
 
 MIB = 1024**2
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 
 class Terminal(io.StringIO):
@@ -157,3 +158,49 @@ class TestBar:
         assert isinstance(terminal, io.StringIO)
         assert "finished" in terminal.getvalue()
         assert "20/20" in terminal.getvalue()
+
+
+class TestProgress:
+    """Each item takes as many seconds as its number says."""
+
+    def items(self, clock: list[float], seconds: list[float]) -> Iterator[float]:
+        for number in seconds:
+            clock[0] += number
+            yield number
+
+    def shown(self, ui: Ui, seconds: list[float]) -> list[float]:
+        clock = [0.0]
+        items = self.items(clock, seconds)
+        return list(with_progress(ui, items, len(seconds), "cases", lambda: clock[0]))
+
+    def test_what_is_soon_over_shows_none(self, ui: Ui, log: io.StringIO) -> None:
+        assert self.shown(ui, [0.1] * 19) == [0.1] * 19
+        assert log.getvalue() == ""
+
+    def test_a_line_each_tenth_from_two_seconds_on(self, ui: Ui, log: io.StringIO) -> None:
+        assert self.shown(ui, [0.5] * 40) == [0.5] * 40
+        lines = log.getvalue().splitlines()
+        assert lines == [f"{done} of 40 cases" for done in range(4, 40, 4)]
+
+    def test_a_bar_in_a_terminal(self) -> None:
+        terminal = Terminal()
+        ui = Ui(stdout=io.StringIO(), stderr=terminal, width=80)
+        assert self.shown(ui, [0.1] * 10) == [0.1] * 10
+        assert terminal.getvalue() == ""
+        assert self.shown(ui, [3.0] * 4) == [3.0] * 4
+        assert HIDE_CURSOR in terminal.getvalue() and "cases" in terminal.getvalue()
+
+    def test_the_bar_is_gone_when_work_is_interrupted(self) -> None:
+        terminal = Terminal()
+        ui = Ui(stdout=io.StringIO(), stderr=terminal, width=80)
+        clock = [0.0]
+
+        def items() -> Iterator[float]:
+            yield from self.items(clock, [3.0] * 2)
+            assert terminal.getvalue().startswith(HIDE_CURSOR)
+            assert SHOW_CURSOR not in terminal.getvalue()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            list(with_progress(ui, items(), 4, "cases", lambda: clock[0]))
+        assert SHOW_CURSOR in terminal.getvalue()

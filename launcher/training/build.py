@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import ALL_LINEAR
@@ -29,6 +30,34 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
     if device_type == "cuda":
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     return AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **arguments)
+
+
+def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel:
+    """The base model that `load_model` gives, without weights: on the meta device.
+
+    `config`: what config.json holds. Raises InputError for a shape that transformers refuses.
+    """
+    attention = settings["attn_implementation"]
+    # flash-attn need not be installed to ask what it would take.
+    build_with = "eager" if attention == "flash_attention_2" else attention
+    try:
+        model_config = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                model_config,
+                dtype=getattr(torch, settings["dtype"]),
+                attn_implementation=build_with,
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"transformers cannot build this model: {error}") from error
+    model.config._attn_implementation = attention
+    quantization = quantization_config(settings)
+    if quantization is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization)
+        quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None)
+        quantizer.postprocess_model(model=model)
+        model.hf_quantizer = quantizer
+    return model
 
 
 def quantization_config(settings: Settings) -> BitsAndBytesConfig | None:
@@ -78,11 +107,20 @@ def freeze_all_but_last(model: nn.Module, num_layers: int) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers in order: the longest list of modules in the model."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    """The decoder layers in order."""
+    return list(decoder_layer_list(model)[1])
+
+
+def decoder_layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(path, list) of the decoder layers: the longest list that is not within another one."""
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        nested = any(path.startswith(outer + ".") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not nested:
+            lists[path] = module
     if not lists:
         raise InputError("this model has no list of layers")
-    return max(lists, key=len)
+    return max(lists.items(), key=lambda item: len(item[1]))
 
 
 def count_trainable(model: nn.Module) -> int:

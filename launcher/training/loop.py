@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def build_trainer(
 ) -> PlannedTrainer:
     """The trainer with model, method and data in place."""
     config, run = session.config, session.run
-    arguments = sft_arguments(config, run)
+    arguments = sft_arguments(config.training_arguments, str(run.checkpoints))
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
     peft_config = apply_method(model, config.method, config.method_settings)
@@ -194,13 +195,13 @@ def build_trainer(
     return trainer
 
 
-def sft_arguments(config: TrainConfig, run: RunDir) -> SFTConfig:
+def sft_arguments(training_arguments: Mapping[str, Any], output_dir: str, **more: Any) -> SFTConfig:
     """TRL's configuration: the plan's arguments, and how this launcher runs it."""
-    planned = dict(config.training_arguments)
+    planned = dict(training_arguments)
     # transformers 5 takes a share of the steps as a `warmup_steps` below 1.
     planned["warmup_steps"] = planned.pop("warmup_ratio")
     return SFTConfig(
-        output_dir=str(run.checkpoints),
+        output_dir=output_dir,
         logging_steps=1,
         eval_strategy="no",
         prediction_loss_only=True,
@@ -212,6 +213,7 @@ def sft_arguments(config: TrainConfig, run: RunDir) -> SFTConfig:
         completion_only_loss=True,
         ddp_find_unused_parameters=False,
         **planned,
+        **more,
     )
 
 

@@ -1,0 +1,349 @@
+"""Measured runs as cases to predict: a JSON-lines file, one run a line (docs/accuracy.md).
+
+A line that ftplan cannot model, or that does not say all that matters, becomes a refusal with its
+reasons; nothing is guessed, and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from ftplan.launcher.data_reader import decode, read_bytes
+from ftplan.launcher.model_source import ModelSource, cached_folder, find_source
+from ftplan.planner.errors import InputError
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.methods import METHODS
+from ftplan.planner.plan import SETTING_NAMES, TrainingPlan, check_setting, typed_setting
+from ftplan.planner.recipe import estimate_recipe
+from ftplan.profiles import find_gpu
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Fields of a case's `config` that are settings of a plan, in the order in which they are looked
+# at: the first that fails is the reason a refusal is counted under.
+SETTING_OF_FIELD = {
+    "trainer": "trainer",
+    "method": "method",
+    "quantization": "quantization",
+    "loss_kernel": "loss",
+    "torch_dtype": "dtype",
+    "mixed_precision": "mixed_precision",
+    "attn_implementation": "attn_implementation",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "optim": "optim",
+    "per_device_train_batch_size": "per_device_train_batch_size",
+    "max_length": "max_length",
+    "num_gpus": "num_gpus",
+}
+# What no setting of a plan says, and must be known all the same.
+RUN_FIELDS = ("packing", "kbit_prepare", "length_is")
+ADAPTER_FIELDS = ("lora_rank", "target_modules")
+QUANTIZED_FIELDS = ("double_quant",)
+# Left at ftplan's default where a case does not give them: its runs do without.
+OPTIONAL_FIELDS = (
+    "lora_alpha",
+    "lora_dropout",
+    "gradient_accumulation_steps",
+    "num_trainable_layers",
+)
+# Absent or null means none.
+SPREADING_FIELDS = ("sharding", "offload")
+
+CONFIG_FIELDS = (
+    *SETTING_OF_FIELD,
+    *RUN_FIELDS,
+    *ADAPTER_FIELDS,
+    *QUANTIZED_FIELDS,
+    *OPTIONAL_FIELDS,
+    *SPREADING_FIELDS,
+)
+LENGTH_KINDS = ("exact", "cap")
+
+_HINT = (
+    "it needs one JSON object a line, with `id`, `source`, `model`, `gpu`, `config` and `measured` "
+    "(docs/accuracy.md)"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One measured run, as ftplan would plan it.
+
+    `gpu` is None where the file names none. `kbit_prepare`: PEFT's k-bit preparation turned
+    embeddings, head and norms into fp32. `length_is`: `exact` where every row of the largest
+    micro-batch had `max_length` tokens, `cap` where that is only a limit.
+    """
+
+    id: str
+    source: str
+    software: str
+    gpu: Device | None
+    model: ModelSource
+    plan: TrainingPlan
+    measured: Mapping[str, float | None]
+    kbit_prepare: bool
+    packing: bool
+    length_is: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """A line that is no case for ftplan, with every reason found, the weightiest first."""
+
+    id: str
+    source: str
+    method: str
+    measured: Mapping[str, float | None]
+    reasons: tuple[str, ...]
+
+
+def read_cases(path: Path, environ: Mapping[str, str] = os.environ) -> list[Case | Refusal]:
+    """The cases of a file, in its order.
+
+    Raises InputError for a file that is missing or empty, and for one in which no line looks like
+    a case.
+    """
+    lines = decode(path, read_bytes(path)).split("\n")
+    values = {n: _parsed(line) for n, line in enumerate(lines, start=1) if line.strip()}
+    if not any(isinstance(value, Mapping) and "config" in value for value in values.values()):
+        number, value = next(iter(values.items()))
+        raise InputError(
+            f"`{path}` is not a file of cases: line {number} "
+            + (value.reason if isinstance(value, _Broken) else "has no `config`"),
+            _HINT,
+        )
+    find_model = _ModelFinder(environ)
+    return [_case(number, value, find_model) for number, value in values.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    """A line that is no JSON object."""
+
+    reason: str
+
+
+def _parsed(line: str) -> Mapping[str, Any] | _Broken:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return _Broken(f"is broken JSON: {error.msg.lower()}, column {error.colno}")
+    except (ValueError, RecursionError):  # a number of thousands of digits; deep nesting
+        return _Broken("is JSON that cannot be read")
+    return value if isinstance(value, Mapping) else _Broken("is not a JSON object")
+
+
+class _Attempts:
+    """Runs checks one after the other and keeps the reasons of those that fail."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def __call__(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return check(*args, **kwargs)
+        except InputError as error:
+            self.reasons.append(error.message)
+            return None
+
+
+def _case(
+    number: int, value: Mapping[str, Any] | _Broken, find_model: Callable[[object], ModelSource]
+) -> Case | Refusal:
+    if isinstance(value, _Broken):
+        return _refusal(f"line {number}", {}, {}, [f"the line {value.reason}"])
+    attempt = _Attempts()
+    id_ = attempt(_text, value, "id")
+    source, software = _optional_text(value, "source"), _optional_text(value, "software")
+    measured = attempt(_measured, value)
+    config = attempt(_config, value)
+    if config is None:
+        return _refusal(id_ or f"line {number}", value, measured or {}, attempt.reasons)
+    settings = _settings(config, attempt)
+    for check in (_check_spreading, _check_said, _check_run, _check_fields):
+        attempt(check, config)
+    gpu = attempt(_gpu, value.get("gpu"))
+    model = attempt(find_model, value.get("model"))
+    plan = None
+    if model and not attempt.reasons:
+        plan = attempt(_plan, model, gpu, settings)
+    if plan is None or model is None or id_ is None or measured is None:
+        return _refusal(id_ or f"line {number}", value, measured or {}, attempt.reasons)
+    return Case(
+        id=id_,
+        source=source,
+        software=software,
+        gpu=gpu,
+        model=model,
+        plan=plan,
+        measured=measured,
+        kbit_prepare=config["kbit_prepare"],
+        packing=config["packing"],
+        length_is=config["length_is"],
+    )
+
+
+def _refusal(
+    id_: str, value: Mapping[str, Any], measured: Mapping[str, float | None], reasons: list[str]
+) -> Refusal:
+    config = value.get("config")
+    method = config.get("method") if isinstance(config, Mapping) else None
+    return Refusal(
+        id=id_,
+        source=_optional_text(value, "source"),
+        method=method if isinstance(method, str) else "",
+        measured=measured,
+        reasons=tuple(reasons),
+    )
+
+
+def _text(value: Mapping[str, Any], key: str) -> str:
+    text = value.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"`{key}` is not text")
+    return text
+
+
+def _optional_text(value: Mapping[str, Any], key: str) -> str:
+    text = value.get(key)
+    return text if isinstance(text, str) else ""
+
+
+def _config(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    config = value.get("config")
+    if not isinstance(config, Mapping):
+        raise InputError("`config` is not a JSON object")
+    return config
+
+
+def _measured(value: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """What was measured; nothing need be, the case is predicted all the same."""
+    measured = value.get("measured")
+    if measured is None:
+        return {}
+    if not isinstance(measured, Mapping):
+        raise InputError("`measured` is not a JSON object")
+    for name, number in measured.items():
+        if number is not None and not _is_quantity(number):
+            raise InputError(f"measured `{name}` is not a finite number above 0")
+    return dict(measured)
+
+
+def _is_quantity(number: object) -> bool:
+    return (
+        isinstance(number, int | float)
+        and not isinstance(number, bool)
+        and 0 < number < 1e30  # beyond, a whole number may be too large to divide by
+        and math.isfinite(number)
+    )
+
+
+def _settings(config: Mapping[str, Any], attempt: _Attempts) -> dict[str, Any]:
+    """The plan's settings that the case gives, each looked at."""
+    fields = {
+        **SETTING_OF_FIELD,
+        **{name: name for name in (*ADAPTER_FIELDS, *QUANTIZED_FIELDS, *OPTIONAL_FIELDS)},
+    }
+    assert set(fields.values()) <= set(SETTING_NAMES)
+    given = {name: config[field] for field, name in fields.items() if config.get(field) is not None}
+    return {name: attempt(_setting, name, value) for name, value in given.items()}
+
+
+def _setting(name: str, value: object) -> Any:
+    typed = typed_setting(name, value)
+    check_setting(name, typed)
+    return typed
+
+
+def _check_said(config: Mapping[str, Any]) -> None:
+    """Raises InputError where something that memory depends on is left open."""
+    needed = [*SETTING_OF_FIELD, *RUN_FIELDS]
+    method = METHODS.get(str(config.get("method")))
+    if method and method.adapter:
+        needed += ADAPTER_FIELDS
+    if config.get("quantization") in ("nf4", "fp4"):
+        needed += QUANTIZED_FIELDS
+    missing = [name for name in needed if config.get(name) is None]
+    if missing:
+        raise InputError(f"not said: {_listed(missing)}")
+
+
+def _check_run(config: Mapping[str, Any]) -> None:
+    for name in ("packing", "kbit_prepare"):
+        if not isinstance(config.get(name), bool | None):
+            raise InputError(f"`{name}` is neither true nor false")
+    if config.get("length_is") not in (None, *LENGTH_KINDS):
+        raise InputError("`length_is` is neither `exact` nor `cap`")
+
+
+def _check_spreading(config: Mapping[str, Any]) -> None:
+    """Raises InputError unless each GPU holds the whole model, gradients and states."""
+    sharding, offload = (config.get(name) or "none" for name in SPREADING_FIELDS)
+    if sharding not in ("none", "ddp"):
+        raise InputError(f"sharding `{sharding}` is not modelled")
+    if offload != "none":
+        raise InputError(f"offload `{offload}` is not modelled")
+    if sharding == "none" and config.get("num_gpus") not in (None, 1):
+        raise InputError("several GPUs without `ddp`")
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
+    """A field that nobody here knows may mean anything; one that is null or false, nothing."""
+    unknown = [name for name, value in config.items() if name not in CONFIG_FIELDS and value]
+    if unknown:
+        raise InputError(f"unknown in `config`: {_listed(unknown)}")
+
+
+def _gpu(name: object) -> Device | None:
+    """The catalogued GPU; a remark in parentheses after its name is left out."""
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise InputError("`gpu` is not text")
+    return find_gpu(re.sub(r"\s*\([^()]*\)\s*$", "", name)).device()
+
+
+class _ModelFinder:
+    """`find_source` without the network; each name is looked up once."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = {**environ, "HF_HUB_OFFLINE": "1"}
+        self.found: dict[str, ModelSource | InputError] = {}
+
+    def __call__(self, name: object) -> ModelSource:
+        if not isinstance(name, str) or not name:
+            raise InputError("`model` is not text")
+        if name not in self.found:
+            self.found[name] = self._find(name)
+        found = self.found[name]
+        if isinstance(found, InputError):
+            raise found
+        return found
+
+    def _find(self, name: str) -> ModelSource | InputError:
+        try:
+            source = find_source(name, self.environ)
+        except InputError as error:
+            at_hand = os.path.isdir(name) or cached_folder(name, self.environ)
+            return error if at_hand else InputError(f"unknown model `{name}`")
+        if source.spec.approximate:
+            return InputError(f"model `{name}` is a size, not a model")
+        return source
+
+
+def _plan(model: ModelSource, gpu: Device | None, settings: Mapping[str, Any]) -> TrainingPlan:
+    plan = estimate_recipe(model.spec, gpu, settings).plan
+    plan.resolved_method.count(model.spec, plan.method_settings)  # every target module is there
+    return plan
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,169 @@
+"""What CUDA's attention kernels allocate and keep, on fake tensors.
+
+Sources: flash_api.cpp of FlashAttention-2 and of ATen (native/transformers/cuda/flash_attn),
+native/transformers/cuda/attention.cu and attention_backward.cu of ATen, and sdp_utils.cpp for the
+choice between kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# FlashAttention's backward works on rows and head dimensions rounded up to these.
+_FLASH_ROWS = 128
+_FLASH_HEAD_DIM = 32
+_FLASH_MAX_HEAD_DIM = 256
+_FLASH_CAPABILITY = (8, 0)
+
+# The memory-efficient kernel's log-sum-exp is stored in rows of a multiple of this.
+_EFFICIENT_ROWS = 32
+# Its attention bias is read in pieces of this many elements: shorter rows are copied, padded.
+_BIAS_ALIGNMENT = 16
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+class FlashAttention(torch.autograd.Function):
+    """FlashAttention-2 on (batch, length, heads, head_dim): keeps q, k, v, its result and the
+    log-sum-exp of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+        batch, length, heads, _ = query.shape
+        result = query.new_empty((batch, length, heads, value.shape[-1]))
+        sums = query.new_empty((batch, heads, length), dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, result, sums)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        gradient = gradients[0].contiguous()
+        query, key, value, _, _ = ctx.saved_tensors
+        batch, length, heads, head_dim = query.shape
+        rows = _round_up(length, _FLASH_ROWS)
+        grads = [
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+        ]
+        products = query.new_empty((batch, heads, rows), dtype=torch.float32)
+        width = _round_up(head_dim, _FLASH_HEAD_DIM)
+        accumulator = query.new_empty((batch, heads, rows, width), dtype=torch.float32)
+        if key.shape[2] != heads:  # gradients of every query head, then summed by group
+            shape = (batch, key.shape[1], heads, head_dim)
+            expanded = [key.new_empty(shape), value.new_empty(shape)]
+            del expanded
+        del products, accumulator, gradient
+        return tuple(grads)
+
+
+class EfficientAttention(torch.autograd.Function):
+    """ATen's memory-efficient kernel on (batch, heads, length, head_dim), with or without bias."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any) -> Any:
+        batch, heads, length, _ = query.shape
+        shape = (batch, length, heads, value.shape[-1])
+        result = query.new_empty(shape).transpose(1, 2)
+        sums = query.new_empty(
+            (batch, heads, _round_up(length, _EFFICIENT_ROWS)), dtype=torch.float32
+        )
+        ctx.save_for_backward(query, key, value, bias, result, sums)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        query, key, value, _, _, _ = ctx.saved_tensors
+        batch, heads, length, head_dim = query.shape
+        gradient = gradients[0].contiguous()
+        grads = [
+            t.new_empty((batch, t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
+            for t in (query, key, value)
+        ]
+        products = query.new_empty((batch, heads, length), dtype=torch.float32)
+        if query.dtype is not torch.float32:  # the query's gradient is summed up in fp32
+            workspace = query.new_empty((batch, heads, length, head_dim), dtype=torch.float32)
+            del workspace
+        del products, gradient
+        return (*grads, None)
+
+
+def scaled_dot_product_attention(
+    capability: tuple[int, int],
+) -> Any:
+    """A stand-in for torch's function of that name, as a card of that capability carries it out."""
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        dtype = _autocast_dtype(query)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        grouped = enable_gqa and key.shape[1] != query.shape[1]
+        head_dims = {query.shape[-1], value.shape[-1]}
+        if (
+            attn_mask is None
+            and dtype in (torch.float16, torch.bfloat16)
+            and capability >= _FLASH_CAPABILITY
+            and len(head_dims) == 1
+            and query.shape[-1] <= _FLASH_MAX_HEAD_DIM
+        ):
+            turned = [t.transpose(1, 2) for t in (query, key, value)]
+            return FlashAttention.apply(*turned).transpose(1, 2)
+        if not grouped and not (dtype is torch.bfloat16 and capability < _FLASH_CAPABILITY):
+            return EfficientAttention.apply(query, key, value, _bias(query, key, attn_mask))
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )[0]
+
+    return attend
+
+
+def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled("cpu") and tensor.dtype.is_floating_point:
+        return torch.get_autocast_dtype("cpu")
+    return tensor.dtype
+
+
+def _bias(query: Any, key: Any, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask as the kernel reads it: of the query's dtype, its rows padded."""
+    if mask is None:
+        return None
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype)
+    if mask.shape[-1] % _BIAS_ALIGNMENT:
+        mask = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % _BIAS_ALIGNMENT))
+    return mask
+
+
+def flash_attention_2(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """A stand-in for transformers' `flash_attention_forward`; flash-attn need not be there."""
+    turned = [t.transpose(1, 2) for t in (query, key, value)]
+    if query.dtype is torch.float32:
+        dtype = _autocast_dtype(query)
+        if dtype is torch.float32:
+            dtype = next(p for p in module.parameters() if p.dtype.is_floating_point).dtype
+        turned = [t.to(dtype) for t in turned]
+    return FlashAttention.apply(*turned), None

@@ -1,0 +1,127 @@
+"""CUDA's ways on fake tensors of the processor.
+
+torch's processor build cannot run autograd on fake CUDA tensors, so the step runs on fake CPU
+tensors, and what CUDA does otherwise is put in place here: which operations autocast casts, which
+attention kernels run, that optimizers work on lists of tensors, that dropout keeps a mask of one
+byte, and the workspaces of cuBLAS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ftplan.launcher.dry_run.attention import flash_attention_2, scaled_dot_product_attention
+
+# Operations that autocast runs in fp32 on CUDA and not on the processor, as far as language models
+# use them (ATen/autocast_mode.h: AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE).
+_FLOAT32_OPERATIONS = (
+    "exp",
+    "log",
+    "rsqrt",
+    "reciprocal",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "softplus",
+    "layer_norm",
+    "native_layer_norm",
+    "group_norm",
+    "rms_norm",
+    "cosine_similarity",
+    "logsumexp",
+    "sum",
+    "sum.dim_IntList",
+    "prod",
+    "cumsum",
+    "softmax.int",
+    "log_softmax.int",
+)
+
+
+def _in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:
+    def cast(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+            return value.to(torch.float32)
+        return value
+
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    with torch._C._ExcludeDispatchKeyGuard(key):
+        return operation(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+
+
+@contextmanager
+def cuda_behaviour(capability: tuple[int, int]) -> Iterator[None]:
+    """Within, the processor's fake tensors behave as those of a card of that capability."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    library = torch.library.Library("aten", "IMPL")
+    with ExitStack() as stack:
+        stack.callback(library._destroy)
+        for name in _FLOAT32_OPERATIONS:
+            packet, _, overload = name.partition(".")
+            operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            library.impl(name, partial(_in_float32, operation), "AutocastCPU")
+        ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash_attention_2
+        attention = scaled_dot_product_attention(capability)
+        for target, replacement in (
+            ("torch.nn.functional.scaled_dot_product_attention", attention),
+            ("torch.nn.functional.dropout", _dropout),
+            ("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", _devices),
+            ("torch.optim.optimizer._get_foreach_kernels_supported_devices", _devices),
+            ("torch.optim.optimizer._foreach_supported_types", [torch.nn.Parameter, FakeTensor]),
+            ("torch.utils._foreach_utils._foreach_supported_types", [torch.Tensor, FakeTensor]),
+            # TRL's fused loss: Triton kernels that write in place, on the labelled tokens.
+            ("trl.trainer.utils._use_triton", _always),
+            ("trl.kernels.chunked_logprob._forward_tile", _in_place),
+            ("trl.kernels.chunked_logprob._backward_tile", _in_place),
+            ("trl.kernels.chunked_logprob._addmm_fp32", _in_place),
+            ("accelerate.accelerator.get_mixed_precision_context_manager", _autocast),
+        ):
+            stack.enter_context(mock.patch(target, replacement))
+        yield
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"]
+
+
+def _always(device: torch.device) -> bool:
+    return True
+
+
+def _in_place(*args: Any, **kwargs: Any) -> None:
+    """A kernel that allocates nothing."""
+
+
+def _dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    """CUDA's fused dropout keeps a bool mask (ATen/native/Dropout.cpp)."""
+    if not training or p == 0:
+        return input
+    return torch.native_dropout(input, p, True)[0]
+
+
+@contextmanager
+def _autocast(native_amp: bool = False, autocast_kwargs: Any = None) -> Iterator[None]:
+    """accelerate's autocast; PEFT and others ask for CUDA's flag, so it is up as well."""
+    from accelerate.state import AcceleratorState
+
+    if not native_amp:
+        yield
+        return
+    fp16 = AcceleratorState().mixed_precision == "fp16"
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.float16 if fp16 else torch.bfloat16)
+    try:
+        with torch.autocast("cpu", dtype=torch.float16 if fp16 else torch.bfloat16):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)

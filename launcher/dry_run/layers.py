@@ -1,0 +1,67 @@
+"""A shallow model that stands for the deep one: equal layers are traced a few times only."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from torch import nn
+
+from ftplan.launcher.training.build import decoder_layer_list
+from ftplan.planner.repeat_layers import Selection, select_layers
+
+# Attributes by which equal layers differ.
+_PLACE = ("layer_idx", "layer_id", "layer_number")
+
+
+def keep_few_layers(model: nn.Module) -> Selection:
+    """Take equal layers out of `model`, in place; which ones are left, and what repeats."""
+    _, layers = decoder_layer_list(model)
+    config: Any = model.config
+    kinds = getattr(config, "layer_types", None)
+    listed = (
+        kinds if isinstance(kinds, list) and len(kinds) == len(layers) else [None] * len(layers)
+    )
+    shared: dict[int, int] = {}
+    signatures = [
+        (kind, _signature(layer, shared)) for kind, layer in zip(listed, layers, strict=True)
+    ]
+    selection = select_layers(signatures)
+    kept = [layers[place] for place in selection.kept]
+    del layers[len(kept) :]
+    for place, layer in enumerate(kept):
+        layers[place] = layer
+    if kinds is listed:
+        config.layer_types = [kinds[place] for place in selection.kept]
+    if getattr(config, "num_hidden_layers", None) is not None:
+        config.num_hidden_layers = len(kept)
+    return selection
+
+
+def _signature(layer: nn.Module, shared: dict[int, int]) -> Hashable:
+    """All that a layer does follows from it: classes, settings, shapes, what is trained.
+
+    A parameter that an earlier layer has too is known by its number.
+    """
+    parts: list[Hashable] = []
+    own: set[int] = set()
+    for name, module in layer.named_modules():
+        parts.append((name, type(module).__name__, _settings(module)))
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                own.add(id(tensor))
+                parts.append(
+                    (key, tensor.shape, tensor.dtype, tensor.requires_grad, shared.get(id(tensor)))
+                )
+    for key in own:
+        shared.setdefault(key, len(shared))
+    return tuple(parts)
+
+
+def _settings(module: nn.Module) -> Hashable:
+    simple = (int, float, str, bool, type(None), tuple)
+    return tuple(
+        (name, value if not isinstance(value, tuple) else str(value))
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, simple) and name not in _PLACE
+    )

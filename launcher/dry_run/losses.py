@@ -1,0 +1,71 @@
+"""Losses of training stacks other than the installed one, as far as they allocate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# From this release on transformers shifts labels; before it shifted logits, which copies them.
+_SHIFTS_LABELS_SINCE = (4, 50)
+
+
+class LigerLoss(torch.autograd.Function):
+    """Liger's fused linear cross-entropy (liger_kernel.ops.fused_linear_cross_entropy).
+
+    The projection and its gradients are computed in forward, a chunk of tokens at a time; what is
+    kept is the gradient of the hidden states, and of the projection where it is trained.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, labels: Any) -> Any:
+        tokens, width = hidden.shape
+        vocabulary = weight.shape[0]
+        shrink = -(-vocabulary // width)
+        chunk = 1 << (-(-tokens // shrink) - 1).bit_length()
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        losses = torch.zeros(tokens, dtype=torch.float32)
+        for start in range(0, tokens, chunk):
+            part = hidden[start : start + chunk]
+            logits = part @ weight.t()
+            labels[start : start + chunk].contiguous()
+            grad_hidden[start : start + chunk] = logits @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(logits.t().to(part.dtype), part)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden, grad_weight, None
+
+
+def liger_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The loss of a causal model through Liger's kernel."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(causal, causal.base_model_prefix)
+    labels = inputs.pop("labels")
+    hidden = decoder(**inputs).last_hidden_state
+    shifted = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    weight = causal.get_output_embeddings().weight
+    if torch.is_autocast_enabled("cpu"):
+        shifted = shifted.to(torch.get_autocast_dtype("cpu"))
+    return LigerLoss.apply(shifted, weight, labels[:, 1:].reshape(-1))
+
+
+def shifted_logits_loss(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any
+) -> torch.Tensor:
+    """`ForCausalLMLoss` as transformers had it before 4.50: fp32 logits, and a shifted copy."""
+    logits = logits.float()
+    shift_logits = logits[..., :-1, :].contiguous().view(-1, vocab_size)
+    shift_labels = labels[..., 1:].contiguous().view(-1)
+    return nn.functional.cross_entropy(shift_logits, shift_labels, ignore_index=-100)
+
+
+def shifts_logits(transformers_version: tuple[int, ...] | None) -> bool:
+    """Whether that release's stock loss shifts logits; None: the installed one, which does not."""
+    return transformers_version is not None and transformers_version < _SHIFTS_LABELS_SINCE

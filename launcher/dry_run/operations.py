@@ -1,0 +1,68 @@
+"""Operations that fake tensors cannot run as they are.
+
+Where the size of a result depends on data it is taken at its largest: everything is selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+_aten = torch.ops.aten
+
+
+def _nonzero(tensor: torch.Tensor) -> torch.Tensor:
+    """As if every element were true."""
+    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
+
+
+def _whole(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Masks as the positions that they would give."""
+    positions: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            positions += _nonzero(index).unbind(1)
+        else:
+            positions.append(index)
+    return positions
+
+
+def _selecting(operation: Any) -> Callable[..., Any]:
+    def select(tensor: torch.Tensor, indices: Any, *args: Any, **kwargs: Any) -> Any:
+        return operation(tensor, _whole(indices), *args, **kwargs)
+
+    return select
+
+
+def _grouped_mm(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A grouped product in any dtype; torch's own shape function takes bf16 only."""
+    dtype = out_dtype or left.dtype
+    if left.dim() == right.dim() == 2:
+        assert offs is not None
+        return left.new_empty((offs.shape[0], left.shape[0], right.shape[1]), dtype=dtype)
+    if left.dim() == right.dim():
+        return left.new_empty((*left.shape[:2], right.shape[-1]), dtype=dtype)
+    return left.new_empty((left.shape[-2], right.shape[-1]), dtype=dtype)
+
+
+REPLACED: dict[Any, Callable[..., Any]] = {
+    _aten.nonzero.default: _nonzero,
+    _aten._grouped_mm.default: _grouped_mm,
+    **{
+        operation: _selecting(operation)
+        for operation in (
+            _aten.index.Tensor,
+            _aten.index_put.default,
+            _aten.index_put_.default,
+            _aten._index_put_impl_.default,
+        )
+    },
+}

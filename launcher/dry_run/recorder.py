@@ -1,0 +1,180 @@
+"""Birth and death of every storage, while a model trains on fake tensors.
+
+A dispatch mode sees each operation after autograd and autocast, with the storages that it
+returns; a weak reference tells when a storage's last owner lets go. The module comes from hooks;
+in backward, from the autograd node that runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ftplan.launcher.dry_run.draft import Draft
+
+_aten = torch.ops.aten
+_ALL = (_aten.all.default, _aten.all.dim)
+
+
+class Recorder(TorchDispatchMode):
+    """Records into a Draft while it is on.
+
+    `decompositions`: what to run in the place of an operation, whose own parts are recorded.
+    `padded`: whether the batch has padding (data, which fakes do not have, would tell).
+    `between_steps`: no module runs; storages belong to the modules of what they are made from.
+    """
+
+    def __init__(
+        self, draft: Draft, decompositions: Mapping[Any, Callable[..., Any]], padded: bool
+    ) -> None:
+        super().__init__()
+        self.draft = draft
+        self.decompositions = decompositions
+        self.padded = padded
+        self.between_steps = False
+        self.in_backward = False
+        self._decomposing = False
+        self._alive: dict[int, weakref.ref[Any]] = {}
+        self._index: dict[int, int] = {}
+        self._paths: dict[nn.Module, str] = {}
+        self._stack: list[str] = []
+        self._path_of_node: dict[int, str] = {}
+        self._next_node = 0
+        self._recomputed_from = 0
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Record within, deaths included. Modules are known by their paths in `model`."""
+        self._paths = {module: name for name, module in model.named_modules()}
+        hooks = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def adopt(self, tensors: Iterable[torch.Tensor], component: str, path: str) -> None:
+        """Record storages that exist before anything runs, such as weights."""
+        for tensor in tensors:
+            self._see(tensor, "load", path, component)
+
+    def relabel(self, tensors: Iterable[torch.Tensor], component: str) -> None:
+        """Say what storages are, once it is known (gradients, optimizer states)."""
+        for tensor in tensors:
+            index = self._index.get(tensor.untyped_storage()._cdata)
+            if index is not None:
+                self.draft.components[index] = component
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _aten._local_scalar_dense.default and args[0].constant is None:
+            return self._plausible(args[0])
+        if func in self.decompositions and not self._decomposing:
+            self._decomposing = True
+            try:
+                with self:
+                    return self.decompositions[func](*args, **(kwargs or {}))
+            finally:
+                self._decomposing = False
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            path = self._current_path(args, 0)
+            self._see(result, func, path, self._copied_component(func, args))
+            if func in _ALL:
+                result.is_unpadded = not self.padded
+        elif isinstance(result, (list, tuple)):
+            for number, item in enumerate(result):
+                if isinstance(item, torch.Tensor):
+                    self._see(item, func, self._current_path(args, number), None)
+        return result
+
+    def _plausible(self, tensor: torch.Tensor) -> bool | int | float:
+        """What `.item()` gives on a fake: numbers are finite, counts are one."""
+        if tensor.dtype is torch.bool:
+            return bool(getattr(tensor, "is_unpadded", False))
+        return 1.0 if tensor.dtype.is_floating_point else 1
+
+    def _copied_component(self, func: Any, args: tuple[Any, ...]) -> str | None:
+        """Autocast's copies of weights are known by what they copy."""
+        if func is _aten._to_copy.default and not self.between_steps:
+            source = self._index.get(args[0].untyped_storage()._cdata)
+            if source is not None and self.draft.components[source] in ("weights", "adapters"):
+                return "autocast_copies"
+        return None
+
+    def _current_path(self, args: tuple[Any, ...], number: int) -> str:
+        node = torch._C._current_autograd_node()
+        if self._stack:  # forward, or a layer computed again by gradient checkpointing
+            path = self._stack[-1]
+        elif self.between_steps:
+            path = self._path_of_argument(args, number)
+        elif node is not None:
+            path = self._path_of_node.get(node._sequence_nr(), self.draft.path)
+        else:
+            path = ""
+        last = torch.autograd._get_sequence_nr()
+        for new in range(self._next_node, last):
+            self._path_of_node[new] = path
+        self._next_node = last
+        self.draft.path = path
+        return path
+
+    def _path_of_argument(self, args: tuple[Any, ...], number: int) -> str:
+        """The module of the tensor that an optimizer works on; of a list's, the one at `number`."""
+        first = args[0] if args else None
+        if isinstance(first, (list, tuple)):
+            first = first[number] if number < len(first) else None
+        if isinstance(first, torch.Tensor):
+            index = self._index.get(first.untyped_storage()._cdata)
+            if index is not None:
+                return self.draft.paths[index]
+        return self.draft.path
+
+    def _see(self, tensor: torch.Tensor, func: Any, path: str, component: str | None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        index = self.draft.born(
+            num_bytes=storage.nbytes(),
+            path=path,
+            operation=func,
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            component=component,
+        )
+        self._index[key] = index
+        self._alive[key] = weakref.ref(storage, lambda _: self._died(key, index))
+
+    def _died(self, key: int, index: int) -> None:
+        del self._alive[key]
+        del self._index[key]
+        draft = self.draft
+        draft.died(index, draft.paths[index] if self.between_steps else draft.path)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if self.in_backward and not self._stack:
+            self._recomputed_from = len(self.draft.sizes)
+        path = self._paths.get(module)
+        self._stack.append(path if path is not None else (self._stack or [""])[-1])
+        self.draft.path = self._stack[-1]
+
+    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        self._stack.pop()
+        if self.in_backward and not self._stack:
+            self.draft.mark_recomputed(self._recomputed_from)

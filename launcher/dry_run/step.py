@@ -1,0 +1,213 @@
+"""Two steps, an evaluation and a save of the training process, on fake tensors.
+
+The second step holds optimizer states; with accumulation, each step has two micro-batches, the
+second of which meets the gradients of the first.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PrinterCallback
+
+from ftplan.launcher.dry_run.case import DryRunCase
+from ftplan.launcher.dry_run.cuda import cuda_behaviour
+from ftplan.launcher.dry_run.draft import Draft
+from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors
+from ftplan.launcher.dry_run.layers import keep_few_layers
+from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits
+from ftplan.launcher.dry_run.operations import REPLACED
+from ftplan.launcher.dry_run.quantized import quantized_kernels
+from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.launcher.dry_run.trainers import (
+    DrySFTTrainer,
+    DryTransformersTrainer,
+    StateLabels,
+    blank_tokenizer,
+    with_adapters,
+)
+from ftplan.launcher.emit import method_settings, training_arguments
+from ftplan.launcher.training.build import (
+    apply_method,
+    count_trainable,
+    decoder_layer_list,
+    meta_model,
+)
+from ftplan.launcher.training.loop import sft_arguments
+from ftplan.planner.memory_record import MemoryRecord
+from ftplan.planner.repeat_layers import NotRepeating, Run
+
+_STEPS = 2
+_MICRO_BATCHES = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRun:
+    """The record of a dry run, and what the model turned out to be."""
+
+    record: MemoryRecord
+    num_parameters: int
+    num_trainable_parameters: int
+    num_layers_traced: int
+    num_layers: int
+
+
+def dry_run(case: DryRunCase, say: Callable[[str], None] = lambda _: None) -> DryRun:
+    """Carry the case out; layers that turn out unlike are traced one by one.
+
+    Raises InputError for what cannot be built or run.
+    """
+    try:
+        return _DryRun(case, say).carry_out(few_layers=case.few_layers)
+    except NotRepeating:
+        say("equal layers behave unlike: tracing all of them")
+        return _DryRun(case, say).carry_out(few_layers=False)
+
+
+class _DryRun:
+    def __init__(self, case: DryRunCase, say: Callable[[str], None]) -> None:
+        self.case, self.plan, self.say = case, case.plan, say
+
+    def carry_out(self, *, few_layers: bool) -> DryRun:
+        self.say("building the model")
+        trainer = self._trainer()
+        model = trainer.model
+        num_parameters = sum(p.numel() for p in _once(model.parameters()))
+        num_trainable = count_trainable(model)
+        layers_path, layers = decoder_layer_list(model)
+        num_layers = len(layers)
+        runs: tuple[Run, ...] = ()
+        if few_layers:
+            runs = keep_few_layers(model).runs
+        draft = Draft(layers_path)
+        recorder = self._record(trainer, draft)
+        del recorder
+        return DryRun(
+            record=draft.finish(runs),
+            num_parameters=num_parameters,
+            num_trainable_parameters=num_trainable,
+            num_layers_traced=len(layers),
+            num_layers=num_layers,
+        )
+
+    def _trainer(self) -> Any:
+        plan, settings = self.plan, method_settings(self.plan)
+        model = meta_model(self.case.config, settings)
+        peft_config = apply_method(model, plan.method, settings)
+        rows = self._rows()
+        planned = training_arguments(plan, self.case.device) | {
+            "use_cpu": True,
+            # accelerate refuses fp16 on a processor; `_record` puts it in place.
+            "bf16": plan.autocast,
+            "fp16": False,
+            "max_steps": _STEPS,
+            "gradient_accumulation_steps": self._micro_batches,
+            "max_length": None,
+        }
+        arguments = sft_arguments(planned, "unused", dataset_kwargs={"skip_prepare_dataset": True})
+        arguments.save_strategy = "no"
+        common = {
+            "args": arguments,
+            "train_dataset": rows,
+            "eval_dataset": rows,
+            "processing_class": blank_tokenizer(),
+            "callbacks": [],
+        }
+        if plan.trainer == "trl":
+            lengths = [plan.max_length] * len(rows)
+            stock = plan.loss == "stock"
+            trainer: Any = DrySFTTrainer(
+                model=model,
+                peft_config=peft_config,
+                row_lengths=lengths,
+                stock_loss=stock,
+                **common,
+            )
+        else:
+            wrapped = with_adapters(
+                model,
+                peft_config,
+                kbit_prepare=self.case.kbit_prepare,
+                checkpointing=plan.gradient_checkpointing,
+            )
+            trainer = DryTransformersTrainer(model=wrapped, **common)
+        trainer.use_liger = plan.loss == "liger"
+        return trainer
+
+    @property
+    def _micro_batches(self) -> int:
+        return min(self.plan.gradient_accumulation_steps, _MICRO_BATCHES)
+
+    def _rows(self) -> Dataset:
+        length = self.case.row_length
+        count = self.plan.per_device_train_batch_size * self._micro_batches * _STEPS
+        row = {"input_ids": [1] * length, "labels": [1] * length}
+        if self.plan.trainer != "trl":
+            row["attention_mask"] = [1] * length
+        return Dataset.from_list([row] * count)
+
+    def _record(self, trainer: Any, draft: Draft) -> Recorder:
+        decompositions = {**REPLACED, **quantized_kernels(self.plan.quantization)}
+        recorder = Recorder(draft, decompositions, self.case.padded)
+        trainer.observe(draft, recorder)
+        trainer.add_callback(StateLabels(recorder))
+        trainer.remove_callback(PrinterCallback)
+        fake_mode = FakeTensorMode()
+        make_fake(trainer.model, fake_mode, getattr(torch, self.plan.dtype))
+        draft.begin_phase("load")
+        adapted = hasattr(trainer.model, "peft_config")
+        for path, module in trainer.model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    added = adapted and parameter.requires_grad
+                    recorder.adopt([parameter], "adapters" if added else "weights", path)
+            buffers = [b for b in module._buffers.values() if b is not None]
+            recorder.adopt([*buffers, *quantization_tensors(module)], "weights", path)
+        self.say("tracing two steps")
+        with self._surroundings(trainer), fake_mode, recorder.watching(trainer.model):
+            trainer.train()
+            self.say("tracing an evaluation step")
+            trainer.evaluate_one_batch()
+            draft.begin_phase("save")
+        return recorder
+
+    def _surroundings(self, trainer: Any) -> ExitStack:
+        """All that differs from a real run on a real device."""
+        stack = ExitStack()
+        gc.collect()
+        gc.disable()
+        stack.callback(gc.enable)
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        # The batch is known, so masks are made as for real tensors.
+        stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", _never))
+        if self.case.device.kind == "cuda":
+            stack.enter_context(cuda_behaviour(self.case.device.compute_capability or (8, 0)))
+        if self.plan.mixed_precision == "fp16":
+            trainer.accelerator.state._mixed_precision = "fp16"
+            # The loss scale and a flag are all that a scaler holds; gradients are scaled in place.
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        if self.plan.loss == "stock" and shifts_logits(self.case.transformers_version):
+            trainer.model.config.loss_type = "ForCausalLM"
+            stack.enter_context(
+                mock.patch.dict(
+                    "transformers.loss.loss_utils.LOSS_MAPPING",
+                    {"ForCausalLM": shifted_logits_loss},
+                )
+            )
+        return stack
+
+
+def _never(tensor: Any = None) -> bool:
+    return False
+
+
+def _once(parameters: Any) -> list[torch.Tensor]:
+    return list({id(p): p for p in parameters}.values())

@@ -1,0 +1,156 @@
+"""What `ftplan validate` prints: tables made from comparisons. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from ftplan.launcher.ui import table
+from ftplan.planner.accuracy import (
+    FAR_UNDER,
+    QUANTITIES,
+    Comparison,
+    GroupStatistics,
+    errors_by_group,
+    grouped,
+)
+from ftplan.planner.units import format_bytes, format_count, format_percent
+
+_TITLES = dict(
+    zip(
+        QUANTITIES,
+        ("Allocated memory", "Reserved memory", "Device memory", "Tokens per second and GPU"),
+        strict=True,
+    )
+)
+_WORST = 3
+# So that a row of the statistics keeps to 80 columns.
+_SOURCE_WIDTH = 26
+
+_LEGEND = (
+    "Errors are predicted / measured - 1. Median and 95th percentile are of their size, bias is "
+    "their mean, under the share of runs predicted too low."
+)
+
+
+def report(comparisons: Sequence[Comparison]) -> list[RenderableType]:
+    """All tables, those that would be empty left out."""
+    predicted = [c for c in comparisons if c.predicted]
+    compared = [q for q in QUANTITIES if errors_by_group(predicted, q)]
+    parts: list[RenderableType] = []
+    for quantity in compared:
+        parts += [statistics_table(predicted, quantity), ""]
+    if compared:
+        parts += [_LEGEND, "", worst_table(predicted, compared[0]), ""]
+    if len(predicted) < len(comparisons):
+        parts += [refusals_table(comparisons), ""]
+    count, refused = len(comparisons), len(comparisons) - len(predicted)
+    cases = "1 case" if count == 1 else f"{count} cases"
+    parts.append(f"{cases}: {len(predicted)} predicted, {refused} refused")
+    if compared:
+        parts.append(_far_under(predicted, compared[0]))
+    return parts
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.{1 if share < 1 else 0}f} %"
+
+
+def _far_under(comparisons: Sequence[Comparison], quantity: str) -> str:
+    group = GroupStatistics.of([error for _, error in errors_by_group(comparisons, quantity)])
+    far = round(group.far_under_share * group.count)
+    much = f"by more than {100 * FAR_UNDER:g} %"
+    return f"{_TITLES[quantity]} predicted too low {much}: {far} of {group.count}"
+
+
+def statistics_table(comparisons: Sequence[Comparison], quantity: str) -> Table:
+    """The errors of one quantity, a row for each source and method, and one for all."""
+    errors = errors_by_group(comparisons, quantity)
+    groups = grouped(errors)
+    names = short_sources({c.source for c in comparisons})
+    width = max(map(len, names.values()))  # the same in each table of a report
+    rows = [
+        _row(names[source].ljust(width), method, groups[source, method])
+        for source, method in sorted(groups)
+    ]
+    if len(groups) > 1:
+        rows.append(_row("all", "", GroupStatistics.of([error for _, error in errors])))
+    columns = ("source", "method", ">runs", ">median", ">p95", ">bias", ">under")
+    return table(_TITLES[quantity], columns, rows)
+
+
+def _row(source: str, method: str, group: GroupStatistics) -> list[RenderableType]:
+    return [
+        source,
+        method,
+        f"{group.count}",
+        _percent(group.median),
+        _percent(group.p95),
+        ("+" if group.bias >= 0 else "-") + _percent(abs(group.bias)),
+        f"{100 * group.under_share:.0f} %",
+    ]
+
+
+def worst_table(comparisons: Iterable[Comparison], quantity: str) -> Table:
+    """The runs whose predictions are farthest off."""
+    errors = [(c, error) for c in comparisons if (error := c.error(quantity)) is not None]
+    worst = sorted(errors, key=lambda pair: -abs(pair[1]))[:_WORST]
+    form = format_bytes if quantity.endswith("_bytes") else format_count
+    rows: list[list[RenderableType]] = [
+        [
+            format_percent(error),
+            form(getattr(c.predicted, quantity)),
+            form(c.measured[quantity] or 0),
+            c.id,
+        ]
+        for c, error in worst
+    ]
+    return table(
+        f"Farthest off: {_TITLES[quantity].lower()}",
+        (">off by", ">predicted", ">measured", "case"),
+        rows,
+    )
+
+
+def refusals_table(comparisons: Iterable[Comparison]) -> Table:
+    """How many cases each reason stopped; a case counts under its first."""
+    reasons = Counter(c.refused[0] for c in comparisons if c.refused)
+    rows: list[list[RenderableType]] = [
+        [f"{count}", reason] for reason, count in reasons.most_common()
+    ]
+    return table("Refused", (">cases", "why"), rows)
+
+
+def short_sources(sources: Iterable[str]) -> dict[str, str]:
+    """The shortest name that sets each source apart, in `_SOURCE_WIDTH` columns."""
+    spellings = {source: _spellings(source) for source in sources}
+    taken = Counter(name for names in spellings.values() for name in dict.fromkeys(names))
+    return {
+        source: next((name for name in names if taken[name] == 1), names[-1]) or "-"
+        for source, names in spellings.items()
+    }
+
+
+def _spellings(source: str) -> list[str]:
+    """Ever longer names of a source.
+
+    `fitcheck`, `fitcheck t4-sweep`, `fitcheck t4-sweep-2026-09-15` for
+    `fitcheck 0.3.1: measurements/t4-sweep-2026-09-15.json`.
+    """
+    path = re.sub(r"^https?://[^/]+/", "", source)
+    parts = (path.split() or [""])[0].split("/")
+    project = parts[1] if len(parts) > 1 and parts[1] else parts[0]
+    last = re.sub(r"\.\w+$", "", (re.findall(r"[\w.-]+", source) or [""])[-1])
+    undated = re.sub(r"-\d{4}-?\d\d-?\d\d$", "", last)
+    return [_clipped(name) for name in (project, f"{project} {undated}", f"{project} {last}")]
+
+
+def _clipped(name: str) -> str:
+    """Its beginning and its end, where two long names differ."""
+    if len(name) <= _SOURCE_WIDTH:
+        return name
+    return f"{name[: _SOURCE_WIDTH - 13]}…{name[-12:]}"

@@ -1,0 +1,128 @@
+"""How far predictions are from what was measured, and statistics of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+# What is predicted of a run and compared, each apart: device and allocated memory of the same run
+# differ by gibibytes.
+QUANTITIES = ("allocated_bytes", "reserved_bytes", "device_bytes", "tokens_per_second_per_gpu")
+
+# An under-estimate by more is one that matters: the run may not survive what was planned for it.
+FAR_UNDER = 0.03
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What is predicted of one run, per GPU. No speed where the GPU is not known."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    tokens_per_second_per_gpu: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A prediction beside what was measured; or, with no prediction, why it was refused.
+
+    `refused` names every reason, the weightiest first.
+    """
+
+    id: str
+    source: str
+    method: str
+    measured: Mapping[str, float | None]
+    predicted: Prediction | None
+    refused: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert (self.predicted is None) == bool(self.refused), "predicted, or refused with a reason"
+
+    def error(self, quantity: str) -> float | None:
+        """Relative error of one quantity; None unless it was predicted and measured."""
+        predicted = getattr(self.predicted, quantity, None)
+        measured = self.measured.get(quantity)
+        if predicted is None or measured is None:
+            return None
+        return relative_error(predicted, measured)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of `validate --json`."""
+        return {
+            "id": self.id,
+            "predicted": asdict(self.predicted) if self.predicted else None,
+            "measured": dict(self.measured),
+            "relative_error": {quantity: self.error(quantity) for quantity in QUANTITIES},
+            "refused": "; ".join(self.refused) or None,
+        }
+
+
+def relative_error(predicted: float, measured: float) -> float:
+    """`predicted / measured - 1`: above 0 for an over-estimate. `measured` is above 0."""
+    assert measured > 0
+    return predicted / measured - 1
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie.
+
+    Linear interpolation between the sorted values, of which the smallest stands at 0 and the
+    largest at 1: NumPy's default, and `statistics.quantiles` with `inclusive`. Half is the median.
+    """
+    assert values and 0 <= share <= 1
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupStatistics:
+    """Relative errors of one quantity over a group of runs.
+
+    `median` and `p95` are of the absolute error, `bias` is the mean of the signed one.
+    `under_share` of the runs were predicted too low, `far_under_share` by more than FAR_UNDER.
+    """
+
+    count: int
+    median: float
+    p95: float
+    bias: float
+    under_share: float
+    far_under_share: float
+
+    @staticmethod
+    def of(errors: Sequence[float]) -> GroupStatistics:
+        """Statistics of at least one error."""
+        sizes = [abs(error) for error in errors]
+        count = len(errors)
+        return GroupStatistics(
+            count=count,
+            median=percentile(sizes, 0.5),
+            p95=percentile(sizes, 0.95),
+            bias=sum(errors) / count,
+            under_share=sum(error < 0 for error in errors) / count,
+            far_under_share=sum(error < -FAR_UNDER for error in errors) / count,
+        )
+
+
+def grouped(errors: Iterable[tuple[Key, float]]) -> dict[Key, GroupStatistics]:
+    """Statistics of each group of (key, error), in the order in which keys first come."""
+    groups: dict[Key, list[float]] = {}
+    for key, error in errors:
+        groups.setdefault(key, []).append(error)
+    return {key: GroupStatistics.of(group) for key, group in groups.items()}
+
+
+def errors_by_group(
+    comparisons: Iterable[Comparison], quantity: str
+) -> list[tuple[tuple[str, str], float]]:
+    """((source, method), relative error) of every run where the quantity can be compared."""
+    found = ((c.source, c.method, c.error(quantity)) for c in comparisons)
+    return [((source, method), error) for source, method, error in found if error is not None]
