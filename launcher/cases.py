@@ -65,6 +65,13 @@ CONFIG_FIELDS = (
     *OPTIONAL_FIELDS,
     *SPREADING_FIELDS,
 )
+# What the source's own script shows and its rows leave out. fitcheck-llm's scripts/measure.py
+# (0.3.1) is a plain loop: no autocast, in whatever precision a row names; the outputs are held
+# until the step is over; grouped heads are repeated before torch's attention kernel.
+STACK_OF_SOURCE: dict[str, dict[str, str]] = {
+    "fitcheck-llm": {"trainer": "loop", "mixed_precision": "no"},
+}
+
 LENGTH_KINDS = ("exact", "cap")
 
 _HINT = (
@@ -92,6 +99,8 @@ class Case:
     kbit_prepare: bool
     packing: bool
     length_is: str
+    repeats_key_value: bool = False
+    """Grouped heads are repeated before the attention kernel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +176,8 @@ def _case(
     config = attempt(_config, value)
     if config is None:
         return _refusal(id_ or f"line {number}", value, measured or {}, attempt.reasons)
-    settings = _settings(config, attempt)
+    stack = STACK_OF_SOURCE.get(source.partition(" ")[0], {})
+    settings = _settings({**config, **stack}, attempt)
     for check in (_check_spreading, _check_said, _check_run, _check_fields):
         attempt(check, config)
     gpu = attempt(_gpu, value.get("gpu"))
@@ -188,6 +198,7 @@ def _case(
         kbit_prepare=config["kbit_prepare"],
         packing=config["packing"],
         length_is=config["length_is"],
+        repeats_key_value=bool(stack),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
-from ftplan.planner.hardware_spec import Device
+from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.plan import TrainingPlan
 
 TRAIN_MODULE = "ftplan.launcher.train"
@@ -34,7 +34,7 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
     }
 
 
-def training_arguments(plan: TrainingPlan, device: Device) -> dict[str, Any]:
+def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
     """Arguments of TRL's SFTConfig that follow from the plan."""
     return {
         "per_device_train_batch_size": plan.per_device_train_batch_size,
@@ -55,7 +55,7 @@ def training_arguments(plan: TrainingPlan, device: Device) -> dict[str, Any]:
         "bf16": plan.mixed_precision == "bf16",
         "fp16": plan.mixed_precision == "fp16",
         "seed": plan.seed,
-        "use_cpu": device.kind == "cpu",
+        "use_cpu": kind == "cpu",
     }
 
 
@@ -96,7 +96,7 @@ def train_config(
         "method_settings": method_settings(plan),
         "trainer": plan.trainer,
         "loss": plan.loss,
-        "training_arguments": training_arguments(plan, device),
+        "training_arguments": training_arguments(plan, device.kind),
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.families import spec_from_config, spec_from_size
+from ftplan.planner.families import config_of_size, spec_from_config, spec_from_size
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.units import parse_count
 from ftplan.profiles import find_model, model_catalog
@@ -30,10 +30,12 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 class ModelSource:
     """A model's shape and where it came from.
 
-    `hub_id` and `folder` say where weights are: either, both or (for a bare size) neither.
+    `config`: what its config.json holds. `hub_id` and `folder` say where weights are: either, both
+    or (for a bare size) neither.
     """
 
     spec: ModelSpec
+    config: Mapping[str, Any]
     origin: str
     hub_id: str | None = None
     folder: Path | None = None
@@ -50,10 +52,12 @@ def find_source(name: str, environ: Mapping[str, str] = os.environ) -> ModelSour
     size = parse_count(name)
     if size is not None:
         spec = spec_from_size(size, name)
-        return ModelSource(spec=spec, origin=spec.approximate or "")
+        return ModelSource(spec=spec, config=config_of_size(spec), origin=spec.approximate or "")
     entry = find_model(name)
     if entry is not None:
-        return ModelSource(spec=entry.spec, origin="catalog", hub_id=entry.hub_id)
+        return ModelSource(
+            spec=entry.spec, config=entry.config, origin="catalog", hub_id=entry.hub_id
+        )
     if _HUB_ID.fullmatch(name):
         return _source_from_hub(name, environ)
     if "/" in name or name.startswith("~"):
@@ -70,8 +74,9 @@ def find_source(name: str, environ: Mapping[str, str] = os.environ) -> ModelSour
 
 def source_from_folder(folder: Path) -> ModelSource:
     """A folder with a `config.json`, as `save_pretrained` writes it."""
-    spec = spec_from_config(_read_config(folder), folder.resolve().name)
-    return ModelSource(spec=spec, origin="folder", folder=folder)
+    config = _read_config(folder)
+    spec = spec_from_config(config, folder.resolve().name)
+    return ModelSource(spec=spec, config=config, origin="folder", folder=folder)
 
 
 def _read_config(folder: Path) -> Any:
@@ -128,7 +133,7 @@ def _source_from_hub(hub_id: str, environ: Mapping[str, str]) -> ModelSource:
         config = _fetch_config(hub_id, environ)
         origin = "Hub"
     spec = spec_from_config(config, hub_id)
-    return ModelSource(spec=spec, origin=origin, hub_id=hub_id, folder=folder)
+    return ModelSource(spec=spec, config=config, origin=origin, hub_id=hub_id, folder=folder)
 
 
 def hub_offline(environ: Mapping[str, str] = os.environ) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -182,7 +183,13 @@ def default_source() -> ModelSource:
     entry = model_catalog()[default_model.NAME]
     converted = default_model.cache_folder() / default_model.NAME
     folder = converted if has_weights(converted) else cached_folder(entry.hub_id)
-    return ModelSource(spec=entry.spec, origin="default", hub_id=entry.hub_id, folder=folder)
+    return ModelSource(
+        spec=entry.spec,
+        config=entry.config,
+        origin="default",
+        hub_id=entry.hub_id,
+        folder=folder,
+    )
 
 
 def choose_model(
@@ -227,7 +234,11 @@ def _largest_trainable(
             where = "in the local cache" if in_cache_only else "of the catalog"
             why = f"the largest free chat model {where} that fits and trains within 6 hours"
             source = ModelSource(
-                spec=entry.spec, origin="catalog", hub_id=entry.hub_id, folder=folder
+                spec=entry.spec,
+                config=entry.config,
+                origin="catalog",
+                hub_id=entry.hub_id,
+                folder=folder,
             )
             return source, why
     return None
@@ -254,7 +265,7 @@ def with_weights(ui: Ui, source: ModelSource) -> ModelSource:
     folder = cached_folder(source.hub_id)
     if folder is None or not has_weights(folder):
         folder = _fetch(ui, source.hub_id)
-    return ModelSource(spec=source.spec, origin=source.origin, hub_id=source.hub_id, folder=folder)
+    return dataclasses.replace(source, folder=folder)
 
 
 def _fetch(ui: Ui, hub_id: str) -> Path:

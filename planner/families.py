@@ -132,6 +132,20 @@ def _llama_shape(
     )
 
 
+def config_of_size(spec: ModelSpec) -> dict[str, Any]:
+    """The config.json of a specification that `spec_from_size` made."""
+    return {
+        "model_type": spec.model_type,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.feed_forward.intermediate_size,
+        "num_hidden_layers": spec.num_hidden_layers,
+        "num_attention_heads": spec.attention.num_heads,
+        "num_key_value_heads": spec.attention.num_key_value_heads,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_position_embeddings,
+    }
+
+
 class _FieldError(ValueError):
     """What is wrong with a field of a config.json, without the model's name."""
 

@@ -7,7 +7,7 @@ which the run survives. Equations are numbered in docs/memory-model.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ COMPONENTS: dict[str, str] = {
 # launcher turns on: the allocator grows a segment by 2 MiB pages, which leaves rounding only
 # (assumed). People's own stacks seldom do: the median of what was measured without them, T4 and
 # RTX 4080 (fitcheck, canifinetune; the highest was 1.49).
-RESERVED_OVER_ALLOCATED: dict[str, float] = {"trl": 1.04, "transformers": 1.125}
+RESERVED_OVER_ALLOCATED: dict[str, float] = {"trl": 1.04, "transformers": 1.125, "loop": 1.125}
 
 # Kept free on top of `required`, for the estimate's own error. Of the nine measured runs that it is
 # compared with (docs/memory-model.md: A100 cards, checkpointing, a stack that is not ours)
@@ -157,18 +157,39 @@ def estimate_memory(
     length = min(plan.max_length, longest_row or plan.max_length)
     workload = Workload(rows=plan.per_device_train_batch_size, length=length)
     phases = _Model(model, plan, trained, workload, kind).phases()
+    return memory_from_phases(phases, model, plan, device)
+
+
+def memory_from_phases(
+    phases: Sequence[Phase],
+    model: ModelSpec,
+    plan: TrainingPlan,
+    device: Device | None,
+    *,
+    reserved_bytes: int | None = None,
+    required_reserved_bytes: int | None = None,
+) -> MemoryEstimate:
+    """What device, host and disk must hold of a run with these phases.
+
+    `reserved_bytes`: what CUDA's caching allocator holds, and `required_reserved_bytes` the least
+    with which no allocation fails, where they are known; else they follow from shares.
+    """
     allocated = max(phase.allocated_peak_bytes for phase in phases)
-    if kind == "cpu":
+    if device and device.kind == "cpu":
         reserved = round(allocated * (1 + CPU_HEAP_HOLES))
         device_peak = reserved + CPU_PROCESS_BYTES
         required = round(allocated * (1 + CPU_WORST_HEAP_HOLES)) + CPU_PROCESS_BYTES
         host = device_peak
     else:
         context = device.context_bytes if device else ASSUMED_CUDA_CONTEXT_BYTES
-        reserved = round(allocated * RESERVED_OVER_ALLOCATED[plan.trainer])
+        share = RESERVED_OVER_ALLOCATED[plan.trainer]
+        reserved = round(allocated * share) if reserved_bytes is None else reserved_bytes
         device_peak = reserved + context
-        required = device_peak
+        required = context + (
+            reserved if required_reserved_bytes is None else required_reserved_bytes
+        )
         host = host_loading_bytes(model, plan)
+    trained = plan.resolved_method.count(model, plan.method_settings)
     return MemoryEstimate(
         phases=tuple(phases),
         reserved_peak_bytes=reserved,
@@ -254,6 +275,7 @@ class _Model:
         loaded = {**resident, "optimizer_states": 0, "communication": 0}
         kept = self.kept_activation_bytes()
         layer_saved, layer_rise = self.layer_backward_bytes()
+        held = self.held_logits_bytes()
         return [
             _phase("load", loaded),
             _phase(
@@ -270,7 +292,7 @@ class _Model:
                 gradients=carried + self.handed_on_gradient_bytes(),
                 activations=kept,
                 autocast_copies=self.kept_copy_bytes() + self.head_copy_bytes(),
-                logits_and_loss=self.loss_backward_bytes(),
+                logits_and_loss=held + self.loss_backward_bytes(),
             ),
             _phase(
                 "backward, first layer",
@@ -278,6 +300,7 @@ class _Model:
                 gradients=max(carried, self.head_gradient_bytes()),
                 activations=kept + layer_saved,
                 autocast_copies=max(self.kept_copy_bytes(), self.layer_copy_bytes()),
+                logits_and_loss=held,
                 temporaries=layer_rise + self.dequantized_bytes(),
             ),
             _phase(
@@ -286,12 +309,14 @@ class _Model:
                 gradients=gradients,
                 activations=self.kept_layer_bytes() + layer_saved,
                 autocast_copies=self.layer_copy_bytes(),
+                logits_and_loss=held,
                 temporaries=layer_rise + self.dequantized_bytes(),
             ),
             _phase(
                 "optimizer step",
                 resident,
                 gradients=gradients,
+                logits_and_loss=held,
                 temporaries=self.optimizer_step_bytes(),
             ),
             _phase("evaluation", resident, **self.evaluation_parts()),
@@ -452,6 +477,13 @@ class _Model:
         compute = self.plan.compute_bytes
         cast = compute if compute != FLOAT32_BYTES else 0
         return self._logit_entries() * (cast + 3 * FLOAT32_BYTES + self._softcap_bytes())
+
+    def held_logits_bytes(self) -> int:
+        """The logits that a plain loop's variable holds until the step is over; trainers hand on
+        the loss only."""
+        if self.plan.trainer != "loop" or self.plan.loss != "stock":
+            return 0
+        return self._logit_entries() * self.plan.compute_bytes
 
     def _logit_entries(self) -> int:
         return self.workload.tokens * self.model.vocab_size

@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 LOSSES = ("stock", "trl-fused", "liger")
-TRAINERS = ("trl", "transformers")
+TRAINERS = ("trl", "transformers", "loop")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 AUTOCAST_DTYPE = {"no": None, "bf16": "bfloat16", "fp16": "float16"}

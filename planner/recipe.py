@@ -117,6 +117,8 @@ def _why_method(method: Method, given: Mapping[str, Any]) -> str:
 def _loss(given: Mapping[str, Any]) -> tuple[str, str]:
     if given.get("trainer") == "transformers":
         return "stock", "transformers' own trainer computes the loss on whole logits"
+    if given.get("trainer") == "loop":
+        return "stock", "in a plain loop the model computes its loss on whole logits"
     return "trl-fused", "TRL's loss in tiles: the full logits never exist"
 
 

@@ -34,6 +34,12 @@ class Run:
     left_out: int
     """Units of the model that are not traced; 0: all of them are."""
 
+    @property
+    def template(self) -> range:
+        """Places of the template's layers among the traced ones."""
+        start = self.first + _TEMPLATE * self.layers_per_unit
+        return range(start, start + self.layers_per_unit)
+
     def unit_of(self, layer: int) -> int | None:
         """Which of the run's traced units a traced layer lies in; None outside of the run."""
         unit = (layer - self.first) // self.layers_per_unit

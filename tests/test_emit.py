@@ -132,7 +132,7 @@ class TestTrainConfig:
         assert (config.model, config.method) == ("/models/tiny", "lora")
         assert config.data == run.root / "data" / "rows.jsonl"
         assert (config.eval_data, config.eval_data_sha256) == (None, None)
-        assert config.training_arguments == emit.training_arguments(plan, CPU)
+        assert config.training_arguments == emit.training_arguments(plan, CPU.kind)
         assert config.method_settings["target_modules"] == ["q_proj", "v_proj"]
         assert not config.is_quantized
 
@@ -201,7 +201,7 @@ class TestTrl:
         arguments = sft_arguments(
             read_train_config(written(run, plan, CPU)).training_arguments, str(run.checkpoints)
         )
-        for name, value in emit.training_arguments(plan, CPU).items():
+        for name, value in emit.training_arguments(plan, CPU.kind).items():
             if name != "warmup_ratio":
                 assert getattr(arguments, name) == value, name
         assert arguments.get_warmup_steps(1000) == round(1000 * plan.warmup_ratio)
@@ -228,7 +228,7 @@ class TestTrl:
         trl = pytest.importorskip("trl")
         known = {item.name for item in dataclasses.fields(trl.SFTConfig)}
         plan = TrainingPlan(method="qlora", quantization="nf4")
-        arguments = emit.training_arguments(plan, GPU)
+        arguments = emit.training_arguments(plan, GPU.kind)
         assert set(arguments) - {"warmup_ratio"} <= known
         assert (arguments["bf16"], arguments["fp16"], arguments["use_cpu"]) == (True, False, False)
 

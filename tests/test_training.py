@@ -217,6 +217,8 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         wait_for(lambda: sum("step" in row for row in run.metric_rows()) > 3, process)

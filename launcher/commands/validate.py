@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ftplan.launcher.cases import Case, Refusal, read_cases
 from ftplan.launcher.ui import Ui
 from ftplan.planner.accuracy import Comparison, Prediction
 from ftplan.planner.errors import FtplanError, InputError
-from ftplan.planner.memory import estimate_memory
+from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.step_time import estimate_step_time
+
+if TYPE_CHECKING:
+    from ftplan.launcher.exact import DryRunner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,19 +27,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="measured runs, one JSON object a line; with --json one is printed for each",
     )
+    parser.add_argument(
+        "--exact", action="store_true", help="predict by dry run, some seconds a case"
+    )
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     cases = read_cases(arguments.cases)
-    comparisons = []
-    for comparison in _with_progress(ui, compare(cases, closed_form), len(cases)):
-        comparisons.append(comparison)
-        ui.json_line(comparison.to_dict())
+    if arguments.exact:
+        from ftplan.launcher.exact import DryRunner
+
+        with DryRunner() as runner:
+            comparisons = _shown(ui, cases, partial(dry_run, runner))
+    else:
+        comparisons = _shown(ui, cases, closed_form)
     if not ui.as_json:
         from ftplan.launcher import validate_views
 
         ui.show(*validate_views.report(comparisons))
     return 0
+
+
+def _shown(
+    ui: Ui, cases: list[Case | Refusal], predict: Callable[[Case], Prediction]
+) -> list[Comparison]:
+    """All comparisons; under --json each is printed as it comes."""
+    comparisons = []
+    for comparison in _with_progress(ui, compare(cases, predict), len(cases)):
+        comparisons.append(comparison)
+        ui.json_line(comparison.to_dict())
+    return comparisons
 
 
 def compare(
@@ -76,10 +99,46 @@ def closed_form(case: Case) -> Prediction:
     """The prediction of `ftplan estimate`; raises InputError for what it does not model."""
     if case.kbit_prepare:
         raise InputError("`kbit_prepare` is not modelled in closed form")
+    _check_length(case)
+    memory = estimate_memory(case.model.spec, case.plan, device=case.gpu)
+    return _prediction(case, memory)
+
+
+def dry_run(runner: DryRunner, case: Case) -> Prediction:
+    """The prediction of `ftplan estimate --exact`; raises InputError for what it cannot model."""
+    from ftplan.launcher.exact import case_of, memory_of
+
+    _check_length(case)
+    version = _version("transformers", case.software)
+    if version and version < (5,) and case.model.spec.feed_forward.is_mixture:
+        raise InputError(
+            "before transformers 5 experts were modules of their own; the installed one stacks them"
+        )
+    asked = case_of(
+        case.model,
+        case.plan,
+        case.gpu,
+        kbit_prepare=case.kbit_prepare,
+        casts_back=case.kbit_prepare and (_version("trl", case.software) or (1,)) < (1,),
+        repeats_key_value=case.repeats_key_value,
+        transformers_version=version,
+    )
+    return _prediction(case, memory_of(runner.run(asked), case.model, case.plan, case.gpu))
+
+
+def _version(package: str, software: str) -> tuple[int, ...] | None:
+    """(major, minor) of a package that a run's software names; None where it does not."""
+    found = re.search(rf"\b{package}\W+(\d+)\.(\d+)", software)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _check_length(case: Case) -> None:
     if case.length_is != "exact":
         raise InputError("the length of the rows is not said, only a limit (`cap`)")
+
+
+def _prediction(case: Case, memory: MemoryEstimate) -> Prediction:
     model, plan = case.model.spec, case.plan
-    memory = estimate_memory(model, plan, device=case.gpu)
     speed = None
     if case.gpu is not None:
         tokens = plan.per_device_train_batch_size * plan.max_length

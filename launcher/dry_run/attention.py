@@ -90,10 +90,11 @@ class EfficientAttention(torch.autograd.Function):
         return (*grads, None)
 
 
-def scaled_dot_product_attention(
-    capability: tuple[int, int],
-) -> Any:
-    """A stand-in for torch's function of that name, as a card of that capability carries it out."""
+def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value: bool) -> Any:
+    """A stand-in for torch's function of that name, as a card of that capability carries it out.
+
+    `repeats_key_value`: key and value heads are repeated first.
+    """
 
     def attend(
         query: torch.Tensor,
@@ -107,6 +108,10 @@ def scaled_dot_product_attention(
     ) -> Any:
         dtype = _autocast_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if repeats_key_value and key.shape[1] != query.shape[1]:
+            groups = query.shape[1] // key.shape[1]
+            key = key.repeat_interleave(groups, dim=1)
+            value = value.repeat_interleave(groups, dim=1)
         grouped = enable_gqa and key.shape[1] != query.shape[1]
         head_dims = {query.shape[-1], value.shape[-1]}
         if (

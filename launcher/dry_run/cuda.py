@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ftplan.launcher.dry_run.attention import flash_attention_2, scaled_dot_product_attention
+from ftplan.planner.units import KIB, MIB
 
 # Operations that autocast runs in fp32 on CUDA and not on the processor, as far as language models
 # use them (ATen/autocast_mode.h: AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE).
@@ -44,6 +45,16 @@ _FLOAT32_OPERATIONS = (
 )
 
 
+# Every allocation is rounded up to this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
+ALLOCATION_GRANULARITY = 512
+
+
+def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
+    """What cuBLAS takes from the allocator, once a thread (ATen/cuda/CublasHandlePool.cpp):
+    two buffers of 4 MiB and eight of 16 KiB; 32 MiB from Hopper on."""
+    return 32 * MIB if capability >= (9, 0) else 2 * 4 * MIB + 8 * 16 * KIB
+
+
 def _in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:
     def cast(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
@@ -56,7 +67,7 @@ def _in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def cuda_behaviour(capability: tuple[int, int]) -> Iterator[None]:
+def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iterator[None]:
     """Within, the processor's fake tensors behave as those of a card of that capability."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -68,14 +79,18 @@ def cuda_behaviour(capability: tuple[int, int]) -> Iterator[None]:
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
             library.impl(name, partial(_in_float32, operation), "AutocastCPU")
         ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash_attention_2
-        attention = scaled_dot_product_attention(capability)
+        attention = scaled_dot_product_attention(capability, repeats_key_value)
         for target, replacement in (
             ("torch.nn.functional.scaled_dot_product_attention", attention),
             ("torch.nn.functional.dropout", _dropout),
+            ("torch.nn.functional.softmax", _softmax),
             ("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", _devices),
             ("torch.optim.optimizer._get_foreach_kernels_supported_devices", _devices),
             ("torch.optim.optimizer._foreach_supported_types", [torch.nn.Parameter, FakeTensor]),
             ("torch.utils._foreach_utils._foreach_supported_types", [torch.Tensor, FakeTensor]),
+            # CUDA's autocast may be on without CUDA: checkpointing asks for it when it recomputes.
+            ("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", _no),
+            ("torch.cuda.is_bf16_supported", _always),
             # TRL's fused loss: Triton kernels that write in place, on the labelled tokens.
             ("trl.trainer.utils._use_triton", _always),
             ("trl.kernels.chunked_logprob._forward_tile", _in_place),
@@ -91,8 +106,45 @@ def _devices() -> list[str]:
     return ["cpu", "cuda"]
 
 
-def _always(device: torch.device) -> bool:
+def _softmax(
+    input: torch.Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """CUDA turns fp16 scores into fp32 probabilities in one kernel (ATen/native/SoftMax.cpp)."""
+    assert dim is not None
+    if input.dtype is torch.float16 and dtype is torch.float32:
+        return torch._softmax(input, dim, True)
+    return input.softmax(dim) if dtype is None else input.softmax(dim, dtype=dtype)
+
+
+def _softmax_kernel(input: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
+    return torch.empty_like(input, dtype=torch.float32 if half_to_float else None)
+
+
+def _softmax_backward_kernel(
+    gradient: torch.Tensor, output: torch.Tensor, dim: int, input_dtype: torch.dtype
+) -> torch.Tensor:
+    """The product of both inputs lives beside the result (ATen/native/cuda/SoftMax.cu)."""
+    product = torch.empty_like(gradient)
+    result = torch.empty_like(output, dtype=input_dtype)
+    del product
+    return result
+
+
+CUDA_KERNELS: dict[Any, Any] = {
+    torch.ops.aten._softmax.default: _softmax_kernel,
+    torch.ops.aten._softmax_backward_data.default: _softmax_backward_kernel,
+}
+
+
+def _always(*args: Any) -> bool:
     return True
+
+
+def _no() -> bool:
+    return False
 
 
 def _in_place(*args: Any, **kwargs: Any) -> None:
@@ -110,18 +162,13 @@ def _dropout(
 
 @contextmanager
 def _autocast(native_amp: bool = False, autocast_kwargs: Any = None) -> Iterator[None]:
-    """accelerate's autocast; PEFT and others ask for CUDA's flag, so it is up as well."""
+    """accelerate's autocast: the processor's casts, and CUDA's flag, which PEFT asks for."""
     from accelerate.state import AcceleratorState
 
     if not native_amp:
         yield
         return
     fp16 = AcceleratorState().mixed_precision == "fp16"
-    before = torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.float16 if fp16 else torch.bfloat16)
-    try:
-        with torch.autocast("cpu", dtype=torch.float16 if fp16 else torch.bfloat16):
-            yield
-    finally:
-        torch.set_autocast_enabled("cuda", before)
+    dtype = torch.float16 if fp16 else torch.bfloat16
+    with torch.autocast("cpu", dtype=dtype), torch.autocast("cuda", dtype=dtype):
+        yield

@@ -13,7 +13,8 @@ class Draft:
     """Births and deaths as they come.
 
     `layers_path`: path of the list of decoder layers. `path`: the module that runs, kept from
-    event to event.
+    event to event. `granularity`: bytes that every size is rounded up to. `workspace_bytes`: what a
+    thread's first matrix product takes.
     """
 
     def __init__(self, layers_path: str) -> None:
@@ -29,12 +30,27 @@ class Draft:
         self.events: list[int] = []
         self.event_paths: list[str] = []
         self.phases: list[tuple[int, str]] = []
+        self.granularity = 1
+        self.workspace_bytes = 0
         self._decoder_path = layers_path.rpartition(".")[0]
         self._layer = re.compile(rf"{re.escape(layers_path)}\.(\d+)(?:\.|$)")
         self._layer_of_path: dict[str, int] = {}
 
     def begin_phase(self, name: str) -> None:
+        """A new phase. The first products of forward and of backward, which run in threads of
+        their own, each take a workspace for good."""
+        first = all(earlier != name for _, earlier in self.phases)
         self.phases.append((len(self.events), name))
+        if first and self.workspace_bytes and name in ("forward", "backward"):
+            self.path = ""
+            self.born(
+                num_bytes=self.workspace_bytes,
+                path="",
+                operation="cuBLAS workspace",
+                shape=(self.workspace_bytes,),
+                dtype="uint8",
+                component="temporaries",
+            )
 
     def born(
         self,
@@ -48,7 +64,7 @@ class Draft:
     ) -> int:
         """One more storage; returns its index."""
         index = len(self.sizes)
-        self.sizes.append(num_bytes)
+        self.sizes.append(-(-num_bytes // self.granularity) * self.granularity)
         self.paths.append(path)
         self.operations.append(operation)
         self.shapes.append(shape)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 
 from ftplan.launcher.training.build import decoder_layer_list
@@ -12,6 +14,22 @@ from ftplan.planner.repeat_layers import Selection, select_layers
 
 # Attributes by which equal layers differ.
 _PLACE = ("layer_idx", "layer_id", "layer_number")
+
+
+def same_on_every_layer(peft_config: PeftConfig | None) -> bool:
+    """Whether a method does to every layer what it does to its equals.
+
+    Prompts reach into each layer by its number; so do lists of layers, and patterns that name one.
+    """
+    if peft_config is None:
+        return True
+    if peft_config.is_prompt_learning:
+        return False
+    for field in ("layers_to_transform", "layer_replication", "rank_pattern", "alpha_pattern"):
+        if getattr(peft_config, field, None):
+            return False
+    names = [getattr(peft_config, field, None) for field in ("target_modules", "modules_to_save")]
+    return not any(re.search(r"\.\d", str(name)) for name in names)
 
 
 def keep_few_layers(model: nn.Module) -> Selection:

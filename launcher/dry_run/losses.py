@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # From this release on transformers shifts labels; before it shifted logits, which copies them.
+# (https://github.com/huggingface/transformers/pull/35646).
 _SHIFTS_LABELS_SINCE = (4, 50)
 
 
@@ -43,17 +45,33 @@ class LigerLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-def liger_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """The loss of a causal model through Liger's kernel."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = getattr(causal, causal.base_model_prefix)
-    labels = inputs.pop("labels")
-    hidden = decoder(**inputs).last_hidden_state
-    shifted = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    weight = causal.get_output_embeddings().weight
-    if torch.is_autocast_enabled("cpu"):
-        shifted = shifted.to(torch.get_autocast_dtype("cpu"))
-    return LigerLoss.apply(shifted, weight, labels[:, 1:].reshape(-1))
+def use_liger_loss(model: Any) -> None:
+    """Give a causal model the forward that Liger gives it: a loss and no logits."""
+
+    def forward(
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        decoder = getattr(model, model.base_model_prefix)
+        hidden = decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+        )[0]
+        shifted = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        weight = model.get_output_embeddings().weight
+        if torch.is_autocast_enabled("cpu"):
+            shifted = shifted.to(torch.get_autocast_dtype("cpu"))
+        loss = LigerLoss.apply(shifted, weight, labels[:, 1:].reshape(-1))
+        return CausalLMOutputWithPast(loss=loss)
+
+    model.forward = forward
 
 
 def shifted_logits_loss(

@@ -8,12 +8,13 @@ in backward, from the autograd node that runs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -21,8 +22,10 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftplan.launcher.dry_run.draft import Draft
+from ftplan.launcher.dry_run.shape_memory import ShapeMemory
 
 _aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _ALL = (_aten.all.default, _aten.all.dim)
 
 
@@ -35,9 +38,14 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(
-        self, draft: Draft, decompositions: Mapping[Any, Callable[..., Any]], padded: bool
+        self,
+        draft: Draft,
+        fake_mode: FakeTensorMode,
+        decompositions: dict[Any, Callable[..., Any]],
+        padded: bool,
     ) -> None:
         super().__init__()
+        self._shapes = ShapeMemory(fake_mode)
         self.draft = draft
         self.decompositions = decompositions
         self.padded = padded
@@ -82,6 +90,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is _DEVICE:  # C++ asks two times an operation; the fake mode would think it over
+            return args[0].fake_device
         if func is _aten._local_scalar_dense.default and args[0].constant is None:
             return self._plausible(args[0])
         if func in self.decompositions and not self._decomposing:
@@ -91,7 +101,7 @@ class Recorder(TorchDispatchMode):
                     return self.decompositions[func](*args, **(kwargs or {}))
             finally:
                 self._decomposing = False
-        result = func(*args, **(kwargs or {}))
+        result = self._shapes.run(func, args, kwargs or {})
         if isinstance(result, torch.Tensor):
             path = self._current_path(args, 0)
             self._see(result, func, path, self._copied_component(func, args))

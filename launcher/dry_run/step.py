@@ -16,34 +16,42 @@ from unittest import mock
 import torch
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PrinterCallback
 
 from ftplan.launcher.dry_run.case import DryRunCase
-from ftplan.launcher.dry_run.cuda import cuda_behaviour
+from ftplan.launcher.dry_run.cuda import (
+    ALLOCATION_GRANULARITY,
+    CUDA_KERNELS,
+    cublas_workspace_bytes,
+    cuda_behaviour,
+)
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors
-from ftplan.launcher.dry_run.layers import keep_few_layers
-from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits
+from ftplan.launcher.dry_run.layers import keep_few_layers, same_on_every_layer
+from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
 from ftplan.launcher.dry_run.operations import REPLACED
 from ftplan.launcher.dry_run.quantized import quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.trainers import (
     DrySFTTrainer,
     DryTransformersTrainer,
-    StateLabels,
+    PlainLoop,
     blank_tokenizer,
+    cast_back,
+    causal_model,
     with_adapters,
 )
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.build import (
     apply_method,
+    count_parameters,
     count_trainable,
     decoder_layer_list,
+    decoder_layers,
     meta_model,
 )
 from ftplan.launcher.training.loop import sft_arguments
 from ftplan.planner.memory_record import MemoryRecord
-from ftplan.planner.repeat_layers import NotRepeating, Run
+from ftplan.planner.repeat_layers import NotRepeating
 
 _STEPS = 2
 _MICRO_BATCHES = 2
@@ -77,35 +85,41 @@ class _DryRun:
         self.case, self.plan, self.say = case, case.plan, say
 
     def carry_out(self, *, few_layers: bool) -> DryRun:
+        plan, settings = self.plan, method_settings(self.plan)
         self.say("building the model")
-        trainer = self._trainer()
-        model = trainer.model
-        num_parameters = sum(p.numel() for p in _once(model.parameters()))
-        num_trainable = count_trainable(model)
-        layers_path, layers = decoder_layer_list(model)
-        num_layers = len(layers)
-        runs: tuple[Run, ...] = ()
-        if few_layers:
-            runs = keep_few_layers(model).runs
+        model = meta_model(self.case.config, settings)
+        peft_config = apply_method(model, plan.method, settings)
+        num_parameters, num_layers = count_parameters(model), len(decoder_layers(model))
+        selection = None
+        if few_layers and same_on_every_layer(peft_config):
+            selection = keep_few_layers(model)
+        # Adapters too are built without data.
+        with torch.device("meta"):
+            trainer = self._trainer(model, peft_config)
+        num_trainable = count_trainable(trainer.model)
+        layers_path, layers = decoder_layer_list(trainer.model)
+        if selection:
+            num_trainable += sum(
+                count_trainable(layers[place]) * run.left_out
+                for run in selection.runs
+                for place in run.template
+            )
         draft = Draft(layers_path)
-        recorder = self._record(trainer, draft)
-        del recorder
+        self._record(trainer, draft)
         return DryRun(
-            record=draft.finish(runs),
+            record=draft.finish(selection.runs if selection else ()),
             num_parameters=num_parameters,
             num_trainable_parameters=num_trainable,
             num_layers_traced=len(layers),
             num_layers=num_layers,
         )
 
-    def _trainer(self) -> Any:
-        plan, settings = self.plan, method_settings(self.plan)
-        model = meta_model(self.case.config, settings)
-        peft_config = apply_method(model, plan.method, settings)
+    def _trainer(self, model: Any, peft_config: Any) -> Any:
+        plan = self.plan
         rows = self._rows()
-        planned = training_arguments(plan, self.case.device) | {
+        planned = training_arguments(plan, self.case.kind) | {
             "use_cpu": True,
-            # accelerate refuses fp16 on a processor; `_record` puts it in place.
+            # accelerate refuses fp16 on a processor; `_surroundings` puts it in place.
             "bf16": plan.autocast,
             "fp16": False,
             "max_steps": _STEPS,
@@ -119,16 +133,13 @@ class _DryRun:
             "train_dataset": rows,
             "eval_dataset": rows,
             "processing_class": blank_tokenizer(),
-            "callbacks": [],
         }
         if plan.trainer == "trl":
-            lengths = [plan.max_length] * len(rows)
-            stock = plan.loss == "stock"
             trainer: Any = DrySFTTrainer(
                 model=model,
                 peft_config=peft_config,
-                row_lengths=lengths,
-                stock_loss=stock,
+                row_lengths=[plan.max_length] * len(rows),
+                stock_loss=plan.loss == "stock",
                 **common,
             )
         else:
@@ -138,8 +149,14 @@ class _DryRun:
                 kbit_prepare=self.case.kbit_prepare,
                 checkpointing=plan.gradient_checkpointing,
             )
-            trainer = DryTransformersTrainer(model=wrapped, **common)
-        trainer.use_liger = plan.loss == "liger"
+            if self.case.casts_back:
+                cast_back(wrapped)
+            if plan.trainer == "loop":
+                trainer = PlainLoop(wrapped, arguments, rows, steps=_STEPS)
+            else:
+                trainer = DryTransformersTrainer(model=wrapped, **common)
+        if plan.loss == "liger":
+            use_liger_loss(causal_model(trainer.model))
         return trainer
 
     @property
@@ -154,13 +171,15 @@ class _DryRun:
             row["attention_mask"] = [1] * length
         return Dataset.from_list([row] * count)
 
-    def _record(self, trainer: Any, draft: Draft) -> Recorder:
+    def _record(self, trainer: Any, draft: Draft) -> None:
         decompositions = {**REPLACED, **quantized_kernels(self.plan.quantization)}
-        recorder = Recorder(draft, decompositions, self.case.padded)
-        trainer.observe(draft, recorder)
-        trainer.add_callback(StateLabels(recorder))
-        trainer.remove_callback(PrinterCallback)
         fake_mode = FakeTensorMode()
+        recorder = Recorder(draft, fake_mode, decompositions, self.case.padded)
+        if self.case.kind == "cuda":
+            recorder.decompositions.update(CUDA_KERNELS)
+            draft.granularity = ALLOCATION_GRANULARITY
+            draft.workspace_bytes = cublas_workspace_bytes(self.case.capability)
+        trainer.observe(draft, recorder)
         make_fake(trainer.model, fake_mode, getattr(torch, self.plan.dtype))
         draft.begin_phase("load")
         adapted = hasattr(trainer.model, "peft_config")
@@ -177,20 +196,19 @@ class _DryRun:
             self.say("tracing an evaluation step")
             trainer.evaluate_one_batch()
             draft.begin_phase("save")
-        return recorder
 
     def _surroundings(self, trainer: Any) -> ExitStack:
         """All that differs from a real run on a real device."""
         stack = ExitStack()
-        gc.collect()
+        # Cycles must not be collected at some moment or other: records would differ.
         gc.disable()
         stack.callback(gc.enable)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         # The batch is known, so masks are made as for real tensors.
         stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", _never))
-        if self.case.device.kind == "cuda":
-            stack.enter_context(cuda_behaviour(self.case.device.compute_capability or (8, 0)))
-        if self.plan.mixed_precision == "fp16":
+        if self.case.kind == "cuda":
+            stack.enter_context(cuda_behaviour(self.case.capability, self.case.repeats_key_value))
+        if self.plan.mixed_precision == "fp16" and self.plan.trainer != "loop":
             trainer.accelerator.state._mixed_precision = "fp16"
             # The loss scale and a flag are all that a scaler holds; gradients are scaled in place.
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -207,7 +225,3 @@ class _DryRun:
 
 def _never(tensor: Any = None) -> bool:
     return False
-
-
-def _once(parameters: Any) -> list[torch.Tensor]:
-    return list({id(p): p for p in parameters}.values())

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from datasets import Dataset
 from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ftplan.launcher.dry_run.draft import Draft
-from ftplan.launcher.dry_run.losses import liger_loss
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.training.trainer import PlannedTrainer
 
@@ -19,7 +26,6 @@ class _Dry:
 
     draft: Draft
     recorder: Recorder
-    use_liger: bool = False
 
     def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
         """Fakes are where they are."""
@@ -41,17 +47,13 @@ class _Dry:
                 draft.begin_phase("optimizer step")
 
         accelerator.backward = marked
+        self.add_callback(StateLabels(recorder))  # type: ignore[attr-defined]
+        self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.recorder.between_steps = False
         self.draft.begin_phase("forward")
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.use_liger:
-            loss = liger_loss(model, inputs)
-            return (loss, {}) if kwargs.get("return_outputs") else loss
-        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluate_one_batch(self) -> None:
         """The evaluation step on the first batch of the evaluation data."""
@@ -78,17 +80,85 @@ class StateLabels(TrainerCallback):
         self.recorder = recorder
 
     def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-        gradients = (p.grad for p in model.parameters() if p.grad is not None)
-        self.recorder.relabel(gradients, "gradients")
+        label_gradients(self.recorder, model)
 
     def on_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        states = [
-            value
-            for state in optimizer.state.values()
-            for value in state.values()
-            if hasattr(value, "untyped_storage")
-        ]
-        self.recorder.relabel(states, "optimizer_states")
+        label_states(self.recorder, optimizer)
+
+
+def label_gradients(recorder: Recorder, model: nn.Module) -> None:
+    gradients = (p.grad for p in model.parameters() if p.grad is not None)
+    recorder.relabel(gradients, "gradients")
+
+
+def label_states(recorder: Recorder, optimizer: Any) -> None:
+    states = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    recorder.relabel(states, "optimizer_states")
+
+
+class PlainLoop:
+    """A loop of one's own: the model's loss, backward, the optimizer's step; no autocast.
+
+    The outputs, logits among them, are held until the step is over. No clipping, no mask.
+    """
+
+    def __init__(
+        self, model: Any, arguments: TrainingArguments, rows: Dataset, *, steps: int
+    ) -> None:
+        self.model, self.arguments, self.rows, self.steps = model, arguments, rows, steps
+        if arguments.gradient_checkpointing:
+            settings = {"use_reentrant": False}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    def observe(self, draft: Draft, recorder: Recorder) -> None:
+        """Mark phases in `draft` from now on."""
+        self.draft, self.recorder = draft, recorder
+
+    def train(self) -> None:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(self.arguments)
+        optimizer = optimizer_class(trained, **settings)
+        self.model.train()
+        batch = self._batch()
+        for _ in range(self.steps):
+            self._step(optimizer, batch)
+
+    def _step(self, optimizer: Any, batch: torch.Tensor) -> None:
+        draft, recorder = self.draft, self.recorder
+        recorder.between_steps = True
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(self.arguments.gradient_accumulation_steps):
+            recorder.between_steps = False
+            draft.begin_phase("forward")
+            outputs = self.model(input_ids=batch, labels=batch, use_cache=False)
+            draft.begin_phase("backward")
+            recorder.in_backward = True
+            outputs.loss.backward()
+            recorder.in_backward = False
+        recorder.between_steps = True
+        draft.begin_phase("optimizer step")
+        label_gradients(recorder, self.model)
+        optimizer.step()
+        label_states(recorder, optimizer)
+
+    def evaluate_one_batch(self) -> None:
+        """The evaluation step."""
+        self.model.eval()
+        self.recorder.between_steps = False
+        self.draft.begin_phase("evaluation")
+        batch = self._batch()
+        with torch.no_grad():
+            self.model(input_ids=batch, labels=batch, use_cache=False)
+
+    def _batch(self) -> torch.Tensor:
+        rows = self.arguments.per_device_train_batch_size
+        length = len(self.rows[0]["input_ids"])
+        return torch.ones((rows, length), dtype=torch.int64)
 
 
 def with_adapters(
@@ -103,6 +173,20 @@ def with_adapters(
     if checkpointing:
         wrapped.enable_input_require_grads()
     return wrapped
+
+
+def cast_back(model: Any) -> None:
+    """What TRL 0.x does under bf16 after PEFT's k-bit preparation (`peft_module_casting_to_bf16`):
+    embeddings, head and adapters in bf16; norms stay in fp32."""
+    for name, parameter in model.named_parameters():
+        outer = any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe"))
+        if parameter.requires_grad or (outer and parameter.dtype is torch.float32):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def causal_model(model: Any) -> Any:
+    """The transformers model, within PEFT's wrapper if there is one."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def blank_tokenizer() -> PreTrainedTokenizerFast:

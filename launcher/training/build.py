@@ -126,3 +126,8 @@ def decoder_layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def count_trainable(model: nn.Module) -> int:
     """Parameters that receive gradients."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, tied ones once; of a quantized model, those it stands for."""
+    return sum(p.numel() for p in model.parameters())

@@ -31,7 +31,6 @@ from ftplan.launcher.training.measure import (
     mean_step_seconds,
     measured_memory,
 )
-from ftplan.launcher.training.plot import plot_loss
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.errors import InputError
 from ftplan.planner.memory import CHECKPOINTS_KEPT
@@ -122,6 +121,8 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     session.say("saving")
     output = save(session, trainer)
     if trainer.is_world_process_zero():
+        from ftplan.launcher.training.plot import plot_loss  # a second that a dry run need not pay
+
         plot_loss(run)
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started

@@ -1,0 +1,74 @@
+"""`python -m ftplan.launcher.dry_run.serve`: carries out dry runs for the command line.
+
+Reads one case a line on stdin, writes lines on stdout: {"say": ...} as it goes on, then
+{"result": ...} or {"error": ..., "hint": ...}. What libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import warnings
+from typing import Any, TextIO
+
+
+def main() -> int:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    warnings.simplefilter("ignore")
+    _answer(answers, {"say": "loading torch and transformers"})
+    _load_lightly()
+    from ftplan.launcher.dry_run.case import DryRunCase
+
+    for line in sys.stdin:
+        _answer(answers, _carried_out(DryRunCase.from_dict(json.loads(line)), answers))
+        gc.collect()
+    return 0
+
+
+def _load_lightly() -> None:
+    """Nothing is compiled in a dry run: bitsandbytes' decorators need not load the compiler."""
+    gc.disable()
+    import torch
+
+    torch.compile = lambda function=None, **_: function or (lambda inner: inner)
+
+
+def _carried_out(case: Any, answers: TextIO) -> dict[str, Any]:
+    from ftplan.launcher.dry_run.step import dry_run
+    from ftplan.planner.dry_run_summary import summarize
+    from ftplan.planner.errors import FtplanError
+
+    try:
+        done = dry_run(case, lambda text: _answer(answers, {"say": text}))
+        _answer(answers, {"say": "replaying the allocator"})
+        summary = summarize(
+            done.record,
+            num_parameters=done.num_parameters,
+            num_trainable_parameters=done.num_trainable_parameters,
+            num_layers=done.num_layers,
+            num_layers_traced=done.num_layers_traced,
+        )
+        return {"result": summary.to_dict()}
+    except FtplanError as error:
+        return {"error": error.message, "hint": error.hint}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        first_line = str(error).partition("\n")[0]
+        return {
+            "error": f"the dry run of this model failed: {type(error).__name__}: {first_line}",
+            "hint": "the closed form may know it: leave out `--exact`",
+        }
+
+
+def _answer(answers: TextIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Remembers what operations return, by the shapes they are given.
+
+The fake mode works every shape out anew or looks it up by an elaborate key; a training step asks
+the same few hundred questions thousands of times. Only operations whose result is one fresh tensor
+that depends on shapes and plain values are remembered; all others go to the fake mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
+
+_CPU = torch.device("cpu")
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.memory_format)
+_DEPENDS_ON_DATA = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+
+
+class _NotPlain(Exception):
+    """An argument that a key cannot be made of."""
+
+
+class ShapeMemory:
+    """Runs operations under a fake mode."""
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        self.fake_mode = fake_mode
+        self._remembered: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+        self._is_fresh: dict[Any, bool] = {}
+
+    def run(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The operation's result, a fake."""
+        fresh = self._is_fresh.get(operation)
+        if fresh is None:
+            fresh = self._is_fresh[operation] = _returns_one_fresh_tensor(operation)
+        if not fresh:
+            return operation(*args, **kwargs)
+        try:
+            key = (operation, *map(_key, args), *((k, _key(v)) for k, v in kwargs.items()))
+        except _NotPlain:
+            return operation(*args, **kwargs)
+        known = self._remembered.get(key)
+        if known is not None:
+            shape, stride, dtype = known
+            with no_dispatch():
+                meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            return FakeTensor(self.fake_mode, meta, _CPU)
+        result = operation(*args, **kwargs)
+        if _shares_storage(result, args):  # `_unsafe_view` does not say that it is a view
+            self._is_fresh[operation] = False
+            return result
+        # A result of known value stays with the fake mode, which looks after such values.
+        if type(result) is FakeTensor and result.constant is None and result.device == _CPU:
+            self._remembered[key] = (result.shape, result.stride(), result.dtype)
+        return result
+
+
+def _returns_one_fresh_tensor(operation: Any) -> bool:
+    schema = operation._schema
+    if schema.is_mutable or len(schema.returns) != 1:
+        return False
+    only = schema.returns[0]
+    tagged = any(tag in operation.tags for tag in _DEPENDS_ON_DATA)
+    return only.alias_info is None and str(only.type) == "Tensor" and not tagged
+
+
+def _shares_storage(result: torch.Tensor, args: tuple[Any, ...]) -> bool:
+    own = result.untyped_storage()._cdata
+    return any(
+        isinstance(arg, torch.Tensor) and arg.untyped_storage()._cdata == own for arg in args
+    )
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, FakeTensor):
+        if value.constant is not None or value.layout is not torch.strided:
+            raise _NotPlain
+        return (value.shape, value.stride(), value.dtype)
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    if isinstance(value, (list, tuple)) and all(isinstance(v, _PLAIN) for v in value):
+        return (list, *value)
+    if isinstance(value, torch.device) and value.type == "cpu":
+        return value
+    raise _NotPlain

@@ -1,0 +1,155 @@
+"""Dry runs from the command line: torch runs in a process of its own, which sees no GPU.
+
+One process serves many cases, so that torch is loaded once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from importlib.util import find_spec
+from types import TracebackType
+from typing import IO, Any
+
+from ftplan.launcher.dry_run.case import DEFAULT_CAPABILITY, DryRunCase
+from ftplan.launcher.model_source import ModelSource
+from ftplan.planner.dry_run_summary import DryRunSummary
+from ftplan.planner.errors import InputError, RunFailedError
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.memory import MemoryEstimate, memory_from_phases
+from ftplan.planner.plan import TrainingPlan
+
+_NEEDED_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+_SERVER = "ftplan.launcher.dry_run.serve"
+
+
+class DryRunner:
+    """Carries out dry runs; a context manager. `say` is told what goes on."""
+
+    def __init__(self, say: Callable[[str], None] = lambda _: None) -> None:
+        self.say = say
+        self._process: subprocess.Popen[str] | None = None
+        self._open = ExitStack()
+        self._log: IO[str] | None = None
+
+    def __enter__(self) -> DryRunner:
+        missing = [name for name in _NEEDED_PACKAGES if find_spec(name) is None]
+        if missing:
+            raise InputError(
+                f"a dry run needs {', '.join(missing)}, which this Python does not have",
+                'install them with `pip install "ftplan[train]"`, or leave out `--exact`',
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._open.close()
+
+    def run(self, case: DryRunCase) -> DryRunSummary:
+        """The case's summary.
+
+        Raises InputError for what cannot be built or run, RunFailedError when the process dies.
+        """
+        if case.plan.quantization != "none" and find_spec("bitsandbytes") is None:
+            raise InputError(
+                f"a {case.plan.quantization} base needs bitsandbytes, which this Python has not",
+                "install it with `pip install bitsandbytes`, or leave out `--exact`",
+            )
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(case.to_dict()) + "\n")
+            process.stdin.flush()
+        except OSError:
+            raise self._died() from None
+        for line in process.stdout:
+            message: dict[str, Any] = json.loads(line)
+            if "say" in message:
+                self.say(message["say"])
+            elif "error" in message:
+                raise InputError(message["error"], message["hint"])
+            else:
+                return DryRunSummary.from_dict(message["result"])
+        raise self._died()
+
+    def _start(self) -> subprocess.Popen[str]:
+        opened = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._log = self._open.enter_context(opened)
+        return subprocess.Popen(
+            [sys.executable, "-m", _SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=server_environment(os.environ),
+        )
+
+    def _died(self) -> RunFailedError:
+        assert self._process is not None and self._log is not None
+        status = self._process.wait()
+        self._process = None
+        self._log.seek(0)
+        last = self._log.read().strip().splitlines()[-1:]
+        return RunFailedError(
+            f"the dry run's process ended with status {status}" + "".join(f": {t}" for t in last),
+            "there may be too little RAM; the closed form needs none: leave out `--exact`",
+        )
+
+
+def server_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The parent's environment, without GPUs and without the network."""
+    return {
+        **environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def case_of(
+    source: ModelSource, plan: TrainingPlan, device: Device | None, **more: Any
+) -> DryRunCase:
+    """The dry run of a plan. `more`: further fields of DryRunCase."""
+    capability = device.compute_capability if device else None
+    return DryRunCase(
+        **{
+            "config": dict(source.config),
+            "plan": plan,
+            "kind": device.kind if device else "cuda",
+            "capability": capability or DEFAULT_CAPABILITY,
+            "row_length": plan.max_length,
+            **more,
+        }
+    )
+
+
+def memory_of(
+    summary: DryRunSummary, source: ModelSource, plan: TrainingPlan, device: Device | None
+) -> MemoryEstimate:
+    """The dry run as an estimate: what the device shows, and what the run requires."""
+    # The launcher turns expandable segments on; people's own stacks seldom do.
+    peaks = summary.expandable if plan.trainer == "trl" else summary.allocator
+    return memory_from_phases(
+        summary.phases,
+        source.spec,
+        plan,
+        device,
+        reserved_bytes=peaks.reserved_peak_bytes,
+        required_reserved_bytes=peaks.required_bytes,
+    )
