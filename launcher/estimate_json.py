@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec
@@ -20,8 +21,13 @@ def estimate_to_dict(
     device: Device | None,
     warnings: list[str],
     step: Mapping[str, Any] | None = None,
+    dry_run: DryRunSummary | None = None,
+    confirmed: bool = False,
 ) -> dict[str, Any]:
-    """The object of `estimate --json`."""
+    """The object of `estimate --json`.
+
+    `confirmed`: `memory` is from a dry run; `dry_run`: that dry run, where it is to be told.
+    """
     plan = reasoned.plan
     trained = plan.resolved_method.count(model, plan.method_settings)
     return {
@@ -39,12 +45,19 @@ def estimate_to_dict(
         "step": step or _step(model, reasoned, device),
         "rule_of_thumb": rule_to_dict(model.num_parameters),
         "fits": _fits(memory, device),
-        "estimated_by": "closed-form",
+        "estimated_by": "dry-run" if dry_run or confirmed else "closed-form",
+        **({"dry_run": _dry_run(dry_run)} if dry_run else {}),
         "warnings": (
             [f"`{model.name}` stands for {model.approximate}"] if model.approximate else []
         )
         + warnings,
     }
+
+
+def _dry_run(summary: DryRunSummary) -> dict[str, Any]:
+    """What only a dry run tells: the curve, the allocator, and what is alive at the peak."""
+    known = ("phases", "num_parameters", "num_trainable_parameters")
+    return {key: value for key, value in summary.to_dict().items() if key not in known}
 
 
 def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> dict[str, Any]:

@@ -10,14 +10,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from types import TracebackType
 from typing import IO, Any
 
 from ftplan.launcher.dry_run.case import DEFAULT_CAPABILITY, DryRunCase
 from ftplan.launcher.model_source import ModelSource
+from ftplan.launcher.ui import Ui
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
@@ -108,6 +109,18 @@ class DryRunner:
         )
 
 
+@contextmanager
+def shown_dry_runs(ui: Ui) -> Iterator[DryRunner]:
+    """A runner; what it does is shown on stderr, where that is a terminal."""
+    if not ui.err.is_terminal:
+        with DryRunner() as runner:
+            yield runner
+        return
+    status = ui.err.status("dry run")
+    with status, DryRunner(lambda text: status.update(f"dry run: {text}")) as runner:
+        yield runner
+
+
 def server_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The parent's environment, without GPUs and without the network."""
     return {
@@ -125,7 +138,15 @@ def server_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def case_of(
     source: ModelSource, plan: TrainingPlan, device: Device | None, **more: Any
 ) -> DryRunCase:
-    """The dry run of a plan. `more`: further fields of DryRunCase."""
+    """The dry run of a plan. `more`: further fields of DryRunCase.
+
+    Raises InputError for a training stack that does not have the plan's loss.
+    """
+    if plan.loss == "trl-fused" and plan.trainer != "trl":
+        raise InputError(
+            f"`--loss trl-fused` is TRL's own: `--trainer {plan.trainer}` has it not",
+            "use `--loss stock`, `--loss liger` or `--trainer trl`",
+        )
     capability = device.compute_capability if device else None
     return DryRunCase(
         **{

@@ -115,6 +115,7 @@ def plan_to_dict(planned: Planned) -> dict[str, Any]:
             device,
             list(planned.profile.warnings),
             planned.chosen.step.to_dict(),
+            confirmed=planned.confirmed,
         ),
     }
 

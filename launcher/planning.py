@@ -59,6 +59,8 @@ class Planned:
     model_why: str
     ranking: Ranking
     chosen: Evaluated
+    confirmed: bool = False
+    """Whether the memory of `chosen` is a dry run's."""
 
     @property
     def steps(self) -> int:

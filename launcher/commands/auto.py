@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ftplan.launcher.commands.plan import add_plan_arguments, planned_to_dict, show_plan
+from ftplan.launcher.confirm import confirm
 from ftplan.launcher.launching import carry_out, write_run
 from ftplan.launcher.planning import make_plan, require_training
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
@@ -41,6 +42,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         runs_dir=arguments.runs_dir,
         for_launch=True,
     )
+    planned = confirm(ui, planned)
     show_plan(ui, planned)
     if not arguments.yes and not ui.confirm("Start this run?"):
         ui.say("not started; nothing was written")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.model_source import find_source
@@ -20,6 +21,9 @@ from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.units import format_bytes, format_count, parse_bytes
 
+if TYPE_CHECKING:
+    from ftplan.planner.dry_run_summary import DryRunSummary
+
 # Settings that make sense for one method only; left out when others are compared.
 _METHOD_BOUND = ("method", "quantization", "dtype", "mixed_precision")
 
@@ -32,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--free-memory", metavar="SIZE", help="memory free on it (default: all), such as 22GiB"
     )
+    parser.add_argument(
+        "--exact", action="store_true", help="by a dry run of the real training step: seconds"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="with --exact: the memory curve as PNG"
+    )
     add_setting_flags(parser)
 
 
@@ -39,16 +49,40 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     """Exit status 1 when a GPU was named and the configuration does not fit it."""
     given = given_settings(arguments)
     device = named_device(arguments.gpu, arguments.free_memory)
-    model = find_source(arguments.model).spec
+    if arguments.plot and not arguments.exact:
+        raise InputError("`--plot` draws a dry run", "add `--exact`")
+    source = find_source(arguments.model)
+    model = source.spec
     reasoned = estimate_recipe(model, device, given)
     memory = estimate_memory(model, reasoned.plan, device=device)
     warnings = plan_warnings(model, reasoned, device)
-    ui.json(estimate_to_dict(model, reasoned, memory, device, warnings))
+    dry_run = None
+    if arguments.exact:
+        from ftplan.launcher.exact import case_of, memory_of, shown_dry_runs
+
+        with shown_dry_runs(ui) as runner:
+            dry_run = runner.run(case_of(source, reasoned.plan, device))
+        memory = memory_of(dry_run, source, reasoned.plan, device)
+    ui.json(estimate_to_dict(model, reasoned, memory, device, warnings, dry_run=dry_run))
     if not ui.as_json:
-        _show(ui, model, reasoned, memory, device, given)
+        _show(ui, model, reasoned, memory, device, given, dry_run)
         for warning in warnings:
             ui.warn(warning)
+    if dry_run and arguments.plot:
+        _plot(ui, dry_run, arguments.plot, f"{model.name}, {reasoned.plan.method}")
     return 0 if device is None or fits(memory, device) else 1
+
+
+def _plot(ui: Ui, dry_run: DryRunSummary, path: Path, title: str) -> None:
+    from ftplan.launcher import dry_run_views
+
+    try:
+        dry_run_views.plot(dry_run, path, title)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot write `{path}`: {error}", "name a file that ends in .png, in a folder there is"
+        ) from error
+    ui.say(f"memory curve: {path}")
 
 
 def named_device(gpu: str | None, free_memory: str | None) -> Device | None:
@@ -113,6 +147,7 @@ def _show(
     memory: MemoryEstimate,
     device: Device | None,
     given: Mapping[str, Any],
+    dry_run: DryRunSummary | None,
 ) -> None:
     from ftplan.launcher import views
 
@@ -128,6 +163,11 @@ def _show(
         views.memory_table(memory, device),
         "",
     )
+    if dry_run:
+        from ftplan.launcher import dry_run_views
+
+        ui.show(*dry_run_views.tables(dry_run))
+        return
     if plan.method == "full":
         ui.show(views.rule_table(model.num_parameters, memory), "", views.RULE_NOTE, "")
     others = [

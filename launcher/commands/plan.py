@@ -60,6 +60,8 @@ def show_plan(ui: Ui, planned: Planned) -> None:
     from ftplan.launcher import views
 
     ui.show(*views.plan_parts(planned))
+    if planned.confirmed:
+        ui.say("memory by a dry run of the training step on the longest batch")
     for note in planned.machine.notes if planned.machine else ():
         ui.say(note)
     for warning in warnings_of(planned):
@@ -113,4 +115,5 @@ def _estimate(planned: Planned, evaluated: Evaluated, warnings: list[str]) -> di
         planned.device,
         warnings,
         evaluated.step.to_dict(),
+        confirmed=planned.confirmed and evaluated is planned.chosen,
     )

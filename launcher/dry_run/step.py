@@ -139,7 +139,7 @@ class _DryRun:
                 model=model,
                 peft_config=peft_config,
                 row_lengths=[plan.max_length] * len(rows),
-                stock_loss=plan.loss == "stock",
+                stock_loss=plan.loss != "trl-fused",
                 **common,
             )
         else:
