@@ -9,7 +9,7 @@ from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.plan import ReasonedPlan
+from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.rule_of_thumb import rule_to_dict
 from ftplan.planner.step_time import estimate_step_time
 
@@ -28,22 +28,21 @@ def estimate_to_dict(
 
     `confirmed`: `memory` is from a dry run; `dry_run`: that dry run, where it is to be told.
     """
-    plan = reasoned.plan
-    trained = plan.resolved_method.count(model, plan.method_settings)
+    num_parameters, num_trainable = parameter_counts(model, reasoned.plan, dry_run)
     return {
         "schema": 1,
         "model": {
             "name": model.name,
             "architecture": model.architecture,
-            "num_parameters": model.num_parameters,
-            "num_trainable_parameters": trained.num_trainable_parameters,
+            "num_parameters": num_parameters,
+            "num_trainable_parameters": num_trainable,
         },
         "plan": reasoned.to_dict(),
         "per_gpu": memory.to_dict(),
         "host_ram_peak_bytes": memory.host_ram_peak_bytes,
         "disk_bytes": memory.disk_bytes,
         "step": step or _step(model, reasoned, device),
-        "rule_of_thumb": rule_to_dict(model.num_parameters),
+        "rule_of_thumb": rule_to_dict(num_parameters),
         "fits": _fits(memory, device),
         "estimated_by": "dry-run" if dry_run or confirmed else "closed-form",
         **({"dry_run": _dry_run(dry_run)} if dry_run else {}),
@@ -52,6 +51,16 @@ def estimate_to_dict(
         )
         + warnings,
     }
+
+
+def parameter_counts(
+    model: ModelSpec, plan: TrainingPlan, dry_run: DryRunSummary | None
+) -> tuple[int, int]:
+    """(all, trained) parameters: the dry run's own count where there is one."""
+    if dry_run:
+        return dry_run.num_parameters, dry_run.num_trainable_parameters
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    return model.num_parameters, trained.num_trainable_parameters
 
 
 def _dry_run(summary: DryRunSummary) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, memory_from_phases
+from ftplan.planner.methods import target_names
 from ftplan.planner.plan import TrainingPlan
 
 _NEEDED_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -147,6 +148,9 @@ def case_of(
             f"`--loss trl-fused` is TRL's own: `--trainer {plan.trainer}` has it not",
             "use `--loss stock`, `--loss liger` or `--trainer trl`",
         )
+    if plan.resolved_method.adapter and not source.stand_in:
+        # As the launcher does: PEFT's own `all-linear` takes more modules than ftplan counts.
+        plan = plan.replace(target_modules=target_names(source.spec, plan.target_modules))
     capability = device.compute_capability if device else None
     return DryRunCase(
         **{

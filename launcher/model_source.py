@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.families import config_of_size, spec_from_config, spec_from_size
+from ftplan.planner.families import (
+    config_of_size,
+    spec_from_config,
+    spec_from_size,
+    stand_in_spec,
+)
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.units import parse_count
 from ftplan.profiles import find_model, model_catalog
@@ -39,16 +44,22 @@ class ModelSource:
     origin: str
     hub_id: str | None = None
     folder: Path | None = None
+    stand_in: bool = False
+    """`spec` only stands for an architecture that the closed form does not know."""
 
 
-def find_source(name: str, environ: Mapping[str, str] = os.environ) -> ModelSource:
+def find_source(
+    name: str, environ: Mapping[str, str] = os.environ, *, any_architecture: bool = False
+) -> ModelSource:
     """The model of that name.
+
+    `any_architecture`: one that the closed form does not know gets a stand-in for its shape.
 
     Order: folder, size, catalog, local Hub cache, Hub. Raises InputError (UnknownNameError with
     the nearest catalog names) when nothing is found.
     """
     if os.path.isdir(name):  # Path.is_dir raises for a name that is too long
-        return source_from_folder(Path(name))
+        return source_from_folder(Path(name), any_architecture=any_architecture)
     size = parse_count(name)
     if size is not None:
         spec = spec_from_size(size, name)
@@ -59,7 +70,7 @@ def find_source(name: str, environ: Mapping[str, str] = os.environ) -> ModelSour
             spec=entry.spec, config=entry.config, origin="catalog", hub_id=entry.hub_id
         )
     if _HUB_ID.fullmatch(name):
-        return _source_from_hub(name, environ)
+        return _source_from_hub(name, environ, any_architecture)
     if "/" in name or name.startswith("~"):
         raise InputError(
             f"no folder `{name}`", "give a folder with a config.json, a Hub id or a catalog name"
@@ -72,11 +83,23 @@ def find_source(name: str, environ: Mapping[str, str] = os.environ) -> ModelSour
     )
 
 
-def source_from_folder(folder: Path) -> ModelSource:
+def source_from_folder(folder: Path, *, any_architecture: bool = False) -> ModelSource:
     """A folder with a `config.json`, as `save_pretrained` writes it."""
     config = _read_config(folder)
-    spec = spec_from_config(config, folder.resolve().name)
-    return ModelSource(spec=spec, config=config, origin="folder", folder=folder)
+    spec, stand_in = _spec(config, folder.resolve().name, any_architecture)
+    return ModelSource(spec=spec, config=config, origin="folder", folder=folder, stand_in=stand_in)
+
+
+def _spec(config: Any, name: str, any_architecture: bool) -> tuple[ModelSpec, bool]:
+    """The shape that a config.json describes, and whether it is a stand-in."""
+    try:
+        return spec_from_config(config, name), False
+    except UnknownNameError as error:
+        if any_architecture:
+            return stand_in_spec(config, name), True
+        known = f"{error.hint.rstrip('.')}. " if error.hint else ""
+        error.hint = known + "`ftplan estimate --exact` takes any decoder that transformers builds."
+        raise
 
 
 def _read_config(folder: Path) -> Any:
@@ -124,7 +147,9 @@ def has_weights(folder: Path) -> bool:
         return False
 
 
-def _source_from_hub(hub_id: str, environ: Mapping[str, str]) -> ModelSource:
+def _source_from_hub(
+    hub_id: str, environ: Mapping[str, str], any_architecture: bool
+) -> ModelSource:
     folder = cached_folder(hub_id, environ)
     if folder is not None:
         config = _read_config(folder)
@@ -132,8 +157,10 @@ def _source_from_hub(hub_id: str, environ: Mapping[str, str]) -> ModelSource:
     else:
         config = _fetch_config(hub_id, environ)
         origin = "Hub"
-    spec = spec_from_config(config, hub_id)
-    return ModelSource(spec=spec, config=config, origin=origin, hub_id=hub_id, folder=folder)
+    spec, stand_in = _spec(config, hub_id, any_architecture)
+    return ModelSource(
+        spec=spec, config=config, origin=origin, hub_id=hub_id, folder=folder, stand_in=stand_in
+    )
 
 
 def hub_offline(environ: Mapping[str, str] = os.environ) -> bool:

@@ -13,6 +13,8 @@ from ftplan.planner.memory import Phase
 from ftplan.planner.memory_record import MemoryRecord
 
 CURVE_POINTS = 2000
+# How much too high, relatively, `required` may be: finer steps take a replay each.
+_REQUIRED_TOLERANCE = 0.005
 _TENSORS_SHOWN = 12
 _MODULES_SHOWN = 12
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -132,7 +134,9 @@ def _allocator_peaks(record: MemoryRecord, *, expandable: bool) -> AllocatorPeak
         reserved_peak_bytes=replay(
             sizes, events, expandable_segments=expandable
         ).reserved_peak_bytes,
-        required_bytes=required_bytes(sizes, events, expandable_segments=expandable),
+        required_bytes=required_bytes(
+            sizes, events, expandable_segments=expandable, tolerance=_REQUIRED_TOLERANCE
+        ),
     )
 
 

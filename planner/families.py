@@ -6,6 +6,7 @@ Counts that follow from it are compared with transformers' own in `tests/`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,44 @@ def spec_from_config(config: Config, name: str) -> ModelSpec:
         return reader(config, name)
     except _FieldError as error:
         raise InputError(f"model `{name}`: config.json {error}") from None
+
+
+def stand_in_spec(config: Config, name: str) -> ModelSpec:
+    """A Llama-shaped decoder in the place of an architecture that the closed form does not know.
+
+    It serves the settings of a plan that is then run dry; its counts are no one's. Raises
+    InputError where not even width, depth, heads and vocabulary are said.
+    """
+    said = config.get("text_config", config)
+    model_type = str(config.get("model_type"))
+    try:
+        shape = {
+            field: next(_count(said, other) for other in (field, *others) if other in said)
+            for field, others in _OTHER_NAMES.items()
+        }
+    except (StopIteration, _FieldError):
+        raise InputError(
+            f"model `{name}`: ftplan does not know `{model_type}`, nor does its config.json say "
+            + ", ".join(f"`{field}`" for field in _OTHER_NAMES)
+        ) from None
+    shape["intermediate_size"] = 4 * shape["hidden_size"]
+    heads = shape["num_attention_heads"]
+    shape["head_dim"] = max(1, shape["hidden_size"] // heads)
+    shape["max_position_embeddings"] = int(said.get("max_position_embeddings") or 2048)
+    return dataclasses.replace(
+        _llama({**shape, "model_type": model_type}, name),
+        architecture=_architecture(config, model_type),
+        native_dtype=_dtype(said),
+    )
+
+
+# What architectures call the fields that every one has.
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("n_embd", "d_model", "dim"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "vocab_size": ("padded_vocab_size",),
+}
 
 
 def spec_from_size(num_parameters: int, name: str) -> ModelSpec:

@@ -50,12 +50,14 @@ class MemoryRecord:
         """The highest moment of the whole record."""
         return self._peak_between(0, len(self.events))
 
-    def levels(self) -> Iterator[int]:
+    @cached_property
+    def levels(self) -> list[int]:
         """Allocated bytes after each event."""
-        level, sizes = 0, self.sizes
+        level, sizes, levels = 0, self.sizes, []
         for event in self.events:
             level += sizes[event] if event >= 0 else -sizes[~event]
-            yield level
+            levels.append(level)
+        return levels
 
     def phase_ranges(self) -> list[tuple[str, int, int]]:
         """(name, first event, event after the last) of each phase, in order."""
@@ -97,7 +99,7 @@ class MemoryRecord:
 
         Each point is the highest of its stretch, so the peak is always among them.
         """
-        levels = list(self.levels())
+        levels = self.levels
         width = max(1, -(-len(levels) // points))
         best = []
         for start in range(0, len(levels), width):
@@ -107,7 +109,7 @@ class MemoryRecord:
         return best
 
     def _range_peaks(self) -> Iterator[tuple[str, Peak]]:
-        levels = list(self.levels())
+        levels = self.levels
         for name, start, end in self.phase_ranges():
             # A phase in which nothing happens stands where the one before it ended.
             first = min(max(start - 1, 0), len(levels) - 1)
@@ -116,7 +118,7 @@ class MemoryRecord:
             yield name, Peak(position=position, allocated_bytes=levels[position])
 
     def _peak_between(self, start: int, end: int) -> Peak:
-        levels = list(self.levels())
+        levels = self.levels
         position = max(range(start, end), key=levels.__getitem__, default=0)
         return Peak(position=position, allocated_bytes=levels[position] if levels else 0)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.estimate_json import estimate_to_dict, parameter_counts
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
@@ -51,13 +51,14 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     device = named_device(arguments.gpu, arguments.free_memory)
     if arguments.plot and not arguments.exact:
         raise InputError("`--plot` draws a dry run", "add `--exact`")
-    source = find_source(arguments.model)
+    source = find_source(arguments.model, any_architecture=arguments.exact)
     model = source.spec
     reasoned = estimate_recipe(model, device, given)
-    memory = estimate_memory(model, reasoned.plan, device=device)
     warnings = plan_warnings(model, reasoned, device)
     dry_run = None
-    if arguments.exact:
+    if not arguments.exact:
+        memory = estimate_memory(model, reasoned.plan, device=device)
+    else:
         from ftplan.launcher.exact import case_of, memory_of, shown_dry_runs
 
         with shown_dry_runs(ui) as runner:
@@ -152,10 +153,10 @@ def _show(
     from ftplan.launcher import views
 
     plan = reasoned.plan
-    trained = plan.resolved_method.count(model, plan.method_settings).num_trainable_parameters
-    share = 100 * trained / model.num_parameters
+    count, trained = parameter_counts(model, plan, dry_run)
+    share = 100 * trained / count
     ui.show(
-        f"{model.name}: {format_count(model.num_parameters)} parameters"
+        f"{model.name}: {format_count(count)} parameters"
         + (f" ({model.approximate})" if model.approximate else f", {model.architecture}"),
         f"{plan.resolved_method.title} fine-tuning trains {format_count(trained)} of them "
         f"({share:.3g} %); {_configuration(reasoned)}",

@@ -75,6 +75,8 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
     with ExitStack() as stack:
         stack.callback(library._destroy)
         for name in _FLOAT32_OPERATIONS:
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
+                continue  # the processor's autocast does so too
             packet, _, overload = name.partition(".")
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
             library.impl(name, partial(_in_float32, operation), "AutocastCPU")
