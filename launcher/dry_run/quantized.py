@@ -91,6 +91,20 @@ def _int8_mixed_scaled_mm(
     return result, inputs.new_empty(0)
 
 
+def int8_matmul(
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor | None = None,
+    state: Any = None,
+    threshold: float = 0.0,
+    bias: torch.Tensor | None = None,
+) -> Any:
+    """`bitsandbytes.matmul` as on a GPU; on the processor it trains by another function."""
+    from bitsandbytes.autograd._functions import MatMul8bitLt
+
+    return MatMul8bitLt.apply(inputs, weight, out, bias, state)
+
+
 def quantized_kernels(quantization: str) -> dict[Any, Callable[..., Any]]:
     """What to run in the place of each kernel of a base held so; nothing for `none`."""
     if quantization == "none":

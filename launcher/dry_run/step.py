@@ -29,7 +29,7 @@ from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors
 from ftplan.launcher.dry_run.layers import keep_few_layers, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
 from ftplan.launcher.dry_run.operations import REPLACED
-from ftplan.launcher.dry_run.quantized import quantized_kernels
+from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.trainers import (
     DrySFTTrainer,
@@ -212,6 +212,8 @@ class _DryRun:
         )
         if self.case.kind == "cuda":
             stack.enter_context(cuda_behaviour(self.case.capability, self.case.repeats_key_value))
+            if self.plan.quantization == "int8":
+                stack.enter_context(mock.patch("bitsandbytes.matmul", int8_matmul))
         if self.plan.mixed_precision == "fp16" and self.plan.trainer != "loop":
             trainer.accelerator.state._mixed_precision = "fp16"
             # The loss scale and a flag are all that a scaler holds; gradients are scaled in place.
