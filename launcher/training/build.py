@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -48,8 +49,14 @@ def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel
                 dtype=getattr(torch, settings["dtype"]),
                 attn_implementation=build_with,
             )
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"transformers cannot build this model: {error}") from error
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError),
+        StrictDataclassError,
+    ) as error:
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"transformers cannot build this model: {said}", "mend the model's config.json"
+        ) from error
     model.config._attn_implementation = attention
     quantization = quantization_config(settings)
     if quantization is not None:
