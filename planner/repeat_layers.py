@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any
 
 # Units traced of each run: the ends may differ, the two within must not.
@@ -125,7 +126,22 @@ def repeat_layers(traced: TracedRecord, runs: Sequence[Run]) -> RepeatedRecord:
     for run in reversed(runs):
         if run.left_out:
             record, layers, kinds = _Repeater(record, layers, kinds, run).repeated()
-    return record
+    return _in_order(record)
+
+
+def _in_order(record: RepeatedRecord) -> RepeatedRecord:
+    """Storages by birth; of deaths in a row those of the oldest first.
+
+    Otherwise chance would order the copies that autocast lets go together: by address.
+    """
+    number = {event: n for n, event in enumerate(e for e in record.events if e >= 0)}
+    origin = [record.origin[storage] for storage in number]
+    events = [number[e] if e >= 0 else ~number[~e] for e in record.events]
+    ordered: list[int] = []
+    for start, end in pairwise(sorted({0, *record.marks, len(events)})):
+        for is_birth, row in groupby(events[start:end], key=lambda event: event >= 0):
+            ordered += row if is_birth else sorted(row, reverse=True)
+    return RepeatedRecord(events=ordered, origin=origin, marks=record.marks)
 
 
 class _Repeater:

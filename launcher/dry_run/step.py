@@ -190,6 +190,8 @@ class _DryRun:
                     recorder.adopt([parameter], "adapters" if added else "weights", path)
             buffers = [b for b in module._buffers.values() if b is not None]
             recorder.adopt([*buffers, *quantization_tensors(module)], "weights", path)
+        if self.plan.num_gpus > 1:
+            _add_buckets(draft, trainer.model)
         self.say("tracing two steps")
         with self._surroundings(trainer), fake_mode, recorder.watching(trainer.model):
             trainer.train()
@@ -227,6 +229,21 @@ class _DryRun:
                 )
             )
         return stack
+
+
+def _add_buckets(draft: Draft, model: Any) -> None:
+    """DDP's copies of all gradients, which it sends (`gradient_as_bucket_view` is off). They are
+    counted by parameter, though parameters share buckets of 25 MiB."""
+    for name, parameter in model.named_parameters():  # tied ones once
+        if parameter.requires_grad:
+            draft.born(
+                num_bytes=parameter.numel() * parameter.element_size(),
+                path=name.rpartition(".")[0],
+                operation="DDP bucket",
+                shape=tuple(parameter.shape),
+                dtype=parameter.dtype,
+                component="communication",
+            )
 
 
 def _never(tensor: Any = None) -> bool:
