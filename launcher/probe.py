@@ -299,6 +299,7 @@ class _Session:
                 peak_flops_per_second={
                     dtype: share * peak for dtype, peak in entry.peak_flops_per_second.items()
                 },
+                context_bytes=entry.context_bytes,
                 compute_capability=self._compute_capability(slot, entry),
                 rates_source=rates_source,
                 holders=self._holders(slot),

@@ -15,7 +15,7 @@ import yaml
 
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.families import spec_from_config
-from ftplan.planner.hardware_spec import Device
+from ftplan.planner.hardware_spec import ASSUMED_CUDA_CONTEXT_BYTES, Device
 from ftplan.planner.model_spec import ModelSpec
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -50,6 +50,8 @@ class GpuEntry:
     memory_bytes: int
     memory_bandwidth_bytes_per_second: float
     peak_flops_per_second: Mapping[str, float]
+    context_bytes: int = ASSUMED_CUDA_CONTEXT_BYTES
+    """What a training process holds besides the allocator's memory, where it was measured."""
 
     def device(self) -> Device:
         """The card as it is when nothing else runs on it."""
@@ -62,6 +64,7 @@ class GpuEntry:
             peak_flops_per_second=self.peak_flops_per_second,
             compute_capability=self.compute_capability,
             rates_source="data sheet",
+            context_bytes=self.context_bytes,
         )
 
 
@@ -112,6 +115,11 @@ def gpu_catalog() -> Mapping[str, GpuEntry]:
             peak_flops_per_second={
                 dtype: number["value"] for dtype, number in entry["peak_flops_per_second"].items()
             },
+            **(
+                {"context_bytes": entry["context_bytes"]["value"]}
+                if "context_bytes" in entry
+                else {}
+            ),
         )
         for stem, entry in _documents("gpus").items()
     }
