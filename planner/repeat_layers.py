@@ -139,8 +139,9 @@ def _in_order(record: RepeatedRecord) -> RepeatedRecord:
     events = [number[e] if e >= 0 else ~number[~e] for e in record.events]
     ordered: list[int] = []
     for start, end in pairwise(sorted({0, *record.marks, len(events)})):
-        for is_birth, row in groupby(events[start:end], key=lambda event: event >= 0):
-            ordered += row if is_birth else sorted(row, reverse=True)
+        for are_births, row in groupby(events[start:end], key=lambda event: event >= 0):
+            together = list(row)
+            ordered += together if are_births else sorted(together, reverse=True)
     return RepeatedRecord(events=ordered, origin=origin, marks=record.marks)
 
 
@@ -181,6 +182,16 @@ class _Repeater:
                         ordinals[phase] += 1
         return found
 
+    def _check_between(self) -> None:
+        """What happens outside of the run between two units would happen between all of them.
+
+        Raises NotRepeating if anything does: it belongs to no unit, so it is not copied.
+        """
+        passes = [unit for unit, _ in groupby(self.units)]
+        for before, between, after in zip(passes, passes[1:], passes[2:], strict=False):
+            if between is None and {before, after} == {_TEMPLATE - 1, _TEMPLATE}:
+                raise NotRepeating
+
     def _description(self, unit: int) -> list[list[tuple[Any, ...]]]:
         """What a unit did, in terms that do not depend on which unit it is."""
         return [
@@ -199,6 +210,7 @@ class _Repeater:
     def repeated(self) -> tuple[RepeatedRecord, list[int], list[Hashable]]:
         if self._description(_TEMPLATE - 1) != self._description(_TEMPLATE):
             raise NotRepeating
+        self._check_between()
         born = self._born_in_template()
         copies = self._copies(born)
         template = {first: (n, end) for n, (first, end) in enumerate(self.stretches[_TEMPLATE])}

@@ -77,11 +77,15 @@ class EfficientAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         query, key, value, _, _, _ = ctx.saved_tensors
         batch, heads, length, head_dim = query.shape
-        gradient = gradients[0].contiguous()
+        # The kernel's own order of dimensions is (batch, length, heads, head_dim).
+        gradient = gradients[0].transpose(1, 2).contiguous()
         grads = [
             t.new_empty((batch, t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
             for t in (query, key, value)
         ]
+        if query.dtype is torch.float32:  # gradient times result, before it is summed up
+            elementwise = torch.empty_like(gradient)
+            del elementwise
         products = query.new_empty((batch, heads, length), dtype=torch.float32)
         if query.dtype is not torch.float32:  # the query's gradient is summed up in fp32
             workspace = query.new_empty((batch, heads, length, head_dim), dtype=torch.float32)

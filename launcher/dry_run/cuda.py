@@ -81,6 +81,7 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
             library.impl(name, partial(_in_float32, operation), "AutocastCPU")
         ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash_attention_2
+        stack.callback(ALL_ATTENTION_FUNCTIONS.pop, "flash_attention_2")
         attention = scaled_dot_product_attention(capability, repeats_key_value)
         for target, replacement in (
             ("torch.nn.functional.scaled_dot_product_attention", attention),

@@ -32,6 +32,19 @@ def same_on_every_layer(peft_config: PeftConfig | None) -> bool:
     return not any(re.search(r"\.\d", str(name)) for name in names)
 
 
+def meet_outside(config: Any, trainer: str) -> bool:
+    """Whether something outside of the layers works on what each of them computed.
+
+    The auxiliary loss of a mixture of experts takes every layer's router logits; TRL turns it on
+    wherever the model has a coefficient for it.
+    """
+    text_config = config.get_text_config()
+    if not hasattr(text_config, "output_router_logits"):
+        return False
+    coefficient = getattr(text_config, "router_aux_loss_coef", 0.0)
+    return bool(text_config.output_router_logits or (trainer == "trl" and coefficient))
+
+
 def keep_few_layers(model: nn.Module) -> Selection:
     """Take equal layers out of `model`, in place; which ones are left, and what repeats."""
     _, layers = decoder_layer_list(model)

@@ -26,7 +26,7 @@ from ftplan.launcher.dry_run.cuda import (
 )
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors
-from ftplan.launcher.dry_run.layers import keep_few_layers, same_on_every_layer
+from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
 from ftplan.launcher.dry_run.operations import REPLACED
 from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
@@ -91,7 +91,8 @@ class _DryRun:
         peft_config = apply_method(model, plan.method, settings)
         num_parameters, num_layers = count_parameters(model), len(decoder_layers(model))
         selection = None
-        if few_layers and same_on_every_layer(peft_config):
+        alone = not meet_outside(model.config, plan.trainer)
+        if few_layers and alone and same_on_every_layer(peft_config):
             selection = keep_few_layers(model)
         # Adapters too are built without data.
         with torch.device("meta"):
