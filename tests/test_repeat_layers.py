@@ -54,6 +54,12 @@ def test_five_sliding_layers_and_a_global_one_are_a_unit() -> None:
     assert list(selection.runs[0].template) == [12, 13, 14, 15, 16, 17]
 
 
+def test_of_two_patterns_the_one_that_covers_more_layers_counts() -> None:
+    """Seven equal layers begin the model, but five units of eight go further."""
+    selection = select_layers("LLLLLLLG" * 5)
+    assert selection.runs == (Run(first=0, layers_per_unit=8, left_out=1),)
+
+
 def test_four_units_of_a_pattern_leave_nothing_out() -> None:
     assert select_layers("LLG" * 4).kept == tuple(range(12))
 

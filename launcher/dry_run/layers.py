@@ -45,8 +45,11 @@ def meet_outside(config: Any, trainer: str) -> bool:
     return bool(text_config.output_router_logits or (trainer == "trl" and coefficient))
 
 
-def keep_few_layers(model: nn.Module) -> Selection:
-    """Take equal layers out of `model`, in place; which ones are left, and what repeats."""
+def keep_few_layers(model: nn.Module) -> Selection | None:
+    """Take equal layers out of `model`, in place; which ones are left, and what repeats.
+
+    None, and the model stays whole, where the kinds of its layers follow from their number.
+    """
     _, layers = decoder_layer_list(model)
     config: Any = model.config
     kinds = getattr(config, "layer_types", None)
@@ -58,12 +61,15 @@ def keep_few_layers(model: nn.Module) -> Selection:
         (kind, _signature(layer, shared)) for kind, layer in zip(listed, layers, strict=True)
     ]
     selection = select_layers(signatures)
+    if kinds is listed:
+        try:
+            config.layer_types = [kinds[place] for place in selection.kept]
+        except AttributeError:  # a property: Jamba, Bamba, Falcon-H1
+            return None
     kept = [layers[place] for place in selection.kept]
     del layers[len(kept) :]
     for place, layer in enumerate(kept):
         layers[place] = layer
-    if kinds is listed:
-        config.layer_types = [kinds[place] for place in selection.kept]
     if getattr(config, "num_hidden_layers", None) is not None:
         config.num_hidden_layers = len(kept)
     return selection
