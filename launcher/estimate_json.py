@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.rule_of_thumb import rule_to_dict
 from ftplan.planner.step_time import estimate_step_time
+
+if TYPE_CHECKING:
+    from ftplan.planner.dry_run_summary import DryRunSummary
 
 
 def estimate_to_dict(
