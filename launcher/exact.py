@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from ftplan.launcher.dry_run.case import DEFAULT_CAPABILITY, DryRunCase
 from ftplan.launcher.model_source import ModelSource
+from ftplan.launcher.planning import missing_packages
 from ftplan.launcher.ui import Ui
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import InputError, RunFailedError
@@ -26,7 +27,6 @@ from ftplan.planner.memory import MemoryEstimate, memory_from_phases
 from ftplan.planner.methods import target_names
 from ftplan.planner.plan import TrainingPlan
 
-_NEEDED_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 _SERVER = "ftplan.launcher.dry_run.serve"
 
 
@@ -40,7 +40,7 @@ class DryRunner:
         self._log: IO[str] | None = None
 
     def __enter__(self) -> DryRunner:
-        missing = [name for name in _NEEDED_PACKAGES if find_spec(name) is None]
+        missing = missing_packages()
         if missing:
             raise InputError(
                 f"a dry run needs {', '.join(missing)}, which this Python does not have",

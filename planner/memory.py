@@ -57,10 +57,10 @@ MEMORY_MARGIN = 0.05
 # Weight quantization of bitsandbytes: 4 bits a weight and an fp32 scale for each block of 64;
 # double quantization holds the scales in 8 bits with an fp32 scale for each 256 of them
 # (arXiv 2305.14314, section 3).
-_BLOCK_SIZE = 64
-_SCALES_PER_BLOCK = 256
-_SINGLE_QUANT_BYTES = 0.5 + 4 / _BLOCK_SIZE
-_DOUBLE_QUANT_BYTES = 0.5 + 1 / _BLOCK_SIZE + 4 / (_BLOCK_SIZE * _SCALES_PER_BLOCK)
+QUANT_BLOCK_SIZE = 64
+QUANT_SCALES_PER_BLOCK = 256
+_SINGLE_QUANT_BYTES = 0.5 + 4 / QUANT_BLOCK_SIZE
+_DOUBLE_QUANT_BYTES = 0.5 + 1 / QUANT_BLOCK_SIZE + 4 / (QUANT_BLOCK_SIZE * QUANT_SCALES_PER_BLOCK)
 
 # TRL's fused loss works on tiles of so many tokens and vocabulary entries
 # (trl.kernels.chunked_logprob, trl.trainer.utils in TRL 1.16).

@@ -127,7 +127,7 @@ def test_a_plot_needs_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "find_spec", lambda name: None if name in ("peft", "trl") else 1)
+    monkeypatch.setattr(exact, "missing_packages", lambda: ["peft", "trl"])
     with pytest.raises(InputError, match="a dry run needs peft, trl") as raised:
         DryRunner().__enter__()
     assert "pip install" in str(raised.value.hint)
@@ -169,7 +169,7 @@ def test_a_process_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         started.append(popen([words[0], "-c", script], **kwargs))
         return started[-1]
 
-    monkeypatch.setattr(exact, "find_spec", lambda name: 1)
+    monkeypatch.setattr(exact, "missing_packages", list)
     monkeypatch.setattr(exact.subprocess, "Popen", dying)
     case = case_of(find_source("7B"), TrainingPlan(), None)
     with DryRunner() as runner, pytest.raises(RunFailedError) as raised:

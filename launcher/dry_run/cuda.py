@@ -45,10 +45,6 @@ _FLOAT32_OPERATIONS = (
 )
 
 
-# Every allocation is rounded up to this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
-ALLOCATION_GRANULARITY = 512
-
-
 def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     """What cuBLAS takes from the allocator, once a thread (ATen/cuda/CublasHandlePool.cpp):
     two buffers of 4 MiB and eight of 16 KiB; 32 MiB from Hopper on."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftplan.launcher.dry_run.quantized import BLOCK_SIZE, SCALES_PER_BLOCK
+from ftplan.planner.memory import QUANT_BLOCK_SIZE, QUANT_SCALES_PER_BLOCK
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
@@ -59,29 +59,29 @@ def _quantize_4bit(module: Any, dtype: torch.dtype) -> None:
 
     weight = module.weight
     shape = weight.shape
-    num_blocks = math.ceil(shape.numel() / BLOCK_SIZE)
+    num_blocks = math.ceil(shape.numel() / QUANT_BLOCK_SIZE)
     nested = weight.compress_statistics
     packed = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
     state = QuantState(
         absmax=torch.empty(num_blocks, dtype=torch.uint8 if nested else torch.float32),
         shape=shape,
         code=torch.empty(16),
-        blocksize=BLOCK_SIZE,
+        blocksize=QUANT_BLOCK_SIZE,
         quant_type=weight.quant_type,
         dtype=dtype,
     )
     if nested:
         state.offset = torch.empty(())
         state.state2 = QuantState(
-            absmax=torch.empty(math.ceil(num_blocks / SCALES_PER_BLOCK)),
+            absmax=torch.empty(math.ceil(num_blocks / QUANT_SCALES_PER_BLOCK)),
             code=torch.empty(256),
-            blocksize=SCALES_PER_BLOCK,
+            blocksize=QUANT_SCALES_PER_BLOCK,
             dtype=torch.float32,
         )
         state.nested = True
     parameter: Any = nn.Parameter(packed, requires_grad=False)
     parameter.quant_state, parameter.quant_type = state, weight.quant_type
-    parameter.compress_statistics, parameter.blocksize = nested, BLOCK_SIZE
+    parameter.compress_statistics, parameter.blocksize = nested, QUANT_BLOCK_SIZE
     module.weight = parameter
     module.quant_state = state
     module.support_avx512bf16_for_cpu = False

@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Values that share a scale, and scales that share one (arXiv 2305.14314, section 3;
-# bitsandbytes.functional.quantize_4bit).
-BLOCK_SIZE = 64
-SCALES_PER_BLOCK = 256
+from ftplan.planner.memory import QUANT_SCALES_PER_BLOCK
 
 
 def _gemm_4bit(
@@ -38,7 +35,7 @@ def _gemm_4bit(
     if absmax_8bit is not None:
         assert absmax_offset is not None
         scales = ops.dequantize_blockwise.default(
-            absmax_8bit, absmax, absmax_code, SCALES_PER_BLOCK, torch.float32
+            absmax_8bit, absmax, absmax_code, QUANT_SCALES_PER_BLOCK, torch.float32
         )
         absmax = scales + absmax_offset
         del scales

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.cuda import (
-    ALLOCATION_GRANULARITY,
     CUDA_KERNELS,
     cublas_workspace_bytes,
     cuda_behaviour,
@@ -50,6 +49,7 @@ from ftplan.launcher.training.build import (
     meta_model,
 )
 from ftplan.launcher.training.loop import sft_arguments
+from ftplan.planner.allocator import BLOCK_BYTES
 from ftplan.planner.memory_record import MemoryRecord
 from ftplan.planner.repeat_layers import NotRepeating
 
@@ -178,7 +178,7 @@ class _DryRun:
         recorder = Recorder(draft, fake_mode, decompositions, self.case.padded)
         if self.case.kind == "cuda":
             recorder.decompositions.update(CUDA_KERNELS)
-            draft.granularity = ALLOCATION_GRANULARITY
+            draft.granularity = BLOCK_BYTES
             draft.workspace_bytes = cublas_workspace_bytes(self.case.capability)
         trainer.observe(draft, recorder)
         make_fake(trainer.model, fake_mode, getattr(torch, self.plan.dtype))
