@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from ftplan.launcher.dry_run.case import DEFAULT_CAPABILITY, DryRunCase
 from ftplan.launcher.model_source import ModelSource
-from ftplan.launcher.planning import missing_packages
+from ftplan.launcher.planning import INSTALL_TRAINING, missing_packages
 from ftplan.launcher.ui import Ui
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import InputError, RunFailedError
@@ -44,7 +44,7 @@ class DryRunner:
         if missing:
             raise InputError(
                 f"a dry run needs {', '.join(missing)}, which this Python does not have",
-                'install them with `pip install "ftplan[train]"`, or leave out `--exact`',
+                f"{INSTALL_TRAINING}, or leave out `--exact`",
             )
         return self
 

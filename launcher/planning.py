@@ -40,6 +40,9 @@ from ftplan.profiles import model_catalog
 
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
+# How to get them; ftplan is installed from its folder.
+INSTALL_TRAINING = "`pip install -c constraints.txt '.[train]'` in ftplan's folder"
+
 # Licences under which a model may be chosen for somebody who named none.
 _FREE_LICENCES = ("Apache-2.0", "MIT")
 
@@ -87,7 +90,7 @@ def require_training() -> None:
     if missing:
         raise InputError(
             f"training needs packages that are not installed: {', '.join(missing)}",
-            "`pip install -c constraints.txt '.[train]'` in ftplan's folder",
+            INSTALL_TRAINING,
         )
 
 
