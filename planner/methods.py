@@ -129,8 +129,10 @@ def _peft(
     )
 
 
-# Every other method of PEFT 0.21 for causal language models but X-LoRA, which mixes adapters that
-# are trained already. Tokens of a prompt: 20, as in PEFT's examples.
+# Every other method of PEFT 0.21 for causal language models but four: X-LoRA mixes adapters that
+# are trained already; AdaMSS and FRoD take their shapes from the values of the weights; CPT is
+# made of the examples of one task. Tokens of a prompt: 20, as in PEFT's examples. Tasks of Poly:
+# two, the fewest that are several.
 _PEFT_METHODS = (
     _peft(
         "LORA",
@@ -344,20 +346,6 @@ _PEFT_METHODS = (
         _TARGETS,
     ),
     _peft(
-        "FROD",
-        "FRoD",
-        "sparse and diagonal factors of a joint decomposition of the weights",
-        "doi 10.1609/aaai.v40i31.39813",
-        _TARGETS,
-    ),
-    _peft(
-        "ADAMSS",
-        "AdaMSS",
-        "low-rank changes within clusters of the singular space",
-        "PEFT 0.21, tuners/adamss",
-        _TARGETS,
-    ),
-    _peft(
         "OSF",
         "OSF",
         "the lesser half of the singular space of the weights",
@@ -399,13 +387,6 @@ _PEFT_METHODS = (
         num_virtual_tokens=20,
     ),
     _peft(
-        "CPT",
-        "CPT",
-        "the embeddings of examples in front of the input",
-        "Blau et al. 2024, arXiv 2410.17222",
-        {},
-    ),
-    _peft(
         "PREFIX_TUNING",
         "Prefix tuning",
         "keys and values in front of those of each layer",
@@ -428,7 +409,6 @@ _PEFT_METHODS = (
         "Zhang et al. 2023, arXiv 2303.16199",
         {},
         adapter_len=10,
-        adapter_layers=30,
     ),
     _peft(
         "POLY",
@@ -436,6 +416,7 @@ _PEFT_METHODS = (
         "mixtures of adapters, chosen by task",
         "Ponti et al. 2022, arXiv 2202.13914",
         _RANK,
+        n_tasks=2,
     ),
     _peft(
         "SHADOW", "ShadowPEFT", "a small network beside the layers", "PEFT 0.21, tuners/shadow", {}

@@ -32,6 +32,7 @@ def summary_of(required_bytes: int) -> DryRunSummary:
     return DryRunSummary(
         num_parameters=1,
         num_trainable_parameters=1,
+        trained_weight_bytes=4,
         num_layers=1,
         num_layers_traced=1,
         phases=(Phase(name="forward", components=components),),

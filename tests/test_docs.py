@@ -31,7 +31,7 @@ from ftplan.planner.hardware_spec import (
 )
 from ftplan.planner.layers import decoder_layer
 from ftplan.planner.memory import MEMORY_MARGIN, RESERVED_OVER_ALLOCATED, estimate_memory
-from ftplan.planner.methods import METHODS
+from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import SETTING_NAMES, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
@@ -361,7 +361,7 @@ def derived_settings(data: DataProfile, devices: dict[str, Device], model: Model
     """Every setting that any method on any device gets by a rule."""
     found: set[str] = set()
     for device in devices.values():
-        for method in METHODS:
+        for method in COMPARED_METHODS:
             if METHODS[method].quantized_base and device.kind == "cpu":
                 continue
             for reasoned in candidates(model, data, device, {"method": method}):

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 
 from ftplan.launcher.dry_run.case import DryRunCase
+from ftplan.launcher.dry_run.fakes import held_tensors
 from ftplan.launcher.dry_run.layers import keep_few_layers
 from ftplan.launcher.dry_run.step import dry_run
 from ftplan.launcher.dry_run.trainers import blank_tokenizer
@@ -217,6 +218,7 @@ def scales(model: Any) -> list[torch.Tensor]:
             state = state.state2
         found.append(getattr(getattr(module, "state", None), "SCB", None))
         found.append(getattr(getattr(module, "weight", None), "SCB", None))
+    found += [tensor for module in model.modules() for tensor in held_tensors(module)]
     return [tensor for tensor in found if tensor is not None]
 
 

@@ -23,7 +23,7 @@ from ftplan.launcher.dry_run.attention import (
 )
 from ftplan.launcher.dry_run.cuda import CUDA_KERNELS, cublas_workspace_bytes, cuda_behaviour
 from ftplan.launcher.dry_run.draft import Draft
-from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors
+from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors, quantize_blank
 from ftplan.launcher.dry_run.losses import LigerLoss, shifted_logits_loss, shifts_logits
 from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
@@ -422,7 +422,8 @@ def meta_linear_4bit(shape: tuple[int, int], kind: str, double_quant: bool) -> A
 def fake_4bit(shape: tuple[int, int], kind: str, double_quant: bool) -> list[torch.Tensor]:
     """The storages that the dry run gives a quantized layer."""
     layer = meta_linear_4bit(shape, kind, double_quant)
-    make_fake(layer, FakeTensorMode(), torch.bfloat16)
+    quantize_blank(layer, torch.bfloat16)
+    make_fake(layer, FakeTensorMode())
     return [layer.weight, *quantization_tensors(layer)]
 
 
@@ -478,7 +479,8 @@ def test_a_fake_8_bit_layer_has_the_storages_of_a_real_one(shape: tuple[int, int
     rows, columns = shape
     with torch.device("meta"):
         layer = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0)
-    make_fake(layer, FakeTensorMode(), torch.float16)
+    quantize_blank(layer, torch.float16)
+    make_fake(layer, FakeTensorMode())
     fake = [layer.weight, *quantization_tensors(layer)]
     real = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0)
     real.to("cpu")
@@ -492,8 +494,9 @@ def test_a_4_bit_product_dequantizes_the_whole_weight(double_quant: bool) -> Non
     kept: backward does so again."""
     rows, columns = 256, 512
     layer = meta_linear_4bit((rows, columns), "nf4", double_quant)
+    quantize_blank(layer, torch.bfloat16)
     with recording(quantized_kernels("nf4")) as made:
-        make_fake(layer, made.fake_mode, torch.bfloat16)
+        make_fake(layer, made.fake_mode)
         inputs = torch.empty((TOKENS, columns), dtype=torch.bfloat16, requires_grad=True)
         made.begin("forward")
         result = layer(inputs)
@@ -515,8 +518,9 @@ def test_an_8_bit_product_is_that_of_a_gpu() -> None:
     with torch.device("meta"):
         layer = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0)
     kernels = quantized_kernels("int8")
+    quantize_blank(layer, torch.float16)
     with recording(kernels) as made, mock.patch("bitsandbytes.matmul", int8_matmul):
-        make_fake(layer, made.fake_mode, torch.float16)
+        make_fake(layer, made.fake_mode)
         inputs = torch.empty((TOKENS, columns), dtype=torch.float16, requires_grad=True)
         made.begin("forward")
         result = layer(inputs)

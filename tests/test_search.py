@@ -20,7 +20,7 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import FAMILIES, spec_from_size
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device, Host, Machine
 from ftplan.planner.memory import fits, needed_bytes
-from ftplan.planner.methods import METHODS
+from ftplan.planner.methods import COMPARED_METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import QUANTIZATIONS, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
@@ -89,7 +89,9 @@ def test_what_is_chosen_fits_and_what_is_rejected_does_not(
         if rejection.needs_bytes is not None:
             assert rejection.needs_bytes > devices[device].free_bytes
     named = [*(e.plan.method for e in plans), *(r.method for r in ranking.rejected)]
-    assert sorted(named) == sorted(METHODS)  # each method once: taken or left out with a reason
+    assert sorted(named) == sorted(
+        COMPARED_METHODS
+    )  # each method once: taken or left out with a reason
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_when_nothing_fits_the_nearest_is_named(
     ranking = choose_plan(sized["70B"], few_short_rows, devices["RTX 4090"], {})
     assert ranking.best is None and ranking.alternatives == ()
     assert ranking.nearest is not None
-    assert {r.method for r in ranking.rejected} == set(METHODS)
+    assert {r.method for r in ranking.rejected} == set(COMPARED_METHODS)
     least = min(r.needs_bytes for r in ranking.rejected if r.needs_bytes is not None)
     assert needed_bytes(ranking.nearest.memory) == least > devices["RTX 4090"].free_bytes
 
@@ -135,7 +137,7 @@ def test_when_something_fits_there_is_no_nearest_miss(
     assert ranking.nearest is None
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(COMPARED_METHODS))
 def test_needed_memory_is_enough_and_one_byte_less_is_not(
     method: str, sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
 ) -> None:
@@ -171,7 +173,7 @@ def test_estimate_says_that_it_fits_where_plan_does(
 
 
 @for_all(
-    method=st.sampled_from(sorted(METHODS)),
+    method=st.sampled_from(sorted(COMPARED_METHODS)),
     size=st.sampled_from(["135M", "1.7B", "8B"]),
     free_gib=st.floats(0.5, 40),
     more_gib=st.floats(0, 40),

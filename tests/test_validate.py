@@ -192,7 +192,7 @@ class TestRefusals:
         ("config", "reason"),
         [
             ({"trainer": "litgpt"}, "unknown trainer `litgpt`"),
-            ({"method": "dora"}, "unknown method `dora`"),
+            ({"method": "dorra"}, "unknown method `dorra`"),
             ({"loss_kernel": "triton_ce"}, "unknown loss `triton_ce`"),
             ({"loss_kernel": "chunked"}, "unknown loss `chunked`"),
             ({"quantization": "gptq-int4"}, "unknown quantization `gptq-int4`"),

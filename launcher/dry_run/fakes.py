@@ -17,28 +17,45 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ftplan.planner.memory import QUANT_BLOCK_SIZE, QUANT_SCALES_PER_BLOCK
 
 
-def make_fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
-    """Replace every parameter and buffer of `model` by a fake one; tied ones stay tied.
-
-    `dtype`: of the weights before they were quantized.
-    """
+def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every parameter and buffer of `model` by a fake one; tied ones stay tied."""
     done: dict[int, Any] = {}
     with mode:
         for module in model.modules():
-            if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):
-                _quantize_4bit(module, dtype)
-            elif hasattr(module, "state") and hasattr(module.state, "CB"):
-                _quantize_8bit(module)
+            if _is_4bit(module):
+                _fake_4bit(module)
+            elif _is_8bit(module):
+                _fake_8bit(module)
             for name, parameter in module._parameters.items():
                 if parameter is not None and not _is_fake(parameter):
                     if id(parameter) not in done:
                         done[id(parameter)] = _fake_parameter(parameter)
                     module._parameters[name] = done[id(parameter)]
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not _is_fake(buffer):
-                    if id(buffer) not in done:
-                        done[id(buffer)] = _empty_like(buffer)
-                    module._buffers[name] = done[id(buffer)]
+            for holder in (module._buffers, *_holders(module)):
+                for name, tensor in holder.items():
+                    if isinstance(tensor, torch.Tensor) and not _is_fake(tensor):
+                        if id(tensor) not in done:
+                            done[id(tensor)] = _empty_like(tensor)
+                        holder[name] = done[id(tensor)]
+
+
+def _holders(module: nn.Module) -> list[dict[str, Any]]:
+    """Where a module keeps tensors that are neither parameters nor buffers: its attributes, and
+    dictionaries among them (PEFT's indices)."""
+    attributes = vars(module)
+    registered = (module._parameters, module._buffers, module._modules)
+    inner = (value for value in attributes.values() if type(value) is dict)
+    return [attributes, *(holder for holder in inner if all(holder is not r for r in registered))]
+
+
+def held_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """What `module` itself keeps beside parameters and buffers."""
+    return [
+        value
+        for holder in _holders(module)
+        for value in holder.values()
+        if isinstance(value, torch.Tensor)
+    ]
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
@@ -50,7 +67,29 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(_empty_like(parameter), requires_grad=parameter.requires_grad)
+    fake = nn.Parameter(_empty_like(parameter), requires_grad=parameter.requires_grad)
+    for hook in (parameter._backward_hooks or {}).values():
+        fake.register_hook(hook)
+    return fake
+
+
+def quantize_blank(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the quantized layers of a model on the meta device the storages that they have once
+    loaded, before PEFT looks at them. `dtype`: of the weights before they were quantized."""
+    with torch.device("meta"):
+        for module in model.modules():
+            if _is_4bit(module):
+                _quantize_4bit(module, dtype)
+            elif _is_8bit(module):
+                _quantize_8bit(module)
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return hasattr(module, "quant_state") and hasattr(module, "compute_dtype")
+
+
+def _is_8bit(module: nn.Module) -> bool:
+    return hasattr(module, "state") and hasattr(module.state, "CB")
 
 
 def _quantize_4bit(module: Any, dtype: torch.dtype) -> None:
@@ -61,7 +100,6 @@ def _quantize_4bit(module: Any, dtype: torch.dtype) -> None:
     shape = weight.shape
     num_blocks = math.ceil(shape.numel() / QUANT_BLOCK_SIZE)
     nested = weight.compress_statistics
-    packed = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
     state = QuantState(
         absmax=torch.empty(num_blocks, dtype=torch.uint8 if nested else torch.float32),
         shape=shape,
@@ -79,23 +117,44 @@ def _quantize_4bit(module: Any, dtype: torch.dtype) -> None:
             dtype=torch.float32,
         )
         state.nested = True
-    parameter: Any = nn.Parameter(packed, requires_grad=False)
-    parameter.quant_state, parameter.quant_type = state, weight.quant_type
-    parameter.compress_statistics, parameter.blocksize = nested, QUANT_BLOCK_SIZE
-    module.weight = parameter
-    module.quant_state = state
+    weight.data = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
+    weight.quant_state = module.quant_state = state
+    weight.blocksize = QUANT_BLOCK_SIZE
     module.support_avx512bf16_for_cpu = False
 
 
 def _quantize_8bit(module: Any) -> None:
     """The storages of a Linear8bitLt after loading: int8 weights and a scale for each row."""
     weight = module.weight
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    weight.data = torch.empty(weight.shape, dtype=torch.int8)
+    weight.CB, weight.SCB = weight.data, torch.empty(weight.shape[0])
+
+
+def _fake_4bit(module: Any) -> None:
+    """A plain parameter in the place of bitsandbytes' own."""
+    weight = module.weight
+    state = module.quant_state
+    while state is not None:
+        for name in ("absmax", "code", "offset"):
+            if getattr(state, name) is not None:
+                setattr(state, name, _empty_like(getattr(state, name)))
+        state = state.state2
+    parameter: Any = nn.Parameter(_empty_like(weight), requires_grad=False)
+    parameter.quant_state, parameter.quant_type = module.quant_state, weight.quant_type
+    parameter.compress_statistics = weight.compress_statistics
+    parameter.blocksize = weight.blocksize
+    module.weight = parameter
+
+
+def _fake_8bit(module: Any) -> None:
+    """A plain parameter in the place of bitsandbytes' own."""
+    codes = _empty_like(module.weight)
+    scales = _empty_like(module.weight.SCB)
     parameter: Any = nn.Parameter(codes, requires_grad=False)
     parameter.CB = parameter.SCB = None
     parameter.has_fp16_weights = False
     module.weight = parameter
-    module.state.CB, module.state.SCB = codes, torch.empty(weight.shape[0])
+    module.state.CB, module.state.SCB = codes, scales
 
 
 def quantization_tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Hashable
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from torch import nn
 
 from ftplan.launcher.training.build import decoder_layer_list
@@ -16,14 +16,25 @@ from ftplan.planner.repeat_layers import Selection, select_layers
 _PLACE = ("layer_idx", "layer_id", "layer_number")
 
 
-def same_on_every_layer(peft_config: PeftConfig | None) -> bool:
-    """Whether a method does to every layer what it does to its equals.
+# PEFT's methods whose adapters in one layer depend on the other layers: by shared numbers,
+# prompts that reach into each layer by its place, or losses over all adapters.
+_ACROSS_LAYERS = frozenset(
+    (
+        *(PeftType.ADALORA, PeftType.BEFT, PeftType.LILY, PeftType.SHADOW, PeftType.TINYLORA),
+        *(PeftType.UNILORA, PeftType.VBLORA),
+        *(PeftType.ADAPTION_PROMPT, PeftType.CARTRIDGE, PeftType.PREFIX_TUNING),
+    )
+)
 
-    Prompts reach into each layer by its number; so do lists of layers, and patterns that name one.
+
+def same_on_every_layer(peft_config: PeftConfig | None) -> bool:
+    """Whether a method does to every layer what it does to its equals, and nothing besides.
+
+    Lists of layers, and patterns that name one, do not.
     """
     if peft_config is None:
         return True
-    if peft_config.is_prompt_learning:
+    if peft_config.peft_type in _ACROSS_LAYERS:
         return False
     for field in ("layers_to_transform", "layer_replication", "rank_pattern", "alpha_pattern"):
         if getattr(peft_config, field, None):

@@ -1,6 +1,7 @@
 """Operations that fake tensors cannot run as they are.
 
 Where the size of a result depends on data it is taken at its largest: everything is selected.
+Distinct values alone are taken as one: what follows is done for each, one after another.
 """
 
 from __future__ import annotations
@@ -53,9 +54,32 @@ def _grouped_mm(
     return left.new_empty((left.shape[-2], right.shape[-1]), dtype=dtype)
 
 
+def _sparse_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The values at the places of `mask`; torch's own shape function forgets how many they are."""
+    chosen = values.new_empty(mask._indices().shape[1])
+    return torch.sparse_coo_tensor(mask._indices(), chosen, mask.shape, check_invariants=False)
+
+
+def _unique(
+    tensor: torch.Tensor,
+    sorted: bool = True,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As if all elements were equal."""
+    whole = tensor.shape if return_inverse or return_counts else (0,)
+    return (
+        tensor.new_empty(1),
+        tensor.new_empty(whole, dtype=torch.int64),
+        tensor.new_empty(int(return_counts), dtype=torch.int64),
+    )
+
+
 REPLACED: dict[Any, Callable[..., Any]] = {
     _aten.nonzero.default: _nonzero,
     _aten._grouped_mm.default: _grouped_mm,
+    _aten._unique2.default: _unique,
+    _aten.sparse_mask.default: _sparse_mask,
     **{
         operation: _selecting(operation)
         for operation in (

@@ -5,6 +5,7 @@ Their registered shape functions give the results only, not what lives within.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,39 @@ def int8_matmul(
     from bitsandbytes.autograd._functions import MatMul8bitLt
 
     return MatMul8bitLt.apply(inputs, weight, out, bias, state)
+
+
+def _dequantize_weight(weight: Any, state: Any = None) -> torch.Tensor:
+    """PEFT's function of that name, which knows a quantized weight by the name of its class."""
+    from bitsandbytes import functional
+
+    if hasattr(weight, "quant_state"):
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    return functional.int8_vectorwise_dequant(weight.data, state.SCB)
+
+
+def _dequantize_module(module: Any) -> torch.Tensor:
+    weight = module.weight
+    if hasattr(weight, "quant_state") or hasattr(weight, "has_fp16_weights"):
+        return _dequantize_weight(weight, getattr(module, "state", None))
+    return weight
+
+
+def dequantization(quantization: str) -> list[tuple[tuple[Any, str], Callable[..., Any]]]:
+    """Where PEFT dequantizes weights of a base held so: ((module, name), what to put there)."""
+    if quantization == "none":
+        return []
+    replaced: dict[str, Callable[..., Any]] = {
+        "dequantize_bnb_weight": _dequantize_weight,
+        "dequantize_module_weight": _dequantize_module,
+    }
+    loaded: list[Any] = list(sys.modules.values())
+    return [
+        ((module, name), function)
+        for module in loaded
+        for name, function in replaced.items()
+        if getattr(module, "__name__", "").startswith("peft.") and name in vars(module)
+    ]
 
 
 def quantized_kernels(quantization: str) -> dict[Any, Callable[..., Any]]:

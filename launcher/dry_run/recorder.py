@@ -27,6 +27,7 @@ from ftplan.launcher.dry_run.shape_memory import ShapeMemory
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _ALL = (_aten.all.default, _aten.all.dim)
+_RANDOM = (_aten.rand.default,)
 
 
 class Recorder(TorchDispatchMode):
@@ -106,7 +107,11 @@ class Recorder(TorchDispatchMode):
             path = self._current_path(args, 0)
             self._see(result, func, path, self._copied_component(func, args))
             if func in _ALL:
-                result.is_unpadded = not self.padded
+                result.is_true = not self.padded
+            elif func in _RANDOM:
+                result.is_chance = True
+            elif func is _aten.gt.Scalar and hasattr(args[0], "is_chance"):
+                result.is_true = True
         elif isinstance(result, (list, tuple)):
             for number, item in enumerate(result):
                 if isinstance(item, torch.Tensor):
@@ -114,9 +119,10 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _plausible(self, tensor: torch.Tensor) -> bool | int | float:
-        """What `.item()` gives on a fake: numbers are finite, counts are one."""
+        """What `.item()` gives on a fake: numbers are finite, counts are one, and a module that is
+        left out by chance is not."""
         if tensor.dtype is torch.bool:
-            return bool(getattr(tensor, "is_unpadded", False))
+            return bool(getattr(tensor, "is_true", False))
         return 1.0 if tensor.dtype.is_floating_point else 1
 
     def _copied_component(self, func: Any, args: tuple[Any, ...]) -> str | None:
@@ -156,6 +162,10 @@ class Recorder(TorchDispatchMode):
         return self.draft.path
 
     def _see(self, tensor: torch.Tensor, func: Any, path: str, component: str | None) -> None:
+        if tensor.layout is torch.sparse_coo:
+            for part in (tensor._indices(), tensor._values()):
+                self._see(part, func, path, component)
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ftplan.launcher.dry_run.blank import BlankWeights, choose_without_weights
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.cuda import (
     CUDA_KERNELS,
@@ -24,11 +25,16 @@ from ftplan.launcher.dry_run.cuda import (
     cuda_behaviour,
 )
 from ftplan.launcher.dry_run.draft import Draft
-from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors
+from ftplan.launcher.dry_run.fakes import (
+    held_tensors,
+    make_fake,
+    quantization_tensors,
+    quantize_blank,
+)
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
 from ftplan.launcher.dry_run.operations import REPLACED
-from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
+from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.trainers import (
     DrySFTTrainer,
@@ -94,6 +100,7 @@ class _DryRun:
         model = meta_model(self.case.config, settings)
         peft_config = apply_method(model, plan.method, settings)
         num_parameters, num_layers = count_parameters(model), len(decoder_layers(model))
+        quantize_blank(model, getattr(torch, plan.dtype))
         selection = None
         alone = not meet_outside(model.config, plan.trainer)
         if few_layers and alone and same_on_every_layer(peft_config):
@@ -122,8 +129,10 @@ class _DryRun:
         """The trainer, its model with its adapters; raises InputError where PEFT refuses them."""
         if peft_config is None:
             return self._trainer(model, None)
+        choose_without_weights(peft_config)
         try:
-            trainer = self._trainer(model, peft_config)
+            with BlankWeights():
+                trainer = self._trainer(model, peft_config)
         except InputError:
             raise
         except Exception as error:
@@ -199,7 +208,7 @@ class _DryRun:
             draft.granularity = BLOCK_BYTES
             draft.workspace_bytes = cublas_workspace_bytes(self.case.capability)
         trainer.observe(draft, recorder)
-        make_fake(trainer.model, fake_mode, getattr(torch, self.plan.dtype))
+        make_fake(trainer.model, fake_mode)
         draft.begin_phase("load")
         adapted = hasattr(trainer.model, "peft_config")
         for path, module in trainer.model.named_modules():
@@ -208,7 +217,8 @@ class _DryRun:
                     added = adapted and parameter.requires_grad
                     recorder.adopt([parameter], "adapters" if added else "weights", path)
             buffers = [b for b in module._buffers.values() if b is not None]
-            recorder.adopt([*buffers, *quantization_tensors(module)], "weights", path)
+            held = [*buffers, *quantization_tensors(module), *held_tensors(module)]
+            recorder.adopt(held, "weights", path)
         if self.plan.num_gpus > 1:
             _add_buckets(draft, trainer.model)
         self.say("tracing two steps")
@@ -231,6 +241,8 @@ class _DryRun:
         stack.enter_context(
             mock.patch("transformers.masking_utils.fast_all", torch.Tensor.all, create=True)
         )
+        for target, replacement in dequantization(self.plan.quantization):
+            stack.enter_context(mock.patch.object(*target, replacement))
         if self.case.kind == "cuda":
             stack.enter_context(cuda_behaviour(self.case.capability, self.case.repeats_key_value))
             if self.plan.quantization == "int8":
