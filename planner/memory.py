@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -32,6 +33,7 @@ from ftplan.planner.plan import TrainingPlan
 
 COMPONENTS: dict[str, str] = {
     "weights": "model weights",
+    "reference_model": "reference model",
     "adapters": "adapter weights",
     "gradients": "gradients",
     "optimizer_states": "optimizer states",
@@ -151,7 +153,13 @@ def estimate_memory(
     `longest_row`: the longest row of the data, where known; rows are cut at `max_length`.
 
     Not modelled: kernel workspaces, and padding of grouped key-value heads under SDPA masks.
+    Raises InputError for an objective other than plain fine-tuning.
     """
+    if plan.objective != "sft":
+        raise InputError(
+            f"the closed form does not model `--objective {plan.objective}`",
+            "add `--exact`: the dry run carries TRL's own step out",
+        )
     kind: DeviceKind = device.kind if device else "cuda"
     trained = plan.resolved_method.count(model, plan.method_settings)
     length = min(plan.max_length, longest_row or plan.max_length)

@@ -8,7 +8,7 @@ in backward, from the autograd node that runs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,9 @@ from ftplan.launcher.dry_run.shape_memory import ShapeMemory
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _ALL = (_aten.all.default, _aten.all.dim)
+
+# Components of which autocast makes copies.
+_COPIED = ("weights", "reference_model", "adapters")
 
 
 class Recorder(TorchDispatchMode):
@@ -61,9 +64,14 @@ class Recorder(TorchDispatchMode):
         self._recomputed_from = 0
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Record within, deaths included. Modules are known by their paths in `model`."""
-        self._paths = {module: name for name, module in model.named_modules()}
+    def watching(self, models: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Record within, deaths included. Modules are known by their paths in one of `models`,
+        which are keyed by the prefix of those."""
+        self._paths = {
+            module: name
+            for prefix, model in models.items()
+            for name, module in model.named_modules(prefix=prefix)
+        }
         hooks = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
@@ -123,7 +131,7 @@ class Recorder(TorchDispatchMode):
         """Autocast's copies of weights are known by what they copy."""
         if func is _aten._to_copy.default and not self.between_steps:
             source = self._index.get(args[0].untyped_storage()._cdata)
-            if source is not None and self.draft.components[source] in ("weights", "adapters"):
+            if source is not None and self.draft.components[source] in _COPIED:
                 return "autocast_copies"
         return None
 

@@ -23,10 +23,16 @@ from ftplan.launcher.dry_run.cuda import (
     cublas_workspace_bytes,
     cuda_behaviour,
 )
-from ftplan.launcher.dry_run.draft import Draft
+from ftplan.launcher.dry_run.draft import REFERENCE_PATH, Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
+from ftplan.launcher.dry_run.objectives import (
+    DRY_TRAINERS,
+    keeps_reference,
+    preference_rows,
+    trainer_construction,
+)
 from ftplan.launcher.dry_run.operations import REPLACED
 from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
@@ -49,6 +55,7 @@ from ftplan.launcher.training.build import (
     meta_model,
 )
 from ftplan.launcher.training.loop import sft_arguments
+from ftplan.launcher.training.objectives import trainer_arguments
 from ftplan.planner.allocator import BLOCK_BYTES
 from ftplan.planner.memory_record import MemoryRecord
 from ftplan.planner.repeat_layers import NotRepeating
@@ -89,13 +96,13 @@ class _DryRun:
         self.say("building the model")
         model = meta_model(self.case.config, settings)
         peft_config = apply_method(model, plan.method, settings)
+        reference = meta_model(self.case.config, settings) if keeps_reference(plan) else None
         num_parameters, num_layers = count_parameters(model), len(decoder_layers(model))
         selection = None
         alone = not meet_outside(model.config, plan.trainer)
         if few_layers and alone and same_on_every_layer(peft_config):
-            selection = keep_few_layers(model)
-        # Adapters too are built without data.
-        with torch.device("meta"):
+            selection = keep_few_layers(model, reference)
+        with trainer_construction(self.case.kind, reference):
             trainer = self._trainer(model, peft_config)
         num_trainable = count_trainable(trainer.model)
         layers_path, layers = decoder_layer_list(trainer.model)
@@ -106,7 +113,7 @@ class _DryRun:
                 for place in run.template
             )
         draft = Draft(layers_path)
-        self._record(trainer, draft)
+        self._record(trainer, reference, draft)
         return DryRun(
             record=draft.finish(selection.runs if selection else ()),
             num_parameters=num_parameters,
@@ -127,7 +134,11 @@ class _DryRun:
             "gradient_accumulation_steps": self._micro_batches,
             "max_length": None,
         }
-        arguments = sft_arguments(planned, "unused", dataset_kwargs={"skip_prepare_dataset": True})
+        if plan.objective == "sft":
+            skip = {"skip_prepare_dataset": True}
+            arguments = sft_arguments(planned, "unused", dataset_kwargs=skip)
+        else:
+            arguments = trainer_arguments(plan.objective, planned, "unused")
         arguments.save_strategy = "no"
         common = {
             "args": arguments,
@@ -135,8 +146,12 @@ class _DryRun:
             "eval_dataset": rows,
             "processing_class": blank_tokenizer(),
         }
-        if plan.trainer == "trl":
-            trainer: Any = DrySFTTrainer(
+        if plan.objective != "sft":
+            trainer: Any = DRY_TRAINERS[plan.objective](
+                model=model, peft_config=peft_config, **common
+            )
+        elif plan.trainer == "trl":
+            trainer = DrySFTTrainer(
                 model=model,
                 peft_config=peft_config,
                 row_lengths=[plan.max_length] * len(rows),
@@ -167,12 +182,14 @@ class _DryRun:
     def _rows(self) -> Dataset:
         length = self.case.row_length
         count = self.plan.per_device_train_batch_size * self._micro_batches * _STEPS
+        if self.plan.objective != "sft":
+            return preference_rows(self.plan.objective, count, length)
         row = {"input_ids": [1] * length, "labels": [1] * length}
         if self.plan.trainer != "trl":
             row["attention_mask"] = [1] * length
         return Dataset.from_list([row] * count)
 
-    def _record(self, trainer: Any, draft: Draft) -> None:
+    def _record(self, trainer: Any, reference: Any, draft: Draft) -> None:
         decompositions = {**REPLACED, **quantized_kernels(self.plan.quantization)}
         fake_mode = FakeTensorMode()
         recorder = Recorder(draft, fake_mode, decompositions, self.case.padded)
@@ -181,7 +198,9 @@ class _DryRun:
             draft.granularity = BLOCK_BYTES
             draft.workspace_bytes = cublas_workspace_bytes(self.case.capability)
         trainer.observe(draft, recorder)
-        make_fake(trainer.model, fake_mode, getattr(torch, self.plan.dtype))
+        models = {"": trainer.model} | ({REFERENCE_PATH: reference} if reference else {})
+        for model in models.values():
+            make_fake(model, fake_mode, getattr(torch, self.plan.dtype))
         draft.begin_phase("load")
         adapted = hasattr(trainer.model, "peft_config")
         for path, module in trainer.model.named_modules():
@@ -191,10 +210,14 @@ class _DryRun:
                     recorder.adopt([parameter], "adapters" if added else "weights", path)
             buffers = [b for b in module._buffers.values() if b is not None]
             recorder.adopt([*buffers, *quantization_tensors(module)], "weights", path)
+        if reference is not None:
+            for path, module in reference.named_modules(prefix=REFERENCE_PATH):
+                tensors = (*module._parameters.values(), *module._buffers.values())
+                recorder.adopt([t for t in tensors if t is not None], "reference_model", path)
         if self.plan.num_gpus > 1:
             _add_buckets(draft, trainer.model)
         self.say("tracing two steps")
-        with self._surroundings(trainer), fake_mode, recorder.watching(trainer.model):
+        with self._surroundings(trainer), fake_mode, recorder.watching(models):
             trainer.train()
             self.say("tracing an evaluation step")
             trainer.evaluate_one_batch()

@@ -10,9 +10,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from ftplan.launcher.training.objectives import TRAININGS, check_model_class
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import ALL_LINEAR
 
@@ -30,7 +31,9 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
         arguments["quantization_config"] = quantization
     if device_type == "cuda":
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    return AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **arguments)
+    training = TRAININGS[settings["objective"]]
+    arguments.update(training.model_settings)
+    return training.model.from_pretrained(model, use_safetensors=True, **arguments)
 
 
 def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel:
@@ -41,10 +44,12 @@ def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel
     attention = settings["attn_implementation"]
     # flash-attn need not be installed to ask what it would take.
     build_with = "eager" if attention == "flash_attention_2" else attention
+    training = TRAININGS[settings["objective"]]
     try:
-        model_config = AutoConfig.for_model(**config)
+        model_config = AutoConfig.for_model(**{**config, **training.model_settings})
+        check_model_class(settings["objective"], model_config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = training.model.from_config(
                 model_config,
                 dtype=getattr(torch, settings["dtype"]),
                 attn_implementation=build_with,
@@ -98,7 +103,7 @@ def apply_method(model: nn.Module, method: str, settings: Settings) -> PeftConfi
 def lora_config(settings: Settings) -> LoraConfig:
     targets = list(settings["target_modules"])
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=TRAININGS[settings["objective"]].task_type,
         r=settings["lora_rank"],
         lora_alpha=settings["lora_alpha"],
         lora_dropout=settings["lora_dropout"],
