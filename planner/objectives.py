@@ -6,8 +6,12 @@ Names are those of TRL's trainers; `launcher/training/objectives.py` has one of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftplan.planner.errors import InputError
+
+if TYPE_CHECKING:
+    from ftplan.planner.plan import TrainingPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,34 +66,35 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def check_objective(
-    objective: Objective,
-    *,
-    trainer: str,
-    loss: str,
-    precompute_ref_log_probs: bool,
-    per_device_train_batch_size: int,
-) -> None:
-    """Raises InputError for settings that the objective cannot be trained with."""
+def check_objective(plan: TrainingPlan) -> None:
+    """Raises InputError for settings that the plan's objective cannot be trained with."""
+    objective = OBJECTIVES[plan.objective]
     name = f"`--objective {objective.name}`"
-    if objective.name != "sft" and trainer != "trl":
+    if objective.name != "sft" and plan.trainer != "trl":
         raise InputError(
-            f"{name} is TRL's: `--trainer {trainer}` has it not",
+            f"{name} is TRL's: `--trainer {plan.trainer}` has it not",
             "use `--trainer trl`, or leave `--trainer` out",
         )
-    if objective.only_loss is not None and loss != objective.only_loss:
+    if objective.only_loss is not None and plan.loss != objective.only_loss:
         raise InputError(
-            f"{name} has no `--loss {loss}`: {objective.why_only_loss}",
+            f"{name} has no `--loss {plan.loss}`: {objective.why_only_loss}",
             f"use `--loss {objective.only_loss}`, or leave `--loss` out",
         )
-    if precompute_ref_log_probs and not objective.has_reference:
+    if plan.precompute_ref_log_probs and not objective.has_reference:
         raise InputError(
             f"{name} has no reference whose log-probabilities could be computed before",
             "leave `--precompute-ref-log-probs` out, or use `--objective dpo` or `kto`",
         )
-    if per_device_train_batch_size < objective.min_batch_size:
+    if plan.per_device_train_batch_size < objective.min_batch_size:
         raise InputError(
             f"{name} needs `--per-device-train-batch-size` {objective.min_batch_size} or more: "
-            "each row is also paired with another one's completion",
+            "each prompt is also paired with another row's completion",
             f"use `--per-device-train-batch-size {objective.min_batch_size}`",
+        )
+    matches_head = plan.autocast or plan.dtype == "bfloat16"
+    if objective.name == "reward" and plan.quantization != "none" and not matches_head:
+        raise InputError(
+            f"{name} on a {plan.quantization} base cannot compute in {plan.dtype}: "
+            "TRL holds the trained head in bf16 there",
+            "use `--mixed-precision bf16` or fp16, or `--dtype bfloat16`",
         )

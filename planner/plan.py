@@ -99,13 +99,7 @@ class TrainingPlan:
         for name in SETTING_NAMES:
             check_setting(name, getattr(self, name))
         _check_method(self)
-        check_objective(
-            self.resolved_objective,
-            trainer=self.trainer,
-            loss=self.loss,
-            precompute_ref_log_probs=self.precompute_ref_log_probs,
-            per_device_train_batch_size=self.per_device_train_batch_size,
-        )
+        check_objective(self)
 
     @property
     def resolved_method(self) -> Method:

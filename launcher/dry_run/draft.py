@@ -16,6 +16,7 @@ REFERENCE_PHASE = "reference log-probabilities"
 # Phases whose products run in one thread.
 _THREADS = ((REFERENCE_PHASE, "forward"), ("backward",))
 
+
 class Draft:
     """Births and deaths as they come.
 

@@ -8,7 +8,7 @@ in backward, from the autograd node that runs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftplan.launcher.dry_run.draft import Draft
+from ftplan.launcher.dry_run.draft import REFERENCE_PATH, Draft
 from ftplan.launcher.dry_run.shape_memory import ShapeMemory
 
 _aten = torch.ops.aten
@@ -64,14 +64,13 @@ class Recorder(TorchDispatchMode):
         self._recomputed_from = 0
 
     @contextmanager
-    def watching(self, models: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Record within, deaths included. Modules are known by their paths in one of `models`,
-        which are keyed by the prefix of those."""
-        self._paths = {
-            module: name
-            for prefix, model in models.items()
-            for name, module in model.named_modules(prefix=prefix)
-        }
+    def watching(self, model: nn.Module, reference: nn.Module | None = None) -> Iterator[None]:
+        """Record within, deaths included. Modules are known by their paths in `model`, those of
+        a `reference` model by theirs below REFERENCE_PATH."""
+        self._paths = {module: name for name, module in model.named_modules()}
+        if reference is not None:
+            named = reference.named_modules(prefix=REFERENCE_PATH)
+            self._paths.update((module, name) for name, module in named)
         hooks = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),

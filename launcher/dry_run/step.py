@@ -198,9 +198,7 @@ class _DryRun:
             draft.granularity = BLOCK_BYTES
             draft.workspace_bytes = cublas_workspace_bytes(self.case.capability)
         trainer.observe(draft, recorder)
-        models = {"": trainer.model} | ({REFERENCE_PATH: reference} if reference else {})
-        for model in models.values():
-            make_fake(model, fake_mode, getattr(torch, self.plan.dtype))
+        make_fake(trainer.model, fake_mode, getattr(torch, self.plan.dtype))
         draft.begin_phase("load")
         adapted = hasattr(trainer.model, "peft_config")
         for path, module in trainer.model.named_modules():
@@ -211,13 +209,15 @@ class _DryRun:
             buffers = [b for b in module._buffers.values() if b is not None]
             recorder.adopt([*buffers, *quantization_tensors(module)], "weights", path)
         if reference is not None:
+            make_fake(reference, fake_mode, reference.dtype)
             for path, module in reference.named_modules(prefix=REFERENCE_PATH):
                 tensors = (*module._parameters.values(), *module._buffers.values())
                 recorder.adopt([t for t in tensors if t is not None], "reference_model", path)
         if self.plan.num_gpus > 1:
             _add_buckets(draft, trainer.model)
         self.say("tracing two steps")
-        with self._surroundings(trainer), fake_mode, recorder.watching(models):
+        watched = recorder.watching(trainer.model, reference)
+        with self._surroundings(trainer), fake_mode, watched:
             trainer.train()
             self.say("tracing an evaluation step")
             trainer.evaluate_one_batch()
