@@ -251,8 +251,8 @@ def test_a_reference_model_is_as_large_as_the_model(settings: dict[str, Any], ho
 
 
 def test_a_family_without_a_score_has_no_reward_model() -> None:
-    with pytest.raises(InputError, match="no sequence classification model for `olmo2`"):
-        dry_run(case({**LLAMA, "model_type": "olmo2"}, **REWARD))
+    with pytest.raises(InputError, match="no sequence classification model for `granite`"):
+        dry_run(case({**LLAMA, "model_type": "granite"}, **REWARD))
 
 
 def test_adapters_train_the_score_too() -> None:

@@ -69,7 +69,7 @@ def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel
         quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None)
         quantizer.postprocess_model(model=model)
         model.hf_quantizer = quantizer
-    return model
+    return model.eval()  # as `from_pretrained` does
 
 
 def quantization_config(settings: Settings) -> BitsAndBytesConfig | None:
