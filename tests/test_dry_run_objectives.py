@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
+import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
@@ -63,7 +64,10 @@ def _on_the_processor() -> Iterator[None]:
         mock.patch("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 512),
     ):
         gc.freeze()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for tensors so small more only wait for each other
         yield
+        torch.set_num_threads(threads)
         gc.unfreeze()
 
 
@@ -132,48 +136,42 @@ def measured(trainer: Any, **how: Any) -> dict[str, int]:
         for name, config, settings in (
             ("dpo, full", LLAMA, {**DPO, **FULL}),
             ("dpo, full, autocast", QWEN3, {**DPO, **FULL, "mixed_precision": "bf16"}),
-            ("dpo, full, checkpointing", LLAMA, {**DPO, **FULL, **CHECKPOINTING}),
             ("dpo, full, precomputed", LLAMA, {**DPO, **FULL, **PRECOMPUTED}),
             ("dpo, freeze", LLAMA, {**DPO, "method": "freeze", "num_trainable_layers": 1}),
             ("dpo, lora", LLAMA, DPO),
             ("dpo, lora, checkpointing", LLAMA, {**DPO, **CHECKPOINTING}),
-            ("dpo, lora, accumulation", QWEN3, {**DPO, **ACCUMULATION}),
-            ("dpo, lora, precomputed", LLAMA, {**DPO, **PRECOMPUTED}),
-            ("dpo, qlora, checkpointing", LLAMA, {**DPO, **QLORA, **CHECKPOINTING}),
+            ("dpo, qlora, accumulation", LLAMA, {**DPO, **QLORA, **ACCUMULATION}),
             ("kto, full", LLAMA, {**KTO, **FULL}),
             ("kto, lora", LLAMA, KTO),
-            ("kto, lora, precomputed", LLAMA, {**KTO, **PRECOMPUTED, **ACCUMULATION}),
+            ("kto, lora, precomputed", LLAMA, {**KTO, **PRECOMPUTED}),
             ("reward, full", LLAMA, {**REWARD, **FULL}),
             ("reward, lora", LLAMA, REWARD),
-            ("reward, lora, checkpointing", QWEN3, {**REWARD, **CHECKPOINTING}),
-            ("reward, qlora", LLAMA, {**REWARD, **QLORA, **BF16}),
+            (
+                "reward, qlora, checkpointing",
+                QWEN3,
+                {**REWARD, **QLORA, **BF16, **CHECKPOINTING, "max_length": 240},
+            ),
         )
     ],
 )
 def test_a_dry_run_takes_what_trls_steps_take(dry_case: DryRunCase, tmp_path: Path) -> None:
+    """As near as for plain fine-tuning; see there. At its evaluation the real trainer has fetched
+    the next batch already. (After training the reference is gone where it was not kept, and a
+    quantized model evaluates on a processor by kernels of its own.)"""
+    plan = dry_case.plan
+    evaluates = not plan.precompute_ref_log_probs and plan.quantization == "none"
     trainer = real_trainer(dry_case, tmp_path)
-    real = measured(trainer)
+    real = measured(trainer, evaluates=evaluates)
     done = dry_run(dataclasses.replace(dry_case, few_layers=False))
     assert done.num_trainable_parameters == count_trainable(trainer.model)
-    peaks = done.record.phase_peaks()
-    unseen = GENERATOR_STATE_BYTES * NUM_LAYERS * dry_case.plan.gradient_checkpointing
+    peaks = {phase: peak.allocated_bytes for phase, peak in done.record.phase_peaks().items()}
+    # A layer that is computed again forks the generator: its state, and the layer's own, once more.
+    unseen = GENERATOR_STATE_BYTES * (NUM_LAYERS + 2) * plan.gradient_checkpointing
     for phase in PHASES:
-        predicted = peaks[phase].allocated_bytes
-        assert predicted == pytest.approx(real[phase], rel=0.01), phase
-        assert -2e-4 <= 1 - predicted / real[phase] <= unseen / real[phase] + 2e-4, phase
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{**DPO, **FULL}, DPO, KTO, REWARD],
-    ids=["dpo, full", "dpo, lora", "kto, lora", "reward, lora"],
-)
-def test_an_evaluation_takes_what_trls_takes(settings: dict[str, Any], tmp_path: Path) -> None:
-    """The real one has fetched the next batch already."""
-    dry_case = case(**settings)
-    real = measured(real_trainer(dry_case, tmp_path), evaluates=True)
-    predicted = dry_run(dry_case).record.phase_peaks()["evaluation"].allocated_bytes
-    assert predicted == pytest.approx(real["evaluation"], rel=0.01)
+        assert peaks[phase] == pytest.approx(real[phase], rel=0.01), phase
+        assert -2e-4 <= 1 - peaks[phase] / real[phase] <= unseen / real[phase] + 2e-4, phase
+    if evaluates:
+        assert peaks["evaluation"] == pytest.approx(real["evaluation"], rel=0.01)
 
 
 @pytest.mark.parametrize("settings", [{**DPO, **FULL}, KTO], ids=["dpo, full", "kto, lora"])
@@ -205,15 +203,17 @@ def allocated_levels(function: Callable[[], Any]) -> list[int]:
 @pytest.mark.parametrize(
     ("dry_case", "traced"),
     [
-        pytest.param(cuda_case(LLAMA, **settings), traced, id=name)
+        pytest.param(cuda_case(LLAMA, **{"num_layers": 5, **settings}), traced, id=name)
         for name, traced, settings in (
-            ("dpo, full", 4, {**DPO, **FULL, "dtype": "float32", **ACCUMULATION}),
-            ("dpo, freeze", 5, {**DPO, "method": "freeze", "num_trainable_layers": 1}),
-            ("dpo, lora, precomputed", 4, {**DPO, **PRECOMPUTED}),
-            ("dpo, qlora", 4, {**DPO, **QLORA, **CHECKPOINTING, **ACCUMULATION}),
+            ("dpo, full", 4, {**DPO, **FULL, "dtype": "float32"}),
+            (
+                "dpo, freeze",
+                5,
+                {**DPO, "method": "freeze", "num_trainable_layers": 1, "num_layers": 6},
+            ),
+            ("dpo, qlora, precomputed", 4, {**DPO, **QLORA, **PRECOMPUTED, **CHECKPOINTING}),
             ("kto, full", 4, {**KTO, **FULL, **CHECKPOINTING}),
             ("kto, lora", 4, KTO),
-            ("reward, full", 4, {**REWARD, **FULL, "dtype": "float32"}),
             ("reward, qlora", 4, {**REWARD, **QLORA, **CHECKPOINTING}),
         )
     ],
@@ -241,7 +241,7 @@ def test_few_layers_stand_for_all(dry_case: DryRunCase, traced: int) -> None:
 )
 def test_a_reference_model_is_as_large_as_the_model(settings: dict[str, Any], holds: bool) -> None:
     """And it is there from the start to the end, beneath a path of its own."""
-    record = dry_run(case(**settings)).record
+    record = dry_run(case(**settings, max_length=16)).record
     for phase, _, end in record.phase_ranges():
         held = record.components_at(end - 1) if end else record.components_at(0)
         assert held["reference_model"] == (held["weights"] if holds else 0), phase
@@ -257,7 +257,7 @@ def test_a_family_without_a_score_has_no_reward_model() -> None:
 
 def test_adapters_train_the_score_too() -> None:
     """PEFT copies the head of a reward model and trains the copy."""
-    storages = dry_run(case(**REWARD)).record.storages
+    storages = dry_run(case(**REWARD, max_length=16)).record.storages
     score = {
         (s.component, s.shape) for s in storages if "score" in s.module and "load" in s.operation
     }
