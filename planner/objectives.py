@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 class Objective:
     """A training objective, as TRL 1.16 carries it out.
 
-    `only_loss`: the one loss kernel that its trainer has, for the reason `why_only_loss`; None:
-    any. `has_reference`: the loss compares with the model as it was before training.
-    `min_batch_size`: rows that a micro-batch must have.
+    `each_row`: what a row of the data holds, where it is more than one text. `only_loss`: the one
+    loss kernel that its trainer has, for the reason `why_only_loss`; None: any. `has_reference`:
+    the loss compares with the model as it was before training. `min_batch_size`: rows that a
+    micro-batch must have.
     """
 
     name: str
     title: str
     source: str
+    each_row: str = ""
     only_loss: str | None = None
     why_only_loss: str = ""
     has_reference: bool = False
@@ -42,6 +44,7 @@ OBJECTIVES: dict[str, Objective] = {
             name="dpo",
             title="direct preference optimization",
             source="Rafailov et al. 2023, arXiv 2305.18290; trl.DPOTrainer",
+            each_row="chosen and rejected",
             only_loss="trl-fused",
             why_only_loss=_TILES,
             has_reference=True,
@@ -59,6 +62,7 @@ OBJECTIVES: dict[str, Objective] = {
             name="reward",
             title="reward modelling",
             source="Ouyang et al. 2022, arXiv 2203.02155; trl.RewardTrainer",
+            each_row="chosen and rejected",
             only_loss="stock",
             why_only_loss="the model gives a row one score and has no logits over the vocabulary",
         ),
@@ -68,7 +72,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 def check_objective(plan: TrainingPlan) -> None:
     """Raises InputError for settings that the plan's objective cannot be trained with."""
-    objective = OBJECTIVES[plan.objective]
+    objective = plan.resolved_objective
     name = f"`--objective {objective.name}`"
     if objective.name != "sft" and plan.trainer != "trl":
         raise InputError(
