@@ -213,7 +213,6 @@ def allocated_levels(function: Callable[[], Any]) -> list[int]:
             ),
             ("dpo, qlora, precomputed", 4, {**DPO, **QLORA, **PRECOMPUTED, **CHECKPOINTING}),
             ("kto, full", 4, {**KTO, **FULL, **CHECKPOINTING}),
-            ("kto, lora", 4, KTO),
             ("reward, qlora", 4, {**REWARD, **QLORA, **CHECKPOINTING}),
         )
     ],
