@@ -81,6 +81,9 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "lora_alpha": plan.lora_alpha,
         "lora_dropout": plan.lora_dropout,
         "target_modules": list(plan.target_modules),
+        "modules_to_save": list(plan.modules_to_save),
+        "peft_config": list(plan.peft_config),
+        "autocast_adapter_dtype": plan.autocast_adapter_dtype,
         "num_trainable_layers": plan.num_trainable_layers,
     }
 

@@ -23,9 +23,9 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate, memory_from_phases
-from ftplan.planner.methods import target_names
+from ftplan.planner.memory import MemoryEstimate, memory_from_phases, stored_bytes
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.trained import target_names
 
 _SERVER = "ftplan.launcher.dry_run.serve"
 
@@ -175,6 +175,7 @@ def memory_of(
         source.spec,
         plan,
         device,
+        disk_bytes=stored_bytes(summary.trained_weight_bytes, summary.optimizer_state_bytes),
         reserved_bytes=peaks.reserved_peak_bytes,
         required_reserved_bytes=peaks.required_bytes,
     )

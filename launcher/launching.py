@@ -25,8 +25,8 @@ from ftplan.launcher.ui import Ui
 from ftplan.launcher.version import version
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.methods import target_names
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
+from ftplan.planner.trained import target_names
 from ftplan.planner.units import MIB, format_bytes
 
 # Data files up to this size are copied into the run directory, so that the run can be repeated

@@ -52,6 +52,7 @@ class DryRunSummary:
 
     num_parameters: int
     num_trainable_parameters: int
+    trained_weight_bytes: int
     num_layers: int
     num_layers_traced: int
     phases: tuple[Phase, ...]
@@ -63,6 +64,10 @@ class DryRunSummary:
     num_events: int
     curve: tuple[tuple[int, int], ...]
     phase_starts: tuple[tuple[int, str], ...]
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        return max(phase.components["optimizer_states"] for phase in self.phases)
 
     @property
     def peak_phase(self) -> Phase:
@@ -102,6 +107,7 @@ def summarize(
     *,
     num_parameters: int,
     num_trainable_parameters: int,
+    trained_weight_bytes: int,
     num_layers: int,
     num_layers_traced: int,
 ) -> DryRunSummary:
@@ -111,6 +117,7 @@ def summarize(
     return DryRunSummary(
         num_parameters=num_parameters,
         num_trainable_parameters=num_trainable_parameters,
+        trained_weight_bytes=trained_weight_bytes,
         num_layers=num_layers,
         num_layers_traced=num_layers_traced,
         phases=tuple(

@@ -17,9 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ftplan.planner.hardware_spec import DeviceKind
-from ftplan.planner.methods import Trained
 from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.trained import Trained
 
 FLOAT32_BYTES = 4
 
@@ -114,7 +114,9 @@ def adapter_weight_bytes(plan: TrainingPlan) -> int:
     PEFT holds adapters of a 16-bit base in fp32 (`autocast_adapter_dtype`); TRL's trainers
     cast the adapters of a quantized base to bf16 (trl.trainer.sft_trainer, TRL 1.16).
     """
-    return 2 if plan.quantization != "none" and plan.trainer == "trl" else FLOAT32_BYTES
+    if plan.quantization != "none":
+        return 2 if plan.trainer == "trl" else FLOAT32_BYTES
+    return FLOAT32_BYTES if plan.autocast_adapter_dtype else plan.weight_bytes
 
 
 def trained_widths(plan: TrainingPlan, trained: Trained) -> tuple[tuple[int, int], ...]:

@@ -27,9 +27,9 @@ from ftplan.planner.layers import (
     decoder_layer,
     trained_widths,
 )
-from ftplan.planner.methods import Trained
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.plan import TrainingPlan, flag_name
+from ftplan.planner.trained import Trained
 
 COMPONENTS: dict[str, str] = {
     "weights": "model weights",
@@ -155,17 +155,28 @@ def estimate_memory(
     Not modelled: kernel workspaces, and padding of grouped key-value heads under SDPA masks.
     Raises InputError for an objective other than plain fine-tuning.
     """
-    if plan.objective != "sft":
-        raise InputError(
-            f"the closed form does not model `--objective {plan.objective}`",
-            "add `--exact`: the dry run carries TRL's own step out",
-        )
+    check_closed_form(plan)
     kind: DeviceKind = device.kind if device else "cuda"
     trained = plan.resolved_method.count(model, plan.method_settings)
     length = min(plan.max_length, longest_row or plan.max_length)
     workload = Workload(rows=plan.per_device_train_batch_size, length=length)
     phases = _Model(model, plan, trained, workload, kind).phases()
-    return memory_from_phases(phases, model, plan, device)
+    return memory_from_phases(phases, model, plan, device, disk_bytes=disk_bytes(plan, trained))
+
+
+def check_closed_form(plan: TrainingPlan) -> None:
+    """Raises InputError for what only a dry run knows."""
+    if plan.objective != "sft":
+        raise InputError(
+            f"the closed form does not model `--objective {plan.objective}`",
+            "add `--exact`: the dry run carries TRL's own step out",
+        )
+    for setting in ("modules_to_save", "peft_config"):
+        if getattr(plan, setting):
+            raise InputError(
+                f"`{flag_name(setting)}` has no closed form",
+                "`ftplan estimate` with `--exact` carries out a dry run of it",
+            )
 
 
 def memory_from_phases(
@@ -174,6 +185,7 @@ def memory_from_phases(
     plan: TrainingPlan,
     device: Device | None,
     *,
+    disk_bytes: int,
     reserved_bytes: int | None = None,
     required_reserved_bytes: int | None = None,
 ) -> MemoryEstimate:
@@ -197,14 +209,13 @@ def memory_from_phases(
             reserved if required_reserved_bytes is None else required_reserved_bytes
         )
         host = host_loading_bytes(model, plan)
-    trained = plan.resolved_method.count(model, plan.method_settings)
     return MemoryEstimate(
         phases=tuple(phases),
         reserved_peak_bytes=reserved,
         device_peak_bytes=device_peak,
         required_bytes=required,
         host_ram_peak_bytes=host,
-        disk_bytes=disk_bytes(plan, trained),
+        disk_bytes=disk_bytes,
     )
 
 
@@ -242,11 +253,17 @@ def host_loading_bytes(model: ModelSpec, plan: TrainingPlan) -> int:
 
 
 def disk_bytes(plan: TrainingPlan, trained: Trained) -> int:
-    """Checkpoints (trained weights and optimizer states) and the final trained weights."""
+    """Checkpoints (trained weights and optimizer states) and the final trained weights: eq. of
+    `stored_bytes` with the closed form's counts."""
     widths = trained_widths(plan, trained)
     weights = sum(count * width for count, width in widths)
     states = sum(plan.optimizer.state_bytes(count, width) for count, width in widths)
-    return CHECKPOINTS_KEPT * (weights + states) + weights
+    return stored_bytes(weights, states)
+
+
+def stored_bytes(weight_bytes: int, state_bytes: int) -> int:
+    """What a run leaves on disk of so many bytes of trained weights and optimizer states."""
+    return CHECKPOINTS_KEPT * (weight_bytes + state_bytes) + weight_bytes
 
 
 class _Model:

@@ -1,53 +1,23 @@
-"""What each fine-tuning method trains and adds.
+"""The fine-tuning methods: one entry each.
 
-One entry of METHODS a method; the training code has one builder for each
-(`launcher/training/build.py`), and a test compares the counts with PEFT's own.
+`launcher/training/build.py` builds a method from its entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.model_spec import Linear, ModelSpec
-
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
-    """Which parameters a configuration trains, as counts.
-
-    `base_parameters` belong to the model itself, `added_parameters` to adapters. `adapted`
-    are the linear modules of one layer that carry an adapter of rank `rank`.
-    `trained_layers` counts the layers whose own weights are trained, from the last.
-    """
-
-    base_parameters: int
-    added_parameters: int
-    adapted: tuple[Linear, ...] = ()
-    rank: int = 0
-    trained_layers: int = 0
-    trains_embeddings: bool = False
-    trains_lm_head: bool = False
-
-    @property
-    def num_trainable_parameters(self) -> int:
-        return self.base_parameters + self.added_parameters
-
-    def reached_layers(self, model: ModelSpec) -> int:
-        """Layers that backward goes through: all with adapters, else the trained ones."""
-        return model.num_hidden_layers if self.adapted else self.trained_layers
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MethodSettings:
-    """The settings of a plan that decide what is trained."""
-
-    lora_rank: int = 16
-    target_modules: tuple[str, ...] = (ALL_LINEAR,)
-    num_trainable_layers: int = 2
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.trained import (
+    MethodSettings,
+    Trained,
+    freeze_count,
+    full_count,
+    lora_count,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,140 +26,428 @@ class Method:
 
     `adapter`: small matrices are trained beside a frozen base.
     `quantized_base`: that base is held in 4 or 8 bits.
+    `counted_by`: the closed form of what is trained; None where only a dry run knows.
+    `peft_type`: PEFT's name of it; None where PEFT has no part in it.
+    `peft_options`: options of PEFT's configuration that make the method.
+    `takes`: which option of that configuration takes which setting of the plan.
     """
 
     name: str
     title: str
     trains: str
     source: str
-    count: Callable[[ModelSpec, MethodSettings], Trained]
+    counted_by: Callable[[ModelSpec, MethodSettings], Trained] | None = None
     adapter: bool = False
     quantized_base: bool = False
+    peft_type: str | None = None
+    peft_options: Mapping[str, Any] = field(default_factory=dict)
+    takes: Mapping[str, str] = field(default_factory=dict)
+
+    def count(self, model: ModelSpec, settings: MethodSettings) -> Trained:
+        """What is trained of `model`; raises InputError where there is no closed form of it."""
+        if self.counted_by is None:
+            raise InputError(
+                f"method `{self.name}` has no closed form",
+                "`ftplan estimate` with `--exact` carries out a dry run of it",
+            )
+        return self.counted_by(model, settings)
 
 
-def _full(model: ModelSpec, settings: MethodSettings) -> Trained:
-    return Trained(
-        base_parameters=model.num_parameters,
-        added_parameters=0,
-        trained_layers=model.num_hidden_layers,
-        trains_embeddings=True,
-        trains_lm_head=True,
+_TARGETS = {"target_modules": "target_modules"}
+_LORA = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", **_TARGETS}
+_RANK = {"r": "lora_rank", **_TARGETS}
+_RANK_ALPHA = {"alpha": "lora_alpha", **_RANK}
+
+_BASE_METHODS = (
+    Method(
+        name="lora",
+        title="LoRA",
+        trains="low-rank adapters on the linear layers; the base is frozen",
+        source="Hu et al. 2021, arXiv 2106.09685",
+        counted_by=lora_count,
+        adapter=True,
+        peft_type="LORA",
+        takes=_LORA,
+    ),
+    Method(
+        name="qlora",
+        title="QLoRA",
+        trains="low-rank adapters; the frozen base is held in 4 bits",
+        source="Dettmers et al. 2023, arXiv 2305.14314",
+        counted_by=lora_count,
+        adapter=True,
+        quantized_base=True,
+        peft_type="LORA",
+        takes=_LORA,
+    ),
+    Method(
+        name="freeze",
+        title="Freeze",
+        trains="the last layers; the others, embeddings and head are frozen",
+        source="Lee et al. 2019, arXiv 1911.03090",
+        counted_by=freeze_count,
+    ),
+    Method(
+        name="full",
+        title="Full",
+        trains="every parameter",
+        source="the plain method",
+        counted_by=full_count,
+    ),
+    Method(
+        name="bitfit",
+        title="BitFit",
+        trains="the biases; models that have some only",
+        source="Ben Zaken et al. 2021, arXiv 2106.10199",
+    ),
+)
+
+# What is compared where no method is asked for.
+COMPARED_METHODS: tuple[str, ...] = ("lora", "qlora", "freeze", "full")
+
+
+def _peft(
+    peft_type: str,
+    title: str,
+    trains: str,
+    source: str,
+    takes: Mapping[str, str],
+    *,
+    name: str | None = None,
+    **options: Any,
+) -> Method:
+    """A method of PEFT that is known by its options."""
+    return Method(
+        name=name or peft_type.lower().replace("_", "-"),
+        title=title,
+        trains=trains,
+        source=source,
+        adapter=True,
+        peft_type=peft_type,
+        peft_options=options,
+        takes=takes,
     )
 
 
-def _freeze(model: ModelSpec, settings: MethodSettings) -> Trained:
-    """The last layers with all their parameters; the rest, embeddings and head stay frozen."""
-    layers = settings.num_trainable_layers
-    if not 1 <= layers <= model.num_hidden_layers:
-        raise InputError(
-            f"`--num-trainable-layers {layers}` is outside this model's "
-            f"1 to {model.num_hidden_layers} layers"
-        )
-    return Trained(
-        base_parameters=layers * model.layer_parameters, added_parameters=0, trained_layers=layers
-    )
+# Every other method of PEFT 0.21 for causal language models but X-LoRA, which mixes adapters that
+# are trained already. Tokens of a prompt: 20, as in PEFT's examples.
+_PEFT_METHODS = (
+    _peft(
+        "LORA",
+        "DoRA",
+        "low-rank adapters, and the length of each row of the weights",
+        "Liu et al. 2024, arXiv 2402.09353",
+        _LORA,
+        name="dora",
+        use_dora=True,
+    ),
+    _peft(
+        "LORA",
+        "rsLoRA",
+        "low-rank adapters, scaled by the root of their rank",
+        "Kalajdzievski 2023, arXiv 2312.03732",
+        _LORA,
+        name="rslora",
+        use_rslora=True,
+    ),
+    _peft(
+        "LORA",
+        "PiSSA",
+        "low-rank adapters that begin as the principal part of the weights",
+        "Meng et al. 2024, arXiv 2404.02948",
+        _LORA,
+        name="pissa",
+        init_lora_weights="pissa",
+    ),
+    _peft(
+        "ADALORA",
+        "AdaLoRA",
+        "low-rank adapters, whose ranks shrink where they matter least",
+        "Zhang et al. 2023, arXiv 2303.10512",
+        {**_LORA, "target_r": "lora_rank"},
+    ),
+    _peft(
+        "LOHA",
+        "LoHa",
+        "products of two low-rank matrices, element by element",
+        "Hyeon-Woo et al. 2021, arXiv 2108.06098",
+        _RANK_ALPHA,
+    ),
+    _peft(
+        "LOKR",
+        "LoKr",
+        "Kronecker products of small matrices",
+        "Yeh et al. 2023, arXiv 2309.14859",
+        _RANK_ALPHA,
+    ),
+    _peft(
+        "IA3",
+        "IA3",
+        "a factor for each key, value and feed-forward channel",
+        "Liu et al. 2022, arXiv 2205.05638",
+        {},
+    ),
+    _peft(
+        "VERA",
+        "VeRA",
+        "two vectors a layer around random matrices that all layers share",
+        "Kopiczko et al. 2023, arXiv 2310.11454",
+        _TARGETS,
+    ),
+    _peft(
+        "PVERA",
+        "PVeRA",
+        "VeRA with a distribution in the place of a value",
+        "arXiv 2512.07703",
+        _TARGETS,
+    ),
+    _peft(
+        "OFT",
+        "OFT",
+        "orthogonal blocks that turn the weights",
+        "Qiu et al. 2023, arXiv 2306.07280",
+        _TARGETS,
+    ),
+    _peft(
+        "BOFT",
+        "BOFT",
+        "orthogonal butterfly factors that turn the weights",
+        "Liu et al. 2023, arXiv 2311.06243",
+        _TARGETS,
+    ),
+    _peft(
+        "PSOFT",
+        "PSOFT",
+        "an orthogonal turn within the principal subspace of the weights",
+        "openreview FSHrinMArK",
+        {"r": "lora_rank", "psoft_alpha": "lora_alpha", **_TARGETS},
+    ),
+    _peft(
+        "HRA",
+        "HRA",
+        "a chain of Householder reflections",
+        "Yuan et al. 2024, arXiv 2405.17484",
+        _RANK,
+    ),
+    _peft(
+        "FOURIERFT",
+        "FourierFT",
+        "some frequencies of the change of each weight",
+        "Gao et al. 2024, arXiv 2405.03003",
+        _TARGETS,
+    ),
+    _peft(
+        "WAVEFT",
+        "WaveFT",
+        "some wavelet coefficients of the change of each weight",
+        "Bilican et al. 2025, arXiv 2505.12532",
+        _TARGETS,
+    ),
+    _peft("C3A", "C3A", "circular convolutions", "Chen et al. 2024, arXiv 2407.19342", _TARGETS),
+    _peft(
+        "ROAD",
+        "RoAd",
+        "rotations of pairs of results",
+        "Liao and Monz 2024, arXiv 2409.00119",
+        _TARGETS,
+    ),
+    _peft(
+        "MISS",
+        "MiSS",
+        "one small matrix shared by the rows of a weight",
+        "Kang and Yin 2024, arXiv 2409.15371",
+        _RANK,
+    ),
+    _peft(
+        "RANDLORA",
+        "RandLoRA",
+        "scales of random low-rank bases that all layers share",
+        "Albert et al. 2025, arXiv 2502.00987",
+        _RANK,
+    ),
+    _peft(
+        "VBLORA",
+        "VB-LoRA",
+        "mixtures of vectors from a bank that all layers share",
+        "Li et al. 2024, arXiv 2405.15179",
+        _TARGETS,
+    ),
+    _peft(
+        "UNILORA",
+        "Uni-LoRA",
+        "one vector, projected to the adapters of all layers",
+        "Li et al. 2025, arXiv 2506.00799",
+        _TARGETS,
+    ),
+    _peft(
+        "TINYLORA",
+        "TinyLoRA",
+        "a few numbers a layer within the singular space of the weights",
+        "arXiv 2602.04118",
+        _TARGETS,
+    ),
+    _peft(
+        "HIRA",
+        "HiRA",
+        "low-rank matrices that scale the weights element by element",
+        "Huang et al., ICLR 2025",
+        _RANK,
+    ),
+    _peft(
+        "DELORA",
+        "DeLoRA",
+        "low-rank adapters of bounded length",
+        "Bini et al. 2025, arXiv 2503.18225",
+        _RANK,
+    ),
+    _peft(
+        "GRALORA",
+        "GraLoRA",
+        "low-rank adapters for blocks of the weights",
+        "Jung et al. 2025, arXiv 2505.20355",
+        _RANK_ALPHA,
+    ),
+    _peft(
+        "GLORA",
+        "GLoRA",
+        "low-rank changes of weights, inputs and biases",
+        "Chavan et al. 2023, arXiv 2306.07967",
+        _RANK,
+    ),
+    _peft(
+        "LILY",
+        "Lily",
+        "low-rank adapters whose halves are shared between layers",
+        "arXiv 2407.09946",
+        _RANK,
+    ),
+    _peft(
+        "DEFT",
+        "DEFT",
+        "a low-rank projection and what is put in its place",
+        "PEFT 0.21, tuners/deft",
+        _RANK_ALPHA,
+    ),
+    _peft("PEANUT", "PEANuT", "small networks of the weights", "arXiv 2410.01870", _RANK),
+    _peft(
+        "SHIRA",
+        "SHiRA",
+        "a sparse share of the weights themselves",
+        "Bhardwaj et al. 2024, arXiv 2406.13175",
+        _RANK,
+    ),
+    _peft(
+        "SUPERTUNING",
+        "Super-Tuning",
+        "a sparse share of the weights, chosen by size",
+        "arXiv 2607.09287",
+        _TARGETS,
+    ),
+    _peft(
+        "FROD",
+        "FRoD",
+        "sparse and diagonal factors of a joint decomposition of the weights",
+        "doi 10.1609/aaai.v40i31.39813",
+        _TARGETS,
+    ),
+    _peft(
+        "ADAMSS",
+        "AdaMSS",
+        "low-rank changes within clusters of the singular space",
+        "PEFT 0.21, tuners/adamss",
+        _TARGETS,
+    ),
+    _peft(
+        "OSF",
+        "OSF",
+        "the lesser half of the singular space of the weights",
+        "Nayak et al. 2025, arXiv 2504.07097",
+        _TARGETS,
+    ),
+    _peft("BEFT", "BEFT", "biases added to the chosen layers", "arXiv 2509.15974", {}),
+    _peft("LN_TUNING", "LayerNorm tuning", "the norms", "Zhao et al. 2023, arXiv 2312.11420", {}),
+    _peft(
+        "TRAINABLE_TOKENS",
+        "Trainable tokens",
+        "the embeddings of some tokens",
+        "PEFT 0.21, tuners/trainable_tokens",
+        {},
+        token_indices=[0],
+    ),
+    _peft(
+        "PROMPT_TUNING",
+        "Prompt tuning",
+        "embeddings in front of the input",
+        "Lester et al. 2021, arXiv 2104.08691",
+        {},
+        num_virtual_tokens=20,
+    ),
+    _peft(
+        "P_TUNING",
+        "P-tuning",
+        "a network that makes embeddings in front of the input",
+        "Liu et al. 2021, arXiv 2103.10385",
+        {},
+        num_virtual_tokens=20,
+    ),
+    _peft(
+        "MULTITASK_PROMPT_TUNING",
+        "Multitask prompt tuning",
+        "a shared prompt and a low-rank change of it for each task",
+        "Wang et al. 2023, arXiv 2303.02861",
+        {},
+        num_virtual_tokens=20,
+    ),
+    _peft(
+        "CPT",
+        "CPT",
+        "the embeddings of examples in front of the input",
+        "Blau et al. 2024, arXiv 2410.17222",
+        {},
+    ),
+    _peft(
+        "PREFIX_TUNING",
+        "Prefix tuning",
+        "keys and values in front of those of each layer",
+        "Li and Liang 2021, arXiv 2101.00190",
+        {},
+        num_virtual_tokens=20,
+    ),
+    _peft(
+        "CARTRIDGE",
+        "Cartridges",
+        "a key-value cache in front of the input",
+        "Eyuboglu et al. 2025, arXiv 2506.06266",
+        {},
+        num_virtual_tokens=20,
+    ),
+    _peft(
+        "ADAPTION_PROMPT",
+        "LLaMA-Adapter",
+        "prompts in the last layers, with gates that begin at zero",
+        "Zhang et al. 2023, arXiv 2303.16199",
+        {},
+        adapter_len=10,
+        adapter_layers=30,
+    ),
+    _peft(
+        "POLY",
+        "Poly",
+        "mixtures of adapters, chosen by task",
+        "Ponti et al. 2022, arXiv 2202.13914",
+        _RANK,
+    ),
+    _peft(
+        "SHADOW", "ShadowPEFT", "a small network beside the layers", "PEFT 0.21, tuners/shadow", {}
+    ),
+)
 
-
-def _lora(model: ModelSpec, settings: MethodSettings) -> Trained:
-    """A pair A (rank x in), B (out x rank) for each targeted linear module of every layer.
-
-    LoRA, Hu et al. 2021 (arXiv 2106.09685), section 4.1: rank (in + out) parameters each.
-    """
-    if settings.lora_rank < 1:
-        raise InputError(f"`--lora-rank {settings.lora_rank}` must be at least 1")
-    adapted = targeted_linears(model, settings.target_modules)
-    per_layer = sum(settings.lora_rank * (m.in_features + m.out_features) for m in adapted)
-    return Trained(
-        base_parameters=0,
-        added_parameters=model.num_hidden_layers * per_layer,
-        adapted=adapted,
-        rank=settings.lora_rank,
-    )
-
-
-def check_target_modules(target_modules: Sequence[str]) -> None:
-    """Raises InputError for a list that no model can have."""
-    if not target_modules:
-        raise InputError(
-            "`--target-modules` names no module",
-            f"name some, such as `q_proj,v_proj`, or write `{ALL_LINEAR}`",
-        )
-    if ALL_LINEAR in target_modules and len(target_modules) > 1:
-        others = ", ".join(f"`{name}`" for name in target_modules if name != ALL_LINEAR)
-        raise InputError(
-            f"`{ALL_LINEAR}` already means every linear module: it stands alone",
-            f"leave out {others or 'the second one'}, or leave out `{ALL_LINEAR}`",
-        )
-
-
-def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[Linear, ...]:
-    """The linear modules of one layer that `target_modules` names; `all-linear` means all.
-
-    A name takes every module of that name, as PEFT's match by suffix does (GPT-2 has a `c_proj`
-    in attention and one in the feed-forward). Raises UnknownNameError for a name that no module
-    of this model has.
-    """
-    check_target_modules(target_modules)
-    linears = model.layer_linears
-    if tuple(target_modules) == (ALL_LINEAR,):
-        return linears
-    known = {m.name for m in linears}
-    for name in target_modules:
-        if name not in known:
-            raise UnknownNameError("target module", name, {*known, ALL_LINEAR})
-    return tuple(m for m in linears if m.name in target_modules)
-
-
-def target_names(model: ModelSpec, target_modules: Sequence[str]) -> tuple[str, ...]:
-    """The module names that PEFT is given, each once: `all-linear` spelled out.
-
-    PEFT's own `all-linear` (0.21) also takes routers and stacked experts, which the counts here
-    leave out; so training is given names.
-    """
-    return tuple(dict.fromkeys(m.name for m in targeted_linears(model, target_modules)))
-
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method(
-            name="lora",
-            title="LoRA",
-            trains="low-rank adapters on the linear layers; the base is frozen",
-            source="Hu et al. 2021, arXiv 2106.09685",
-            count=_lora,
-            adapter=True,
-        ),
-        Method(
-            name="qlora",
-            title="QLoRA",
-            trains="low-rank adapters; the frozen base is held in 4 bits",
-            source="Dettmers et al. 2023, arXiv 2305.14314",
-            count=_lora,
-            adapter=True,
-            quantized_base=True,
-        ),
-        Method(
-            name="freeze",
-            title="Freeze",
-            trains="the last layers; the others, embeddings and head are frozen",
-            source="Lee et al. 2019, arXiv 1911.03090",
-            count=_freeze,
-        ),
-        Method(
-            name="full",
-            title="Full",
-            trains="every parameter",
-            source="the plain method",
-            count=_full,
-        ),
-    )
-}
+METHODS: dict[str, Method] = {method.name: method for method in (*_BASE_METHODS, *_PEFT_METHODS)}
 
 
 def resolve_method(name: str) -> Method:
     """The method of that name; raises UnknownNameError with the nearest ones."""
-    method = METHODS.get(name.lower())
+    method = METHODS.get(name.lower().replace("_", "-"))
     if method is None:
         raise UnknownNameError("method", name, METHODS)
     return method

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.methods import (
-    ALL_LINEAR,
-    METHODS,
-    Method,
-    MethodSettings,
-    check_target_modules,
-    resolve_method,
-)
+from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
+from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
 
 Origin = Literal["given", "derived", "default"]
@@ -69,6 +64,13 @@ class TrainingPlan:
     target_modules: tuple[str, ...] = _setting(
         (ALL_LINEAR,), "linear modules that carry adapters, comma-separated, or `all-linear`"
     )
+    modules_to_save: tuple[str, ...] = _setting(
+        (), "modules trained whole beside the adapters, such as `lm_head`"
+    )
+    peft_config: tuple[str, ...] = _setting(
+        (), "further options of PEFT's configuration: `use_dora=true,bias=all`"
+    )
+    autocast_adapter_dtype: bool = _setting(True, "hold the adapters of a 16-bit base in fp32")
     num_trainable_layers: int = _setting(2, "layers trained by `freeze`, from the last")
     optim: str = _setting("adamw_torch_fused", "optimizer", choices=tuple(OPTIMIZERS))
     per_device_train_batch_size: int = _setting(1, "rows a GPU holds at once")
@@ -167,6 +169,9 @@ _POSITIVE_SETTINGS = (
 )
 _SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay")
 
+# A comma that stands in no bracket: options of PEFT may be lists.
+_OUTER_COMMA = re.compile(r",(?![^\[\](){}]*[\])}])")
+
 # NumPy's generator, which transformers seeds too, takes no other.
 _SEEDS = range(2**32)
 
@@ -187,6 +192,11 @@ def check_setting(name: str, value: Any) -> None:
         raise InputError(f"`--seed {value}` must be from 0 to {_SEEDS[-1]}")
     if name == "target_modules":
         check_target_modules(value)
+    if name == "peft_config" and any("=" not in option for option in value):
+        raise InputError(
+            f"`--peft-config {','.join(value)}`: options are written `name=value`",
+            "for example `--peft-config use_dora=true`",
+        )
 
 
 def _check_method(plan: TrainingPlan) -> None:
@@ -203,6 +213,12 @@ def _check_method(plan: TrainingPlan) -> None:
             f"method `{plan.method}` needs a quantized base",
             "use `--quantization nf4`, or `--method lora`",
         )
+    for setting in ("modules_to_save", "peft_config"):
+        if getattr(plan, setting) and method.peft_type is None:
+            raise InputError(
+                f"`{flag_name(setting)}` is PEFT's, and method `{plan.method}` trains without it",
+                "leave it out, or use `--method lora`",
+            )
     if plan.dtype == "float16" and plan.mixed_precision == "fp16" and not method.adapter:
         raise InputError(
             f"method `{plan.method}` cannot train float16 weights under fp16 autocast: "
@@ -296,7 +312,7 @@ def parse_setting(name: str, text: str) -> Any:
         if isinstance(default, bool):
             return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
         if isinstance(default, tuple):
-            return tuple(part.strip() for part in text.split(",") if part.strip())
+            return tuple(part.strip() for part in _OUTER_COMMA.split(text) if part.strip())
         if isinstance(default, float):
             return float(text)
         if isinstance(default, int) or name == "max_steps":

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ftplan.planner import policy
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.methods import Method, MethodSettings, resolve_method
+from ftplan.planner.methods import Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
+from ftplan.planner.trained import MethodSettings
 
 if TYPE_CHECKING:
     from ftplan.planner.data_profile import DataProfile

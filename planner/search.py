@@ -17,7 +17,7 @@ from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
-from ftplan.planner.methods import METHODS, resolve_method
+from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import DEFAULT_QUANTIZATION, data_recipe
@@ -154,7 +154,7 @@ def _candidate_methods(given: Mapping[str, Any]) -> Iterable[str]:
         return (str(given["method"]),)
     if given.get("quantization", "none") != "none":
         return ("qlora",)
-    others = sorted(name for name in METHODS if name not in PREFERRED_METHODS)
+    others = sorted(name for name in COMPARED_METHODS if name not in PREFERRED_METHODS)
     unquantized = "quantization" in given
     return [
         name

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.layers import FLOAT32_BYTES, LayerTotals, decoder_layer, trained_widths
 from ftplan.planner.memory import weight_memory_bytes
-from ftplan.planner.methods import Trained
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
+from ftplan.planner.trained import Trained
 
 # Share of the dense peak that large matrix products and the work around them reach together.
 # Assumed for every GPU: LoRA and full fine-tuning of 7B models with FlashAttention-2 on an A100

@@ -31,7 +31,7 @@ from ftplan.planner.memory import (
     needed_bytes,
     weight_memory_bytes,
 )
-from ftplan.planner.methods import METHODS, MethodSettings
+from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.plan import (
@@ -48,6 +48,7 @@ from ftplan.planner.rule_of_thumb import (
     rule_bytes,
     rule_to_dict,
 )
+from ftplan.planner.trained import MethodSettings
 
 MakeConfig = Callable[..., dict[str, Any]]
 MakeSpec = Callable[..., ModelSpec]

@@ -211,7 +211,12 @@ def test_a_curve_is_short_true_and_has_the_peak(record: MemoryRecord, points: in
 
 def summary_of(record: MemoryRecord) -> DryRunSummary:
     return summarize(
-        record, num_parameters=11, num_trainable_parameters=7, num_layers=5, num_layers_traced=3
+        record,
+        num_parameters=11,
+        num_trainable_parameters=7,
+        trained_weight_bytes=28,
+        num_layers=5,
+        num_layers_traced=3,
     )
 
 

@@ -11,15 +11,9 @@ from hypothesis import strategies as st
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import FAMILIES
-from ftplan.planner.methods import (
-    METHODS,
-    MethodSettings,
-    Trained,
-    resolve_method,
-    target_names,
-    targeted_linears,
-)
+from ftplan.planner.methods import METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.trained import MethodSettings, Trained, target_names, targeted_linears
 
 MakeConfig = Callable[..., dict[str, Any]]
 MakeSpec = Callable[..., ModelSpec]

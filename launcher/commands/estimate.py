@@ -15,7 +15,7 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
-from ftplan.planner.methods import METHODS
+from ftplan.planner.methods import COMPARED_METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
@@ -173,7 +173,7 @@ def _show(
         ui.show(views.rule_table(model.num_parameters, memory), "", views.RULE_NOTE, "")
     others = [
         (name, *_other_method(model, name, device, given))
-        for name in METHODS
+        for name in COMPARED_METHODS
         if name != plan.method
     ]
     ui.show(views.methods_table(others))

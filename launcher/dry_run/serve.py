@@ -48,6 +48,7 @@ def _carried_out(case: Any, answers: TextIO) -> dict[str, Any]:
             done.record,
             num_parameters=done.num_parameters,
             num_trainable_parameters=done.num_trainable_parameters,
+            trained_weight_bytes=done.trained_weight_bytes,
             num_layers=done.num_layers,
             num_layers_traced=done.num_layers_traced,
         )

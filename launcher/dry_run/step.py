@@ -46,6 +46,7 @@ from ftplan.launcher.dry_run.trainers import (
     with_adapters,
 )
 from ftplan.launcher.emit import method_settings, training_arguments
+from ftplan.launcher.training.adapters import hold_adapters_as_base, name_the_task, refused
 from ftplan.launcher.training.build import (
     apply_method,
     count_parameters,
@@ -53,10 +54,12 @@ from ftplan.launcher.training.build import (
     decoder_layer_list,
     decoder_layers,
     meta_model,
+    trained_bytes,
 )
 from ftplan.launcher.training.loop import sft_arguments
 from ftplan.launcher.training.objectives import trainer_arguments
 from ftplan.planner.allocator import BLOCK_BYTES
+from ftplan.planner.errors import InputError
 from ftplan.planner.memory_record import MemoryRecord
 from ftplan.planner.repeat_layers import NotRepeating
 
@@ -71,6 +74,7 @@ class DryRun:
     record: MemoryRecord
     num_parameters: int
     num_trainable_parameters: int
+    trained_weight_bytes: int
     num_layers_traced: int
     num_layers: int
 
@@ -103,24 +107,38 @@ class _DryRun:
         if few_layers and alone and same_on_every_layer(peft_config):
             selection = keep_few_layers(model, reference)
         with trainer_construction(self.case.kind, reference):
-            trainer = self._trainer(model, peft_config)
-        num_trainable = count_trainable(trainer.model)
+            trainer = self._adapted_trainer(model, peft_config)
         layers_path, layers = decoder_layer_list(trainer.model)
+        whole = [(trainer.model, 1)]  # what stands for the whole model, and how often
         if selection:
-            num_trainable += sum(
-                count_trainable(layers[place]) * run.left_out
-                for run in selection.runs
-                for place in run.template
-            )
+            whole += [
+                (layers[place], run.left_out) for run in selection.runs for place in run.template
+            ]
         draft = Draft(layers_path)
         self._record(trainer, reference, draft)
         return DryRun(
             record=draft.finish(selection.runs if selection else ()),
             num_parameters=num_parameters,
-            num_trainable_parameters=num_trainable,
+            num_trainable_parameters=sum(count_trainable(m) * times for m, times in whole),
+            trained_weight_bytes=sum(trained_bytes(m) * times for m, times in whole),
             num_layers_traced=len(layers),
             num_layers=num_layers,
         )
+
+    def _adapted_trainer(self, model: Any, peft_config: Any) -> Any:
+        """The trainer, its model with its adapters; raises InputError where PEFT refuses them."""
+        if peft_config is None:
+            return self._trainer(model, None)
+        try:
+            trainer = self._trainer(model, peft_config)
+        except InputError:
+            raise
+        except Exception as error:
+            raise refused(self.plan.resolved_method, error) from error
+        name_the_task(trainer.model)
+        if not self.plan.autocast_adapter_dtype:
+            hold_adapters_as_base(trainer.model, getattr(torch, self.plan.dtype))
+        return trainer
 
     def _trainer(self, model: Any, peft_config: Any) -> Any:
         plan = self.plan

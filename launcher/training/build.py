@@ -1,4 +1,4 @@
-"""Model and method, built once: one builder for each entry of `planner.methods.METHODS`."""
+"""Model and method, built once, for training and dry run alike."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from ftplan.launcher.training.adapters import peft_config_of
 from ftplan.launcher.training.objectives import TRAININGS, check_model_class
 from ftplan.planner.errors import InputError
-from ftplan.planner.methods import ALL_LINEAR
+from ftplan.planner.methods import resolve_method
 
 Settings = Mapping[str, Any]
 
@@ -88,27 +89,26 @@ def quantization_config(settings: Settings) -> BitsAndBytesConfig | None:
     )
 
 
-def apply_method(model: nn.Module, method: str, settings: Settings) -> PeftConfig | None:
+def apply_method(model: PreTrainedModel, method: str, settings: Settings) -> PeftConfig | None:
     """Prepare `model` in place; the PEFT configuration the trainer adds, None without one."""
-    if method in ("lora", "qlora"):
-        return lora_config(settings)
     if method == "freeze":
         freeze_all_but_last(model, settings["num_trainable_layers"])
-        return None
-    if method == "full":
-        return None
-    raise InputError(f"no builder for method `{method}`")
+    if method == "bitfit":
+        train_biases_only(model)
+    return peft_config_of(resolve_method(method), settings, model)
 
 
-def lora_config(settings: Settings) -> LoraConfig:
-    targets = list(settings["target_modules"])
-    return LoraConfig(
-        task_type=TRAININGS[settings["objective"]].task_type,
-        r=settings["lora_rank"],
-        lora_alpha=settings["lora_alpha"],
-        lora_dropout=settings["lora_dropout"],
-        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-    )
+def train_biases_only(model: nn.Module) -> None:
+    """Freeze every parameter but the biases. Raises InputError for a model without any."""
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    if not biases:
+        raise InputError(
+            "method `bitfit` trains biases, and this model has none",
+            "use `--method ln-tuning`, which trains the norms, or `--method lora`",
+        )
+    model.requires_grad_(False)
+    for bias in biases:
+        bias.requires_grad_(True)
 
 
 def freeze_all_but_last(model: nn.Module, num_layers: int) -> None:
@@ -138,6 +138,11 @@ def decoder_layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def count_trainable(model: nn.Module) -> int:
     """Parameters that receive gradients."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that receive gradients."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def count_parameters(model: nn.Module) -> int:

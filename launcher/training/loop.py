@@ -33,6 +33,7 @@ from ftplan.launcher.training.measure import (
 from ftplan.launcher.training.objectives import trainer_arguments
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.errors import InputError
+from ftplan.planner.methods import resolve_method
 
 SAMPLE_NEW_TOKENS = 64
 
@@ -270,7 +271,8 @@ def generate_answer(trainer: PlannedTrainer, tokenizer: RowTokenizer, row: Row) 
 def save(session: _Session, trainer: PlannedTrainer) -> str:
     """The trained weights, as safetensors, with the tokenizer; returns the folder's name."""
     run = session.run
-    folder = run.adapter if session.config.method in ("lora", "qlora") else run.model
+    adapter = resolve_method(session.config.method).adapter
+    folder = run.adapter if adapter else run.model
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         session.tokenizer.tokenizer.save_pretrained(folder)

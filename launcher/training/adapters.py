@@ -1,0 +1,109 @@
+"""PEFT's configuration of a method, from its entry in `planner.methods` and a plan's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftConfig, PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+
+from ftplan.launcher.training.objectives import TRAININGS
+from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.methods import Method
+from ftplan.planner.trained import ALL_LINEAR
+
+# Tuners that ask which task a row belongs to. Rows here have no tasks: all are of the first.
+_MULTI_TASK = (PeftType.MULTITASK_PROMPT_TUNING, PeftType.POLY)
+
+# AdaLoRA plans its ranks over the steps of a run.
+_ADALORA_STEPS = 1000
+
+
+def peft_config_of(
+    method: Method, settings: Mapping[str, Any], model: nn.Module
+) -> PeftConfig | None:
+    """The configuration that PEFT is given; None for a method without PEFT.
+
+    Raises InputError for an option that PEFT does not have or refuses.
+    """
+    if method.peft_type is None:
+        return None
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[method.peft_type]]
+    known = {item.name for item in dataclasses.fields(config_class)}
+    options = {name: settings[setting] for name, setting in method.takes.items()}
+    if options.get("target_modules") == [ALL_LINEAR]:
+        options["target_modules"] = ALL_LINEAR
+    if settings["modules_to_save"]:
+        options["modules_to_save"] = list(settings["modules_to_save"])
+    options |= {
+        **_derived(method, model),
+        **method.peft_options,
+        **_given(settings["peft_config"]),
+    }
+    for name in options:
+        if name not in known:
+            raise UnknownNameError(f"option of {config_class.__name__}", name, known)
+    task_type = TRAININGS[settings["objective"]].task_type
+    try:
+        return config_class(task_type=task_type, **options)
+    except (ValueError, TypeError) as error:
+        raise refused(method, error) from error
+
+
+def _given(texts: list[str]) -> dict[str, Any]:
+    """`name=value`, the value as YAML reads it."""
+    pairs = (text.partition("=") for text in texts)
+    try:
+        return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    except yaml.YAMLError:
+        raise InputError(
+            f"`--peft-config {','.join(texts)}` cannot be read",
+            "values are written as in YAML: `true`, `8`, `all`, `[q_proj, v_proj]`",
+        ) from None
+
+
+def _derived(method: Method, model: nn.Module) -> dict[str, Any]:
+    """Options that PEFT has no default for, which follow from the model."""
+    if method.peft_type == "ADALORA":
+        return {"total_step": _ADALORA_STEPS}
+    if method.peft_type == "ADAPTION_PROMPT":
+        config: Any = model.config
+        return {"adapter_layers": min(30, config.num_hidden_layers)}
+    return {}
+
+
+def refused(method: Method, error: Exception) -> InputError:
+    """What PEFT said, for a person."""
+    said = " ".join(str(error).split())
+    return InputError(
+        f"PEFT refuses method `{method.name}` here: {said}",
+        "give it other options with `--peft-config name=value`, other `--target-modules`, "
+        "or take another method",
+    )
+
+
+def name_the_task(model: PeftModel) -> None:
+    """Tell tuners of many tasks that every row is of the first one."""
+    if model.active_peft_config.peft_type not in _MULTI_TASK:
+        return
+
+    def with_task(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        rows = kwargs["input_ids"].shape[0]
+        return args, {**kwargs, "task_ids": torch.zeros(rows, dtype=torch.int64)}
+
+    model.register_forward_pre_hook(with_task, with_kwargs=True)
+
+
+def hold_adapters_as_base(model: PeftModel, dtype: torch.dtype) -> None:
+    """Adapters in the base's dtype: what PEFT's `autocast_adapter_dtype=False` gives.
+
+    Done afterwards, because TRL's trainers add the adapters themselves.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype is torch.float32:
+            parameter.data = parameter.data.to(dtype)
