@@ -35,14 +35,14 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
 
 
 def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
-    """Arguments of TRL's SFTConfig that follow from the plan."""
+    """Arguments of TRL's configuration that follow from the plan."""
     return {
+        **_objective_arguments(plan),
         "per_device_train_batch_size": plan.per_device_train_batch_size,
         "per_device_eval_batch_size": plan.per_device_train_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "gradient_checkpointing": plan.gradient_checkpointing,
         "max_length": plan.max_length,
-        "packing": False,
         "optim": plan.optim,
         "learning_rate": plan.learning_rate,
         "lr_scheduler_type": plan.lr_scheduler_type,
@@ -59,9 +59,19 @@ def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
     }
 
 
+def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
+    """What only the configuration of the plan's objective has."""
+    if plan.objective == "sft":
+        return {"packing": False}
+    if plan.resolved_objective.has_reference:
+        return {"precompute_ref_log_probs": plan.precompute_ref_log_probs}
+    return {}
+
+
 def method_settings(plan: TrainingPlan) -> dict[str, Any]:
     """What `training.build` needs to know of the plan."""
     return {
+        "objective": plan.objective,
         "quantization": plan.quantization,
         "double_quant": plan.double_quant,
         "dtype": plan.dtype,

@@ -21,12 +21,13 @@ from ftplan.launcher.model_source import (
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.profiling import Split, make_split, profile_data
 from ftplan.launcher.tokens import RowTokenizer, load_tokenizer
+from ftplan.launcher.training.config import checked_objective
 from ftplan.launcher.ui import Ui
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.hardware_spec import Device, Machine
 from ftplan.planner.memory import needed_bytes
-from ftplan.planner.plan import check_setting
+from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
 from ftplan.planner.search import (
     Evaluated,
@@ -95,9 +96,10 @@ def require_training() -> None:
 
 
 def check_settings(given: Mapping[str, Any]) -> None:
-    """Raises before anything slow is done for values that no plan can have."""
+    """Raises before anything slow is done for values that no planned run can have."""
     for name, value in given.items():
         check_setting(name, value)
+    checked_objective(given.get("objective", TrainingPlan().objective))
 
 
 def make_plan(

@@ -33,6 +33,7 @@ from ftplan.planner.trained import Trained
 
 COMPONENTS: dict[str, str] = {
     "weights": "model weights",
+    "reference_model": "reference model",
     "adapters": "adapter weights",
     "gradients": "gradients",
     "optimizer_states": "optimizer states",
@@ -152,6 +153,7 @@ def estimate_memory(
     `longest_row`: the longest row of the data, where known; rows are cut at `max_length`.
 
     Not modelled: kernel workspaces, and padding of grouped key-value heads under SDPA masks.
+    Raises InputError for an objective other than plain fine-tuning.
     """
     check_closed_form(plan)
     kind: DeviceKind = device.kind if device else "cuda"
@@ -164,6 +166,11 @@ def estimate_memory(
 
 def check_closed_form(plan: TrainingPlan) -> None:
     """Raises InputError for what only a dry run knows."""
+    if plan.objective != "sft":
+        raise InputError(
+            f"the closed form does not model `--objective {plan.objective}`",
+            "add `--exact`: the dry run carries TRL's own step out",
+        )
     for setting in ("modules_to_save", "peft_config"):
         if getattr(plan, setting):
             raise InputError(

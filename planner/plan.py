@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS, Method, resolve_method
+from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
@@ -79,6 +80,10 @@ class TrainingPlan:
     attn_implementation: str = _setting("sdpa", "attention kernel", choices=ATTENTIONS)
     loss: str = _setting("trl-fused", "loss kernel", choices=LOSSES)
     trainer: str = _setting("trl", "training stack", choices=TRAINERS)
+    objective: str = _setting("sft", "what is learned", choices=tuple(OBJECTIVES))
+    precompute_ref_log_probs: bool = _setting(
+        False, "compute the reference's log-probabilities before training (dpo, kto)"
+    )
     num_gpus: int = _setting(1, "GPUs to use")
     learning_rate: float = _setting(2e-4, "peak learning rate", recipe=True)
     lr_scheduler_type: str = _setting(
@@ -96,10 +101,15 @@ class TrainingPlan:
         for name in SETTING_NAMES:
             check_setting(name, getattr(self, name))
         _check_method(self)
+        check_objective(self)
 
     @property
     def resolved_method(self) -> Method:
         return resolve_method(self.method)
+
+    @property
+    def resolved_objective(self) -> Objective:
+        return OBJECTIVES[self.objective]
 
     @property
     def optimizer(self) -> Optimizer:

@@ -14,6 +14,7 @@ from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
 from ftplan.planner.trained import MethodSettings
 
@@ -69,6 +70,7 @@ def estimate_recipe(
         "loss": _loss(given),
         "learning_rate": _advised(policy.learning_rate(method, model)),
         **_method_settings(method, model, device),
+        **_objective_settings(given),
     }
     return resolve(given, derived)
 
@@ -121,6 +123,20 @@ def _loss(given: Mapping[str, Any]) -> tuple[str, str]:
     if given.get("trainer") == "loop":
         return "stock", "in a plain loop the model computes its loss on whole logits"
     return "trl-fused", "TRL's loss in tiles: the full logits never exist"
+
+
+def _objective_settings(given: Mapping[str, Any]) -> Derived:
+    """What an objective other than plain fine-tuning leaves no choice about."""
+    objective = OBJECTIVES.get(str(given.get("objective", "sft")))
+    derived: Derived = {}
+    if objective is None:
+        return derived  # the plan's own check names the nearest one
+    if objective.only_loss is not None:
+        derived["loss"] = (objective.only_loss, f"{objective.name}: {objective.why_only_loss}")
+    if objective.min_batch_size > 1:
+        why = f"the least that {objective.name} works with"
+        derived["per_device_train_batch_size"] = (objective.min_batch_size, why)
+    return derived
 
 
 def _attention(model: ModelSpec) -> tuple[str, str]:

@@ -56,6 +56,8 @@ SETTING_FLAGS = [
     "--attn-implementation",
     "--loss",
     "--trainer",
+    "--objective",
+    "--precompute-ref-log-probs",
     "--num-gpus",
     "--learning-rate",
     "--lr-scheduler-type",

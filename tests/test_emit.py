@@ -136,6 +136,10 @@ class TestTrainConfig:
         assert config.method_settings["target_modules"] == ["q_proj", "v_proj"]
         assert not config.is_quantized
 
+    def test_only_plain_fine_tuning_is_launched(self, run: RunDir) -> None:
+        with pytest.raises(InputError, match="`--objective dpo` is for estimates"):
+            read_train_config(written(run, ON_CPU.replace(objective="dpo"), CPU))
+
     def test_a_file_outside_the_run_stays_where_it_is(self, run: RunDir) -> None:
         config = read_train_config(
             written(run, ON_CPU, CPU, data="/far/rows.jsonl", eval_data="/far/held.jsonl")
@@ -160,6 +164,8 @@ class TestTrainConfig:
             "attn_implementation": "eager",
             "loss": "stock",
             "trainer": "transformers",
+            "objective": "dpo",
+            "precompute_ref_log_probs": True,
             "lr_scheduler_type": "linear",
             "max_steps": 7,
         }
@@ -168,12 +174,14 @@ class TestTrainConfig:
             config = emit.train_config(plan, GPU, **FILES)
             return json.dumps([config, emit.accelerate_config(plan, GPU)])
 
+        dpo = ON_CPU.replace(objective="dpo")
         for item in dataclasses.fields(TrainingPlan):
-            value = getattr(ON_CPU, item.name)
+            base = dpo if item.name == "precompute_ref_log_probs" else ON_CPU
+            value = getattr(base, item.name)
             changed = other[item.name] if item.name in other else type(value)(value / 2 + 0.5)
             if changed == value:
                 changed = value + 1
-            assert files(ON_CPU.replace(**{item.name: changed})) != files(ON_CPU), item.name
+            assert files(base.replace(**{item.name: changed})) != files(base), item.name
 
     @pytest.mark.parametrize("key", sorted(emit.train_config(ON_CPU, CPU, **FILES)))
     def test_nothing_in_train_yaml_goes_unread(self, run: RunDir, key: str) -> None:
@@ -234,6 +242,22 @@ class TestTrl:
         arguments = emit.training_arguments(plan, GPU.kind)
         assert set(arguments) - {"warmup_ratio"} <= known
         assert (arguments["bf16"], arguments["fp16"], arguments["use_cpu"]) == (True, False, False)
+
+    @pytest.mark.parametrize(
+        ("configuration", "changes"),
+        [
+            ("DPOConfig", {"objective": "dpo"}),
+            ("KTOConfig", {"objective": "kto", "per_device_train_batch_size": 2}),
+            ("RewardConfig", {"objective": "reward", "loss": "stock"}),
+        ],
+    )
+    def test_every_argument_of_an_objective_is_one_of_its_fields(
+        self, configuration: str, changes: dict[str, Any]
+    ) -> None:
+        trl = pytest.importorskip("trl")
+        known = {item.name for item in dataclasses.fields(getattr(trl, configuration))}
+        arguments = emit.training_arguments(TrainingPlan(**changes), GPU.kind)
+        assert set(arguments) - {"warmup_ratio"} <= known
 
 
 class TestEnvironment:

@@ -44,6 +44,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": LOSSES,
     "trainer": TRAINERS,
     "lr_scheduler_type": SCHEDULES,
+    "objective": ("sft", "dpo", "kto", "reward"),
 }
 
 

@@ -185,8 +185,12 @@ def _configuration(reasoned: ReasonedPlan) -> str:
     autocast = f", {plan.mixed_precision} autocast" if plan.autocast else ""
     base = plan.dtype if plan.quantization == "none" else f"{plan.quantization} base"
     checkpointing = "" if plan.gradient_checkpointing else "no "
+    objective = plan.resolved_objective
+    what = "" if objective.name == "sft" else f"{objective.title}, "
+    each_row = f" each for {objective.each_row}" if objective.each_row else ""
+    tokens = f"{plan.per_device_train_batch_size}x{plan.max_length} tokens{each_row}"
     return (
-        f"{base}{autocast}, {plan.per_device_train_batch_size}x{plan.max_length} tokens, "
+        f"{what}{base}{autocast}, {tokens}, "
         f"{plan.optim}, {checkpointing}gradient checkpointing, {plan.loss} loss"
     )
 

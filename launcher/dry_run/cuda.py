@@ -95,7 +95,7 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
             ("trl.kernels.chunked_logprob._forward_tile", _in_place),
             ("trl.kernels.chunked_logprob._backward_tile", _in_place),
             ("trl.kernels.chunked_logprob._addmm_fp32", _in_place),
-            ("accelerate.accelerator.get_mixed_precision_context_manager", _autocast),
+            ("accelerate.accelerator.get_mixed_precision_context_manager", autocast),
         ):
             stack.enter_context(mock.patch(target, replacement))
         yield
@@ -160,7 +160,7 @@ def _dropout(
 
 
 @contextmanager
-def _autocast(native_amp: bool = False, autocast_kwargs: Any = None) -> Iterator[None]:
+def autocast(native_amp: bool = False, autocast_kwargs: Any = None) -> Iterator[None]:
     """accelerate's autocast: the processor's casts, and CUDA's flag, which PEFT asks for."""
     from accelerate.state import AcceleratorState
 

@@ -8,6 +8,14 @@ from typing import Any
 from ftplan.planner.memory_record import MemoryRecord, Storage
 from ftplan.planner.repeat_layers import Run, TracedRecord, repeat_layers
 
+# Where the reference model of a preference objective lies, and the phase in which its
+# log-probabilities are computed before training.
+REFERENCE_PATH = "ref_model"
+REFERENCE_PHASE = "reference log-probabilities"
+
+# Phases whose products run in one thread.
+_THREADS = ((REFERENCE_PHASE, "forward"), ("backward",))
+
 
 class Draft:
     """Births and deaths as they come.
@@ -33,15 +41,18 @@ class Draft:
         self.granularity = 1
         self.workspace_bytes = 0
         self._decoder_path = layers_path.rpartition(".")[0]
-        self._layer = re.compile(rf"{re.escape(layers_path)}\.(\d+)(?:\.|$)")
+        either = rf"(?:{REFERENCE_PATH}\.)?"
+        self._in_decoder = re.compile(either + re.escape(self._decoder_path))
+        self._layer = re.compile(rf"{either}{re.escape(layers_path)}\.(\d+)(?:\.|$)")
         self._layer_of_path: dict[str, int] = {}
 
     def begin_phase(self, name: str) -> None:
         """A new phase. The first products of forward and of backward, which run in threads of
         their own, each take a workspace for good."""
-        first = all(earlier != name for _, earlier in self.phases)
+        thread = next((phases for phases in _THREADS if name in phases), ())
+        first = bool(thread) and all(earlier not in thread for _, earlier in self.phases)
         self.phases.append((len(self.events), name))
-        if first and self.workspace_bytes and name in ("forward", "backward"):
+        if first and self.workspace_bytes:
             self.path = ""
             self.born(
                 num_bytes=self.workspace_bytes,
@@ -148,9 +159,9 @@ class Draft:
                 self.components[index] = self._component(index, *spans[at])
 
     def _component(self, index: int, phase: str, phase_end: int) -> str:
-        if phase not in ("forward", "backward", "evaluation"):
+        if phase not in (REFERENCE_PHASE, "forward", "backward", "evaluation"):
             return "temporaries"
-        if not self.paths[index].startswith(self._decoder_path):
+        if not self._in_decoder.match(self.paths[index]):
             return "logits_and_loss"
         died_at = self.died_at[index]
         outlives = died_at is None or died_at >= phase_end

@@ -56,34 +56,49 @@ def meet_outside(config: Any, trainer: str) -> bool:
     return bool(text_config.output_router_logits or (trainer == "trl" and coefficient))
 
 
-def keep_few_layers(model: nn.Module) -> Selection | None:
+def keep_few_layers(model: nn.Module, reference: nn.Module | None = None) -> Selection | None:
     """Take equal layers out of `model`, in place; which ones are left, and what repeats.
 
-    None, and the model stays whole, where the kinds of its layers follow from their number.
+    A `reference` of the same architecture loses the same ones. None, and all stays whole, where
+    the kinds of layers follow from their number.
     """
-    _, layers = decoder_layer_list(model)
+    models = [model] if reference is None else [model, reference]
+    selection = select_layers(list(zip(*map(_signatures, models), strict=True)))
+    return selection if all(_cut(one, selection.kept) for one in models) else None
+
+
+def _kinds(model: nn.Module) -> list[Any] | None:
+    """What the configuration says of each layer, where it does."""
     config: Any = model.config
     kinds = getattr(config, "layer_types", None)
-    listed = (
-        kinds if isinstance(kinds, list) and len(kinds) == len(layers) else [None] * len(layers)
-    )
+    _, layers = decoder_layer_list(model)
+    return kinds if isinstance(kinds, list) and len(kinds) == len(layers) else None
+
+
+def _signatures(model: nn.Module) -> list[Hashable]:
+    _, layers = decoder_layer_list(model)
+    kinds = _kinds(model) or [None] * len(layers)
     shared: dict[int, int] = {}
-    signatures = [
-        (kind, _signature(layer, shared)) for kind, layer in zip(listed, layers, strict=True)
-    ]
-    selection = select_layers(signatures)
-    if kinds is listed:
+    return [(kind, _signature(layer, shared)) for kind, layer in zip(kinds, layers, strict=True)]
+
+
+def _cut(model: nn.Module, kept: tuple[int, ...]) -> bool:
+    """Leave these layers only; False, and all of them, where it cannot be."""
+    config: Any = model.config
+    kinds = _kinds(model)
+    if kinds is not None:
         try:
-            config.layer_types = [kinds[place] for place in selection.kept]
+            config.layer_types = [kinds[place] for place in kept]
         except AttributeError:  # a property: Jamba, Bamba, Falcon-H1
-            return None
-    kept = [layers[place] for place in selection.kept]
-    del layers[len(kept) :]
-    for place, layer in enumerate(kept):
+            return False
+    _, layers = decoder_layer_list(model)
+    left = [layers[place] for place in kept]
+    del layers[len(left) :]
+    for place, layer in enumerate(left):
         layers[place] = layer
     if getattr(config, "num_hidden_layers", None) is not None:
-        config.num_hidden_layers = len(kept)
-    return selection
+        config.num_hidden_layers = len(left)
+    return True
 
 
 def _signature(layer: nn.Module, shared: dict[int, int]) -> Hashable:

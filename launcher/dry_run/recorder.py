@@ -21,13 +21,16 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftplan.launcher.dry_run.draft import Draft
+from ftplan.launcher.dry_run.draft import REFERENCE_PATH, Draft
 from ftplan.launcher.dry_run.shape_memory import ShapeMemory
 
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _ALL = (_aten.all.default, _aten.all.dim)
 _RANDOM = (_aten.rand.default,)
+
+# Components of which autocast makes copies.
+_COPIED = ("weights", "reference_model", "adapters")
 
 
 class Recorder(TorchDispatchMode):
@@ -62,9 +65,13 @@ class Recorder(TorchDispatchMode):
         self._recomputed_from = 0
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Record within, deaths included. Modules are known by their paths in `model`."""
+    def watching(self, model: nn.Module, reference: nn.Module | None = None) -> Iterator[None]:
+        """Record within, deaths included. Modules are known by their paths in `model`, those of
+        a `reference` model by theirs below REFERENCE_PATH."""
         self._paths = {module: name for name, module in model.named_modules()}
+        if reference is not None:
+            named = reference.named_modules(prefix=REFERENCE_PATH)
+            self._paths.update((module, name) for name, module in named)
         hooks = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
@@ -129,7 +136,7 @@ class Recorder(TorchDispatchMode):
         """Autocast's copies of weights are known by what they copy."""
         if func is _aten._to_copy.default and not self.between_steps:
             source = self._index.get(args[0].untyped_storage()._cdata)
-            if source is not None and self.draft.components[source] in ("weights", "adapters"):
+            if source is not None and self.draft.components[source] in _COPIED:
                 return "autocast_copies"
         return None
 

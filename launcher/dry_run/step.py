@@ -24,7 +24,7 @@ from ftplan.launcher.dry_run.cuda import (
     cublas_workspace_bytes,
     cuda_behaviour,
 )
-from ftplan.launcher.dry_run.draft import Draft
+from ftplan.launcher.dry_run.draft import REFERENCE_PATH, Draft
 from ftplan.launcher.dry_run.fakes import (
     held_tensors,
     make_fake,
@@ -33,6 +33,12 @@ from ftplan.launcher.dry_run.fakes import (
 )
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
+from ftplan.launcher.dry_run.objectives import (
+    DRY_TRAINERS,
+    keeps_reference,
+    preference_rows,
+    trainer_construction,
+)
 from ftplan.launcher.dry_run.operations import REPLACED
 from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
@@ -57,6 +63,7 @@ from ftplan.launcher.training.build import (
     trained_bytes,
 )
 from ftplan.launcher.training.loop import sft_arguments
+from ftplan.launcher.training.objectives import trainer_arguments
 from ftplan.planner.allocator import BLOCK_BYTES
 from ftplan.planner.errors import InputError
 from ftplan.planner.memory_record import MemoryRecord
@@ -99,14 +106,14 @@ class _DryRun:
         self.say("building the model")
         model = meta_model(self.case.config, settings)
         peft_config = apply_method(model, plan.method, settings)
+        reference = meta_model(self.case.config, settings) if keeps_reference(plan) else None
         num_parameters, num_layers = count_parameters(model), len(decoder_layers(model))
         quantize_blank(model, getattr(torch, plan.dtype))
         selection = None
         alone = not meet_outside(model.config, plan.trainer)
         if few_layers and alone and same_on_every_layer(peft_config):
-            selection = keep_few_layers(model)
-        # Adapters too are built without data.
-        with torch.device("meta"):
+            selection = keep_few_layers(model, reference)
+        with trainer_construction(self.case.kind, reference):
             trainer = self._adapted_trainer(model, peft_config)
         layers_path, layers = decoder_layer_list(trainer.model)
         whole = [(trainer.model, 1)]  # what stands for the whole model, and how often
@@ -115,7 +122,7 @@ class _DryRun:
                 (layers[place], run.left_out) for run in selection.runs for place in run.template
             ]
         draft = Draft(layers_path)
-        self._record(trainer, draft)
+        self._record(trainer, reference, draft)
         return DryRun(
             record=draft.finish(selection.runs if selection else ()),
             num_parameters=num_parameters,
@@ -154,7 +161,11 @@ class _DryRun:
             "gradient_accumulation_steps": self._micro_batches,
             "max_length": None,
         }
-        arguments = sft_arguments(planned, "unused", dataset_kwargs={"skip_prepare_dataset": True})
+        if plan.objective == "sft":
+            skip = {"skip_prepare_dataset": True}
+            arguments = sft_arguments(planned, "unused", dataset_kwargs=skip)
+        else:
+            arguments = trainer_arguments(plan.objective, planned, "unused")
         arguments.save_strategy = "no"
         common = {
             "args": arguments,
@@ -162,8 +173,12 @@ class _DryRun:
             "eval_dataset": rows,
             "processing_class": blank_tokenizer(),
         }
-        if plan.trainer == "trl":
-            trainer: Any = DrySFTTrainer(
+        if plan.objective != "sft":
+            trainer: Any = DRY_TRAINERS[plan.objective](
+                model=model, peft_config=peft_config, **common
+            )
+        elif plan.trainer == "trl":
+            trainer = DrySFTTrainer(
                 model=model,
                 peft_config=peft_config,
                 row_lengths=[plan.max_length] * len(rows),
@@ -194,12 +209,14 @@ class _DryRun:
     def _rows(self) -> Dataset:
         length = self.case.row_length
         count = self.plan.per_device_train_batch_size * self._micro_batches * _STEPS
+        if self.plan.objective != "sft":
+            return preference_rows(self.plan.objective, count, length)
         row = {"input_ids": [1] * length, "labels": [1] * length}
         if self.plan.trainer != "trl":
             row["attention_mask"] = [1] * length
         return Dataset.from_list([row] * count)
 
-    def _record(self, trainer: Any, draft: Draft) -> None:
+    def _record(self, trainer: Any, reference: Any, draft: Draft) -> None:
         decompositions = {**REPLACED, **quantized_kernels(self.plan.quantization)}
         fake_mode = FakeTensorMode()
         recorder = Recorder(draft, fake_mode, decompositions, self.case.padded)
@@ -219,10 +236,16 @@ class _DryRun:
             buffers = [b for b in module._buffers.values() if b is not None]
             held = [*buffers, *quantization_tensors(module), *held_tensors(module)]
             recorder.adopt(held, "weights", path)
+        if reference is not None:
+            make_fake(reference, fake_mode)
+            for path, module in reference.named_modules(prefix=REFERENCE_PATH):
+                tensors = (*module._parameters.values(), *module._buffers.values())
+                recorder.adopt([t for t in tensors if t is not None], "reference_model", path)
         if self.plan.num_gpus > 1:
             _add_buckets(draft, trainer.model)
         self.say("tracing two steps")
-        with self._surroundings(trainer), fake_mode, recorder.watching(trainer.model):
+        watched = recorder.watching(trainer.model, reference)
+        with self._surroundings(trainer), fake_mode, watched:
             trainer.train()
             self.say("tracing an evaluation step")
             trainer.evaluate_one_batch()

@@ -21,7 +21,7 @@ from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.training.trainer import PlannedTrainer
 
 
-class _Dry:
+class Dry:
     """Where fakes need it otherwise: nothing is moved, and phases are marked."""
 
     draft: Draft
@@ -30,11 +30,15 @@ class _Dry:
     def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
         """Fakes are where they are."""
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self.accelerator: Any
+        self.accelerator.device_placement = False
+
     def observe(self, draft: Draft, recorder: Recorder) -> None:
         """Mark phases in `draft` from now on."""
         self.draft, self.recorder = draft, recorder
-        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
-        accelerator.device_placement = False
+        accelerator = self.accelerator
         backward = accelerator.backward
 
         def marked(loss: Any, **kwargs: Any) -> None:
@@ -65,11 +69,11 @@ class _Dry:
         trainer.prediction_step(trainer.model_wrapped, batch, prediction_loss_only=True)
 
 
-class DrySFTTrainer(_Dry, PlannedTrainer):
+class DrySFTTrainer(Dry, PlannedTrainer):
     """TRL's trainer, as ftplan launches it."""
 
 
-class DryTransformersTrainer(_Dry, Trainer):
+class DryTransformersTrainer(Dry, Trainer):
     """transformers' own trainer."""
 
 

@@ -10,10 +10,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from ftplan.launcher.training.adapters import peft_config_of
+from ftplan.launcher.training.objectives import TRAININGS, check_model_class
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import resolve_method
 
@@ -31,7 +32,9 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
         arguments["quantization_config"] = quantization
     if device_type == "cuda":
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    return AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **arguments)
+    training = TRAININGS[settings["objective"]]
+    arguments.update(training.model_settings)
+    return training.model.from_pretrained(model, use_safetensors=True, **arguments)
 
 
 def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel:
@@ -42,10 +45,12 @@ def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel
     attention = settings["attn_implementation"]
     # flash-attn need not be installed to ask what it would take.
     build_with = "eager" if attention == "flash_attention_2" else attention
+    training = TRAININGS[settings["objective"]]
     try:
-        model_config = AutoConfig.for_model(**config)
+        model_config = AutoConfig.for_model(**{**config, **training.model_settings})
+        check_model_class(settings["objective"], model_config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = training.model.from_config(
                 model_config,
                 dtype=getattr(torch, settings["dtype"]),
                 attn_implementation=build_with,
@@ -65,7 +70,7 @@ def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel
         quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None)
         quantizer.postprocess_model(model=model)
         model.hf_quantizer = quantizer
-    return model
+    return model.eval()  # as `from_pretrained` does
 
 
 def quantization_config(settings: Settings) -> BitsAndBytesConfig | None:

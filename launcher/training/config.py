@@ -48,10 +48,21 @@ def checked_loss(loss: str, trainer: str) -> str:
     return loss
 
 
+def checked_objective(objective: str) -> str:
+    """The objective, if ftplan's training process has it; raises InputError otherwise."""
+    if objective != "sft":
+        raise InputError(
+            f"runs are launched for plain fine-tuning; `--objective {objective}` is for estimates",
+            "leave `--objective` out, or ask `ftplan estimate MODEL --exact` about it",
+        )
+    return objective
+
+
 def read_train_config(run: RunDir) -> TrainConfig:
     """Raises InputError naming the missing key."""
     raw = read_mapping(run.train)
     try:
+        checked_objective(raw["method_settings"]["objective"])
         eval_data = raw["eval_data"]
         return TrainConfig(
             model=raw["model"],

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from trl import SFTConfig
 
 from ftplan.launcher.data_reader import DataFile, Row, read_data
 from ftplan.launcher.profiling import make_split
@@ -31,9 +30,9 @@ from ftplan.launcher.training.measure import (
     mean_step_seconds,
     measured_memory,
 )
+from ftplan.launcher.training.objectives import trainer_arguments
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.errors import InputError
-from ftplan.planner.memory import CHECKPOINTS_KEPT
 from ftplan.planner.methods import resolve_method
 
 SAMPLE_NEW_TOKENS = 64
@@ -197,25 +196,10 @@ def build_trainer(
     return trainer
 
 
-def sft_arguments(training_arguments: Mapping[str, Any], output_dir: str, **more: Any) -> SFTConfig:
-    """TRL's configuration: the plan's arguments, and how this launcher runs it."""
-    planned = dict(training_arguments)
-    # transformers 5 takes a share of the steps as a `warmup_steps` below 1.
-    planned["warmup_steps"] = planned.pop("warmup_ratio")
-    return SFTConfig(
-        output_dir=output_dir,
-        logging_steps=1,
-        eval_strategy="no",
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_total_limit=CHECKPOINTS_KEPT,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=not planned["use_cpu"],
-        completion_only_loss=True,
-        ddp_find_unused_parameters=False,
-        **planned,
-        **more,
+def sft_arguments(training_arguments: Mapping[str, Any], output_dir: str, **more: Any) -> Any:
+    """TRL's configuration of plain fine-tuning: the loss is that of the answers."""
+    return trainer_arguments(
+        "sft", training_arguments, output_dir, completion_only_loss=True, **more
     )
 
 

@@ -1,0 +1,104 @@
+"""What a run trains the model to do: imitate answers, prefer them, or score them.
+
+Names are those of TRL's trainers; `launcher/training/objectives.py` has one of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ftplan.planner.errors import InputError
+
+if TYPE_CHECKING:
+    from ftplan.planner.plan import TrainingPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """A training objective, as TRL 1.16 carries it out.
+
+    `each_row`: what a row of the data holds, where it is more than one text. `only_loss`: the one
+    loss kernel that its trainer has, for the reason `why_only_loss`; None: any. `has_reference`:
+    the loss compares with the model as it was before training. `min_batch_size`: rows that a
+    micro-batch must have.
+    """
+
+    name: str
+    title: str
+    source: str
+    each_row: str = ""
+    only_loss: str | None = None
+    why_only_loss: str = ""
+    has_reference: bool = False
+    min_batch_size: int = 1
+
+
+_TILES = "it takes log-probabilities in tiles, whole logits never exist"
+
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective
+    for objective in (
+        Objective(name="sft", title="supervised fine-tuning", source="trl.SFTTrainer"),
+        Objective(
+            name="dpo",
+            title="direct preference optimization",
+            source="Rafailov et al. 2023, arXiv 2305.18290; trl.DPOTrainer",
+            each_row="chosen and rejected",
+            only_loss="trl-fused",
+            why_only_loss=_TILES,
+            has_reference=True,
+        ),
+        Objective(
+            name="kto",
+            title="Kahneman-Tversky optimization",
+            source="Ethayarajh et al. 2024, arXiv 2402.01306; trl.KTOTrainer",
+            only_loss="trl-fused",
+            why_only_loss=_TILES,
+            has_reference=True,
+            min_batch_size=2,
+        ),
+        Objective(
+            name="reward",
+            title="reward modelling",
+            source="Ouyang et al. 2022, arXiv 2203.02155; trl.RewardTrainer",
+            each_row="chosen and rejected",
+            only_loss="stock",
+            why_only_loss="the model gives a row one score and has no logits over the vocabulary",
+        ),
+    )
+}
+
+
+def check_objective(plan: TrainingPlan) -> None:
+    """Raises InputError for settings that the plan's objective cannot be trained with."""
+    objective = plan.resolved_objective
+    name = f"`--objective {objective.name}`"
+    if objective.name != "sft" and plan.trainer != "trl":
+        raise InputError(
+            f"{name} is TRL's: `--trainer {plan.trainer}` has it not",
+            "use `--trainer trl`, or leave `--trainer` out",
+        )
+    if objective.only_loss is not None and plan.loss != objective.only_loss:
+        raise InputError(
+            f"{name} has no `--loss {plan.loss}`: {objective.why_only_loss}",
+            f"use `--loss {objective.only_loss}`, or leave `--loss` out",
+        )
+    if plan.precompute_ref_log_probs and not objective.has_reference:
+        raise InputError(
+            f"{name} has no reference whose log-probabilities could be computed before",
+            "leave `--precompute-ref-log-probs` out, or use `--objective dpo` or `kto`",
+        )
+    if plan.per_device_train_batch_size < objective.min_batch_size:
+        raise InputError(
+            f"{name} needs `--per-device-train-batch-size` {objective.min_batch_size} or more: "
+            "each prompt is also paired with another row's completion",
+            f"use `--per-device-train-batch-size {objective.min_batch_size}`",
+        )
+    matches_head = plan.autocast or plan.dtype == "bfloat16"
+    if objective.name == "reward" and plan.quantization != "none" and not matches_head:
+        raise InputError(
+            f"{name} on a {plan.quantization} base cannot compute in {plan.dtype}: "
+            "TRL holds the trained head in bf16 there",
+            "use `--mixed-precision bf16` or fp16, or `--dtype bfloat16`",
+        )
