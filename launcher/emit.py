@@ -10,6 +10,7 @@ from typing import Any
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.hardware_spec import Device, DeviceKind
+from ftplan.planner.methods import ALL_LINEAR
 from ftplan.planner.plan import TrainingPlan
 
 TRAIN_MODULE = "ftplan.launcher.train"
@@ -44,6 +45,7 @@ def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
         "max_length": plan.max_length,
         "packing": False,
         "optim": plan.optim,
+        **({"optim_target_modules": ALL_LINEAR} if plan.optimizer.low_rank else {}),
         "learning_rate": plan.learning_rate,
         "lr_scheduler_type": plan.lr_scheduler_type,
         "warmup_ratio": plan.warmup_ratio,

@@ -72,10 +72,11 @@ def _dry_run(summary: DryRunSummary) -> dict[str, Any]:
 
 
 def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> dict[str, Any]:
-    """Time of a step of full rows; unknown without a device."""
-    if device is None:
-        return {"step_seconds": None, "tokens_per_second_per_gpu": None, "bound_by": None}
+    """Time of a step of full rows; unknown without a device, or of an optimizer that the closed
+    form does not know."""
     plan = reasoned.plan
+    if device is None or plan.optimizer.exact_only:
+        return {"step_seconds": None, "tokens_per_second_per_gpu": None, "bound_by": None}
     tokens = plan.per_device_train_batch_size * plan.max_length
     step = estimate_step_time(
         model, plan, device, tokens_per_micro_batch=tokens, mean_length=plan.max_length

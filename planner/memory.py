@@ -196,7 +196,7 @@ def memory_from_phases(
         device_peak_bytes=device_peak,
         required_bytes=required,
         host_ram_peak_bytes=host,
-        disk_bytes=disk_bytes(plan, trained),
+        disk_bytes=disk_bytes(plan, trained, _state_bytes(phases)),
     )
 
 
@@ -233,12 +233,14 @@ def host_loading_bytes(model: ModelSpec, plan: TrainingPlan) -> int:
     return plan.num_gpus * (CPU_PROCESS_BYTES + min(stored, 5 * 10**9))
 
 
-def disk_bytes(plan: TrainingPlan, trained: Trained) -> int:
+def disk_bytes(plan: TrainingPlan, trained: Trained, state_bytes: int) -> int:
     """Checkpoints (trained weights and optimizer states) and the final trained weights."""
-    widths = trained_widths(plan, trained)
-    weights = sum(count * width for count, width in widths)
-    states = sum(plan.optimizer.state_bytes(count, width) for count, width in widths)
-    return CHECKPOINTS_KEPT * (weights + states) + weights
+    weights = sum(count * width for count, width in trained_widths(plan, trained))
+    return CHECKPOINTS_KEPT * (weights + state_bytes) + weights
+
+
+def _state_bytes(phases: Sequence[Phase]) -> int:
+    return max(phase.components["optimizer_states"] for phase in phases)
 
 
 class _Model:
@@ -330,7 +332,11 @@ class _Model:
     def optimizer_state_bytes(self) -> int:
         """Eq. (3)."""
         optimizer = self.plan.optimizer
-        return sum(optimizer.state_bytes(count, width) for count, width in self.trained_widths)
+        embeddings = self.model.embedding_parameters if self.trained.trains_embeddings else 0
+        return sum(
+            optimizer.state_bytes(count, width, min(count, embeddings))
+            for count, width in self.trained_widths
+        )
 
     def optimizer_step_bytes(self) -> int:
         """Eq. (4)."""

@@ -94,6 +94,7 @@ class TrainingPlan:
         for name in SETTING_NAMES:
             check_setting(name, getattr(self, name))
         _check_method(self)
+        _check_optimizer(self)
 
     @property
     def resolved_method(self) -> Method:
@@ -199,6 +200,30 @@ def _check_method(plan: TrainingPlan) -> None:
             "torch's GradScaler refuses fp16 gradients",
             "use `--dtype float32`: autocast computes its products in fp16 all the same",
         )
+
+
+def _check_optimizer(plan: TrainingPlan) -> None:
+    """Raises InputError when the optimizer cannot work as the plan would have it."""
+    optimizer = plan.optimizer
+    if optimizer.needs_trainer and plan.trainer == "loop":
+        raise InputError(
+            f"`--optim {plan.optim}` is set up by transformers' trainer, a plain loop has none",
+            "use `--trainer trl` or `--trainer transformers`",
+        )
+    if optimizer.layerwise and plan.gradient_accumulation_steps > 1:
+        raise InputError(
+            f"`--optim {plan.optim}` steps in every backward and cannot accumulate gradients",
+            f"use `--gradient-accumulation-steps 1`, or `--optim {_not_layerwise(plan.optim)}`",
+        )
+    if optimizer.layerwise and plan.num_gpus > 1:
+        raise InputError(
+            f"`--optim {plan.optim}` is for one GPU: transformers refuses it under DDP",
+            f"use `--num-gpus 1`, or `--optim {_not_layerwise(plan.optim)}`",
+        )
+
+
+def _not_layerwise(optim: str) -> str:
+    return optim.removesuffix("_layerwise")
 
 
 def flag_name(setting: str) -> str:

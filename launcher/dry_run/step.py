@@ -28,6 +28,7 @@ from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
 from ftplan.launcher.dry_run.operations import REPLACED
+from ftplan.launcher.dry_run.optimizers import optimizer_behaviour, optimizer_kernels
 from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.trainers import (
@@ -173,7 +174,11 @@ class _DryRun:
         return Dataset.from_list([row] * count)
 
     def _record(self, trainer: Any, draft: Draft) -> None:
-        decompositions = {**REPLACED, **quantized_kernels(self.plan.quantization)}
+        decompositions = {
+            **REPLACED,
+            **quantized_kernels(self.plan.quantization),
+            **optimizer_kernels(self.plan.optimizer, self.case.kind),
+        }
         fake_mode = FakeTensorMode()
         recorder = Recorder(draft, fake_mode, decompositions, self.case.padded)
         if self.case.kind == "cuda":
@@ -194,6 +199,7 @@ class _DryRun:
         if self.plan.num_gpus > 1:
             _add_buckets(draft, trainer.model)
         self.say("tracing two steps")
+        recorder.between_steps = True  # while the optimizer is made
         with self._surroundings(trainer), fake_mode, recorder.watching(trainer.model):
             trainer.train()
             self.say("tracing an evaluation step")
@@ -213,6 +219,7 @@ class _DryRun:
         stack.enter_context(
             mock.patch("transformers.masking_utils.fast_all", torch.Tensor.all, create=True)
         )
+        stack.enter_context(optimizer_behaviour(self.plan.optimizer, self.case.kind))
         if self.case.kind == "cuda":
             stack.enter_context(cuda_behaviour(self.case.capability, self.case.repeats_key_value))
             if self.plan.quantization == "int8":
