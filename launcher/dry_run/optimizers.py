@@ -23,6 +23,9 @@ _aten = torch.ops.aten
 # (schedulefree 1.4.1, radam_schedulefree.py: `rho_t > 4.0`).
 _RADAM_WARM_STEPS = 5
 
+# GaLore's 8-bit optimizer is made of bitsandbytes' own.
+_WITH_BITSANDBYTES = ("bitsandbytes", "galore_torch")
+
 # The blocks that transformers asks torchao for.
 _TORCHAO_BLOCK_SIZE = 256
 
@@ -59,7 +62,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 def optimizer_kernels(optimizer: Optimizer, kind: DeviceKind) -> dict[Any, Callable[..., Any]]:
     """What to run in the place of operations that optimizers alone use."""
     kernels: dict[Any, Callable[..., Any]] = {_aten._linalg_svd.default: _singular_values(kind)}
-    if optimizer.module == "bitsandbytes" and kind == "cpu":
+    if optimizer.module in _WITH_BITSANDBYTES and kind == "cpu":
         from bitsandbytes.backends.cpu import ops
 
         library: Any = torch.ops.bitsandbytes
@@ -71,11 +74,9 @@ def optimizer_kernels(optimizer: Optimizer, kind: DeviceKind) -> dict[Any, Calla
 
 
 def _singular_values(kind: DeviceKind) -> Callable[..., Any]:
-    """GaLore's decomposition: results, a copy of the matrix, LAPACK's workspace.
-
-    On CUDA cuSOLVER gives V, from which the adjoint is copied; its own workspace is not known
-    (ATen/native/BatchLinearAlgebra.cpp, native/cuda/linalg/BatchLinearAlgebraLib.cpp).
-    """
+    """GaLore's decomposition: its results and a copy of the matrix; on CUDA cuSOLVER gives V, from
+    which the adjoint is copied (ATen/native/BatchLinearAlgebra.cpp and
+    native/cuda/linalg/BatchLinearAlgebraLib.cpp). The libraries' workspaces are not known."""
 
     def decompose(
         matrix: torch.Tensor,
@@ -91,26 +92,13 @@ def _singular_values(kind: DeviceKind) -> Callable[..., Any]:
             matrix.new_empty(least),
             matrix.new_empty((columns, least)).t(),
         )
-        copy = matrix.new_empty(matrix.shape)
+        scratch = [matrix.new_empty(matrix.shape)]
         if kind == "cuda":
-            scratch = [matrix.new_empty((columns, least))]
-        else:
-            scratch = [
-                matrix.new_empty(8 * least, dtype=torch.int32),
-                matrix.new_empty(_gesdd_workspace(rows, columns)),
-            ]
-        del copy, scratch
+            scratch.append(matrix.new_empty((columns, least)))
+        del scratch
         return results
 
     return decompose
-
-
-def _gesdd_workspace(rows: int, columns: int) -> int:
-    """Elements of the workspace that LAPACK's sgesdd asks for with JOBZ='S' (sgesdd.f 3.12): the
-    bidiagonal problem's 3 n² + 4 n, and an n by n factor where the matrix is far from square."""
-    least, most = min(rows, columns), max(rows, columns)
-    workspace = 3 * least**2 + 7 * least
-    return workspace + least**2 if most >= 11 * least // 6 else workspace
 
 
 @contextmanager
@@ -125,9 +113,13 @@ def optimizer_behaviour(optimizer: Optimizer, kind: DeviceKind) -> Iterator[None
 
 def _patches(optimizer: Optimizer, kind: DeviceKind) -> Iterable[tuple[str, Any]]:
     module = optimizer.module
-    if module in ("bitsandbytes", "galore_torch"):
-        # One manager of overrides a process, which knows parameters by their addresses.
+    if module in _WITH_BITSANDBYTES:
+        # Each of a process: of overrides, by the parameters' addresses, and of paged states, which
+        # it keeps alive.
         yield "bitsandbytes.optim.optimizer.GlobalOptimManager._instance", None
+        yield "bitsandbytes.functional.GlobalPageManager._instance", None
+        yield "bitsandbytes.functional.get_paged", _unpaged
+        yield "bitsandbytes.functional.fill", _nothing
         if kind == "cuda":
             yield "bitsandbytes.optim.optimizer.Optimizer8bit.fill_qmap", _fill_maps
     if module == "galore_torch":
@@ -182,6 +174,11 @@ def _without_norm(
     copy = parameter.data.float()
     del copy
     update(name, gradient, parameter, *args, **{**more, "max_unorm": 0.0})
+
+
+def _unpaged(*shape: int, dtype: torch.dtype, device: Any) -> torch.Tensor:
+    """Managed memory, which fakes have not; it counts as the GPU's."""
+    return torch.empty(shape, dtype=dtype)
 
 
 def _fill_maps(optimizer: Any) -> None:
