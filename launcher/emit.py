@@ -42,6 +42,7 @@ def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
         "per_device_eval_batch_size": plan.per_device_train_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "gradient_checkpointing": plan.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": plan.use_reentrant},
         "max_length": plan.max_length,
         "packing": False,
         "optim": plan.optim,

@@ -74,6 +74,7 @@ class TrainingPlan:
     gradient_accumulation_steps: int = _setting(1, "micro-batches before an optimizer step")
     max_length: int = _setting(2048, "tokens a row is cut at")
     gradient_checkpointing: bool = _setting(True, "keep layer inputs only, compute the rest again")
+    use_reentrant: bool = _setting(False, "checkpoint by torch's older, reentrant function")
     attn_implementation: str = _setting("sdpa", "attention kernel", choices=ATTENTIONS)
     loss: str = _setting("trl-fused", "loss kernel", choices=LOSSES)
     trainer: str = _setting("trl", "training stack", choices=TRAINERS)
@@ -193,6 +194,12 @@ def _check_method(plan: TrainingPlan) -> None:
         raise InputError(
             f"method `{plan.method}` needs a quantized base",
             "use `--quantization nf4`, or `--method lora`",
+        )
+    if plan.method == "freeze" and plan.gradient_checkpointing and plan.use_reentrant:
+        raise InputError(
+            "reentrant checkpointing hands no gradients to layers whose input needs none, which "
+            "is so of those that method `freeze` trains",
+            "leave out `--use-reentrant`",
         )
     if plan.dtype == "float16" and plan.mixed_precision == "fp16" and not method.adapter:
         raise InputError(

@@ -384,6 +384,12 @@ def test_optimizer_states_of_an_fp32_parameter(optim: str, bytes_per_parameter: 
     assert OPTIMIZERS[optim].state_bytes(GIB, 4) == round(bytes_per_parameter * GIB)
 
 
+def test_reentrant_checkpointing_would_leave_frozen_layers_neighbours_untrained() -> None:
+    with pytest.raises(InputError, match="hands no gradients"):
+        TrainingPlan(method="freeze", use_reentrant=True)
+    TrainingPlan(method="freeze", use_reentrant=True, gradient_checkpointing=False)
+
+
 def test_a_16_bit_parameter_has_a_state_more_in_stable_adamw() -> None:
     assert OPTIMIZERS["stable_adamw"].state_bytes(GIB, 2) == 6 * GIB
 

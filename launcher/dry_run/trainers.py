@@ -117,7 +117,7 @@ class PlainLoop:
     ) -> None:
         self.model, self.arguments, self.rows, self.steps = model, arguments, rows, steps
         if arguments.gradient_checkpointing:
-            settings = {"use_reentrant": False}
+            settings = arguments.gradient_checkpointing_kwargs
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
     def observe(self, draft: Draft, recorder: Recorder) -> None:
