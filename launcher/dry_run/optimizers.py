@@ -222,14 +222,14 @@ def _torchao_step(
 def _grokadamw_step(
     group: dict[str, Any], params: list[Any], grads: list[Any], grokking_signal: Any
 ) -> None:
-    """grokadamw 0.1.2: states live on the host; three copies of one tensor's come to the GPU, and
-    two temporaries of its size are alive with them."""
-    copies: list[torch.Tensor] = []
+    """grokadamw 0.1.2: states live on the host, one tensor's come to the GPU. What its variables
+    hold of the tensor before goes when they are set anew."""
+    held: dict[str, torch.Tensor] = {}
     for parameter in params:
-        # Those of the tensor before are let go one after the other.
-        copies = [*copies[:0], *(torch.empty_like(parameter) for _ in range(3))]
-        product = torch.empty_like(parameter)
-        total = torch.empty_like(parameter)
-        del product
+        for name in ("exp_avg", "exp_avg_sq", "grok_ema"):
+            held[name] = torch.empty_like(parameter)
+        scaled = torch.empty_like(parameter)
+        held["grok_grad"] = torch.empty_like(parameter)
+        del scaled
         roots = torch.empty_like(parameter)
-        del roots, total
+        del roots
