@@ -11,6 +11,7 @@ from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.trained import ALL_LINEAR
 
 TRAIN_MODULE = "ftplan.launcher.train"
 
@@ -42,8 +43,10 @@ def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
         "per_device_eval_batch_size": plan.per_device_train_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "gradient_checkpointing": plan.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": plan.use_reentrant},
         "max_length": plan.max_length,
         "optim": plan.optim,
+        **({"optim_target_modules": ALL_LINEAR} if plan.optimizer.low_rank else {}),
         "learning_rate": plan.learning_rate,
         "lr_scheduler_type": plan.lr_scheduler_type,
         "warmup_ratio": plan.warmup_ratio,

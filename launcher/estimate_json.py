@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ftplan.planner.closed_form import unmodelled
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec
@@ -72,9 +73,9 @@ def _dry_run(summary: DryRunSummary) -> dict[str, Any]:
 
 
 def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> dict[str, Any]:
-    """Time of a step of full rows; unknown without a device, or a closed form of the method."""
+    """Time of a step of full rows; unknown without a device, or a closed form."""
     plan = reasoned.plan
-    if device is None or plan.resolved_method.counted_by is None:
+    if device is None or unmodelled(plan):
         return {"step_seconds": None, "tokens_per_second_per_gpu": None, "bound_by": None}
     tokens = plan.per_device_train_batch_size * plan.max_length
     step = estimate_step_time(

@@ -23,7 +23,8 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate, memory_from_phases, stored_bytes
+from ftplan.planner.memory import MemoryEstimate, memory_from_phases
+from ftplan.planner.optimizers import OPTIMIZER_PACKAGES
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.trained import target_names
 
@@ -64,11 +65,7 @@ class DryRunner:
 
         Raises InputError for what cannot be built or run, RunFailedError when the process dies.
         """
-        if case.plan.quantization != "none" and find_spec("bitsandbytes") is None:
-            raise InputError(
-                f"a {case.plan.quantization} base needs bitsandbytes, which this Python has not",
-                "install it with `pip install bitsandbytes`, or leave out `--exact`",
-            )
+        _check_packages(case.plan)
         process = self._process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -108,6 +105,20 @@ class DryRunner:
             f"the dry run's process ended with status {status}" + "".join(f": {t}" for t in last),
             "there may be too little RAM; the closed form needs none: leave out `--exact`",
         )
+
+
+def _check_packages(plan: TrainingPlan) -> None:
+    """Raises InputError for a package that the plan's base or optimizer comes from."""
+    needed = {} if plan.quantization == "none" else {"bitsandbytes": f"a {plan.quantization} base"}
+    if plan.optimizer.module:
+        needed.setdefault(plan.optimizer.module, f"`--optim {plan.optim}`")
+    for module, who in needed.items():
+        if find_spec(module) is None:
+            package = OPTIMIZER_PACKAGES[module]
+            raise InputError(
+                f"{who} needs {package}, which this Python has not",
+                f"install it with `pip install {package}`",
+            )
 
 
 @contextmanager
@@ -175,7 +186,7 @@ def memory_of(
         source.spec,
         plan,
         device,
-        disk_bytes=stored_bytes(summary.trained_weight_bytes, summary.optimizer_state_bytes),
+        trained_weight_bytes=summary.trained_weight_bytes,
         reserved_bytes=peaks.reserved_peak_bytes,
         required_reserved_bytes=peaks.required_bytes,
     )

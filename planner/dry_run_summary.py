@@ -66,10 +66,6 @@ class DryRunSummary:
     phase_starts: tuple[tuple[int, str], ...]
 
     @property
-    def optimizer_state_bytes(self) -> int:
-        return max(phase.components["optimizer_states"] for phase in self.phases)
-
-    @property
     def peak_phase(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.allocated_peak_bytes)
 

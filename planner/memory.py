@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftplan.planner.errors import InputError
+from ftplan.planner.closed_form import check_closed_form
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -28,7 +28,7 @@ from ftplan.planner.layers import (
     trained_widths,
 )
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.plan import TrainingPlan, flag_name
+from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.trained import Trained
 
 COMPONENTS: dict[str, str] = {
@@ -153,7 +153,7 @@ def estimate_memory(
     `longest_row`: the longest row of the data, where known; rows are cut at `max_length`.
 
     Not modelled: kernel workspaces, and padding of grouped key-value heads under SDPA masks.
-    Raises InputError for an objective other than plain fine-tuning.
+    Raises InputError for what only a dry run knows (`planner.closed_form`).
     """
     check_closed_form(plan)
     kind: DeviceKind = device.kind if device else "cuda"
@@ -161,22 +161,8 @@ def estimate_memory(
     length = min(plan.max_length, longest_row or plan.max_length)
     workload = Workload(rows=plan.per_device_train_batch_size, length=length)
     phases = _Model(model, plan, trained, workload, kind).phases()
-    return memory_from_phases(phases, model, plan, device, disk_bytes=disk_bytes(plan, trained))
-
-
-def check_closed_form(plan: TrainingPlan) -> None:
-    """Raises InputError for what only a dry run knows."""
-    if plan.objective != "sft":
-        raise InputError(
-            f"the closed form does not model `--objective {plan.objective}`",
-            "add `--exact`: the dry run carries TRL's own step out",
-        )
-    for setting in ("modules_to_save", "peft_config"):
-        if getattr(plan, setting):
-            raise InputError(
-                f"`{flag_name(setting)}` has no closed form",
-                "`ftplan estimate` with `--exact` carries out a dry run of it",
-            )
+    weights = sum(count * width for count, width in trained_widths(plan, trained))
+    return memory_from_phases(phases, model, plan, device, trained_weight_bytes=weights)
 
 
 def memory_from_phases(
@@ -185,7 +171,7 @@ def memory_from_phases(
     plan: TrainingPlan,
     device: Device | None,
     *,
-    disk_bytes: int,
+    trained_weight_bytes: int,
     reserved_bytes: int | None = None,
     required_reserved_bytes: int | None = None,
 ) -> MemoryEstimate:
@@ -215,7 +201,7 @@ def memory_from_phases(
         device_peak_bytes=device_peak,
         required_bytes=required,
         host_ram_peak_bytes=host,
-        disk_bytes=disk_bytes,
+        disk_bytes=disk_bytes(trained_weight_bytes, _state_bytes(phases)),
     )
 
 
@@ -252,18 +238,13 @@ def host_loading_bytes(model: ModelSpec, plan: TrainingPlan) -> int:
     return plan.num_gpus * (CPU_PROCESS_BYTES + min(stored, 5 * 10**9))
 
 
-def disk_bytes(plan: TrainingPlan, trained: Trained) -> int:
-    """Checkpoints (trained weights and optimizer states) and the final trained weights: eq. of
-    `stored_bytes` with the closed form's counts."""
-    widths = trained_widths(plan, trained)
-    weights = sum(count * width for count, width in widths)
-    states = sum(plan.optimizer.state_bytes(count, width) for count, width in widths)
-    return stored_bytes(weights, states)
-
-
-def stored_bytes(weight_bytes: int, state_bytes: int) -> int:
-    """What a run leaves on disk of so many bytes of trained weights and optimizer states."""
+def disk_bytes(weight_bytes: int, state_bytes: int) -> int:
+    """Checkpoints (trained weights and optimizer states) and the final trained weights."""
     return CHECKPOINTS_KEPT * (weight_bytes + state_bytes) + weight_bytes
+
+
+def _state_bytes(phases: Sequence[Phase]) -> int:
+    return max(phase.components["optimizer_states"] for phase in phases)
 
 
 class _Model:
@@ -355,7 +336,11 @@ class _Model:
     def optimizer_state_bytes(self) -> int:
         """Eq. (3)."""
         optimizer = self.plan.optimizer
-        return sum(optimizer.state_bytes(count, width) for count, width in self.trained_widths)
+        embeddings = self.model.embedding_parameters if self.trained.trains_embeddings else 0
+        return sum(
+            optimizer.state_bytes(count, width, min(count, embeddings))
+            for count, width in self.trained_widths
+        )
 
     def optimizer_step_bytes(self) -> int:
         """Eq. (4)."""

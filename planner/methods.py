@@ -46,10 +46,7 @@ class Method:
     def count(self, model: ModelSpec, settings: MethodSettings) -> Trained:
         """What is trained of `model`; raises InputError where there is no closed form of it."""
         if self.counted_by is None:
-            raise InputError(
-                f"method `{self.name}` has no closed form",
-                "`ftplan estimate` with `--exact` carries out a dry run of it",
-            )
+            raise InputError(f"method `{self.name}` has no closed form", "add `--exact`")
         return self.counted_by(model, settings)
 
 

@@ -77,6 +77,7 @@ class TrainingPlan:
     gradient_accumulation_steps: int = _setting(1, "micro-batches before an optimizer step")
     max_length: int = _setting(2048, "tokens a row is cut at")
     gradient_checkpointing: bool = _setting(True, "keep layer inputs only, compute the rest again")
+    use_reentrant: bool = _setting(False, "checkpoint by torch's older, reentrant function")
     attn_implementation: str = _setting("sdpa", "attention kernel", choices=ATTENTIONS)
     loss: str = _setting("trl-fused", "loss kernel", choices=LOSSES)
     trainer: str = _setting("trl", "training stack", choices=TRAINERS)
@@ -102,6 +103,7 @@ class TrainingPlan:
             check_setting(name, getattr(self, name))
         _check_method(self)
         check_objective(self)
+        _check_optimizer(self)
 
     @property
     def resolved_method(self) -> Method:
@@ -219,12 +221,42 @@ def _check_method(plan: TrainingPlan) -> None:
                 f"`{flag_name(setting)}` is PEFT's, and method `{plan.method}` trains without it",
                 "leave it out, or use `--method lora`",
             )
+    if plan.method == "freeze" and plan.gradient_checkpointing and plan.use_reentrant:
+        raise InputError(
+            "reentrant checkpointing hands no gradients to layers whose input needs none, which "
+            "is so of those that method `freeze` trains",
+            "leave out `--use-reentrant`",
+        )
     if plan.dtype == "float16" and plan.mixed_precision == "fp16" and not method.adapter:
         raise InputError(
             f"method `{plan.method}` cannot train float16 weights under fp16 autocast: "
             "torch's GradScaler refuses fp16 gradients",
             "use `--dtype float32`: autocast computes its products in fp16 all the same",
         )
+
+
+def _check_optimizer(plan: TrainingPlan) -> None:
+    """Raises InputError when the optimizer cannot work as the plan would have it."""
+    optimizer = plan.optimizer
+    if optimizer.needs_trainer and plan.trainer == "loop":
+        raise InputError(
+            f"`--optim {plan.optim}` is set up by transformers' trainer, a plain loop has none",
+            "use `--trainer trl` or `--trainer transformers`",
+        )
+    if optimizer.layerwise and plan.gradient_accumulation_steps > 1:
+        raise InputError(
+            f"`--optim {plan.optim}` steps in every backward and cannot accumulate gradients",
+            f"use `--gradient-accumulation-steps 1`, or `--optim {_not_layerwise(plan.optim)}`",
+        )
+    if optimizer.layerwise and plan.num_gpus > 1:
+        raise InputError(
+            f"`--optim {plan.optim}` is for one GPU: transformers refuses it under DDP",
+            f"use `--num-gpus 1`, or `--optim {_not_layerwise(plan.optim)}`",
+        )
+
+
+def _not_layerwise(optim: str) -> str:
+    return optim.removesuffix("_layerwise")
 
 
 def flag_name(setting: str) -> str:

@@ -128,9 +128,8 @@ class MarkedLoop:
         optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(self.arguments)
         optimizer = optimizer_class(trained, **settings)
         if self.arguments.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            settings = self.arguments.gradient_checkpointing_kwargs
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         self.model.train()
         rows = self.arguments.per_device_train_batch_size
         batch = torch.ones((rows, self.length), dtype=torch.int64)
@@ -253,6 +252,7 @@ def measured_peaks(trainer: Any, *, evaluates: bool = False) -> dict[str, int]:
 GENERATOR_STATE_BYTES = 5056
 
 FREEZE: dict[str, Any] = {"method": "freeze", "num_trainable_layers": 1}
+REENTRANT: dict[str, Any] = {"gradient_checkpointing": True, "use_reentrant": True}
 QLORA: dict[str, Any] = {"method": "qlora", "quantization": "nf4"}
 BF16: dict[str, Any] = {"dtype": "bfloat16", "mixed_precision": "bf16"}
 
@@ -264,6 +264,9 @@ BF16: dict[str, Any] = {"dtype": "bfloat16", "mixed_precision": "bf16"}
         for name, config, settings in (
             ("full", LLAMA, {"method": "full"}),
             ("full, checkpointing", LLAMA, {"method": "full", "gradient_checkpointing": True}),
+            ("full, reentrant checkpointing", LLAMA, {"method": "full", **REENTRANT}),
+            ("lora, reentrant checkpointing", LLAMA, REENTRANT),
+            ("lora, Trainer, reentrant", LLAMA, {"trainer": "transformers", **REENTRANT}),
             ("full, accumulation", LLAMA, {"method": "full", "gradient_accumulation_steps": 2}),
             ("full, fused loss", LLAMA, {"method": "full", "loss": "trl-fused"}),
             ("full, fused AdamW", LLAMA, {"method": "full", "optim": "adamw_torch_fused"}),
@@ -384,6 +387,7 @@ def assert_equal_records(few: MemoryRecord, every: MemoryRecord) -> None:
                 4,
                 {"gradient_checkpointing": True, "attn_implementation": "flash_attention_2"},
             ),
+            ("lora, reentrant checkpointing", LLAMA, 4, REENTRANT),
             (
                 "lora, dropout, fused loss, accumulation",
                 LLAMA,

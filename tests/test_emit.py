@@ -228,11 +228,15 @@ class TestTrl:
         optim: str,
         schedule: str,
     ) -> None:
-        plan = ON_CPU.replace(optim=optim, lr_scheduler_type=schedule)
+        plan = ON_CPU.replace(
+            optim=optim, lr_scheduler_type=schedule, gradient_accumulation_steps=1
+        )
         arguments = sft_arguments(
             read_train_config(written(run, plan, CPU)).training_arguments, str(run.checkpoints)
         )
         assert (arguments.optim, arguments.lr_scheduler_type) == (optim, schedule)
+        low_rank = optim.startswith(("galore", "apollo"))
+        assert arguments.optim_target_modules == ("all-linear" if low_rank else None)
 
     def test_every_argument_for_a_gpu_is_one_of_its_fields(self) -> None:
         """Its constructor refuses bf16 on a machine without one."""

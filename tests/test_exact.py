@@ -133,6 +133,28 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install" in str(raised.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message", "install"),
+    [
+        ({"optim": "galore_adamw"}, "`--optim galore_adamw` needs galore-torch", "galore-torch"),
+        ({"optim": "stable_adamw"}, "`--optim stable_adamw` needs torch-optimi", "torch-optimi"),
+        (
+            {"method": "qlora", "quantization": "nf4", "optim": "paged_adamw_8bit"},
+            "a nf4 base needs bitsandbytes",
+            "bitsandbytes",
+        ),
+    ],
+)
+def test_an_optimizers_package_is_named(
+    settings: dict[str, Any], message: str, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "find_spec", lambda name: None)
+    case = case_of(find_source("7B"), TrainingPlan(**settings), None)
+    with pytest.raises(InputError, match=message) as raised:
+        DryRunner().run(case)
+    assert f"pip install {install}" in str(raised.value.hint)
+
+
 def test_trls_loss_belongs_to_its_trainer() -> None:
     plan = TrainingPlan(trainer="transformers", loss="trl-fused")
     with pytest.raises(InputError, match="`--trainer transformers` has it not"):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftplan.planner.errors import InputError
 from ftplan.planner.families import FAMILIES, spec_from_config
 from ftplan.planner.hardware_spec import (
     CPU_HEAP_HOLES,
@@ -53,6 +54,7 @@ from ftplan.planner.trained import MethodSettings
 MakeConfig = Callable[..., dict[str, Any]]
 MakeSpec = Callable[..., ModelSpec]
 QUANTIZED = ("nf4", "fp4", "int8")
+CLOSED_FORM_OPTIMIZERS = sorted(o.name for o in OPTIMIZERS.values() if not o.exact_only)
 
 
 @st.composite
@@ -74,7 +76,7 @@ def plans(draw: st.DrawFn) -> TrainingPlan:
         lora_rank=draw(st.integers(1, 256)),
         lora_dropout=draw(st.sampled_from([0.0, 0.1])),
         num_trainable_layers=draw(st.integers(1, 2)),
-        optim=draw(st.sampled_from(sorted(OPTIMIZERS))),
+        optim=draw(st.sampled_from(CLOSED_FORM_OPTIMIZERS)),
         per_device_train_batch_size=draw(st.integers(1, 64)),
         gradient_accumulation_steps=draw(st.integers(1, 4)),
         max_length=draw(st.integers(1, 8192)),
@@ -452,7 +454,7 @@ def test_a_fused_loss_never_holds_more_than_stock_logits_and_their_gradients(
 def test_a_checkpoint_on_disk_holds_trained_weights_and_states(llama_2_7b: ModelSpec) -> None:
     """Two checkpoints of adapters and states, and the final adapters: fp32, 12 + 12 + 4 bytes."""
     trained = METHODS["lora"].count(llama_2_7b, MethodSettings(lora_rank=16))
-    assert disk_bytes(TrainingPlan(), trained) == (2 * (4 + 8) + 4) * 39_976_960
+    assert disk_bytes(TrainingPlan(), trained, 8 * 39_976_960) == (2 * (4 + 8) + 4) * 39_976_960
 
 
 def layer_keeps(model: ModelSpec, plan: TrainingPlan, length: int = 1) -> int:
@@ -824,3 +826,24 @@ def test_each_component_belongs_to_one_part_of_the_rule() -> None:
     listed: list[Any] = [c for part in COMPONENTS_OF_PART.values() for c in part]
     assert sorted(listed) == sorted(COMPONENTS)
     assert set(COMPONENTS_OF_PART) == set(PARTS_BYTES_PER_PARAMETER)
+
+
+@pytest.mark.parametrize("optim", sorted(set(OPTIMIZERS) - set(CLOSED_FORM_OPTIMIZERS)))
+def test_optimizers_that_counts_do_not_tell_are_refused(optim: str, llama_2_7b: ModelSpec) -> None:
+    with pytest.raises(
+        InputError, match=f"the closed form does not model `--optim {optim}`"
+    ) as told:
+        estimate_memory(llama_2_7b, TrainingPlan(optim=optim))
+    assert "--exact" in str(told.value.hint)
+
+
+def test_embeddings_have_wide_states_under_8_bit_optimizers(llama_2_7b: ModelSpec) -> None:
+    """transformers keeps them in fp32; adapters have none."""
+    full = TrainingPlan(method="full", optim="adamw_8bit")
+    embeddings = 32_000 * 4096
+    rest = llama_2_7b.num_parameters - embeddings
+    states = component_peak(estimate_memory(llama_2_7b, full), "optimizer_states")
+    assert states == round(rest * 2 * (1 + 4 / 256) + embeddings * 8)
+    lora = TrainingPlan(optim="adamw_8bit")
+    states = component_peak(estimate_memory(llama_2_7b, lora), "optimizer_states")
+    assert states == round(39_976_960 * 2 * (1 + 4 / 256))

@@ -367,11 +367,46 @@ def test_parse_setting_reads_what_a_person_copies_from_a_plan(plan: TrainingPlan
         ("adamw_torch_fused", 8.0),
         ("adamw_8bit", 2.03125),  # two of one byte, and an fp32 scale for each 256
         ("paged_adamw_8bit", 2.03125),
+        ("paged_adamw_32bit", 8.0),
+        ("lion_32bit", 4.0),
+        ("lion_8bit", 1.015625),
+        ("ademamix", 12.0),  # two momenta and the squares
+        ("ademamix_8bit", 3.046875),
+        ("rmsprop_bnb", 4.0),
+        ("rmsprop", 4.0),
+        ("adagrad", 4.0),
+        ("schedule_free_adamw", 8.0),
+        ("schedule_free_sgd", 4.0),
+        ("stable_adamw", 8.0),
         ("sgd", 0.0),
     ],
 )
 def test_optimizer_states_of_an_fp32_parameter(optim: str, bytes_per_parameter: float) -> None:
     assert OPTIMIZERS[optim].state_bytes(GIB, 4) == round(bytes_per_parameter * GIB)
+
+
+def test_reentrant_checkpointing_would_leave_frozen_layers_neighbours_untrained() -> None:
+    with pytest.raises(InputError, match="hands no gradients"):
+        TrainingPlan(method="freeze", use_reentrant=True)
+    TrainingPlan(method="freeze", use_reentrant=True, gradient_checkpointing=False)
+
+
+def test_a_16_bit_parameter_has_a_state_more_in_stable_adamw() -> None:
+    assert OPTIMIZERS["stable_adamw"].state_bytes(GIB, 2) == 6 * GIB
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim": "galore_adamw", "trainer": "loop", "loss": "stock"}, "transformers' trainer"),
+        ({"optim": "lomo", "trainer": "loop", "loss": "stock"}, "transformers' trainer"),
+        ({"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2}, "accumulate"),
+        ({"optim": "apollo_adamw_layerwise", "num_gpus": 2}, "is for one GPU"),
+    ],
+)
+def test_what_an_optimizer_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainingPlan(**settings)
 
 
 def test_optimizers_and_schedules_have_the_names_of_transformers() -> None:

@@ -39,6 +39,7 @@ class Recorder(TorchDispatchMode):
     `decompositions`: what to run in the place of an operation, whose own parts are recorded.
     `padded`: whether the batch has padding (data, which fakes do not have, would tell).
     `between_steps`: no module runs; storages belong to the modules of what they are made from.
+    `in_optimizer`: the optimizer steps.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Recorder(TorchDispatchMode):
         self.padded = padded
         self.between_steps = False
         self.in_backward = False
+        self.in_optimizer = False
+        self._works_on_list = False
         self._decomposing = False
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._index: dict[int, int] = {}
@@ -162,6 +165,9 @@ class Recorder(TorchDispatchMode):
         first = args[0] if args else None
         if isinstance(first, (list, tuple)):
             first = first[number] if number < len(first) else None
+            self._works_on_list = isinstance(first, torch.Tensor)
+        else:
+            self._works_on_list = False
         if isinstance(first, torch.Tensor):
             index = self._index.get(first.untyped_storage()._cdata)
             if index is not None:
@@ -192,7 +198,11 @@ class Recorder(TorchDispatchMode):
         del self._alive[key]
         del self._index[key]
         draft = self.draft
-        draft.died(index, draft.paths[index] if self.between_steps else draft.path)
+        # An optimizer that goes from parameter to parameter lets go of one while it works on the
+        # next; all else between steps is let go of in rows.
+        one_by_one = self.in_optimizer and not self._works_on_list
+        own_path = self.between_steps and not one_by_one
+        draft.died(index, draft.paths[index] if own_path else draft.path)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self.in_backward and not self._stack:

@@ -40,6 +40,7 @@ from ftplan.launcher.dry_run.objectives import (
     trainer_construction,
 )
 from ftplan.launcher.dry_run.operations import REPLACED
+from ftplan.launcher.dry_run.optimizers import optimizer_behaviour, optimizer_kernels
 from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.trainers import (
@@ -217,7 +218,11 @@ class _DryRun:
         return Dataset.from_list([row] * count)
 
     def _record(self, trainer: Any, reference: Any, draft: Draft) -> None:
-        decompositions = {**REPLACED, **quantized_kernels(self.plan.quantization)}
+        decompositions = {
+            **REPLACED,
+            **quantized_kernels(self.plan.quantization),
+            **optimizer_kernels(self.plan.optimizer, self.case.kind),
+        }
         fake_mode = FakeTensorMode()
         recorder = Recorder(draft, fake_mode, decompositions, self.case.padded)
         if self.case.kind == "cuda":
@@ -244,6 +249,7 @@ class _DryRun:
         if self.plan.num_gpus > 1:
             _add_buckets(draft, trainer.model)
         self.say("tracing two steps")
+        recorder.between_steps = True  # while the optimizer is made
         watched = recorder.watching(trainer.model, reference)
         with self._surroundings(trainer), fake_mode, watched:
             trainer.train()
@@ -266,6 +272,7 @@ class _DryRun:
         )
         for target, replacement in dequantization(self.plan.quantization):
             stack.enter_context(mock.patch.object(*target, replacement))
+        stack.enter_context(optimizer_behaviour(self.plan.optimizer, self.case.kind))
         if self.case.kind == "cuda":
             stack.enter_context(cuda_behaviour(self.case.capability, self.case.repeats_key_value))
             if self.plan.quantization == "int8":

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ftplan.launcher.dry_run.draft import Draft
+from ftplan.launcher.dry_run.optimizers import optimizer_states
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.training.trainer import PlannedTrainer
 
@@ -86,23 +87,27 @@ class StateLabels(TrainerCallback):
     def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         label_gradients(self.recorder, model)
 
-    def on_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, *args: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         label_states(self.recorder, optimizer)
+        # GaLore's 8-bit optimizer puts new storages into the parameters.
+        trained = (p for p in model.parameters() if p.requires_grad)
+        adapted = hasattr(model, "peft_config")
+        self.recorder.relabel(trained, "adapters" if adapted else "weights")
 
 
 def label_gradients(recorder: Recorder, model: nn.Module) -> None:
+    """Before the optimizer's step."""
     gradients = (p.grad for p in model.parameters() if p.grad is not None)
     recorder.relabel(gradients, "gradients")
+    recorder.in_optimizer = True
 
 
 def label_states(recorder: Recorder, optimizer: Any) -> None:
-    states = [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    ]
-    recorder.relabel(states, "optimizer_states")
+    """After the optimizer's step."""
+    recorder.relabel(optimizer_states(optimizer), "optimizer_states")
+    recorder.in_optimizer = False
 
 
 class PlainLoop:
@@ -116,7 +121,7 @@ class PlainLoop:
     ) -> None:
         self.model, self.arguments, self.rows, self.steps = model, arguments, rows, steps
         if arguments.gradient_checkpointing:
-            settings = {"use_reentrant": False}
+            settings = arguments.gradient_checkpointing_kwargs
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
     def observe(self, draft: Draft, recorder: Recorder) -> None:
