@@ -32,6 +32,9 @@ MIXED_PRECISIONS = ("no", "bf16", "fp16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 LOSSES = ("stock", "trl-fused", "liger")
 TRAINERS = ("trl", "transformers", "loop")
+# `none` is DDP on several GPUs; `fsdp` is FSDP2; ZeRO is DeepSpeed's.
+SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp")
+OFFLOADS = ("none", "optimizer", "parameters")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 AUTOCAST_DTYPE = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -78,6 +81,10 @@ class TrainingPlan:
     loss: str = _setting("trl-fused", "loss kernel", choices=LOSSES)
     trainer: str = _setting("trl", "training stack", choices=TRAINERS)
     num_gpus: int = _setting(1, "GPUs to use")
+    sharding: str = _setting(
+        "none", "what several GPUs divide among them instead of each holding it", choices=SHARDINGS
+    )
+    offload: str = _setting("none", "what is kept in the host's memory", choices=OFFLOADS)
     learning_rate: float = _setting(2e-4, "peak learning rate", recipe=True)
     lr_scheduler_type: str = _setting(
         "cosine", "learning-rate schedule", choices=SCHEDULES, recipe=True

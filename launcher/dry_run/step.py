@@ -24,12 +24,13 @@ from ftplan.launcher.dry_run.cuda import (
     cuda_behaviour,
 )
 from ftplan.launcher.dry_run.draft import Draft
-from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors
+from ftplan.launcher.dry_run.fakes import make_fake
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
 from ftplan.launcher.dry_run.operations import REPLACED
 from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.launcher.dry_run.sharding import spread
 from ftplan.launcher.dry_run.trainers import (
     DrySFTTrainer,
     DryTransformersTrainer,
@@ -183,18 +184,13 @@ class _DryRun:
         trainer.observe(draft, recorder)
         make_fake(trainer.model, fake_mode, getattr(torch, self.plan.dtype))
         draft.begin_phase("load")
-        adapted = hasattr(trainer.model, "peft_config")
-        for path, module in trainer.model.named_modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    added = adapted and parameter.requires_grad
-                    recorder.adopt([parameter], "adapters" if added else "weights", path)
-            buffers = [b for b in module._buffers.values() if b is not None]
-            recorder.adopt([*buffers, *quantization_tensors(module)], "weights", path)
-        if self.plan.num_gpus > 1:
-            _add_buckets(draft, trainer.model)
         self.say("tracing two steps")
-        with self._surroundings(trainer), fake_mode, recorder.watching(trainer.model):
+        with (
+            self._surroundings(trainer),
+            fake_mode,
+            recorder.watching(trainer.model),
+            spread(trainer, recorder, self.case),
+        ):
             trainer.train()
             self.say("tracing an evaluation step")
             trainer.evaluate_one_batch()
@@ -230,21 +226,6 @@ class _DryRun:
                 )
             )
         return stack
-
-
-def _add_buckets(draft: Draft, model: Any) -> None:
-    """DDP's copies of all gradients, which it sends (`gradient_as_bucket_view` is off). They are
-    counted by parameter, though parameters share buckets of 25 MiB."""
-    for name, parameter in model.named_parameters():  # tied ones once
-        if parameter.requires_grad:
-            draft.born(
-                num_bytes=parameter.numel() * parameter.element_size(),
-                path=name.rpartition(".")[0],
-                operation="DDP bucket",
-                shape=tuple(parameter.shape),
-                dtype=parameter.dtype,
-                component="communication",
-            )
 
 
 def _never(tensor: Any = None) -> bool:

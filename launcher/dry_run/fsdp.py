@@ -1,0 +1,133 @@
+"""Fully sharded data parallelism in one process: torch's own, in a group that sends nothing.
+
+accelerate and transformers set it up as in a real run, and torch's own code gathers, frees and
+reduces; only the collectives are torch's fake ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
+from torch.distributed.fsdp._flat_param import FlatParamHandle
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ftplan.launcher.dry_run.case import DryRunCase
+from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.planner.plan import TrainingPlan
+
+# What these allocate serves communication: gathered parameters, and gradients on their way.
+_COMMUNICATING: tuple[tuple[Any, str], ...] = (
+    (FSDPParamGroup, "unshard"),
+    (FSDPParamGroup, "wait_for_unshard"),
+    (FSDPParamGroup, "post_backward"),
+    (FlatParamHandle, "init_flat_param_attributes"),
+    (FlatParamHandle, "pre_unshard"),
+    (FlatParamHandle, "unshard"),
+    (_runtime_utils, "_reduce_grad"),
+)
+
+
+_DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh"
+# How DTensor finds out what an operation returns: on tensors of the unsharded shapes.
+_WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
+
+Adopt = Callable[[Recorder, Any], None]
+
+
+@contextmanager
+def fully_sharded(
+    trainer: Any, recorder: Recorder, case: DryRunCase, adopt: Adopt
+) -> Iterator[None]:
+    """Within, this process is the first of `num_gpus`, and the trainer one that `accelerate
+    launch` started with FSDP. `adopt` puts what each GPU holds on record, once it is sharded."""
+    _enable(trainer, case.plan, case.fsdp_version)
+    prepare = trainer.accelerator.prepare
+
+    def prepared(*objects: Any, **kwargs: Any) -> Any:
+        recorder.on_host = True  # layer after layer is sharded; the whole model is never there
+        # accelerate knows parameters by the addresses of their data, which fakes have not.
+        with mock.patch.object(torch.Tensor, "data_ptr", _address):
+            result = prepare(*objects, **kwargs)
+        recorder.on_host = False
+        for model in trainer.accelerator._models:
+            _place_wrappers(recorder, model)
+            adopt(recorder, model)
+        return result
+
+    trainer.accelerator.prepare = prepared
+    with ExitStack() as stack:
+        stack.enter_context(_group_of(case.plan.num_gpus))
+        with _disable_current_modes():  # ranks are real numbers
+            mesh = init_device_mesh("cpu", (case.plan.num_gpus,))
+        stack.enter_context(mock.patch(_DEFAULT_MESH, lambda: mesh))
+        whole_shapes = _unrecorded(getattr(ShardingPropagator, _WHOLE_SHAPES))
+        stack.enter_context(mock.patch.object(ShardingPropagator, _WHOLE_SHAPES, whole_shapes))
+        for owner, name in _COMMUNICATING:
+            communicating = _as_communication(recorder, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, communicating))
+        yield
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _enable(trainer: Any, plan: TrainingPlan, version: int) -> None:
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=version,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_offload=plan.offload == "parameters",
+        backward_prefetch="BACKWARD_PRE" if version == 1 else None,
+    )
+    if plan.autocast:
+        plugin.set_mixed_precision(plan.mixed_precision)
+    state = trainer.accelerator.state
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    trainer.is_fsdp_enabled = True
+
+
+@contextmanager
+def _group_of(num_gpus: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_gpus)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _unrecorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def unrecorded(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return unrecorded
+
+
+def _as_communication(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
+    def communicating(*args: Any, **kwargs: Any) -> Any:
+        before, recorder.component = recorder.component, "communication"
+        try:
+            return function(*args, **kwargs)
+        finally:
+            recorder.component = before
+
+    return communicating
+
+
+def _place_wrappers(recorder: Recorder, model: nn.Module) -> None:
+    """Modules that FSDP put around others are where these are."""
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            recorder.place(module, like=module._fsdp_wrapped_module)
