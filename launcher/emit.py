@@ -64,6 +64,8 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
     return {
         "quantization": plan.quantization,
         "double_quant": plan.double_quant,
+        # What divides parameters among GPUs divides only those of one dtype.
+        "quant_storage": plan.dtype if plan.shards_parameters else "uint8",
         "dtype": plan.dtype,
         "mixed_precision": plan.mixed_precision,
         "attn_implementation": plan.attn_implementation,

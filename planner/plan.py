@@ -139,6 +139,11 @@ class TrainingPlan:
         return self.autocast and AUTOCAST_DTYPE[self.mixed_precision] != self.dtype
 
     @property
+    def shards_parameters(self) -> bool:
+        """Whether each GPU holds a share of the parameters only, and gathers them as it goes."""
+        return self.sharding in ("zero3", "fsdp")
+
+    @property
     def effective_batch_size(self) -> int:
         """Rows an optimizer step sees, over all GPUs."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_gpus

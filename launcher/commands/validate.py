@@ -121,6 +121,7 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
         kbit_prepare=case.kbit_prepare,
         casts_back=case.kbit_prepare and (_version("trl", case.software) or (1,)) < (1,),
         repeats_key_value=case.repeats_key_value,
+        fsdp_version=case.fsdp_version,
         transformers_version=version,
     )
     return _prediction(case, memory_of(runner.run(asked), case.model, case.plan, case.gpu))

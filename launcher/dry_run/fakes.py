@@ -61,7 +61,8 @@ def _quantize_4bit(module: Any, dtype: torch.dtype) -> None:
     shape = weight.shape
     num_blocks = math.ceil(shape.numel() / QUANT_BLOCK_SIZE)
     nested = weight.compress_statistics
-    packed = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
+    storage = weight.quant_storage
+    packed = torch.empty((shape.numel() + 1) // (2 * storage.itemsize), 1, dtype=storage)
     state = QuantState(
         absmax=torch.empty(num_blocks, dtype=torch.uint8 if nested else torch.float32),
         shape=shape,

@@ -42,6 +42,7 @@ _COMMUNICATING: tuple[tuple[Any, str], ...] = (
 _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh"
 # How DTensor finds out what an operation returns: on tensors of the unsharded shapes.
 _WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
+_ATTACH_QUANT_STATE = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module"
 
 Adopt = Callable[[Recorder, Any], None]
 
@@ -58,7 +59,7 @@ def fully_sharded(
     def prepared(*objects: Any, **kwargs: Any) -> Any:
         recorder.on_host = True  # layer after layer is sharded; the whole model is never there
         # accelerate knows parameters by the addresses of their data, which fakes have not.
-        with mock.patch.object(torch.Tensor, "data_ptr", _address):
+        with mock.patch.object(torch.Tensor, "data_ptr", _address), _as_quantized(case, trainer):
             result = prepare(*objects, **kwargs)
         recorder.on_host = False
         for model in trainer.accelerator._models:
@@ -72,12 +73,31 @@ def fully_sharded(
         with _disable_current_modes():  # ranks are real numbers
             mesh = init_device_mesh("cpu", (case.plan.num_gpus,))
         stack.enter_context(mock.patch(_DEFAULT_MESH, lambda: mesh))
+        if case.plan.quantization != "none":
+            stack.enter_context(mock.patch(_ATTACH_QUANT_STATE, _attach_quant_state))
         whole_shapes = _unrecorded(getattr(ShardingPropagator, _WHOLE_SHAPES))
         stack.enter_context(mock.patch.object(ShardingPropagator, _WHOLE_SHAPES, whole_shapes))
         for owner, name in _COMMUNICATING:
             communicating = _as_communication(recorder, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, communicating))
         yield
+
+
+@contextmanager
+def _as_quantized(case: DryRunCase, trainer: Any) -> Iterator[None]:
+    """Within, adapters keep their dtype if the base is quantized: accelerate looks for
+    bitsandbytes' parameter class, which fakes have not, before it turns them into fp32."""
+    state = trainer.accelerator.state
+    before = state._mixed_precision
+    if case.plan.quantization != "none" and case.fsdp_version > 1:
+        state._mixed_precision = "no"
+    yield
+    state._mixed_precision = before
+
+
+def _attach_quant_state(module: Any) -> None:
+    """A gathered weight knows its scales again; bitsandbytes makes its own class of it for that."""
+    module.weight.quant_state = module.quant_state
 
 
 def _address(tensor: torch.Tensor) -> int:

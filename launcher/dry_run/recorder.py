@@ -209,7 +209,7 @@ class Recorder(TorchDispatchMode):
         if emptied is not None and storage.nbytes():
             self._index[key] = draft.born(
                 num_bytes=storage.nbytes(),
-                path=draft.path,
+                path=self._current_path((), 0),
                 operation=draft.operations[emptied],
                 shape=draft.shapes[emptied],
                 dtype=draft.dtypes[emptied],
