@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ftplan.launcher.dry_run.case import DryRunCase
@@ -43,6 +45,9 @@ _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_
 # How DTensor finds out what an operation returns: on tensors of the unsharded shapes.
 _WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
 _ATTACH_QUANT_STATE = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module"
+# Until then models put gradient checkpointing around what FSDP1 had put around a layer, and
+# reentrant by default: transformers 4.52's modeling_llama.py, 4.53's modeling_layers.py.
+_CHECKPOINTS_WITHIN = (4, 53)
 
 Adopt = Callable[[Recorder, Any], None]
 
@@ -64,6 +69,8 @@ def fully_sharded(
         recorder.on_host = False
         for model in trainer.accelerator._models:
             _place_wrappers(recorder, model)
+            if (case.transformers_version or _CHECKPOINTS_WITHIN) < _CHECKPOINTS_WITHIN:
+                _checkpoint_around(model)
             adopt(recorder, model)
         return result
 
@@ -151,3 +158,20 @@ def _place_wrappers(recorder: Recorder, model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
             recorder.place(module, like=module._fsdp_wrapped_module)
+
+
+def _checkpoint_around(model: nn.Module) -> None:
+    """Computed again is FSDP1's wrapper, not the layer within. Its hooks on detached inputs then
+    hold those and their gradients until backward ends, if the layer is frozen
+    (`_register_post_backward_reshard_only_hook`)."""
+    for wrapper in model.modules():
+        layer = getattr(wrapper, "_fsdp_wrapped_module", None)
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.gradient_checkpointing = False
+            wrapper.forward = partial(_checkpointed, wrapper.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=True)
