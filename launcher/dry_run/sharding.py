@@ -12,12 +12,15 @@ from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.fakes import quantization_tensors
 from ftplan.launcher.dry_run.fsdp import fully_sharded
 from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.launcher.dry_run.zero import optimizer_sharded
 
 
 def spread(trainer: Any, recorder: Recorder, case: DryRunCase) -> AbstractContextManager[None]:
     """Within, the trainer's model lies on this GPU as the plan spreads it, and is on record."""
     if case.plan.sharding == "fsdp":
         return fully_sharded(trainer, recorder, case, adopt)
+    if case.plan.sharding != "none":
+        return optimizer_sharded(trainer, recorder, case.plan, adopt)
     return _whole(trainer, recorder, case.plan.num_gpus)
 
 

@@ -40,6 +40,7 @@ from ftplan.launcher.dry_run.trainers import (
     causal_model,
     with_adapters,
 )
+from ftplan.launcher.dry_run.zero import engine_dtype, turn_into
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.build import (
     apply_method,
@@ -184,6 +185,8 @@ class _DryRun:
             draft.granularity = BLOCK_BYTES
             draft.workspace_bytes = cublas_workspace_bytes(self.case.capability)
         trainer.observe(draft, recorder)
+        if self.plan.sharding.startswith("zero"):
+            turn_into(trainer.model, engine_dtype(self.plan))
         make_fake(trainer.model, fake_mode, getattr(torch, self.plan.dtype))
         draft.begin_phase("load")
         self.say("tracing two steps")
