@@ -21,14 +21,13 @@ from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import METHODS
 from ftplan.planner.plan import (
-    OFFLOADS,
     SETTING_NAMES,
-    SHARDINGS,
     TrainingPlan,
     check_setting,
     typed_setting,
 )
 from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.sharding import OFFLOADS, SHARDINGS
 from ftplan.profiles import find_gpu
 
 P = ParamSpec("P")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -151,7 +152,13 @@ def estimate_memory(
     `longest_row`: the longest row of the data, where known; rows are cut at `max_length`.
 
     Not modelled: kernel workspaces, and padding of grouped key-value heads under SDPA masks.
+    Raises InputError for state that is sharded or offloaded.
     """
+    if plan.sharding != "none":
+        raise InputError(
+            f"the closed form does not know `--sharding {plan.sharding}`",
+            "`ftplan estimate --exact` carries such a step out",
+        )
     kind: DeviceKind = device.kind if device else "cuda"
     trained = plan.resolved_method.count(model, plan.method_settings)
     length = min(plan.max_length, longest_row or plan.max_length)

@@ -22,6 +22,7 @@ from ftplan.planner.methods import (
     resolve_method,
 )
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
+from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
 
 Origin = Literal["given", "derived", "default"]
@@ -32,9 +33,6 @@ MIXED_PRECISIONS = ("no", "bf16", "fp16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 LOSSES = ("stock", "trl-fused", "liger")
 TRAINERS = ("trl", "transformers", "loop")
-# `none` is DDP on several GPUs; `fsdp` is FSDP2; ZeRO is DeepSpeed's.
-SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp")
-OFFLOADS = ("none", "optimizer", "parameters")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 AUTOCAST_DTYPE = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -101,6 +99,7 @@ class TrainingPlan:
         for name in SETTING_NAMES:
             check_setting(name, getattr(self, name))
         _check_method(self)
+        check_sharding(self)
 
     @property
     def resolved_method(self) -> Method:
@@ -141,7 +140,7 @@ class TrainingPlan:
     @property
     def shards_parameters(self) -> bool:
         """Whether each GPU holds a share of the parameters only, and gathers them as it goes."""
-        return self.sharding in ("zero3", "fsdp")
+        return self.sharding in PARAMETERS_SHARDED
 
     @property
     def effective_batch_size(self) -> int:

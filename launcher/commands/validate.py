@@ -114,7 +114,7 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
         raise InputError(
             "before transformers 5 experts were modules of their own; the installed one stacks them"
         )
-    # TRL leaves it out for a base that is to be sharded (`is_sharded_qlora`, 0.13's sft_trainer.py).
+    # TRL leaves it out for a base to be sharded (`is_sharded_qlora` in 0.13's sft_trainer.py).
     prepared = case.kbit_prepare and not case.plan.shards_parameters
     asked = case_of(
         case.model,

@@ -19,11 +19,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
 from torch.distributed.fsdp._flat_param import FlatParamHandle
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import checkpoint
 
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.recorder import Recorder
@@ -49,7 +50,7 @@ _ATTACH_QUANT_STATE = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_
 # reentrant by default: transformers 4.52's modeling_llama.py, 4.53's modeling_layers.py.
 _CHECKPOINTS_WITHIN = (4, 53)
 
-Adopt = Callable[[Recorder, Any], None]
+Adopt = Callable[..., None]
 
 
 @contextmanager
@@ -60,6 +61,7 @@ def fully_sharded(
     launch` started with FSDP. `adopt` puts what each GPU holds on record, once it is sharded."""
     _enable(trainer, case.plan, case.fsdp_version)
     prepare = trainer.accelerator.prepare
+    offloads = case.plan.offload == "parameters"
 
     def prepared(*objects: Any, **kwargs: Any) -> Any:
         recorder.on_host = True  # layer after layer is sharded; the whole model is never there
@@ -71,7 +73,9 @@ def fully_sharded(
             _place_wrappers(recorder, model)
             if (case.transformers_version or _CHECKPOINTS_WITHIN) < _CHECKPOINTS_WITHIN:
                 _checkpoint_around(model)
-            adopt(recorder, model)
+            adopt(recorder, model, parameters=not offloads)
+        if offloads:
+            _step_on_host(trainer.accelerator, recorder)
         return result
 
     trainer.accelerator.prepare = prepared
@@ -82,6 +86,9 @@ def fully_sharded(
         stack.enter_context(mock.patch(_DEFAULT_MESH, lambda: mesh))
         if case.plan.quantization != "none":
             stack.enter_context(mock.patch(_ATTACH_QUANT_STATE, _attach_quant_state))
+        if offloads:
+            for owner, name, replacement in _offloading(recorder):
+                stack.enter_context(mock.patch.object(owner, name, replacement))
         whole_shapes = _unrecorded(getattr(ShardingPropagator, _WHOLE_SHAPES))
         stack.enter_context(mock.patch.object(ShardingPropagator, _WHOLE_SHAPES, whole_shapes))
         for owner, name in _COMMUNICATING:
@@ -108,7 +115,7 @@ def _attach_quant_state(module: Any) -> None:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _enable(trainer: Any, plan: TrainingPlan, version: int) -> None:
@@ -165,7 +172,7 @@ def _checkpoint_around(model: nn.Module) -> None:
     hold those and their gradients until backward ends, if the layer is frozen
     (`_register_post_backward_reshard_only_hook`)."""
     for wrapper in model.modules():
-        layer = getattr(wrapper, "_fsdp_wrapped_module", None)
+        layer: Any = getattr(wrapper, "_fsdp_wrapped_module", None)
         if getattr(layer, "gradient_checkpointing", False):
             layer.gradient_checkpointing = False
             wrapper.forward = partial(_checkpointed, wrapper.forward)
@@ -175,3 +182,57 @@ def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(partial(forward, **kwargs), *args, use_reentrant=True)
+
+
+def _offloading(recorder: Recorder) -> tuple[tuple[Any, str, Any], ...]:
+    """Host and device are one here; what moves between them, otherwise (CPUOffloadPolicy)."""
+    reduce = _as_communication(recorder, FSDPParamGroup.post_backward)
+    return (
+        (torch.Tensor, "pin_memory", lambda tensor: tensor),
+        (FSDPParam, "all_gather_inputs", property(_to_device)),
+        (FSDPParamGroup, "post_backward", _to_host(recorder, reduce)),
+    )
+
+
+def _step_on_host(accelerator: Any, recorder: Recorder) -> None:
+    accelerator.clip_grad_norm_ = _on_host(recorder, accelerator.clip_grad_norm_)
+    for optimizer in accelerator._optimizers:
+        optimizer.optimizer.register_step_pre_hook(_setter(recorder, True))
+        optimizer.optimizer.register_step_post_hook(_setter(recorder, False))
+
+
+def _setter(recorder: Recorder, on_host: bool) -> Callable[..., None]:
+    def set_place(*args: Any) -> None:
+        recorder.on_host = on_host
+
+    return set_place
+
+
+def _on_host(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
+    def on_host(*args: Any, **kwargs: Any) -> Any:
+        recorder.on_host = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            recorder.on_host = False
+
+    return on_host
+
+
+def _to_device(parameter: Any) -> list[torch.Tensor]:
+    """`FSDPParam.all_gather_inputs` of a share on the host, whose copy to the device is a copy."""
+    share = parameter._sharded_param_data.clone()
+    return [share.to(parameter.param_dtype or share.dtype)]
+
+
+def _to_host(recorder: Recorder, reduce: Callable[..., Any]) -> Callable[..., Any]:
+    """`post_backward`, whose reduced gradients leave the device."""
+
+    def reduce_and_leave(group: Any, *args: Any) -> Any:
+        result = reduce(group, *args)
+        for parameter in group.fsdp_params:
+            if parameter.sharded_param.grad is not None:
+                recorder.leaves_device(parameter.sharded_param.grad)
+        return result
+
+    return reduce_and_leave

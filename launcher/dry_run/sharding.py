@@ -13,13 +13,14 @@ from ftplan.launcher.dry_run.fakes import quantization_tensors
 from ftplan.launcher.dry_run.fsdp import fully_sharded
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.zero import optimizer_sharded
+from ftplan.planner.sharding import ZERO
 
 
 def spread(trainer: Any, recorder: Recorder, case: DryRunCase) -> AbstractContextManager[None]:
     """Within, the trainer's model lies on this GPU as the plan spreads it, and is on record."""
     if case.plan.sharding == "fsdp":
         return fully_sharded(trainer, recorder, case, adopt)
-    if case.plan.sharding != "none":
+    if case.plan.sharding in ZERO:
         return optimizer_sharded(trainer, recorder, case.plan, adopt)
     return _whole(trainer, recorder, case.plan.num_gpus)
 
@@ -33,13 +34,13 @@ def _whole(trainer: Any, recorder: Recorder, num_gpus: int) -> Iterator[None]:
     yield
 
 
-def adopt(recorder: Recorder, model: Any) -> None:
-    """Put the model's parameters, buffers and scales on record."""
+def adopt(recorder: Recorder, model: Any, *, parameters: bool = True) -> None:
+    """Put the model's parameters (unless they are elsewhere), buffers and scales on record."""
     adapted = hasattr(model, "peft_config")
     for module in model.modules():
         path = recorder.path_of(module)
         for parameter in module._parameters.values():
-            if parameter is not None:
+            if parameter is not None and parameters:
                 added = adapted and parameter.requires_grad
                 recorder.adopt([parameter], "adapters" if added else "weights", path)
         buffers = [b for b in module._buffers.values() if b is not None]

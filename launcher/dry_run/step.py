@@ -54,6 +54,7 @@ from ftplan.launcher.training.loop import sft_arguments
 from ftplan.planner.allocator import BLOCK_BYTES
 from ftplan.planner.memory_record import MemoryRecord
 from ftplan.planner.repeat_layers import NotRepeating
+from ftplan.planner.sharding import ZERO
 
 _STEPS = 2
 _MICRO_BATCHES = 2
@@ -185,7 +186,7 @@ class _DryRun:
             draft.granularity = BLOCK_BYTES
             draft.workspace_bytes = cublas_workspace_bytes(self.case.capability)
         trainer.observe(draft, recorder)
-        if self.plan.sharding.startswith("zero"):
+        if self.plan.sharding in ZERO:
             turn_into(trainer.model, engine_dtype(self.plan))
         make_fake(trainer.model, fake_mode, getattr(torch, self.plan.dtype))
         draft.begin_phase("load")

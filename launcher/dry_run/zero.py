@@ -21,7 +21,7 @@ from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
 # `reduce_bucket_size`: elements of the buffer in which gradients wait to be reduced.
 REDUCE_BUCKET_SIZE = 500_000_000
 
-Adopt = Callable[[Recorder, Any], None]
+Adopt = Callable[..., None]
 
 
 def engine_dtype(plan: TrainingPlan) -> torch.dtype:
@@ -121,7 +121,7 @@ class _Zero:
                 share.grad = None
             return result
 
-        optimizer.step = MethodType(stepped, optimizer)  # type: ignore[method-assign]
+        optimizer.step = MethodType(stepped, optimizer)
 
     def has_gradient(self, parameter: torch.Tensor) -> None:
         """`process_gradients`: the gradient moves into the buffer, or waits for the last one."""
