@@ -59,14 +59,13 @@ def fully_sharded(
 ) -> Iterator[None]:
     """Within, this process is the first of `num_gpus`, and the trainer one that `accelerate
     launch` started with FSDP. `adopt` puts what each GPU holds on record, once it is sharded."""
-    _enable(trainer, case.plan, case.fsdp_version)
+    enable(trainer, case.plan, case.fsdp_version)
     prepare = trainer.accelerator.prepare
     offloads = case.plan.offload == "parameters"
 
     def prepared(*objects: Any, **kwargs: Any) -> Any:
         recorder.on_host = True  # layer after layer is sharded; the whole model is never there
-        # accelerate knows parameters by the addresses of their data, which fakes have not.
-        with mock.patch.object(torch.Tensor, "data_ptr", _address), _as_quantized(case, trainer):
+        with _as_quantized(case, trainer):
             result = prepare(*objects, **kwargs)
         recorder.on_host = False
         for model in trainer.accelerator._models:
@@ -80,7 +79,9 @@ def fully_sharded(
 
     trainer.accelerator.prepare = prepared
     with ExitStack() as stack:
-        stack.enter_context(_group_of(case.plan.num_gpus))
+        stack.enter_context(group_of(case.plan.num_gpus))
+        # accelerate and FSDP1 know tensors by the addresses of their data, which fakes have not.
+        stack.enter_context(mock.patch.object(torch.Tensor, "data_ptr", _address))
         with _disable_current_modes():  # ranks are real numbers
             mesh = init_device_mesh("cpu", (case.plan.num_gpus,))
         stack.enter_context(mock.patch(_DEFAULT_MESH, lambda: mesh))
@@ -118,7 +119,8 @@ def _address(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _enable(trainer: Any, plan: TrainingPlan, version: int) -> None:
+def enable(trainer: Any, plan: TrainingPlan, version: int) -> None:
+    """Set the trainer up as `accelerate launch` does with FSDP of that version."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version,
         auto_wrap_policy="transformer_based_wrap",
@@ -133,7 +135,8 @@ def _enable(trainer: Any, plan: TrainingPlan, version: int) -> None:
 
 
 @contextmanager
-def _group_of(num_gpus: int) -> Iterator[None]:
+def group_of(num_gpus: int) -> Iterator[None]:
+    """Within, this process is the first of so many; what it sends goes nowhere."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_gpus)
     try:
         yield
