@@ -165,7 +165,10 @@ class TestTrainConfig:
             config = emit.train_config(plan, GPU, **FILES)
             return json.dumps([config, emit.accelerate_config(plan, GPU)])
 
+        refused = ("sharding", "offload")  # test_sharding: such plans are not launched
         for item in dataclasses.fields(TrainingPlan):
+            if item.name in refused:
+                continue
             value = getattr(ON_CPU, item.name)
             changed = other[item.name] if item.name in other else type(value)(value / 2 + 0.5)
             if changed == value:
