@@ -20,8 +20,14 @@ from ftplan.launcher.model_source import ModelSource, cached_folder, find_source
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import METHODS
-from ftplan.planner.plan import SETTING_NAMES, TrainingPlan, check_setting, typed_setting
+from ftplan.planner.plan import (
+    SETTING_NAMES,
+    TrainingPlan,
+    check_setting,
+    typed_setting,
+)
 from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.sharding import OFFLOADS, SHARDINGS
 from ftplan.profiles import find_gpu
 
 P = ParamSpec("P")
@@ -56,6 +62,13 @@ OPTIONAL_FIELDS = (
 )
 # Absent or null means none.
 SPREADING_FIELDS = ("sharding", "offload")
+# A case's `sharding` as a plan's, and which FSDP it is: `full_shard` is a word of the first one.
+SHARDING_OF_CASE = {
+    "none": ("none", 2),
+    "ddp": ("none", 2),
+    "fsdp_full_shard": ("fsdp", 1),
+    **{name: (name, 2) for name in SHARDINGS},
+}
 
 CONFIG_FIELDS = (
     *SETTING_OF_FIELD,
@@ -101,6 +114,7 @@ class Case:
     length_is: str
     repeats_key_value: bool = False
     """Grouped heads are repeated before the attention kernel."""
+    fsdp_version: int = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +192,9 @@ def _case(
         return _refusal(id_ or f"line {number}", value, measured or {}, attempt.reasons)
     stack = STACK_OF_SOURCE.get(source.partition(" ")[0], {})
     settings = _settings({**config, **stack}, attempt)
+    spread = SHARDING_OF_CASE.get(config.get("sharding") or "none")
+    settings |= {"sharding": spread[0]} if spread else {}
+    settings["offload"] = config.get("offload") or "none"
     for check in (_check_spreading, _check_said, _check_run, _check_fields):
         attempt(check, config)
     gpu = attempt(_gpu, value.get("gpu"))
@@ -199,6 +216,7 @@ def _case(
         packing=config["packing"],
         length_is=config["length_is"],
         repeats_key_value=bool(stack),
+        fsdp_version=SHARDING_OF_CASE[config.get("sharding") or "none"][1],
     )
 
 
@@ -296,11 +314,11 @@ def _check_run(config: Mapping[str, Any]) -> None:
 
 
 def _check_spreading(config: Mapping[str, Any]) -> None:
-    """Raises InputError unless each GPU holds the whole model, gradients and states."""
+    """Raises InputError unless it is said what each GPU holds."""
     sharding, offload = (config.get(name) or "none" for name in SPREADING_FIELDS)
-    if sharding not in ("none", "ddp"):
+    if sharding not in SHARDING_OF_CASE:
         raise InputError(f"sharding `{sharding}` is not modelled")
-    if offload != "none":
+    if offload not in OFFLOADS:
         raise InputError(f"offload `{offload}` is not modelled")
     if sharding == "none" and config.get("num_gpus") not in (None, 1):
         raise InputError("several GPUs without `ddp`")

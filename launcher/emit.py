@@ -9,6 +9,7 @@ from typing import Any
 
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
+from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.trained import ALL_LINEAR
@@ -17,7 +18,8 @@ TRAIN_MODULE = "ftplan.launcher.train"
 
 
 def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
-    """accelerate's configuration file for one machine."""
+    """accelerate's configuration file for one machine. Raises InputError for a sharded run."""
+    check_launched(plan.sharding)
     several = plan.num_gpus > 1
     return {
         "compute_environment": "LOCAL_MACHINE",
@@ -33,6 +35,15 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
         "downcast_bf16": "no",
         "debug": False,
     }
+
+
+def check_launched(sharding: str) -> None:
+    """Raises InputError for what ftplan predicts and does not launch."""
+    if sharding != "none":
+        raise InputError(
+            f"ftplan does not launch runs with `--sharding {sharding}`",
+            "`ftplan estimate MODEL --exact` predicts them; leave out `--sharding` to launch",
+        )
 
 
 def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
@@ -77,6 +88,8 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "objective": plan.objective,
         "quantization": plan.quantization,
         "double_quant": plan.double_quant,
+        # What divides parameters among GPUs divides only those of one dtype.
+        "quant_storage": plan.dtype if plan.shards_parameters else "uint8",
         "dtype": plan.dtype,
         "mixed_precision": plan.mixed_precision,
         "attn_implementation": plan.attn_implementation,

@@ -11,6 +11,7 @@ from typing import Any
 
 from ftplan.launcher import default_model
 from ftplan.launcher.data_reader import DataFile, read_data
+from ftplan.launcher.emit import check_launched
 from ftplan.launcher.model_source import (
     ModelSource,
     cached_folder,
@@ -100,6 +101,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         check_setting(name, value)
     checked_objective(given.get("objective", TrainingPlan().objective))
+    check_launched(given.get("sharding", "none"))
 
 
 def make_plan(

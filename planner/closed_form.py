@@ -11,6 +11,8 @@ def unmodelled(plan: TrainingPlan) -> str | None:
     models all."""
     if plan.objective != "sft":
         return _spelled(plan, "objective")
+    if plan.sharding != "none":
+        return _spelled(plan, "sharding")
     if plan.resolved_method.counted_by is None:
         return _spelled(plan, "method")
     if plan.optimizer.exact_only:

@@ -70,6 +70,7 @@ def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     wanted = name.casefold()
     contained = sorted(k for k in by_folded if wanted and (wanted in k or k in wanted))
     close = difflib.get_close_matches(wanted, list(by_folded), n=count, cutoff=0.5)
+    close.sort(key=lambda k: sorted(k) != sorted(wanted))  # letters in the wrong order first
     begun = [k for k in contained if k.startswith(wanted)]
     ordered = list(dict.fromkeys([*begun, *close, *contained]))
     return [by_folded[k] for k in ordered[:count]]

@@ -40,7 +40,7 @@ COMPONENTS: dict[str, str] = {
     "autocast_copies": "16-bit copies by autocast",
     "activations": "activations kept for backward",
     "logits_and_loss": "logits and loss",
-    "communication": "gradient buckets between GPUs",
+    "communication": "buffers between GPUs",
     "temporaries": "temporaries",
 }
 

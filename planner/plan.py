@@ -17,6 +17,7 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
+from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
 
@@ -86,6 +87,10 @@ class TrainingPlan:
         False, "compute the reference's log-probabilities before training (dpo, kto)"
     )
     num_gpus: int = _setting(1, "GPUs to use")
+    sharding: str = _setting(
+        "none", "what several GPUs divide among them instead of each holding it", choices=SHARDINGS
+    )
+    offload: str = _setting("none", "what is kept in the host's memory", choices=OFFLOADS)
     learning_rate: float = _setting(2e-4, "peak learning rate", recipe=True)
     lr_scheduler_type: str = _setting(
         "cosine", "learning-rate schedule", choices=SCHEDULES, recipe=True
@@ -104,6 +109,7 @@ class TrainingPlan:
         _check_method(self)
         check_objective(self)
         _check_optimizer(self)
+        check_sharding(self)
 
     @property
     def resolved_method(self) -> Method:
@@ -144,6 +150,11 @@ class TrainingPlan:
     def casts_weights(self) -> bool:
         """Whether autocast turns the loaded weights into another dtype for each product."""
         return self.autocast and AUTOCAST_DTYPE[self.mixed_precision] != self.dtype
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether each GPU holds a share of the parameters only, and gathers them as it goes."""
+        return self.sharding in PARAMETERS_SHARDED
 
     @property
     def effective_batch_size(self) -> int:

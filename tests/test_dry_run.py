@@ -234,9 +234,14 @@ def measured_peaks(trainer: Any, *, evaluates: bool = False) -> dict[str, int]:
             mark("evaluation")
             trainer.evaluate(eval_dataset=trainer.train_dataset)
     gc.enable()
+    return phase_peaks(profiler, level)
+
+
+def phase_peaks(profiler: Any, level: int) -> dict[str, int]:
+    """The highest level of each phase in a profile that begins at `level`."""
     peaks: dict[str, int] = {}
     phase = "load"
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             level += event.nbytes()

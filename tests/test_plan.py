@@ -32,6 +32,7 @@ from ftplan.planner.plan import (
     flag_name,
     parse_setting,
 )
+from ftplan.planner.sharding import OFFLOADS, SHARDINGS
 from ftplan.planner.units import GIB
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -43,6 +44,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attn_implementation": ATTENTIONS,
     "loss": LOSSES,
     "trainer": TRAINERS,
+    "sharding": SHARDINGS,
+    "offload": OFFLOADS,
     "lr_scheduler_type": SCHEDULES,
     "objective": ("sft", "dpo", "kto", "reward"),
 }

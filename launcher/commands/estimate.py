@@ -19,6 +19,7 @@ from ftplan.planner.methods import COMPARED_METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.sharding import ZERO
 from ftplan.planner.units import format_bytes, format_count, parse_bytes
 
 if TYPE_CHECKING:
@@ -116,7 +117,12 @@ def plan_warnings(model: ModelSpec, reasoned: ReasonedPlan, device: Device | Non
             f"{model.name} was trained in bf16, and fp16 holds nothing above 65,504: activations "
             "may overflow. Should the loss become nan, use `--dtype float32 --mixed-precision no`"
         )
-    if plan.num_gpus > 1:
+    if plan.quantization != "none" and plan.sharding in ZERO:
+        warnings.append(
+            f"`--sharding {plan.sharding}` leaves the whole quantized base on each GPU; "
+            "`--sharding fsdp` divides it"
+        )
+    if plan.num_gpus > 1 and plan.sharding == "none":
         warnings.append(
             "the figures are per GPU: under data parallelism more GPUs save time, not memory"
         )

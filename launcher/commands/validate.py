@@ -114,13 +114,16 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
         raise InputError(
             "before transformers 5 experts were modules of their own; the installed one stacks them"
         )
+    # TRL leaves it out for a base to be sharded (`is_sharded_qlora` in 0.13's sft_trainer.py).
+    prepared = case.kbit_prepare and not case.plan.shards_parameters
     asked = case_of(
         case.model,
         case.plan,
         case.gpu,
-        kbit_prepare=case.kbit_prepare,
-        casts_back=case.kbit_prepare and (_version("trl", case.software) or (1,)) < (1,),
+        kbit_prepare=prepared,
+        casts_back=prepared and (_version("trl", case.software) or (1,)) < (1,),
         repeats_key_value=case.repeats_key_value,
+        fsdp_version=case.fsdp_version,
         transformers_version=version,
     )
     return _prediction(case, memory_of(runner.run(asked), case.model, case.plan, case.gpu))

@@ -26,6 +26,7 @@ class DryRunCase:
       turns embeddings, head and adapters to bf16 after it.
     - `repeats_key_value`: grouped heads are repeated before the attention kernel.
     - `transformers_version`: the release whose stock loss is meant; None for the installed one.
+    - `fsdp_version`: of fully sharded data parallelism, where the plan has it.
     - `few_layers`: whether equal layers are traced a few times only.
     """
 
@@ -39,6 +40,7 @@ class DryRunCase:
     casts_back: bool = False
     repeats_key_value: bool = False
     transformers_version: tuple[int, ...] | None = None
+    fsdp_version: int = 2
     few_layers: bool = True
 
     def to_dict(self) -> dict[str, Any]:

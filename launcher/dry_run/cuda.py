@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from ftplan.launcher.dry_run.attention import flash_attention_2, scaled_dot_product_attention
 from ftplan.planner.units import KIB, MIB
@@ -43,6 +44,10 @@ _FLOAT32_OPERATIONS = (
     "softmax.int",
     "log_softmax.int",
 )
+
+# Types that torch's optimizers and clipping take as lists.
+_PARAMETERS = [torch.nn.Parameter, FakeTensor, DTensor]
+_TENSORS = [torch.Tensor, FakeTensor, DTensor]
 
 
 def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
@@ -85,8 +90,8 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
             ("torch.nn.functional.softmax", _softmax),
             ("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", _devices),
             ("torch.optim.optimizer._get_foreach_kernels_supported_devices", _devices),
-            ("torch.optim.optimizer._foreach_supported_types", [torch.nn.Parameter, FakeTensor]),
-            ("torch.utils._foreach_utils._foreach_supported_types", [torch.Tensor, FakeTensor]),
+            ("torch.optim.optimizer._foreach_supported_types", _PARAMETERS),
+            ("torch.utils._foreach_utils._foreach_supported_types", _TENSORS),
             # CUDA's autocast may be on without CUDA: checkpointing asks for it when it recomputes.
             ("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", _no),
             ("torch.cuda.is_bf16_supported", _always),

@@ -117,7 +117,9 @@ def _quantize_4bit(module: Any, dtype: torch.dtype) -> None:
             dtype=torch.float32,
         )
         state.nested = True
-    weight.data = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
+    storage = weight.quant_storage
+    packed = (shape.numel() + 1) // (2 * storage.itemsize)
+    weight.data = torch.empty(packed, 1, dtype=storage)
     weight.quant_state = module.quant_state = state
     weight.blocksize = QUANT_BLOCK_SIZE
     module.support_avx512bf16_for_cpu = False

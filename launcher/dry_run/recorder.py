@@ -11,10 +11,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -40,6 +42,7 @@ class Recorder(TorchDispatchMode):
     `padded`: whether the batch has padding (data, which fakes do not have, would tell).
     `between_steps`: no module runs; storages belong to the modules of what they are made from.
     `in_optimizer`: the optimizer steps.
+    `on_host`: what is born is no memory of the device. `component`: what everything born is.
     """
 
     def __init__(
@@ -58,9 +61,12 @@ class Recorder(TorchDispatchMode):
         self.in_backward = False
         self.in_optimizer = False
         self._works_on_list = False
+        self.on_host = False
+        self.component: str | None = None
         self._decomposing = False
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._index: dict[int, int] = {}
+        self._emptied: dict[int, int] = {}
         self._paths: dict[nn.Module, str] = {}
         self._stack: list[str] = []
         self._path_of_node: dict[int, str] = {}
@@ -75,12 +81,20 @@ class Recorder(TorchDispatchMode):
         if reference is not None:
             named = reference.named_modules(prefix=REFERENCE_PATH)
             self._paths.update((module, name) for name, module in named)
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, num_bytes: int) -> Any:
+            # Not an operation: sharded parameters come and go so, their storages stay.
+            result = resize(storage, num_bytes)
+            self._resized(storage)
+            return result
+
         hooks = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
-            with self:
+            with self, mock.patch.object(torch.UntypedStorage, "resize_", resized):
                 yield
         finally:
             for hook in hooks:
@@ -88,19 +102,31 @@ class Recorder(TorchDispatchMode):
 
     def adopt(self, tensors: Iterable[torch.Tensor], component: str, path: str) -> None:
         """Record storages that exist before anything runs, such as weights."""
-        for tensor in tensors:
-            self._see(tensor, "load", path, component)
+        for tensor in map(local_tensor, tensors):
+            key = tensor.untyped_storage()._cdata
+            if key not in self._index:
+                self._alive.pop(key, None)
+                self._see(tensor, "load", path, component)
+
+    def place(self, module: nn.Module, *, like: nn.Module) -> None:
+        """Take a module that came later as being where `like` is."""
+        self._paths[module] = self._paths[like]
+
+    def path_of(self, module: nn.Module) -> str:
+        return self._paths[module]
 
     def relabel(self, tensors: Iterable[torch.Tensor], component: str) -> None:
         """Say what storages are, once it is known (gradients, optimizer states)."""
         for tensor in tensors:
-            index = self._index.get(tensor.untyped_storage()._cdata)
+            index = self._index.get(local_tensor(tensor).untyped_storage()._cdata)
             if index is not None:
                 self.draft.components[index] = component
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its own operations on what this GPU holds come here next
         if func is _DEVICE:  # C++ asks two times an operation; the fake mode would think it over
             return args[0].fake_device
         if func is _aten._local_scalar_dense.default and args[0].constant is None:
@@ -183,26 +209,51 @@ class Recorder(TorchDispatchMode):
         key = storage._cdata
         if key in self._alive:
             return
-        index = self.draft.born(
+        self._alive[key] = weakref.ref(storage, lambda _: self._forget(key))
+        if self.on_host:
+            return
+        self._index[key] = self.draft.born(
             num_bytes=storage.nbytes(),
             path=path,
             operation=func,
             shape=tuple(tensor.shape),
             dtype=tensor.dtype,
-            component=component,
+            component=component or self.component,
         )
-        self._index[key] = index
-        self._alive[key] = weakref.ref(storage, lambda _: self._died(key, index))
 
-    def _died(self, key: int, index: int) -> None:
+    def leaves_device(self, tensor: torch.Tensor) -> None:
+        """The storage's memory is given back, though the storage lives on."""
+        self._died(local_tensor(tensor).untyped_storage()._cdata)
+
+    def _resized(self, storage: Any) -> None:
+        key, draft = storage._cdata, self.draft
+        self._died(key)
+        emptied = self._emptied.get(key)
+        if emptied is not None and storage.nbytes():
+            self._index[key] = draft.born(
+                num_bytes=storage.nbytes(),
+                path=self._current_path((), 0),
+                operation=draft.operations[emptied],
+                shape=draft.shapes[emptied],
+                dtype=draft.dtypes[emptied],
+                component=self.component,
+            )
+
+    def _forget(self, key: int) -> None:
+        self._died(key)
         del self._alive[key]
-        del self._index[key]
-        draft = self.draft
-        # An optimizer that goes from parameter to parameter lets go of one while it works on the
-        # next; all else between steps is let go of in rows.
-        one_by_one = self.in_optimizer and not self._works_on_list
-        own_path = self.between_steps and not one_by_one
-        draft.died(index, draft.paths[index] if own_path else draft.path)
+        self._emptied.pop(key, None)
+
+    def _died(self, key: int) -> None:
+        index = self._index.pop(key, None)
+        if index is not None:
+            self._emptied[key] = index
+            draft = self.draft
+            # An optimizer that goes from parameter to parameter lets go of one while it works on
+            # the next; all else between steps is let go of in rows.
+            one_by_one = self.in_optimizer and not self._works_on_list
+            own_path = self.between_steps and not one_by_one
+            draft.died(index, draft.paths[index] if own_path else draft.path)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self.in_backward and not self._stack:
@@ -215,3 +266,8 @@ class Recorder(TorchDispatchMode):
         self._stack.pop()
         if self.in_backward and not self._stack:
             self.draft.mark_recomputed(self._recomputed_from)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this GPU holds of a tensor that may be spread over several."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -24,13 +24,8 @@ from ftplan.launcher.dry_run.cuda import (
     cublas_workspace_bytes,
     cuda_behaviour,
 )
-from ftplan.launcher.dry_run.draft import REFERENCE_PATH, Draft
-from ftplan.launcher.dry_run.fakes import (
-    held_tensors,
-    make_fake,
-    quantization_tensors,
-    quantize_blank,
-)
+from ftplan.launcher.dry_run.draft import Draft
+from ftplan.launcher.dry_run.fakes import make_fake, quantize_blank
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
 from ftplan.launcher.dry_run.objectives import (
@@ -43,6 +38,7 @@ from ftplan.launcher.dry_run.operations import REPLACED
 from ftplan.launcher.dry_run.optimizers import optimizer_behaviour, optimizer_kernels
 from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.launcher.dry_run.sharding import adopt, spread
 from ftplan.launcher.dry_run.trainers import (
     DrySFTTrainer,
     DryTransformersTrainer,
@@ -52,6 +48,7 @@ from ftplan.launcher.dry_run.trainers import (
     causal_model,
     with_adapters,
 )
+from ftplan.launcher.dry_run.zero import engine_dtype, turn_into
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.adapters import hold_adapters_as_base, name_the_task, refused
 from ftplan.launcher.training.build import (
@@ -69,6 +66,7 @@ from ftplan.planner.allocator import BLOCK_BYTES
 from ftplan.planner.errors import InputError
 from ftplan.planner.memory_record import MemoryRecord
 from ftplan.planner.repeat_layers import NotRepeating
+from ftplan.planner.sharding import ZERO
 
 _STEPS = 2
 _MICRO_BATCHES = 2
@@ -112,7 +110,9 @@ class _DryRun:
         quantize_blank(model, getattr(torch, plan.dtype))
         selection = None
         alone = not meet_outside(model.config, plan.trainer)
-        if few_layers and alone and same_on_every_layer(peft_config):
+        # FSDP1 gathers two layers ahead of adapters, further than what is known to repeat.
+        near = plan.sharding != "fsdp" or self.case.fsdp_version > 1
+        if few_layers and alone and near and same_on_every_layer(peft_config):
             selection = keep_few_layers(model, reference)
         with trainer_construction(self.case.kind, reference):
             trainer = self._adapted_trainer(model, peft_config)
@@ -230,28 +230,22 @@ class _DryRun:
             draft.granularity = BLOCK_BYTES
             draft.workspace_bytes = cublas_workspace_bytes(self.case.capability)
         trainer.observe(draft, recorder)
+        if self.plan.sharding in ZERO:
+            turn_into(trainer.model, engine_dtype(self.plan))
         make_fake(trainer.model, fake_mode)
-        draft.begin_phase("load")
-        adapted = hasattr(trainer.model, "peft_config")
-        for path, module in trainer.model.named_modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    added = adapted and parameter.requires_grad
-                    recorder.adopt([parameter], "adapters" if added else "weights", path)
-            buffers = [b for b in module._buffers.values() if b is not None]
-            held = [*buffers, *quantization_tensors(module), *held_tensors(module)]
-            recorder.adopt(held, "weights", path)
         if reference is not None:
             make_fake(reference, fake_mode)
-            for path, module in reference.named_modules(prefix=REFERENCE_PATH):
-                tensors = (*module._parameters.values(), *module._buffers.values())
-                recorder.adopt([t for t in tensors if t is not None], "reference_model", path)
-        if self.plan.num_gpus > 1:
-            _add_buckets(draft, trainer.model)
+        draft.begin_phase("load")
         self.say("tracing two steps")
         recorder.between_steps = True  # while the optimizer is made
-        watched = recorder.watching(trainer.model, reference)
-        with self._surroundings(trainer), fake_mode, watched:
+        with (
+            self._surroundings(trainer),
+            fake_mode,
+            recorder.watching(trainer.model, reference),
+            spread(trainer, recorder, self.case),
+        ):
+            if reference is not None:
+                adopt(recorder, reference, as_reference=True)
             trainer.train()
             self.say("tracing an evaluation step")
             trainer.evaluate_one_batch()
@@ -290,21 +284,6 @@ class _DryRun:
                 )
             )
         return stack
-
-
-def _add_buckets(draft: Draft, model: Any) -> None:
-    """DDP's copies of all gradients, which it sends (`gradient_as_bucket_view` is off). They are
-    counted by parameter, though parameters share buckets of 25 MiB."""
-    for name, parameter in model.named_parameters():  # tied ones once
-        if parameter.requires_grad:
-            draft.born(
-                num_bytes=parameter.numel() * parameter.element_size(),
-                path=name.rpartition(".")[0],
-                operation="DDP bucket",
-                shape=tuple(parameter.shape),
-                dtype=parameter.dtype,
-                component="communication",
-            )
 
 
 def _never(tensor: Any = None) -> bool:

@@ -86,6 +86,7 @@ def quantization_config(settings: Settings) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=settings["double_quant"],
         bnb_4bit_compute_dtype=compute[settings["mixed_precision"]],
+        bnb_4bit_quant_storage=getattr(torch, settings["quant_storage"]),
     )
 
 

@@ -1,0 +1,79 @@
+"""What several GPUs may divide among them, what the host may hold, and what goes with what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ftplan.planner.errors import InputError
+
+if TYPE_CHECKING:
+    from ftplan.planner.plan import TrainingPlan
+
+# `none` on several GPUs is DDP; `fsdp` is FSDP2; ZeRO's stages are DeepSpeed's.
+SHARDINGS = ("none", "zero1", "zero2", "fsdp")
+ZERO = ("zero1", "zero2")
+PARAMETERS_SHARDED = ("fsdp",)
+# What each can keep in the host's memory. FSDP2's CPUOffloadPolicy takes gradients and optimizer
+# states along with the parameters.
+OFFLOADS_OF = {
+    "none": ("none",),
+    "zero1": ("none", "optimizer"),
+    "zero2": ("none", "optimizer"),
+    "fsdp": ("none", "parameters"),
+}
+OFFLOADS = ("none", "optimizer", "parameters")
+
+
+def check_sharding(plan: TrainingPlan) -> None:
+    """Raises InputError when state cannot be spread as the plan says."""
+    sharding, offload = plan.sharding, plan.offload
+    if offload not in OFFLOADS_OF[sharding]:
+        able = [name for name, offloads in OFFLOADS_OF.items() if offload in offloads]
+        raise InputError(
+            f"`--offload {offload}` is not for `--sharding {sharding}`",
+            "use " + " or ".join(f"`--sharding {name}`" for name in able),
+        )
+    if sharding == "none":
+        return
+    if plan.num_gpus == 1 and offload == "none":
+        raise InputError(
+            f"`--sharding {sharding}` divides state among GPUs, and there is one",
+            "use `--num-gpus 2` or more, or leave out `--sharding`",
+        )
+    if plan.trainer == "loop":
+        raise InputError(
+            "`--trainer loop` trains on one GPU", "use `--trainer trl` or `--trainer transformers`"
+        )
+    if plan.objective != "sft":
+        raise InputError(
+            f"`--objective {plan.objective}` with `--sharding {sharding}` is not modelled",
+            "leave out `--sharding`: `--num-gpus` alone is DDP",
+        )
+    _check_kinds(plan)
+
+
+def _check_kinds(plan: TrainingPlan) -> None:
+    """Raises InputError for dtypes and optimizers that cannot be divided."""
+    divides_states = plan.sharding == "fsdp" or plan.offload != "none"
+    if plan.optimizer.module == "bitsandbytes" and divides_states:
+        raise InputError(
+            f"`--optim {plan.optim}` cannot step on sharded or offloaded tensors: "
+            "its states are bitsandbytes' own",
+            "use `--optim adamw_torch_fused`",
+        )
+    if plan.optimizer.exact_only:
+        raise InputError(
+            f"`--optim {plan.optim}` with `--sharding {plan.sharding}` is not modelled",
+            "use `--optim adamw_torch_fused`",
+        )
+    if plan.shards_parameters and plan.quantization == "int8":
+        raise InputError(
+            f"an int8 base cannot be divided by `--sharding {plan.sharding}`",
+            "use `--quantization nf4`: its bytes can be stored as numbers of the model's dtype",
+        )
+    pure_16_bit = plan.mixed_precision == "no" and plan.dtype != "float32"
+    if plan.sharding in ZERO and pure_16_bit:
+        raise InputError(
+            f"DeepSpeed takes {plan.dtype} weights under mixed precision only",
+            "use `--mixed-precision bf16` or `--dtype float32`",
+        )
