@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,15 +12,18 @@ from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device, DeviceKind
-from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.plan import TrainingPlan, flag_name
 from ftplan.planner.trained import ALL_LINEAR
 
 TRAIN_MODULE = "ftplan.launcher.train"
 
+# Settings of which runs are launched with this value only.
+_LAUNCHED = {"sharding": "none", "packing": False}
+
 
 def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
     """accelerate's configuration file for one machine. Raises InputError for a sharded run."""
-    check_launched(plan.sharding)
+    check_launched(dataclasses.asdict(plan))
     several = plan.num_gpus > 1
     return {
         "compute_environment": "LOCAL_MACHINE",
@@ -37,13 +41,17 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
     }
 
 
-def check_launched(sharding: str) -> None:
+def check_launched(settings: Mapping[str, Any]) -> None:
     """Raises InputError for what ftplan predicts and does not launch."""
-    if sharding != "none":
-        raise InputError(
-            f"ftplan does not launch runs with `--sharding {sharding}`",
-            "`ftplan estimate MODEL --exact` predicts them; leave out `--sharding` to launch",
-        )
+    for name, launched in _LAUNCHED.items():
+        value = settings.get(name, launched)
+        if value != launched:
+            shown = flag_name(name) + ("" if value is True else f" {value}")
+            raise InputError(
+                f"ftplan does not launch runs with `{shown}`",
+                f"`ftplan estimate MODEL --exact` predicts them; leave out `{flag_name(name)}` to "
+                "launch",
+            )
 
 
 def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
@@ -76,7 +84,7 @@ def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
 def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
     """What only the configuration of the plan's objective has."""
     if plan.objective == "sft":
-        return {"packing": False}
+        return {"packing": plan.packing}
     if plan.resolved_objective.has_reference:
         return {"precompute_ref_log_probs": plan.precompute_ref_log_probs}
     return {}

@@ -101,7 +101,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         check_setting(name, value)
     checked_objective(given.get("objective", TrainingPlan().objective))
-    check_launched(given.get("sharding", "none"))
+    check_launched(given)
 
 
 def make_plan(

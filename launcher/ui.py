@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -85,7 +86,9 @@ class Ui:
     def json(self, value: Any) -> None:
         """One JSON object on stdout, under --json only. It is ASCII: valid in any encoding."""
         if self.as_json:
-            self.stdout.write(json.dumps(value, indent=1) + "\n")
+            # A reader that has gone has not seen the exit status, which is still to come.
+            with contextlib.suppress(BrokenPipeError):
+                self.stdout.write(json.dumps(value, indent=1) + "\n")
 
     def json_line(self, value: Any) -> None:
         """Like `json`, where a command prints many objects: each on a line of its own, at once."""

@@ -77,6 +77,7 @@ class TrainingPlan:
     per_device_train_batch_size: int = _setting(1, "rows a GPU holds at once")
     gradient_accumulation_steps: int = _setting(1, "micro-batches before an optimizer step")
     max_length: int = _setting(2048, "tokens a row is cut at")
+    packing: bool = _setting(False, "fill rows up to `max_length` with several, without padding")
     gradient_checkpointing: bool = _setting(True, "keep layer inputs only, compute the rest again")
     use_reentrant: bool = _setting(False, "checkpoint by torch's older, reentrant function")
     attn_implementation: str = _setting("sdpa", "attention kernel", choices=ATTENTIONS)
@@ -107,6 +108,7 @@ class TrainingPlan:
         for name in SETTING_NAMES:
             check_setting(name, getattr(self, name))
         _check_method(self)
+        _check_packing(self)
         check_objective(self)
         _check_optimizer(self)
         check_sharding(self)
@@ -209,6 +211,20 @@ def check_setting(name: str, value: Any) -> None:
         raise InputError(
             f"`--peft-config {','.join(value)}`: options are written `name=value`",
             "for example `--peft-config use_dora=true`",
+        )
+
+
+def _check_packing(plan: TrainingPlan) -> None:
+    """Raises InputError where packed rows would see each other, or are not to be had."""
+    if plan.packing and plan.attn_implementation != "flash_attention_2":
+        raise InputError(
+            f"packed rows would see each other under `--attn-implementation "
+            f"{plan.attn_implementation}`",
+            "use `--attn-implementation flash_attention_2`, which takes rows of any length",
+        )
+    if plan.packing and (plan.trainer != "trl" or plan.objective != "sft"):
+        raise InputError(
+            "`--packing` is for TRL's trainer and plain fine-tuning", "leave out `--packing`"
         )
 
 

@@ -55,6 +55,7 @@ SETTING_FLAGS = [
     "--per-device-train-batch-size",
     "--gradient-accumulation-steps",
     "--max-length",
+    "--packing",
     "--gradient-checkpointing",
     "--use-reentrant",
     "--attn-implementation",

@@ -426,6 +426,18 @@ def test_few_layers_stand_for_all(dry_case: DryRunCase, traced: int) -> None:
     assert_equal_records(few.record, every.record)
 
 
+def test_packed_rows_take_what_full_rows_take() -> None:
+    """One row of all tokens, whose attention keeps rows apart by their lengths."""
+    settings = {"per_device_train_batch_size": 4, "attn_implementation": "flash_attention_2"}
+    cases = [cuda_case(LLAMA, packing=packing, **settings) for packing in (True, False)]
+    packed, full = (dry_run(dry_case).record for dry_case in cases)
+    length = cases[0].row_length
+    assert packed.peak.allocated_bytes == pytest.approx(full.peak.allocated_bytes, rel=0.01)
+    shapes = {storage.shape for storage in packed.storages}
+    assert (1, 4 * length, 64) in shapes
+    assert (4, length, 64) not in shapes
+
+
 def test_layers_that_turn_out_unlike_are_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ftplan.launcher.dry_run.layers._signature", lambda layer, shared: "same")
     said: list[str] = []

@@ -175,7 +175,8 @@ class TestTrainConfig:
             return json.dumps([config, emit.accelerate_config(plan, GPU)])
 
         dpo = ON_CPU.replace(objective="dpo")
-        refused = ("sharding", "offload")  # test_sharding: such plans are not launched
+        # Such plans are not launched (test_sharding).
+        refused = ("sharding", "offload", "packing")
         for item in dataclasses.fields(TrainingPlan):
             if item.name in refused:
                 continue

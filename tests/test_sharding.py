@@ -63,7 +63,7 @@ def test_one_gpu_may_offload() -> None:
 
 def test_the_closed_form_points_to_the_dry_run() -> None:
     plan = TrainingPlan(sharding="fsdp", num_gpus=2)
-    with pytest.raises(InputError, match="does not know `--sharding fsdp`") as raised:
+    with pytest.raises(InputError, match="does not model `--sharding fsdp`") as raised:
         estimate_memory(find_source("llama-3.1-8b").spec, plan)
     assert "--exact" in str(raised.value.hint)
 
@@ -71,6 +71,8 @@ def test_the_closed_form_points_to_the_dry_run() -> None:
 def test_a_sharded_run_is_not_launched() -> None:
     with pytest.raises(InputError, match="does not launch runs with `--sharding zero2`"):
         check_settings({"sharding": "zero2"})
+    with pytest.raises(InputError, match="does not launch runs with `--packing`"):
+        check_settings({"packing": True})
     with pytest.raises(InputError, match="does not launch"):
         accelerate_config(TrainingPlan(sharding="fsdp", num_gpus=2), find_gpu("l4").device())
 

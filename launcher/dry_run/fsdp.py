@@ -47,8 +47,9 @@ _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_
 _WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
 _ATTACH_QUANT_STATE = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module"
 # Until then models put gradient checkpointing around what FSDP1 had put around a layer, and
-# reentrant by default: transformers 4.52's modeling_llama.py, 4.53's modeling_layers.py.
-_CHECKPOINTS_WITHIN = (4, 53)
+# reentrant by default (`_gradient_checkpointing_func` in transformers 4.51's modeling_llama.py);
+# from then on layers do it themselves (4.52's modeling_layers.py).
+_CHECKPOINTS_WITHIN = (4, 52)
 
 Adopt = Callable[..., None]
 

@@ -46,6 +46,7 @@ from ftplan.launcher.dry_run.trainers import (
     blank_tokenizer,
     cast_back,
     causal_model,
+    collating_for_real,
     with_adapters,
 )
 from ftplan.launcher.dry_run.zero import engine_dtype, turn_into
@@ -162,6 +163,8 @@ class _DryRun:
             "gradient_accumulation_steps": self._micro_batches,
             "max_length": None,
         }
+        if plan.packing:  # the rows are full: what packing does to a batch, TRL's collator does
+            planned |= {"packing": False, "padding_free": True}
         if plan.objective == "sft":
             skip = {"skip_prepare_dataset": True}
             arguments = sft_arguments(planned, "unused", dataset_kwargs=skip)
@@ -199,6 +202,8 @@ class _DryRun:
                 trainer = PlainLoop(wrapped, arguments, rows, steps=_STEPS)
             else:
                 trainer = DryTransformersTrainer(model=wrapped, **common)
+        if plan.packing:
+            trainer.data_collator = collating_for_real(trainer.data_collator)
         if plan.loss == "liger":
             use_liger_loss(causal_model(trainer.model))
         return trainer
