@@ -21,7 +21,9 @@ def main() -> int:
     _answer(answers, {"say": "loading torch and transformers"})
     _load_lightly()
     from ftplan.launcher.dry_run.case import DryRunCase
+    from ftplan.launcher.dry_run.step import dry_run  # noqa: F401
 
+    gc.freeze()  # the libraries' own objects, which accelerate would look through each time
     for line in sys.stdin:
         _answer(answers, _carried_out(DryRunCase.from_dict(json.loads(line)), answers))
         gc.collect()

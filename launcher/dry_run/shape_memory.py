@@ -1,8 +1,9 @@
 """Remembers what operations return, by the shapes they are given.
 
 The fake mode works every shape out anew or looks it up by an elaborate key; a training step asks
-the same few hundred questions thousands of times. Only operations whose result is one fresh tensor
-that depends on shapes and plain values are remembered; all others go to the fake mode.
+the same few hundred questions thousands of times. Only operations whose result is one fresh tensor,
+or a view of the first argument, that depends on shapes and plain values are remembered; all others
+go to the fake mode.
 """
 
 from __future__ import annotations
@@ -11,11 +12,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.utils._mode_utils import no_dispatch
 
 _CPU = torch.device("cpu")
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.memory_format)
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.memory_format, torch.layout)
+_aten = torch.ops.aten
+_VIEWS = frozenset(
+    (
+        *(_aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.t.default),
+        *(_aten.transpose.int, _aten.permute.default, _aten.unsqueeze.default, _aten.select.int),
+        *(_aten.slice.Tensor, _aten.detach.default, _aten.alias.default),
+    )
+)
 _DEPENDS_ON_DATA = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
 
@@ -29,17 +42,20 @@ class ShapeMemory:
     def __init__(self, fake_mode: FakeTensorMode) -> None:
         self.fake_mode = fake_mode
         self._remembered: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+        self._views: dict[Any, tuple[torch.Size, tuple[int, ...], int]] = {}
         self._is_fresh: dict[Any, bool] = {}
 
     def run(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The operation's result, a fake."""
+        if operation in _VIEWS:
+            return self._view(operation, args, kwargs)
         fresh = self._is_fresh.get(operation)
         if fresh is None:
             fresh = self._is_fresh[operation] = _returns_one_fresh_tensor(operation)
         if not fresh:
             return operation(*args, **kwargs)
         try:
-            key = (operation, *map(_key, args), *((k, _key(v)) for k, v in kwargs.items()))
+            key = _key_of_call(operation, args, kwargs)
         except _NotPlain:
             return operation(*args, **kwargs)
         known = self._remembered.get(key)
@@ -49,12 +65,31 @@ class ShapeMemory:
                 meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             return FakeTensor(self.fake_mode, meta, _CPU)
         result = operation(*args, **kwargs)
-        if _shares_storage(result, args):  # `_unsafe_view` does not say that it is a view
-            self._is_fresh[operation] = False
-            return result
         # A result of known value stays with the fake mode, which looks after such values.
         if type(result) is FakeTensor and result.constant is None and result.device == _CPU:
             self._remembered[key] = (result.shape, result.stride(), result.dtype)
+        return result
+
+    def _view(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Remembered is a view's place in the storage, relative to that of what it shows."""
+        try:
+            key = _key_of_call(operation, args, kwargs)
+        except _NotPlain:
+            return operation(*args, **kwargs)
+        viewed = args[0]
+        known = self._views.get(key)
+        if known is not None:
+            shape, stride, further = known
+            with no_dispatch():
+                meta = torch.empty(0, dtype=viewed.dtype, device="meta")
+            storage, offset = viewed.untyped_storage(), viewed.storage_offset() + further
+            with in_kernel_invocation_manager(self.fake_mode):
+                meta.set_(storage, offset, shape, stride)
+            return FakeTensor(self.fake_mode, meta, _CPU)
+        result = operation(*args, **kwargs)
+        if type(result) is FakeTensor and result.device == _CPU and _share_storage(result, viewed):
+            further = result.storage_offset() - viewed.storage_offset()
+            self._views[key] = (result.shape, result.stride(), further)
         return result
 
 
@@ -67,11 +102,12 @@ def _returns_one_fresh_tensor(operation: Any) -> bool:
     return only.alias_info is None and str(only.type) == "Tensor" and not tagged
 
 
-def _shares_storage(result: torch.Tensor, args: tuple[Any, ...]) -> bool:
-    own = result.untyped_storage()._cdata
-    return any(
-        isinstance(arg, torch.Tensor) and arg.untyped_storage()._cdata == own for arg in args
-    )
+def _share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def _key_of_call(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return (operation, *map(_key, args), *((k, _key(v)) for k, v in kwargs.items()))
 
 
 def _key(value: Any) -> Any:

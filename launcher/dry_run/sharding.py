@@ -10,17 +10,19 @@ from torch import nn
 
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.fakes import held_tensors, quantization_tensors
-from ftplan.launcher.dry_run.fsdp import fully_sharded
 from ftplan.launcher.dry_run.recorder import Recorder
-from ftplan.launcher.dry_run.zero import optimizer_sharded
 from ftplan.planner.sharding import ZERO
 
 
 def spread(trainer: Any, recorder: Recorder, case: DryRunCase) -> AbstractContextManager[None]:
     """Within, the trainer's model lies on this GPU as the plan spreads it, and is on record."""
     if case.plan.sharding == "fsdp":
+        from ftplan.launcher.dry_run.fsdp import fully_sharded  # torch's takes a while to load
+
         return fully_sharded(trainer, recorder, case, adopt)
     if case.plan.sharding in ZERO:
+        from ftplan.launcher.dry_run.zero import optimizer_sharded
+
         return optimizer_sharded(trainer, recorder, case.plan, adopt)
     return _whole(trainer, recorder, case.plan.num_gpus)
 
