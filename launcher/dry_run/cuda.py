@@ -94,6 +94,7 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
             ("torch.utils._foreach_utils._foreach_supported_types", _TENSORS),
             # CUDA's autocast may be on without CUDA: checkpointing asks for it when it recomputes.
             ("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", _no),
+            ("torch.utils.checkpoint.DefaultDeviceType._default_device_type", "cuda"),
             ("torch.cuda.is_bf16_supported", _always),
             # TRL's fused loss: Triton kernels that write in place, on the labelled tokens.
             ("trl.trainer.utils._use_triton", _always),
