@@ -110,7 +110,7 @@ def test_few_layers_stand_for_all_on_a_gpu(name: str) -> None:
 
 
 def test_a_layer_is_computed_again_under_the_autocast_of_its_forward() -> None:
-    """PEFT asks for CUDA's. DoRA's dtypes follow from it, and torch refuses others than forward's."""
+    """PEFT asks for CUDA's. DoRA's dtypes follow from it, and torch refuses unlike ones."""
     settings = {"dtype": "bfloat16", "mixed_precision": "bf16", "gradient_checkpointing": True}
     done = dry_run(cuda_case(LLAMA, method="dora", quantization="nf4", **settings))
     assert done.num_layers_traced == 4
