@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -161,3 +163,17 @@ def make_data() -> Callable[[Iterable[int]], DataProfile]:
 def few_short_rows(make_data: Callable[[Iterable[int]], DataProfile]) -> DataProfile:
     """480 rows of 50 to 449 tokens."""
     return make_data(50 + 37 * i % 400 for i in range(480))
+
+
+@pytest.fixture(scope="module")
+def on_the_processor() -> Iterator[None]:
+    """As in the dry run's own process: no GPU is seen, and libraries are not collected again."""
+    import torch  # only what needs it loads it
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for tensors so small more only wait for each other
+    with mock.patch("torch.cuda.is_available", lambda: False):
+        gc.freeze()
+        yield
+        gc.unfreeze()
+    torch.set_num_threads(threads)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -18,7 +16,7 @@ from ftplan.launcher.training.adapters import hold_adapters_as_base, name_the_ta
 from ftplan.launcher.training.build import count_trainable, meta_model
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import METHODS, resolve_method
-from tests.test_dry_run import (
+from tests.dry_runs import (
     GPT2,
     LLAMA,
     PHASES,
@@ -29,7 +27,7 @@ from tests.test_dry_run import (
     real_trainer,
 )
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
 # PEFT's own sizes are for models whose sides are in the thousands.
 SMALL = {
@@ -49,12 +47,6 @@ ADAPTERS: dict[str, Any] = {
     **{"lora_rank": 4, "lora_alpha": 8},
     "target_modules": ("q_proj", "down_proj"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _on_the_processor() -> Iterator[None]:
-    with mock.patch("torch.cuda.is_available", lambda: False):
-        yield
 
 
 def compare(dry_case: Any, folder: Path) -> int:

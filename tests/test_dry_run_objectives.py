@@ -14,7 +14,6 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
-import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
@@ -28,7 +27,7 @@ from ftplan.launcher.training.build import apply_method, count_trainable, load_m
 from ftplan.launcher.training.measure import live_bytes, storage_sizes
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
 from ftplan.planner.errors import InputError
-from tests.test_dry_run import (
+from tests.dry_runs import (
     BF16,
     GENERATOR_STATE_BYTES,
     LLAMA,
@@ -44,31 +43,24 @@ from tests.test_dry_run import (
     measured_peaks,
 )
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
 DPO: dict[str, Any] = {"objective": "dpo", "loss": "trl-fused"}
 KTO: dict[str, Any] = {"objective": "kto", "loss": "trl-fused"}
 REWARD: dict[str, Any] = {"objective": "reward"}
 FULL: dict[str, Any] = {"method": "full"}
 CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
-ACCUMULATION: dict[str, Any] = {"gradient_accumulation_steps": 2}
-PRECOMPUTED: dict[str, Any] = {"precompute_ref_log_probs": True}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _on_the_processor() -> Iterator[None]:
-    """As in the dry run's own process: no GPU is seen, and libraries are not collected again."""
-    with (
-        mock.patch("torch.cuda.is_available", lambda: False),
-        # Narrow tiles: beside the usual ones of 32,768 entries so small a model would not show.
-        mock.patch("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 512),
-    ):
-        gc.freeze()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # for tensors so small more only wait for each other
+def narrow_tiles() -> Iterator[None]:
+    """Beside the usual tiles of 32,768 entries so small a model would not show."""
+    with mock.patch("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 512):
         yield
-        torch.set_num_threads(threads)
-        gc.unfreeze()
+
+
+ACCUMULATION: dict[str, Any] = {"gradient_accumulation_steps": 2}
+PRECOMPUTED: dict[str, Any] = {"precompute_ref_log_probs": True}
 
 
 # --- the same steps for real ---------------------------------------------------------------------

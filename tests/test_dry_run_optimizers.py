@@ -26,10 +26,9 @@ from ftplan.planner.families import spec_from_config
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.units import KIB
-from tests.test_dry_run import (
+from tests.dry_runs import (
     LLAMA,
     PHASES,
-    _on_the_processor,  # noqa: F401
     assert_equal_records,
     case,
     cuda_case,
@@ -37,7 +36,7 @@ from tests.test_dry_run import (
     real_trainer,
 )
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
 FULL: dict[str, Any] = {"method": "full"}
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -21,7 +19,7 @@ from ftplan.launcher.dry_run.step import dry_run
 from ftplan.launcher.dry_run.zero import REDUCE_BUCKET_SIZE
 from ftplan.launcher.training.measure import storage_sizes
 from ftplan.planner.memory_record import MemoryRecord
-from tests.test_dry_run import (
+from tests.dry_runs import (
     GENERATOR_STATE_BYTES,
     LLAMA,
     NUM_LAYERS,
@@ -34,21 +32,13 @@ from tests.test_dry_run import (
     real_trainer,
 )
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
 FULL: dict[str, Any] = {"method": "full", "dtype": "float32"}
 FSDP: dict[str, Any] = {"sharding": "fsdp", "num_gpus": 2}
 # What clipping holds for each traced gradient: a number of four bytes.
 NORMS = {"aten.stack.default", "aten.pow.Tensor_Scalar"}
 NORMS |= {f"_c10d_functional.{name}.default" for name in ("all_reduce", "wait_tensor")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _on_the_processor() -> Iterator[None]:
-    with mock.patch("torch.cuda.is_available", lambda: False):
-        gc.freeze()
-        yield
-        gc.unfreeze()
 
 
 def measured_peaks(trainer: Any) -> dict[str, int]:

@@ -1,0 +1,269 @@
+"""Cases of dry runs, the same steps for real, and how records are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the `train` extra")
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model, prepare_model_for_kbit_training
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
+
+from ftplan.launcher.dry_run.case import DryRunCase
+from ftplan.launcher.dry_run.fakes import held_tensors
+from ftplan.launcher.dry_run.trainers import blank_tokenizer
+from ftplan.launcher.emit import method_settings, training_arguments
+from ftplan.launcher.tokens import TokenRow
+from ftplan.launcher.training.build import apply_method, quantization_config
+from ftplan.launcher.training.loop import as_dataset, sft_arguments
+from ftplan.launcher.training.measure import live_bytes, storage_sizes
+from ftplan.launcher.training.trainer import PlannedTrainer
+from ftplan.planner.memory_record import MemoryRecord
+from ftplan.planner.plan import TrainingPlan
+
+STEPS = 2
+PHASES = ("forward", "backward", "optimizer step")
+NUM_LAYERS = 2
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 500,
+    "max_position_embeddings": 256,
+}
+MIXTURE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+LLAMA = {"model_type": "llama", **SHAPE}
+QWEN3 = {"model_type": "qwen3", **SHAPE, "head_dim": 16, "tie_word_embeddings": True}
+GPT2 = {
+    **{"model_type": "gpt2", "n_embd": 64, "n_layer": NUM_LAYERS, "n_head": 4},
+    **{"vocab_size": 500, "n_positions": 256},
+}
+GEMMA3 = {
+    **{"model_type": "gemma3_text", **SHAPE, "head_dim": 16},
+    **{"sliding_window": 32, "sliding_window_pattern": 2},
+}
+QWEN3_MOE = {"model_type": "qwen3_moe", **SHAPE, **MIXTURE, "head_dim": 16, "num_experts": 8}
+DEEPSEEK = {
+    **{"model_type": "deepseek_v3", **SHAPE, **MIXTURE, "num_key_value_heads": 4},
+    **{"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1},
+    **{"first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16},
+    **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+}
+GPT2_MODULES = ("c_attn", "c_proj", "c_fc")
+
+
+def case(config: dict[str, Any] = LLAMA, **settings: Any) -> DryRunCase:
+    """A case on the processor, in fp32 unless `settings` say otherwise."""
+    fields = {f.name for f in dataclasses.fields(DryRunCase)}
+    further = {name: settings.pop(name) for name in fields & set(settings)}
+    plan = TrainingPlan(
+        **{
+            **{"dtype": "float32", "mixed_precision": "no", "optim": "adamw_torch"},
+            **{"loss": "stock", "gradient_checkpointing": False, "max_length": 96},
+            "per_device_train_batch_size": 2,
+            **settings,
+        }
+    )
+    return DryRunCase(
+        **{"config": config, "plan": plan, "kind": "cpu", "row_length": plan.max_length, **further}
+    )
+
+
+# --- the same steps for real ---------------------------------------------------------------------
+
+
+def mark(phase: str) -> None:
+    """Leave a name in the profile."""
+    with record_function(f"phase: {phase}"):
+        pass
+
+
+class MarkedSFTTrainer(PlannedTrainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        mark("forward")
+        return super().training_step(*args, **kwargs)
+
+
+class MarkedTrainer(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        mark("forward")
+        return super().training_step(*args, **kwargs)
+
+
+class MarkedLoop:
+    """A training loop as people write it, a function for the step."""
+
+    def __init__(self, model: Any, arguments: Any, length: int) -> None:
+        self.model, self.arguments, self.length = model, arguments, length
+
+    def train(self) -> None:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(self.arguments)
+        optimizer = optimizer_class(trained, **settings)
+        if self.arguments.gradient_checkpointing:
+            settings = self.arguments.gradient_checkpointing_kwargs
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        self.model.train()
+        rows = self.arguments.per_device_train_batch_size
+        batch = torch.ones((rows, self.length), dtype=torch.int64)
+        for _ in range(STEPS):
+            self.step(optimizer, batch)
+
+    def step(self, optimizer: Any, batch: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        for _ in range(self.arguments.gradient_accumulation_steps):
+            mark("forward")
+            outputs = self.model(input_ids=batch, labels=batch, use_cache=False)
+            mark("backward")
+            outputs.loss.backward()
+        mark("optimizer step")
+        optimizer.step()
+
+
+def real_model(case: DryRunCase, folder: Path) -> Any:
+    """The model with random weights; a quantized one as `from_pretrained` loads it."""
+    plan = case.plan
+    loaded = {
+        "dtype": getattr(torch, plan.dtype),
+        "attn_implementation": plan.attn_implementation,
+    }
+    config = AutoConfig.for_model(**case.config)
+    quantization = quantization_config(method_settings(plan))
+    if quantization is None:
+        return AutoModelForCausalLM.from_config(config, **loaded)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, **loaded)
+
+
+def real_trainer(case: DryRunCase, folder: Path) -> Any:
+    plan, length = case.plan, case.row_length
+    set_seed(0)
+    model = real_model(case, folder)
+    peft_config = apply_method(model, plan.method, method_settings(plan))
+    rows = STEPS * plan.per_device_train_batch_size * plan.gradient_accumulation_steps
+    planned = training_arguments(plan, "cpu") | {"max_steps": STEPS}
+    arguments = sft_arguments(planned, str(folder))
+    arguments.save_strategy = "no"
+    common = {"model": model, "args": arguments, "processing_class": blank_tokenizer()}
+    if plan.trainer == "trl":
+        return MarkedSFTTrainer(
+            train_dataset=as_dataset([TokenRow([1] * length, [1] * length)] * rows),
+            peft_config=peft_config,
+            row_lengths=[length] * rows,
+            stock_loss=plan.loss == "stock",
+            **common,
+        )
+    if case.kbit_prepare:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=plan.gradient_checkpointing
+        )
+    if peft_config is not None:
+        model = get_peft_model(model, peft_config)
+        if plan.gradient_checkpointing:
+            model.enable_input_require_grads()
+    if plan.trainer == "loop":
+        return MarkedLoop(model, arguments, length)
+    row = {name: [1] * length for name in ("input_ids", "labels", "attention_mask")}
+    return MarkedTrainer(train_dataset=Dataset.from_list([row] * rows), **common | {"model": model})
+
+
+def mark_backward(accelerator: Any) -> None:
+    """Backward and the optimizer's step leave their names in the profile too."""
+    backward = accelerator.backward
+
+    def marked(loss: Any, **kwargs: Any) -> None:
+        mark("backward")
+        backward(loss, **kwargs)
+        if accelerator.sync_gradients:
+            mark("optimizer step")
+
+    accelerator.backward = marked
+
+
+def scales(model: Any) -> list[torch.Tensor]:
+    """What belongs to a quantized model and is neither parameter nor buffer."""
+    found: list[Any] = []
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        while state is not None:
+            found += [state.absmax, state.code, state.offset]
+            state = state.state2
+        found.append(getattr(getattr(module, "state", None), "SCB", None))
+        found.append(getattr(getattr(module, "weight", None), "SCB", None))
+    found += [tensor for module in model.modules() for tensor in held_tensors(module)]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def measured_peaks(trainer: Any, *, evaluates: bool = False) -> dict[str, int]:
+    """Tensor bytes at the highest moment of each phase, by torch's profiler."""
+    if not isinstance(trainer, MarkedLoop):
+        mark_backward(trainer.accelerator)
+    gc.collect()  # what earlier tests left must not die in the profile
+    level = live_bytes(trainer.model, None) + sum(storage_sizes(scales(trainer.model)).values())
+    gc.disable()  # as in the dry run
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train()
+        if evaluates:
+            mark("evaluation")
+            trainer.evaluate(eval_dataset=trainer.train_dataset)
+    gc.enable()
+    return phase_peaks(profiler, level)
+
+
+def phase_peaks(profiler: Any, level: int) -> dict[str, int]:
+    """The highest level of each phase in a profile that begins at `level`."""
+    peaks: dict[str, int] = {}
+    phase = "load"
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            level += event.nbytes()
+        elif event.name().startswith("phase: "):
+            phase = event.name().removeprefix("phase: ")
+        peaks[phase] = max(peaks.get(phase, 0), level)
+    return peaks
+
+
+# What a layer under checkpointing keeps on the processor beside its input: the random generator's
+# state. It is made outside of the dispatcher, so the dry run does not see it; real layers keep
+# thousands of times as much.
+GENERATOR_STATE_BYTES = 5056
+
+FREEZE: dict[str, Any] = {"method": "freeze", "num_trainable_layers": 1}
+REENTRANT: dict[str, Any] = {"gradient_checkpointing": True, "use_reentrant": True}
+QLORA: dict[str, Any] = {"method": "qlora", "quantization": "nf4"}
+BF16: dict[str, Any] = {"dtype": "bfloat16", "mixed_precision": "bf16"}
+
+
+def cuda_case(config: dict[str, Any], num_layers: int = 6, **settings: Any) -> DryRunCase:
+    """A case on a GPU, in bf16, with few adapters."""
+    deep = {**config, "n_layer" if config is GPT2 else "num_hidden_layers": num_layers}
+    target = ("c_attn",) if config is GPT2 else ("q_proj",)
+    return case(
+        deep, **{"kind": "cuda", **BF16, "max_length": 64, "target_modules": target, **settings}
+    )
+
+
+def assert_equal_records(few: MemoryRecord, every: MemoryRecord) -> None:
+    assert few.peak == every.peak
+    assert few.phases == every.phases
+    assert few.phase_peaks() == every.phase_peaks()
+    for peak in every.phase_peaks().values():
+        assert few.components_at(peak.position) == every.components_at(peak.position)
+    assert few.events == every.events
+    pairs = zip(few.storages, every.storages, strict=True)
+    unequal = [(one, other) for one, other in pairs if one != other]
+    assert {storage.operation for pair in unequal for storage in pair} <= {"aten.stack.default"}
+    assert len(unequal) <= STEPS  # see the test
+    assert all(abs(one.num_bytes - other.num_bytes) <= 512 for one, other in unequal)
