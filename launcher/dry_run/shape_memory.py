@@ -65,8 +65,7 @@ class ShapeMemory:
                 meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             return FakeTensor(self.fake_mode, meta, _CPU)
         result = operation(*args, **kwargs)
-        # A result of known value stays with the fake mode, which looks after such values.
-        if type(result) is FakeTensor and result.constant is None and result.device == _CPU:
+        if type(result) is FakeTensor and _is_plain(result):
             self._remembered[key] = (result.shape, result.stride(), result.dtype)
         return result
 
@@ -87,7 +86,7 @@ class ShapeMemory:
                 meta.set_(storage, offset, shape, stride)
             return FakeTensor(self.fake_mode, meta, _CPU)
         result = operation(*args, **kwargs)
-        if type(result) is FakeTensor and result.device == _CPU and _share_storage(result, viewed):
+        if type(result) is FakeTensor and _is_plain(result) and _share_storage(result, viewed):
             further = result.storage_offset() - viewed.storage_offset()
             self._views[key] = (result.shape, result.stride(), further)
         return result
@@ -102,6 +101,13 @@ def _returns_one_fresh_tensor(operation: Any) -> bool:
     return only.alias_info is None and str(only.type) == "Tensor" and not tagged
 
 
+def _is_plain(tensor: FakeTensor) -> bool:
+    """Whether shape, stride and dtype say all. Known values stay with the fake mode, which looks
+    after them."""
+    dense = tensor.layout is torch.strided and tensor.device == _CPU
+    return dense and tensor.constant is None
+
+
 def _share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
@@ -112,7 +118,7 @@ def _key_of_call(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 def _key(value: Any) -> Any:
     if isinstance(value, FakeTensor):
-        if value.constant is not None or value.layout is not torch.strided:
+        if not _is_plain(value):
             raise _NotPlain
         return (value.shape, value.stride(), value.dtype)
     if isinstance(value, _PLAIN):
