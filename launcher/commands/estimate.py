@@ -195,10 +195,20 @@ def _configuration(reasoned: ReasonedPlan) -> str:
     what = "" if objective.name == "sft" else f"{objective.title}, "
     each_row = f" each for {objective.each_row}" if objective.each_row else ""
     tokens = f"{plan.per_device_train_batch_size}x{plan.max_length} tokens{each_row}"
+    packed = " packed" if plan.packing else ""
     return (
-        f"{what}{base}{autocast}, {tokens}, "
-        f"{plan.optim}, {checkpointing}gradient checkpointing, {plan.loss} loss"
+        f"{what}{base}{autocast}, {tokens}{packed}, "
+        f"{plan.optim}, {checkpointing}gradient checkpointing, {plan.loss} loss{_gpus(plan)}"
     )
+
+
+def _gpus(plan: TrainingPlan) -> str:
+    """Among how many GPUs the work is divided, and how."""
+    if plan.num_gpus == 1 and plan.sharding == "none":
+        return ""
+    how = "DDP" if plan.sharding == "none" else plan.sharding
+    offloaded = f", {plan.offload} on the host" if plan.offload != "none" else ""
+    return f"; one of {plan.num_gpus} GPUs, {how}{offloaded}"
 
 
 def _other_method(
