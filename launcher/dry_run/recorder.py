@@ -115,11 +115,14 @@ class Recorder(TorchDispatchMode):
     def path_of(self, module: nn.Module) -> str:
         return self._paths[module]
 
-    def relabel(self, tensors: Iterable[torch.Tensor], component: str) -> None:
-        """Say what storages are, once it is known (gradients, optimizer states)."""
+    def relabel(
+        self, tensors: Iterable[torch.Tensor], component: str, *, anew: bool = True
+    ) -> None:
+        """Say what storages are, once it is known (gradients, optimizer states); with `anew` also
+        of those of which something was said before."""
         for tensor in tensors:
             index = self._index.get(local_tensor(tensor).untyped_storage()._cdata)
-            if index is not None:
+            if index is not None and (anew or self.draft.components[index] is None):
                 self.draft.components[index] = component
 
     def __torch_dispatch__(

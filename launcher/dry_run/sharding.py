@@ -13,6 +13,7 @@ from ftplan.launcher.dry_run.fakes import held_tensors, quantization_tensors
 from ftplan.launcher.dry_run.fsdp import fully_sharded
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.zero import optimizer_sharded
+from ftplan.launcher.dry_run.zero3 import parameters_partitioned
 from ftplan.planner.sharding import ZERO
 
 
@@ -20,6 +21,8 @@ def spread(trainer: Any, recorder: Recorder, case: DryRunCase) -> AbstractContex
     """Within, the trainer's model lies on this GPU as the plan spreads it, and is on record."""
     if case.plan.sharding == "fsdp":
         return fully_sharded(trainer, recorder, case, adopt)
+    if case.plan.sharding == "zero3":
+        return parameters_partitioned(trainer, recorder, case.plan, adopt)
     if case.plan.sharding in ZERO:
         return optimizer_sharded(trainer, recorder, case.plan, adopt)
     return _whole(trainer, recorder, case.plan.num_gpus)

@@ -95,7 +95,8 @@ class StateLabels(TrainerCallback):
         # GaLore's 8-bit optimizer puts new storages into the parameters.
         trained = (p for p in model.parameters() if p.requires_grad)
         adapted = hasattr(model, "peft_config")
-        self.recorder.relabel(trained, "adapters" if adapted else "weights")
+        component = "adapters" if adapted else "weights"
+        self.recorder.relabel(trained, component, anew=False)
 
 
 def label_gradients(recorder: Recorder, model: nn.Module) -> None:
