@@ -43,6 +43,7 @@ class Recorder(TorchDispatchMode):
     `between_steps`: no module runs; storages belong to the modules of what they are made from.
     `in_optimizer`: the optimizer steps.
     `on_host`: what is born is no memory of the device. `component`: what everything born is.
+    `backward_ended`: called after each backward, with whether the optimizer steps next.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Recorder(TorchDispatchMode):
         self._works_on_list = False
         self.on_host = False
         self.component: str | None = None
+        self.backward_ended: Callable[[bool], None] = lambda steps_next: None
         self._decomposing = False
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._index: dict[int, int] = {}

@@ -49,6 +49,7 @@ class Dry:
             backward(loss, **kwargs)
             recorder.in_backward = False
             recorder.between_steps = True
+            recorder.backward_ended(accelerator.sync_gradients)
             if accelerator.sync_gradients:
                 draft.begin_phase("optimizer step")
 

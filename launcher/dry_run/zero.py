@@ -52,14 +52,9 @@ def optimizer_sharded(
         hook.remove()
 
 
-def surround(
-    accelerator: Any,
-    divide: Callable[[torch.optim.Optimizer], None],
-    end_of_backward: Callable[[bool], None],
-) -> None:
-    """Have the accelerator divide the optimizer that it prepares, and tell when a backward is over
-    (and whether the step comes next)."""
-    prepare, backward = accelerator.prepare, accelerator.backward
+def have_divided(accelerator: Any, divide: Callable[[torch.optim.Optimizer], None]) -> None:
+    """Have the accelerator divide the optimizer that it prepares."""
+    prepare = accelerator.prepare
 
     def prepared(*objects: Any, **kwargs: Any) -> Any:
         for item in objects:
@@ -67,11 +62,7 @@ def surround(
                 divide(item)
         return prepare(*objects, **kwargs)
 
-    def reduced(loss: Any, **kwargs: Any) -> None:
-        backward(loss, **kwargs)
-        end_of_backward(accelerator.sync_gradients)
-
-    accelerator.prepare, accelerator.backward = prepared, reduced
+    accelerator.prepare = prepared
     # The step itself clips, in place.
     accelerator.clip_grad_norm_ = lambda *args, **kwargs: 0.0
 
@@ -101,7 +92,8 @@ class _Zero:
         self.grads_in_partition: list[torch.Tensor] = []
         self.averaged_gradients: list[torch.Tensor] = []
         self.extra_large: torch.Tensor | None = None
-        surround(trainer.accelerator, self._divide, self._end_of_backward)
+        recorder.backward_ended = self._end_of_backward
+        have_divided(trainer.accelerator, self._divide)
         self._makes = partial(making, recorder)
 
     def _divide(self, optimizer: torch.optim.Optimizer) -> None:

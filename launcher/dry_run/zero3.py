@@ -18,8 +18,8 @@ from ftplan.launcher.dry_run.zero import (
     REDUCE_BUCKET_SIZE,
     Adopt,
     engine_dtype,
+    have_divided,
     making,
-    surround,
 )
 from ftplan.launcher.dry_run.zero3_parameters import PartitionedParameters, ZeroParameter
 from ftplan.planner.plan import TrainingPlan
@@ -61,7 +61,8 @@ class _Stage3:
         self.bucket: list[ZeroParameter] = []
         self.bucket_elements = 0
         self.makes = partial(making, self.recorder)
-        surround(trainer.accelerator, self._divide, self._end_of_backward)
+        self.recorder.backward_ended = self._end_of_backward
+        have_divided(trainer.accelerator, self._divide)
 
     def _divide(self, optimizer: torch.optim.Optimizer) -> None:
         """`_create_fp16_partitions_with_defragmentation` and `_setup_for_real_optimizer`."""

@@ -183,7 +183,8 @@ class PartitionedParameters:
         """Within, modules fetch their parameters before they run and release them afterwards."""
         coordinator = self.coordinator
         removers = [self.model.register_forward_pre_hook(lambda *_: coordinator.reset_step())]
-        for module in self.model.modules():
+        own = {module: module._parameters for module in self.model.modules()}
+        for module in own:
             module._parameters = _Parameters(module._parameters, coordinator.read)
             hooks = _ModuleHooks(module, coordinator)
             removers += [
@@ -196,6 +197,14 @@ class PartitionedParameters:
             yield
         for remover in removers:
             remover.remove()
+        for module, parameters in own.items():
+            module._parameters = parameters
+        # Whole again, to be counted; what is gathered lives on, as the record has it.
+        self.gathered = [parameter.data for parameter in self.all]
+        self.recorder.on_host = True
+        for param in self.all.values():
+            param.parameter.data = param.ds_tensor.new_empty(param.ds_shape)
+        self.recorder.on_host = False
 
 
 class _Coordinator:
