@@ -136,10 +136,10 @@ def test_what_is_fetched_together_lies_in_a_buffer_and_beside_it() -> None:
     ],
 )
 def test_more_gpus_never_take_more(settings: dict[str, Any]) -> None:
-    peaks = [zero3_run(AT_ONCE, num_gpus=n, **settings).record.phase_peaks() for n in (2, 4, 8)]
+    peaks = [zero3_run(AT_ONCE, num_gpus=n, **settings).record.phase_peaks() for n in (2, 5)]
     for phase in PHASES:
-        two, four, eight = (peak[phase].allocated_bytes for peak in peaks)
-        assert two >= four >= eight, phase
+        two, five = (peak[phase].allocated_bytes for peak in peaks)
+        assert two > five or (two >= five and "offload" in settings), phase
 
 
 def test_one_sub_group_is_stepped_on_at_a_time() -> None:
