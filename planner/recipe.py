@@ -71,6 +71,7 @@ def estimate_recipe(
         "learning_rate": _advised(policy.learning_rate(method, model)),
         **_method_settings(method, model, device),
         **_objective_settings(given),
+        **_sharding_settings(method, given),
     }
     return resolve(given, derived)
 
@@ -137,6 +138,14 @@ def _objective_settings(given: Mapping[str, Any]) -> Derived:
         why = f"the least that {objective.name} works with"
         derived["per_device_train_batch_size"] = (objective.min_batch_size, why)
     return derived
+
+
+def _sharding_settings(method: Method, given: Mapping[str, Any]) -> Derived:
+    """What TRL sets for a kind of sharding."""
+    checkpointed = given.get("gradient_checkpointing", True)
+    if given.get("sharding") == "zero3" and method.adapter and checkpointed:
+        return {"use_reentrant": (True, "TRL's choice for adapters under ZeRO-3")}
+    return {}
 
 
 def _attention(model: ModelSpec) -> tuple[str, str]:

@@ -10,15 +10,16 @@ if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan
 
 # `none` on several GPUs is DDP; `fsdp` is FSDP2; ZeRO's stages are DeepSpeed's.
-SHARDINGS = ("none", "zero1", "zero2", "fsdp")
-ZERO = ("zero1", "zero2")
-PARAMETERS_SHARDED = ("fsdp",)
+SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp")
+ZERO = ("zero1", "zero2", "zero3")
+PARAMETERS_SHARDED = ("zero3", "fsdp")
 # What each can keep in the host's memory. FSDP2's CPUOffloadPolicy takes gradients and optimizer
-# states along with the parameters.
+# states along with the parameters; for ZeRO-3 that is taken so too.
 OFFLOADS_OF = {
     "none": ("none",),
     "zero1": ("none", "optimizer"),
     "zero2": ("none", "optimizer"),
+    "zero3": ("none", "optimizer", "parameters"),
     "fsdp": ("none", "parameters"),
 }
 OFFLOADS = ("none", "optimizer", "parameters")
@@ -50,6 +51,8 @@ def check_sharding(plan: TrainingPlan) -> None:
             "leave out `--sharding`: `--num-gpus` alone is DDP",
         )
     _check_kinds(plan)
+    if sharding == "zero3":
+        _check_zero3(plan)
 
 
 def _check_kinds(plan: TrainingPlan) -> None:
@@ -76,4 +79,19 @@ def _check_kinds(plan: TrainingPlan) -> None:
         raise InputError(
             f"DeepSpeed takes {plan.dtype} weights under mixed precision only",
             "use `--mixed-precision bf16` or `--dtype float32`",
+        )
+
+
+def _check_zero3(plan: TrainingPlan) -> None:
+    """Raises InputError for what TRL does otherwise under ZeRO-3, and what is not modelled."""
+    if plan.quantization != "none":
+        raise InputError(
+            "a quantized base under `--sharding zero3` is not modelled",
+            "use `--sharding fsdp`, which divides it as well",
+        )
+    adapters_checkpointed = plan.resolved_method.adapter and plan.gradient_checkpointing
+    if adapters_checkpointed and not plan.use_reentrant:
+        raise InputError(
+            "ZeRO-3 with adapters checkpoints by the reentrant function: TRL sees to it",
+            "use `--use-reentrant`, or `--gradient-checkpointing false`",
         )

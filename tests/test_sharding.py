@@ -42,6 +42,8 @@ def test_every_sharding_says_what_it_can_offload() -> None:
             "cannot be divided",
             "--quantization nf4",
         ),
+        ({"sharding": "zero3", "num_gpus": 2, **QLORA}, "quantized base", "--sharding fsdp"),
+        ({"sharding": "zero3", "num_gpus": 2}, "reentrant function", "--use-reentrant"),
         (
             {"sharding": "zero2", "num_gpus": 2, "mixed_precision": "no"},
             "under mixed precision only",
@@ -59,6 +61,22 @@ def test_what_does_not_go_together_is_refused(
 
 def test_one_gpu_may_offload() -> None:
     assert TrainingPlan(sharding="zero2", offload="optimizer").num_gpus == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "reentrant"),
+    [
+        ({"method": "lora"}, True),
+        ({"method": "lora", "gradient_checkpointing": False}, False),
+        ({"method": "full"}, False),
+    ],
+)
+def test_adapters_under_zero3_are_checkpointed_as_by_trl(
+    settings: dict[str, Any], reentrant: bool
+) -> None:
+    model = find_source("llama-3.1-8b").spec
+    given = {"sharding": "zero3", "num_gpus": 2, **settings}
+    assert estimate_recipe(model, None, given).plan.use_reentrant is reentrant
 
 
 def test_the_closed_form_points_to_the_dry_run() -> None:

@@ -198,7 +198,7 @@ class TestRefusals:
             ({"quantization": "gptq-int4"}, "unknown quantization `gptq-int4`"),
             ({"optim": "lorafa"}, "unknown optim `lorafa`"),
             ({"torch_dtype": "float8"}, "unknown dtype `float8`"),
-            ({"sharding": "zero3"}, "sharding `zero3` is not modelled"),
+            ({"sharding": "hybrid"}, "sharding `hybrid` is not modelled"),
             ({"offload": "cpu"}, "offload `cpu` is not modelled"),
             ({"num_gpus": 2}, "several GPUs without `ddp`"),
             ({"max_length": None}, "not said: `max_length`"),

@@ -43,6 +43,7 @@ class Recorder(TorchDispatchMode):
     `between_steps`: no module runs; storages belong to the modules of what they are made from.
     `in_optimizer`: the optimizer steps.
     `on_host`: what is born is no memory of the device. `component`: what everything born is.
+    `backward_ended`: called after each backward, with whether the optimizer steps next.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Recorder(TorchDispatchMode):
         self._works_on_list = False
         self.on_host = False
         self.component: str | None = None
+        self.backward_ended: Callable[[bool], None] = lambda steps_next: None
         self._decomposing = False
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._index: dict[int, int] = {}
@@ -115,11 +117,14 @@ class Recorder(TorchDispatchMode):
     def path_of(self, module: nn.Module) -> str:
         return self._paths[module]
 
-    def relabel(self, tensors: Iterable[torch.Tensor], component: str) -> None:
-        """Say what storages are, once it is known (gradients, optimizer states)."""
+    def relabel(
+        self, tensors: Iterable[torch.Tensor], component: str, *, anew: bool = True
+    ) -> None:
+        """Say what storages are, once it is known (gradients, optimizer states); with `anew` also
+        of those of which something was said before."""
         for tensor in tensors:
             index = self._index.get(local_tensor(tensor).untyped_storage()._cdata)
-            if index is not None:
+            if index is not None and (anew or self.draft.components[index] is None):
                 self.draft.components[index] = component
 
     def __torch_dispatch__(

@@ -11,6 +11,8 @@ from torch import nn
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.fakes import held_tensors, quantization_tensors
 from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.launcher.dry_run.zero import optimizer_sharded
+from ftplan.launcher.dry_run.zero3 import parameters_partitioned
 from ftplan.planner.sharding import ZERO
 
 
@@ -20,9 +22,9 @@ def spread(trainer: Any, recorder: Recorder, case: DryRunCase) -> AbstractContex
         from ftplan.launcher.dry_run.fsdp import fully_sharded  # torch's takes a while to load
 
         return fully_sharded(trainer, recorder, case, adopt)
+    if case.plan.sharding == "zero3":
+        return parameters_partitioned(trainer, recorder, case.plan, adopt)
     if case.plan.sharding in ZERO:
-        from ftplan.launcher.dry_run.zero import optimizer_sharded
-
         return optimizer_sharded(trainer, recorder, case.plan, adopt)
     return _whole(trainer, recorder, case.plan.num_gpus)
 

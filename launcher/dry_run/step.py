@@ -113,6 +113,8 @@ class _DryRun:
         alone = not meet_outside(model.config, plan.trainer)
         # FSDP1 gathers two layers ahead of adapters, further than what is known to repeat.
         near = plan.sharding != "fsdp" or self.case.fsdp_version > 1
+        # ZeRO-3 keeps what is used again within a billion elements, across any number of layers.
+        near = near and plan.sharding != "zero3"
         if few_layers and alone and near and same_on_every_layer(peft_config):
             selection = keep_few_layers(model, reference)
         with trainer_construction(self.case.kind, reference):

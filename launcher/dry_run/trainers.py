@@ -49,6 +49,7 @@ class Dry:
             backward(loss, **kwargs)
             recorder.in_backward = False
             recorder.between_steps = True
+            recorder.backward_ended(accelerator.sync_gradients)
             if accelerator.sync_gradients:
                 draft.begin_phase("optimizer step")
 
@@ -95,7 +96,8 @@ class StateLabels(TrainerCallback):
         # GaLore's 8-bit optimizer puts new storages into the parameters.
         trained = (p for p in model.parameters() if p.requires_grad)
         adapted = hasattr(model, "peft_config")
-        self.recorder.relabel(trained, "adapters" if adapted else "weights")
+        component = "adapters" if adapted else "weights"
+        self.recorder.relabel(trained, component, anew=False)
 
 
 def label_gradients(recorder: Recorder, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -51,6 +52,32 @@ def optimizer_sharded(
         hook.remove()
 
 
+def have_divided(accelerator: Any, divide: Callable[[torch.optim.Optimizer], None]) -> None:
+    """Have the accelerator divide the optimizer that it prepares."""
+    prepare = accelerator.prepare
+
+    def prepared(*objects: Any, **kwargs: Any) -> Any:
+        for item in objects:
+            if isinstance(item, torch.optim.Optimizer):
+                divide(item)
+        return prepare(*objects, **kwargs)
+
+    accelerator.prepare = prepared
+    # The step itself clips, in place.
+    accelerator.clip_grad_norm_ = lambda *args, **kwargs: 0.0
+
+
+@contextmanager
+def making(recorder: Recorder, component: str, *, on_host: bool = False) -> Iterator[None]:
+    """What is born within belongs to the module of what it is made from."""
+    before = recorder.between_steps, recorder.component
+    recorder.between_steps, recorder.component = True, component
+    recorder.on_host = on_host
+    yield
+    recorder.between_steps, recorder.component = before
+    recorder.on_host = False
+
+
 class _Zero:
     """DeepSpeed's optimizer around the trainer's, named after its attributes."""
 
@@ -65,35 +92,9 @@ class _Zero:
         self.grads_in_partition: list[torch.Tensor] = []
         self.averaged_gradients: list[torch.Tensor] = []
         self.extra_large: torch.Tensor | None = None
-        self._surround(trainer.accelerator)
-
-    def _surround(self, accelerator: Any) -> None:
-        prepare, backward = accelerator.prepare, accelerator.backward
-
-        def prepared(*objects: Any, **kwargs: Any) -> Any:
-            for item in objects:
-                if isinstance(item, torch.optim.Optimizer):
-                    self._divide(item)
-            return prepare(*objects, **kwargs)
-
-        def reduced(loss: Any, **kwargs: Any) -> None:
-            backward(loss, **kwargs)
-            self._end_of_backward(accelerator.sync_gradients)
-
-        accelerator.prepare, accelerator.backward = prepared, reduced
-        # The step itself clips, in place.
-        accelerator.clip_grad_norm_ = lambda *args, **kwargs: 0.0
-
-    @contextmanager
-    def _makes(self, component: str, *, on_host: bool = False) -> Iterator[None]:
-        """What is born within belongs to the module of what it is made from."""
-        recorder = self.recorder
-        before = recorder.between_steps, recorder.component
-        recorder.between_steps, recorder.component = True, component
-        recorder.on_host = on_host
-        yield
-        recorder.between_steps, recorder.component = before
-        recorder.on_host = False
+        recorder.backward_ended = self._end_of_backward
+        have_divided(trainer.accelerator, self._divide)
+        self._makes = partial(making, recorder)
 
     def _divide(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer works on fp32 copies of this GPU's share."""
