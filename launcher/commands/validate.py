@@ -123,6 +123,7 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
         kbit_prepare=prepared,
         casts_back=prepared and (_version("trl", case.software) or (1,)) < (1,),
         repeats_key_value=case.repeats_key_value,
+        fused_kernels=case.fused_kernels,
         fsdp_version=case.fsdp_version,
         transformers_version=version,
     )

@@ -81,7 +81,8 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
             packet, _, overload = name.partition(".")
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
             library.impl(name, partial(_in_float32, operation), "AutocastCPU")
-        ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash_attention_2
+        flash = partial(flash_attention_2, repeats_key_value=repeats_key_value)
+        ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash
         stack.callback(ALL_ATTENTION_FUNCTIONS.pop, "flash_attention_2")
         attention = scaled_dot_product_attention(capability, repeats_key_value)
         for target, replacement in (
