@@ -9,7 +9,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -197,6 +197,24 @@ class TestCases:
         assert case_of(read, liger, source=source).fused_kernels
         assert not case_of(read, source=source).fused_kernels
         assert not case_of(read, liger).fused_kernels
+
+    @pytest.mark.parametrize(
+        ("software", "reentrant"),
+        [("transformers 4.48.1", True), ("transformers 5.0.0", False), ("torch 2.11", False)],
+    )
+    def test_transformers_checkpointed_reentrantly_before_5(
+        self, read: Read, software: str, reentrant: bool
+    ) -> None:
+        asked: list[Any] = []
+
+        class Runner:
+            def run(self, case: Any) -> Any:
+                asked.append(case)
+                raise InputError("far enough")
+
+        with pytest.raises(InputError, match="far enough"):
+            validate.dry_run(cast(Any, Runner()), case_of(read, software=software))
+        assert asked[0].plan.use_reentrant == reentrant
 
     def test_full_tuning_needs_no_adapter(self, read: Read) -> None:
         config = {"method": "full", "lora_rank": None, "target_modules": None}

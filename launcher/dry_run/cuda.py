@@ -93,9 +93,10 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
             ("torch.optim.optimizer._get_foreach_kernels_supported_devices", _devices),
             ("torch.optim.optimizer._foreach_supported_types", _PARAMETERS),
             ("torch.utils._foreach_utils._foreach_supported_types", _TENSORS),
-            # CUDA's autocast may be on without CUDA: checkpointing asks for it when it recomputes.
+            # CUDA's autocast may be on without CUDA: checkpointing turns it on to recompute.
             ("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", _no),
             ("torch.cuda.is_bf16_supported", _always),
+            ("torch.utils.checkpoint._infer_device_type", _cuda),
             # TRL's fused loss: Triton kernels that write in place, on the labelled tokens.
             ("trl.trainer.utils._use_triton", _always),
             ("trl.kernels.chunked_logprob._forward_tile", _in_place),
@@ -150,6 +151,10 @@ def _always(*args: Any) -> bool:
 
 def _no() -> bool:
     return False
+
+
+def _cuda(*args: Any) -> str:
+    return "cuda"
 
 
 def _in_place(*args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,9 @@
 """Fused kernels of training stacks that are not installed, as far as they allocate.
 
 fms-acceleration's plugin `fused-ops-and-kernels` puts Unsloth's norms and rotary embeddings in the
-place of a model's own (plugins/fused-ops-and-kernels/src/fms_acceleration_foak, models/llama.py).
+place of a model's own, and its fused LoRA on a quantized base
+(plugins/fused-ops-and-kernels/src/fms_acceleration_foak, models/llama.py). Adapters are counted as
+sharded under FSDP, where the plugin leaves them whole.
 """
 
 from __future__ import annotations
@@ -31,15 +33,39 @@ class FusedNorm(torch.autograd.Function):
         return gradients[0], None
 
 
-def fuse_norms(model: nn.Module) -> None:
-    """Give the model's RMS norms the fused kernel."""
+class FusedDropout(torch.autograd.Function):
+    """Dropout within fused LoRA (`LoRA_QKV`, `LoRA_W` in fused_ops/unsloth_lora/bnb/fast_lora.py):
+    the projection's input and what is left of it are kept, no mask."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, probability: float) -> torch.Tensor:
+        left = torch.native_dropout(inputs, probability, True)[0]
+        ctx.save_for_backward(inputs, left)
+        return left
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        _, left = ctx.saved_tensors
+        return (left != 0) * gradients[0], None
+
+
+def fuse(model: nn.Module, *, quantized: bool) -> None:
+    """Give the model's RMS norms the fused kernel, and adapters of a quantized base its dropout."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_fused_norm, module)
+        elif quantized and hasattr(module, "lora_dropout"):
+            for dropout in module.lora_dropout.values():
+                if isinstance(dropout, nn.Dropout):
+                    dropout.forward = partial(_fused_dropout, dropout)
 
 
 def _fused_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return FusedNorm.apply(hidden, module.weight)
+
+
+def _fused_dropout(dropout: nn.Dropout, inputs: torch.Tensor) -> torch.Tensor:
+    return FusedDropout.apply(inputs, dropout.p) if dropout.training else inputs
 
 
 def fused_rotary_embeddings(model: nn.Module) -> AbstractContextManager[Any]:

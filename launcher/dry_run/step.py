@@ -27,7 +27,7 @@ from ftplan.launcher.dry_run.cuda import (
 )
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantize_blank
-from ftplan.launcher.dry_run.fused_kernels import fuse_norms, fused_rotary_embeddings
+from ftplan.launcher.dry_run.fused_kernels import fuse, fused_rotary_embeddings
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
 from ftplan.launcher.dry_run.objectives import (
@@ -209,7 +209,7 @@ class _DryRun:
         if plan.loss == "liger":
             use_liger_loss(causal_model(trainer.model))
         if self.case.fused_kernels:
-            fuse_norms(trainer.model)
+            fuse(trainer.model, quantized=plan.quantization != "none")
         return trainer
 
     @property
