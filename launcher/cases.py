@@ -84,6 +84,13 @@ CONFIG_FIELDS = (
 STACK_OF_SOURCE: dict[str, dict[str, str]] = {
     "fitcheck-llm": {"trainer": "loop", "mixed_precision": "no"},
 }
+# What a source's files say of all its runs with adapters and its rows leave out: column
+# `lora_dropout` of scripts/benchmarks/refs/a100_80gb.csv and a100_80gb_liger.csv, and the same in
+# their scenarios.yaml. It counts where a row does not say it itself.
+DROPOUT_OF_SOURCE = {"foundation-model-stack/fms-acceleration": 0.1}
+# Whose rows with Liger's loss fuse norms and rotary embeddings too: framework configurations
+# `*-foak-fast-kernels-liger` and `*-foak-liger` of its scenarios-liger.yaml.
+FUSED_WITH_LIGER = ("foundation-model-stack/fms-acceleration",)
 
 LENGTH_KINDS = ("exact", "cap")
 
@@ -114,6 +121,8 @@ class Case:
     length_is: str
     repeats_key_value: bool = False
     """Grouped heads are repeated before the attention kernel."""
+    fused_kernels: bool = False
+    """Norms and rotary embeddings are fms-acceleration's."""
     fsdp_version: int = 2
 
 
@@ -190,8 +199,11 @@ def _case(
     config = attempt(_config, value)
     if config is None:
         return _refusal(id_ or f"line {number}", value, measured or {}, attempt.reasons)
-    stack = STACK_OF_SOURCE.get(source.partition(" ")[0], {})
+    name = source.partition(" ")[0]
+    stack = STACK_OF_SOURCE.get(name, {})
     settings = _settings({**config, **stack}, attempt)
+    if "lora_rank" in settings and name in DROPOUT_OF_SOURCE:
+        settings.setdefault("lora_dropout", DROPOUT_OF_SOURCE[name])
     spread = SHARDING_OF_CASE.get(config.get("sharding") or "none")
     settings |= {"sharding": spread[0]} if spread else {}
     settings["offload"] = config.get("offload") or "none"
@@ -216,6 +228,7 @@ def _case(
         packing=config["packing"],
         length_is=config["length_is"],
         repeats_key_value=bool(stack),
+        fused_kernels=name in FUSED_WITH_LIGER and config["loss_kernel"] == "liger",
         fsdp_version=SHARDING_OF_CASE[config.get("sharding") or "none"][1],
     )
 

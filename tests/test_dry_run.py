@@ -238,6 +238,22 @@ def test_an_int8_base_trains_by_the_gpus_kernels() -> None:
     assert ("int32", (2 * 64, 160)) in {(s.dtype, s.shape) for s in born}
 
 
+def test_layers_are_computed_again_under_the_same_autocast() -> None:
+    """PEFT makes fp32 inputs of its own unless CUDA's autocast is on."""
+    for use_reentrant in (False, True):
+        settings = {"mixed_precision": "bf16", "trainer": "transformers", "quantization": "nf4"}
+        record = dry_run(
+            cuda_case(
+                LLAMA,
+                1,
+                **{**QLORA, **settings, "gradient_checkpointing": True},
+                use_reentrant=use_reentrant,
+            )
+        ).record
+        copies = [s for s in record.storages if s.module.endswith("q_proj")]
+        assert "float32" not in {s.dtype for s in copies if s.shape == (2, 64, 64)}, use_reentrant
+
+
 def test_padding_masks_attention() -> None:
     """Without padding CUDA's flash kernel runs; with it scores are masked, and the mask lives."""
     whole, padded = (dry_run(cuda_case(LLAMA, 1, padded=p)).record for p in (False, True))

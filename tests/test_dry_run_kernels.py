@@ -19,15 +19,19 @@ from ftplan.launcher.dry_run.attention import (
     EfficientAttention,
     FlashAttention,
     flash_attention_2,
+    repeats_heads_for_flash,
     scaled_dot_product_attention,
 )
 from ftplan.launcher.dry_run.cuda import CUDA_KERNELS, cublas_workspace_bytes, cuda_behaviour
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors, quantize_blank
+from ftplan.launcher.dry_run.fused_kernels import FusedDropout, FusedNorm
 from ftplan.launcher.dry_run.losses import LigerLoss, shifted_logits_loss, shifts_logits
 from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.launcher.dry_run.step import dry_run
 from ftplan.planner.memory_record import MemoryRecord
+from tests.dry_runs import LLAMA, cuda_case
 
 pytestmark = pytest.mark.train
 
@@ -103,6 +107,25 @@ def test_flash_attention_keeps_inputs_result_and_sums(groups: int) -> None:
     saved = result.grad_fn.saved_tensors
     assert num_bytes(saved) == (HEADS + 2 * groups + HEADS) * half + sums
     assert made.rise("forward") == HEADS * half + sums
+
+
+def test_some_models_repeated_heads_for_flash_attention() -> None:
+    assert repeats_heads_for_flash("mistral", (4, 47))
+    assert not repeats_heads_for_flash("llama", (4, 47))
+    assert not repeats_heads_for_flash("mistral", (4, 48))
+    assert not repeats_heads_for_flash("mistral", None)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_repeated_heads_are_kept(repeats: bool) -> None:
+    with recording() as made:
+        q, k, v = (heads_first(heads) for heads in (HEADS, GROUPS, GROUPS))
+        made.begin("forward")
+        result, _ = flash_attention_2(nn.Module(), q, k, v, None, repeats_key_value=repeats)
+    half = 2 * TOKENS * HEAD_DIM  # bytes of one head
+    key_heads = HEADS if repeats else GROUPS
+    saved = num_bytes(result.grad_fn.saved_tensors)
+    assert saved == (2 * HEADS + 2 * key_heads) * half + 4 * TOKENS * HEADS
 
 
 @pytest.mark.parametrize("groups", [HEADS, GROUPS])
@@ -395,6 +418,64 @@ def test_shifting_logits_copies_them() -> None:
         (BATCH, LENGTH - 1, vocabulary),
         (BATCH * (LENGTH - 1), vocabulary),
     ]
+
+
+# --- fused kernels -------------------------------------------------------------------------------
+
+
+def test_a_fused_norm_keeps_its_input_and_a_number_a_row() -> None:
+    with recording() as made:
+        hidden = torch.empty((BATCH, LENGTH, 64), dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(64, dtype=torch.bfloat16, requires_grad=True)
+        incoming = torch.empty_like(hidden)
+        made.begin("forward")
+        result = FusedNorm.apply(hidden, weight)
+        kept = [tensor.shape for tensor in result.grad_fn.saved_tensors]
+        made.begin("backward")
+        to_hidden, to_weight = torch.autograd.grad(
+            result, (hidden, weight), incoming, allow_unused=True
+        )
+    assert kept == [hidden.shape, weight.shape, (BATCH, LENGTH)]
+    assert made.born("forward") == [
+        ((BATCH, LENGTH), "float32"),
+        ((BATCH, LENGTH, 64), "bfloat16"),
+    ]
+    assert made.born("backward") == [] and to_weight is None
+    assert to_hidden.untyped_storage()._cdata == incoming.untyped_storage()._cdata
+
+
+def test_fused_dropout_keeps_what_it_got_and_gave_but_no_mask() -> None:
+    with recording() as made:
+        inputs = torch.empty((TOKENS, 64), dtype=torch.bfloat16, requires_grad=True)
+        made.begin("forward")
+        left = FusedDropout.apply(inputs, 0.1)
+        made.begin("backward")
+    record = made.record
+    alive = record.alive_at(len(record.events) - 1)
+    assert [record.storages[index].dtype for index in alive] == ["bfloat16", "bfloat16"]
+    assert num_bytes(left.grad_fn.saved_tensors) == 2 * 2 * TOKENS * 64
+
+
+def test_fused_kernels_leave_no_fp32_hidden_states_and_train_no_norms() -> None:
+    def record(**settings: Any) -> MemoryRecord:
+        return dry_run(cuda_case(LLAMA, 2, method="full", dtype="bfloat16", **settings)).record
+
+    def fp32_hidden(record: MemoryRecord) -> bool:
+        return any(
+            s.dtype == "float32" and s.shape == hidden and "norm" in s.module
+            for s in record.storages
+        )
+
+    def norm_states(record: MemoryRecord) -> bool:
+        return any(
+            s.component == "optimizer_states" and "norm" in s.module for s in record.storages
+        )
+
+    hidden = (2, 64, LLAMA["hidden_size"])
+    own, fused = record(), record(fused_kernels=True)
+    assert fp32_hidden(own) and not fp32_hidden(fused)
+    assert norm_states(own) and not norm_states(fused)
+    assert fused.peak.allocated_bytes < own.peak.allocated_bytes
 
 
 # --- quantized weights ---------------------------------------------------------------------------

@@ -89,6 +89,18 @@ def test_fsdp_takes_what_it_takes_on_real_tensors(
         assert predicted + unseen == pytest.approx(measured[phase], rel=0.01), phase
 
 
+def test_fsdp1_keeps_gradients_until_the_next_forward() -> None:
+    """Under autocast it holds fp32 weights, as many gradients and two states each, per GPU."""
+    settings = {**FULL, **FSDP, "dtype": "bfloat16", "mixed_precision": "bf16"}
+    done = dry_run(cuda_case(LLAMA, 2, **settings, trainer="transformers", fsdp_version=1))
+    record = done.record
+    after_training = next(start for start, name in record.phases if name == "evaluation") - 1
+    held = record.components_at(after_training)
+    share = 4 * done.num_parameters / 2
+    for component, times in {"weights": 1, "gradients": 1, "optimizer_states": 2}.items():
+        assert held[component] == pytest.approx(times * share, rel=0.02), component
+
+
 # --- few layers for all --------------------------------------------------------------------------
 
 

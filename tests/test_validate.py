@@ -9,7 +9,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -181,6 +181,40 @@ class TestCases:
 
     def test_ddp_over_several_gpus_is_a_plan(self, read: Read) -> None:
         assert case_of(read, {"num_gpus": 2, "sharding": "ddp"}).plan.num_gpus == 2
+
+    def test_what_a_source_says_of_all_its_adapters(self, read: Read) -> None:
+        """Its dropout; a row's own counts first, and where nothing is adapted there is none."""
+        source = "foundation-model-stack/fms-acceleration scripts/benchmarks"
+        assert case_of(read).plan.lora_dropout == 0
+        assert case_of(read, source=source).plan.lora_dropout == 0.1
+        assert case_of(read, {"lora_dropout": 0.2}, source=source).plan.lora_dropout == 0.2
+        full = NO_ADAPTER | {"torch_dtype": "float32"}
+        assert case_of(read, full, source=source).plan.lora_dropout == 0
+
+    def test_a_source_that_fuses_kernels_with_ligers_loss(self, read: Read) -> None:
+        source = "foundation-model-stack/fms-acceleration scripts/benchmarks"
+        liger = {"loss_kernel": "liger"}
+        assert case_of(read, liger, source=source).fused_kernels
+        assert not case_of(read, source=source).fused_kernels
+        assert not case_of(read, liger).fused_kernels
+
+    @pytest.mark.parametrize(
+        ("software", "reentrant"),
+        [("transformers 4.48.1", True), ("transformers 5.0.0", False), ("torch 2.11", False)],
+    )
+    def test_transformers_checkpointed_reentrantly_before_5(
+        self, read: Read, software: str, reentrant: bool
+    ) -> None:
+        asked: list[Any] = []
+
+        class Runner:
+            def run(self, case: Any) -> Any:
+                asked.append(case)
+                raise InputError("far enough")
+
+        with pytest.raises(InputError, match="far enough"):
+            validate.dry_run(cast(Any, Runner()), case_of(read, software=software))
+        assert asked[0].plan.use_reentrant == reentrant
 
     def test_full_tuning_needs_no_adapter(self, read: Read) -> None:
         config = {"method": "full", "lora_rank": None, "target_modules": None}

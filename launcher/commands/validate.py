@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from ftplan.launcher.exact import DryRunner
 
 
+# Before, transformers checkpointed by torch's reentrant function unless told otherwise
+# (`gradient_checkpointing_enable` in modeling_utils.py of 4.45 and 4.48). It computes a layer to
+# its end again, result included; the newer one stops at the last thing that backward needs.
+_NOT_REENTRANT_SINCE = (5,)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "cases",
@@ -116,17 +122,21 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
         )
     # TRL leaves it out for a base to be sharded (`is_sharded_qlora` in 0.13's sft_trainer.py).
     prepared = case.kbit_prepare and not case.plan.shards_parameters
+    plan = case.plan
+    if plan.trainer == "transformers" and version and version < _NOT_REENTRANT_SINCE:
+        plan = plan.replace(use_reentrant=True)
     asked = case_of(
         case.model,
-        case.plan,
+        plan,
         case.gpu,
         kbit_prepare=prepared,
         casts_back=prepared and (_version("trl", case.software) or (1,)) < (1,),
         repeats_key_value=case.repeats_key_value,
+        fused_kernels=case.fused_kernels,
         fsdp_version=case.fsdp_version,
         transformers_version=version,
     )
-    return _prediction(case, memory_of(runner.run(asked), case.model, case.plan, case.gpu))
+    return _prediction(case, memory_of(runner.run(asked), case.model, plan, case.gpu))
 
 
 def _version(package: str, software: str) -> tuple[int, ...] | None:

@@ -23,6 +23,13 @@ _EFFICIENT_ROWS = 32
 _BIAS_ALIGNMENT = 16
 
 
+# From this release on models share their attention functions; before, these (of those without
+# experts) had a class of their own for FlashAttention-2 that called `repeat_kv` first, unlike
+# Llama's (`*FlashAttention2` in models/*/modeling_*.py of transformers 4.45.2).
+_ATTENTION_SHARED_SINCE = (4, 48)
+_REPEAT_FOR_FLASH = ("mistral", "phi3", "qwen2", "starcoder2")
+
+
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -94,6 +101,23 @@ class EfficientAttention(torch.autograd.Function):
         return (*grads, None)
 
 
+def repeats_heads_for_flash(model_type: str, transformers_version: tuple[int, ...] | None) -> bool:
+    """Whether that model of that release repeats heads for FlashAttention-2; None: the installed
+    release, of which none does."""
+    old = transformers_version is not None and transformers_version < _ATTENTION_SHARED_SINCE
+    return old and model_type in _REPEAT_FOR_FLASH
+
+
+def _repeated(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A key and a value head for each query head, where several shared one."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
 def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value: bool) -> Any:
     """A stand-in for torch's function of that name, as a card of that capability carries it out.
 
@@ -112,10 +136,8 @@ def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value:
     ) -> Any:
         dtype = _autocast_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if repeats_key_value and key.shape[1] != query.shape[1]:
-            groups = query.shape[1] // key.shape[1]
-            key = key.repeat_interleave(groups, dim=1)
-            value = value.repeat_interleave(groups, dim=1)
+        if repeats_key_value:
+            key, value = _repeated(query, key, value)
         grouped = enable_gqa and key.shape[1] != query.shape[1]
         head_dims = {query.shape[-1], value.shape[-1]}
         if (
@@ -166,9 +188,12 @@ def flash_attention_2(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    repeats_key_value: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """A stand-in for transformers' `flash_attention_forward`; flash-attn need not be there."""
+    if repeats_key_value:
+        key, value = _repeated(query, key, value)
     turned = [t.transpose(1, 2) for t in (query, key, value)]
     if query.dtype is torch.float32:
         dtype = _autocast_dtype(query)

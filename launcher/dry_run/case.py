@@ -26,6 +26,7 @@ class DryRunCase:
       turns embeddings, head and adapters to bf16 after it.
     - `repeats_key_value`: grouped heads are repeated before the attention kernel.
     - `transformers_version`: the release whose stock loss is meant; None for the installed one.
+    - `fused_kernels`: norms and rotary embeddings are fms-acceleration's.
     - `fsdp_version`: of fully sharded data parallelism, where the plan has it.
     - `few_layers`: whether equal layers are traced a few times only.
     """
@@ -40,6 +41,7 @@ class DryRunCase:
     casts_back: bool = False
     repeats_key_value: bool = False
     transformers_version: tuple[int, ...] | None = None
+    fused_kernels: bool = False
     fsdp_version: int = 2
     few_layers: bool = True
 

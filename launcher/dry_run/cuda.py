@@ -81,7 +81,8 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
             packet, _, overload = name.partition(".")
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
             library.impl(name, partial(_in_float32, operation), "AutocastCPU")
-        ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash_attention_2
+        flash = partial(flash_attention_2, repeats_key_value=repeats_key_value)
+        ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash
         stack.callback(ALL_ATTENTION_FUNCTIONS.pop, "flash_attention_2")
         attention = scaled_dot_product_attention(capability, repeats_key_value)
         for target, replacement in (
@@ -92,10 +93,10 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
             ("torch.optim.optimizer._get_foreach_kernels_supported_devices", _devices),
             ("torch.optim.optimizer._foreach_supported_types", _PARAMETERS),
             ("torch.utils._foreach_utils._foreach_supported_types", _TENSORS),
-            # CUDA's autocast may be on without CUDA: checkpointing asks for it when it recomputes.
+            # CUDA's autocast may be on without CUDA: checkpointing turns it on to recompute.
             ("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", _no),
-            ("torch.utils.checkpoint.DefaultDeviceType._default_device_type", "cuda"),
             ("torch.cuda.is_bf16_supported", _always),
+            ("torch.utils.checkpoint._infer_device_type", _cuda),
             # TRL's fused loss: Triton kernels that write in place, on the labelled tokens.
             ("trl.trainer.utils._use_triton", _always),
             ("trl.kernels.chunked_logprob._forward_tile", _in_place),
@@ -150,6 +151,10 @@ def _always(*args: Any) -> bool:
 
 def _no() -> bool:
     return False
+
+
+def _cuda(*args: Any) -> str:
+    return "cuda"
 
 
 def _in_place(*args: Any, **kwargs: Any) -> None:

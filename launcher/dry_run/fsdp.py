@@ -73,6 +73,8 @@ def fully_sharded(
             _place_wrappers(recorder, model)
             if (case.transformers_version or _CHECKPOINTS_WITHIN) < _CHECKPOINTS_WITHIN:
                 _checkpoint_around(model)
+            if not offloads:
+                _adopt_flat(recorder, model)
             adopt(recorder, model, parameters=not offloads)
         if offloads:
             _step_on_host(trainer.accelerator, recorder)
@@ -122,11 +124,15 @@ def _address(tensor: torch.Tensor) -> int:
 
 def enable(trainer: Any, plan: TrainingPlan, version: int) -> None:
     """Set the trainer up as `accelerate launch` does with FSDP of that version."""
+    first = version == 1
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version,
         auto_wrap_policy="transformer_based_wrap",
         cpu_offload=plan.offload == "parameters",
-        backward_prefetch="BACKWARD_PRE" if version == 1 else None,
+        backward_prefetch="BACKWARD_PRE" if first else None,
+        # `accelerate launch` sets it unless told otherwise (commands/launch.py), the plugin alone
+        # does not. FSDP1 then keeps gradients until the next forward, whatever `zero_grad` does.
+        use_orig_params=True if first else None,
     )
     if plan.autocast:
         plugin.set_mixed_precision(plan.mixed_precision)
@@ -169,6 +175,17 @@ def _place_wrappers(recorder: Recorder, model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
             recorder.place(module, like=module._fsdp_wrapped_module)
+
+
+def _adopt_flat(recorder: Recorder, model: Any) -> None:
+    """Put FSDP1's flat parameters on record. accelerate has just made fp32 ones of those that it
+    trains under autocast; the model's own parameters look at the old ones until the first step."""
+    adapted = hasattr(model, "peft_config")
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) and module._has_params:
+            parameter = module._flat_param
+            component = "adapters" if adapted and parameter.requires_grad else "weights"
+            recorder.adopt([parameter], component, recorder.path_of(module))
 
 
 def _checkpoint_around(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ftplan.launcher.dry_run.attention import repeats_heads_for_flash
 from ftplan.launcher.dry_run.blank import BlankWeights, choose_without_weights
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.cuda import (
@@ -26,6 +27,7 @@ from ftplan.launcher.dry_run.cuda import (
 )
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantize_blank
+from ftplan.launcher.dry_run.fused_kernels import fuse, fused_rotary_embeddings
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits, use_liger_loss
 from ftplan.launcher.dry_run.objectives import (
@@ -208,6 +210,8 @@ class _DryRun:
             trainer.data_collator = collating_for_real(trainer.data_collator)
         if plan.loss == "liger":
             use_liger_loss(causal_model(trainer.model))
+        if self.case.fused_kernels:
+            fuse(trainer.model, quantized=plan.quantization != "none")
         return trainer
 
     @property
@@ -275,13 +279,18 @@ class _DryRun:
             stack.enter_context(mock.patch.object(*target, replacement))
         stack.enter_context(optimizer_behaviour(self.plan.optimizer, self.case.kind))
         if self.case.kind == "cuda":
-            stack.enter_context(cuda_behaviour(self.case.capability, self.case.repeats_key_value))
+            repeats = self.case.repeats_key_value or repeats_heads_for_flash(
+                self.case.config["model_type"], self.case.transformers_version
+            )
+            stack.enter_context(cuda_behaviour(self.case.capability, repeats))
             if self.plan.quantization == "int8":
                 stack.enter_context(mock.patch("bitsandbytes.matmul", int8_matmul))
         if self.plan.mixed_precision == "fp16" and self.plan.trainer != "loop":
             trainer.accelerator.state._mixed_precision = "fp16"
             # The loss scale and a flag are all that a scaler holds; gradients are scaled in place.
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        if self.case.fused_kernels:
+            stack.enter_context(fused_rotary_embeddings(causal_model(trainer.model)))
         if self.plan.loss == "stock" and shifts_logits(self.case.transformers_version):
             trainer.model.config.loss_type = "ForCausalLM"
             stack.enter_context(
