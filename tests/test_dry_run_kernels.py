@@ -338,7 +338,7 @@ def test_what_cuda_does_is_undone() -> None:
     known = set(ALL_ATTENTION_FUNCTIONS)
     before = (nn.functional.scaled_dot_product_attention, nn.functional.softmax)
     with cuda_behaviour((8, 0), repeats_key_value=False):
-        assert ALL_ATTENTION_FUNCTIONS["flash_attention_2"] is flash_attention_2
+        assert ALL_ATTENTION_FUNCTIONS["flash_attention_2"].func is flash_attention_2
         assert nn.functional.scaled_dot_product_attention is not before[0]
     assert (nn.functional.scaled_dot_product_attention, nn.functional.softmax) == before
     assert set(ALL_ATTENTION_FUNCTIONS) == known
