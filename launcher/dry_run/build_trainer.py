@@ -1,0 +1,145 @@
+"""The trainer of a case, on a model without data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+
+from ftplan.launcher.dry_run.blank import BlankWeights, choose_without_weights
+from ftplan.launcher.dry_run.case import DryRunCase
+from ftplan.launcher.dry_run.fused_kernels import fuse
+from ftplan.launcher.dry_run.losses import use_liger_loss
+from ftplan.launcher.dry_run.objectives import DRY_TRAINERS, preference_rows
+from ftplan.launcher.dry_run.trainers import (
+    DrySFTTrainer,
+    DryTransformersTrainer,
+    PlainLoop,
+    blank_tokenizer,
+    cast_back,
+    causal_model,
+    collating_for_real,
+    with_adapters,
+)
+from ftplan.launcher.emit import training_arguments
+from ftplan.launcher.training.adapters import hold_adapters_as_base, name_the_task, refused
+from ftplan.launcher.training.loop import sft_arguments
+from ftplan.launcher.training.objectives import trainer_arguments
+from ftplan.planner.errors import InputError
+
+_STEPS = 2
+_MICRO_BATCHES = 2
+
+
+def build_trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -> Any:
+    """The trainer that would train `model`, adapters added.
+
+    Raises InputError where PEFT refuses them.
+    """
+    if peft_config is None:
+        return _trainer(case, model, None)
+    choose_without_weights(peft_config)
+    try:
+        with BlankWeights():
+            trainer = _trainer(case, model, peft_config)
+    except InputError:
+        raise
+    except Exception as error:
+        raise refused(case.plan.resolved_method, error) from error
+    name_the_task(trainer.model)
+    if not case.plan.autocast_adapter_dtype:
+        hold_adapters_as_base(trainer.model, getattr(torch, case.plan.dtype))
+    return trainer
+
+
+def _trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -> Any:
+    plan = case.plan
+    make = _trl_trainer if plan.trainer == "trl" else _other_trainer
+    trainer = make(case, model, peft_config)
+    if plan.packing:
+        trainer.data_collator = collating_for_real(trainer.data_collator)
+    if plan.loss == "liger":
+        use_liger_loss(causal_model(trainer.model))
+    if case.fused_kernels:
+        fuse(trainer.model, quantized=plan.quantization != "none")
+    return trainer
+
+
+def _trl_trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -> Any:
+    """TRL's, which adds the adapters itself."""
+    plan, common = case.plan, _common(case)
+    if plan.objective != "sft":
+        return DRY_TRAINERS[plan.objective](model=model, peft_config=peft_config, **common)
+    return DrySFTTrainer(
+        model=model,
+        peft_config=peft_config,
+        row_lengths=[plan.max_length] * len(common["train_dataset"]),
+        stock_loss=plan.loss != "trl-fused",
+        **common,
+    )
+
+
+def _other_trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -> Any:
+    """transformers' own, or a plain loop."""
+    plan, common = case.plan, _common(case)
+    wrapped = with_adapters(
+        model,
+        peft_config,
+        kbit_prepare=case.kbit_prepare,
+        checkpointing=plan.gradient_checkpointing,
+    )
+    if case.casts_back:
+        cast_back(wrapped)
+    if plan.trainer == "loop":
+        return PlainLoop(wrapped, common["args"], common["train_dataset"], steps=_STEPS)
+    return DryTransformersTrainer(model=wrapped, **common)
+
+
+def _common(case: DryRunCase) -> dict[str, Any]:
+    """What every trainer is given."""
+    rows = _rows(case)
+    return {
+        "args": _arguments(case),
+        "train_dataset": rows,
+        "eval_dataset": rows,
+        "processing_class": blank_tokenizer(),
+    }
+
+
+def _arguments(case: DryRunCase) -> Any:
+    plan = case.plan
+    planned = training_arguments(plan, case.kind) | {
+        "use_cpu": True,
+        # accelerate refuses fp16 on a processor; `surroundings` puts it in place.
+        "bf16": plan.autocast,
+        "fp16": False,
+        "max_steps": _STEPS,
+        "gradient_accumulation_steps": _micro_batches(case),
+        "max_length": None,
+    }
+    if plan.packing:  # the rows are full: what packing does to a batch, TRL's collator does
+        planned |= {"packing": False, "padding_free": True}
+    if plan.objective == "sft":
+        skip = {"skip_prepare_dataset": True}
+        arguments = sft_arguments(planned, "unused", dataset_kwargs=skip)
+    else:
+        arguments = trainer_arguments(plan.objective, planned, "unused")
+    arguments.save_strategy = "no"
+    return arguments
+
+
+def _micro_batches(case: DryRunCase) -> int:
+    return min(case.plan.gradient_accumulation_steps, _MICRO_BATCHES)
+
+
+def _rows(case: DryRunCase) -> Dataset:
+    plan, length = case.plan, case.row_length
+    count = plan.per_device_train_batch_size * _micro_batches(case) * _STEPS
+    if plan.objective != "sft":
+        return preference_rows(plan.objective, count, length)
+    row = {"input_ids": [1] * length, "labels": [1] * length}
+    if plan.trainer != "trl":
+        row["attention_mask"] = [1] * length
+    return Dataset.from_list([row] * count)

@@ -1,0 +1,63 @@
+"""All that differs from a real run on a real device, put in place while a dry run goes on."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ftplan.launcher.dry_run.attention import repeats_heads_for_flash
+from ftplan.launcher.dry_run.case import DryRunCase
+from ftplan.launcher.dry_run.cuda import cuda_behaviour
+from ftplan.launcher.dry_run.fused_kernels import fused_rotary_embeddings
+from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits
+from ftplan.launcher.dry_run.optimizers import optimizer_behaviour
+from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul
+from ftplan.launcher.dry_run.trainers import causal_model
+
+
+def surroundings(case: DryRunCase, trainer: Any) -> ExitStack:
+    """All that differs from a real run on a real device."""
+    plan, stack = case.plan, ExitStack()
+    # Cycles must not be collected at some moment or other: records would differ.
+    gc.disable()
+    stack.callback(gc.enable)
+    stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+    # The batch is known, so masks are made as for real tensors.
+    stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", _never))
+    # `sum() == numel()` says nothing to fakes; `all()` is what the recorder answers.
+    stack.enter_context(
+        mock.patch("transformers.masking_utils.fast_all", torch.Tensor.all, create=True)
+    )
+    for target, replacement in dequantization(plan.quantization):
+        stack.enter_context(mock.patch.object(*target, replacement))
+    stack.enter_context(optimizer_behaviour(plan.optimizer, case.kind))
+    if case.kind == "cuda":
+        repeats = case.repeats_key_value or repeats_heads_for_flash(
+            case.config["model_type"], case.transformers_version
+        )
+        stack.enter_context(cuda_behaviour(case.capability, repeats))
+        if plan.quantization == "int8":
+            stack.enter_context(mock.patch("bitsandbytes.matmul", int8_matmul))
+    if plan.mixed_precision == "fp16" and plan.trainer != "loop":
+        trainer.accelerator.state._mixed_precision = "fp16"
+        # The loss scale and a flag are all that a scaler holds; gradients are scaled in place.
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    if case.fused_kernels:
+        stack.enter_context(fused_rotary_embeddings(causal_model(trainer.model)))
+    if plan.loss == "stock" and shifts_logits(case.transformers_version):
+        trainer.model.config.loss_type = "ForCausalLM"
+        stack.enter_context(
+            mock.patch.dict(
+                "transformers.loss.loss_utils.LOSS_MAPPING",
+                {"ForCausalLM": shifted_logits_loss},
+            )
+        )
+    return stack
+
+
+def _never(tensor: Any = None) -> bool:
+    return False
