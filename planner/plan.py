@@ -254,11 +254,27 @@ def _check_method(plan: TrainingPlan) -> None:
             "is so of those that method `freeze` trains",
             "leave out `--use-reentrant`",
         )
-    if plan.dtype == "float16" and plan.mixed_precision == "fp16" and not method.adapter:
+    if plan.dtype == "float16" and plan.mixed_precision == "fp16":
+        _check_trained_in_float32(plan, method)
+
+
+def _check_trained_in_float32(plan: TrainingPlan, method: Method) -> None:
+    """Raises InputError where float16 weights would be trained under fp16 autocast."""
+    why = "torch's GradScaler refuses fp16 gradients"
+    if not method.adapter:
         raise InputError(
-            f"method `{plan.method}` cannot train float16 weights under fp16 autocast: "
-            "torch's GradScaler refuses fp16 gradients",
+            f"method `{plan.method}` cannot train float16 weights under fp16 autocast: {why}",
             "use `--dtype float32`: autocast computes its products in fp16 all the same",
+        )
+    if plan.modules_to_save:
+        raise InputError(
+            f"`--modules-to-save` would train float16 weights under fp16 autocast: {why}",
+            "use `--dtype float32`, or `--mixed-precision bf16` with `--dtype bfloat16`",
+        )
+    if plan.quantization == "none" and not plan.autocast_adapter_dtype:
+        raise InputError(
+            f"float16 adapters cannot be trained under fp16 autocast: {why}",
+            "leave out `--autocast-adapter-dtype no`",
         )
 
 

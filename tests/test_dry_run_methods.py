@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="needs the `train` extra")
 
 from ftplan.launcher.dry_run.step import dry_run
 from ftplan.launcher.emit import method_settings
-from ftplan.launcher.training.adapters import hold_adapters_as_base, name_the_task, peft_config_of
+from ftplan.launcher.training.adapters import peft_config_of, settle_adapters
 from ftplan.launcher.training.build import count_trainable, meta_model
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import METHODS, resolve_method
@@ -52,10 +52,7 @@ ADAPTERS: dict[str, Any] = {
 def compare(dry_case: Any, folder: Path) -> int:
     """Assert that each phase's peak is the real one within 1 %; how many layers were traced."""
     trainer = real_trainer(dry_case, folder)
-    if dry_case.plan.resolved_method.adapter:
-        name_the_task(trainer.model)
-        if not dry_case.plan.autocast_adapter_dtype:
-            hold_adapters_as_base(trainer.model, trainer.model.dtype)
+    settle_adapters(trainer.model, method_settings(dry_case.plan))
     measured = measured_peaks(trainer)
     done = dry_run(dry_case)
     assert done.num_trainable_parameters == count_trainable(trainer.model)

@@ -161,6 +161,22 @@ def test_target_modules_that_name_nothing_or_too_much_are_refused() -> None:
     assert "`q_proj`" in (refused.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_save": ("lm_head",)}, "`--modules-to-save` would train float16 weights"),
+        ({"autocast_adapter_dtype": False}, "float16 adapters cannot be trained"),
+    ],
+)
+def test_nothing_is_trained_in_float16_under_fp16_autocast(
+    settings: dict[str, Any], message: str
+) -> None:
+    fp16 = {"dtype": "float16", "mixed_precision": "fp16"}
+    with pytest.raises(InputError, match=message):
+        TrainingPlan(**fp16, **settings)
+    assert TrainingPlan(**fp16).method == "lora"
+
+
 def test_qlora_needs_a_quantized_base() -> None:
     with pytest.raises(InputError, match="needs a quantized base"):
         TrainingPlan(method="qlora", quantization="none")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftConfig
 
@@ -23,8 +22,8 @@ from ftplan.launcher.dry_run.trainers import (
     collating_for_real,
     with_adapters,
 )
-from ftplan.launcher.emit import training_arguments
-from ftplan.launcher.training.adapters import hold_adapters_as_base, name_the_task, refused
+from ftplan.launcher.emit import method_settings, training_arguments
+from ftplan.launcher.training.adapters import refused, settle_adapters
 from ftplan.launcher.training.loop import sft_arguments
 from ftplan.launcher.training.objectives import trainer_arguments
 from ftplan.planner.errors import InputError
@@ -48,9 +47,7 @@ def build_trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) 
         raise
     except Exception as error:
         raise refused(case.plan.resolved_method, error) from error
-    name_the_task(trainer.model)
-    if not case.plan.autocast_adapter_dtype:
-        hold_adapters_as_base(trainer.model, getattr(torch, case.plan.dtype))
+    settle_adapters(trainer.model, method_settings(case.plan))
     return trainer
 
 

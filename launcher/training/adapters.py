@@ -87,19 +87,29 @@ def refused(method: Method, error: Exception) -> InputError:
     )
 
 
-def name_the_task(model: PeftModel) -> None:
+def settle_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """What is left to do once the trainer has added the adapters."""
+    if not isinstance(model, PeftModel):
+        return
+    _name_the_task(model)
+    if not settings["autocast_adapter_dtype"]:
+        _hold_adapters_as_base(model, getattr(torch, settings["dtype"]))
+
+
+def _name_the_task(model: PeftModel) -> None:
     """Tell tuners of many tasks that every row is of the first one."""
     if model.active_peft_config.peft_type not in _MULTI_TASK:
         return
 
     def with_task(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        rows = kwargs["input_ids"].shape[0]
-        return args, {**kwargs, "task_ids": torch.zeros(rows, dtype=torch.int64)}
+        tokens = kwargs["input_ids"]
+        task_ids = tokens.new_zeros(tokens.shape[0])
+        return args, {**kwargs, "task_ids": task_ids}
 
     model.register_forward_pre_hook(with_task, with_kwargs=True)
 
 
-def hold_adapters_as_base(model: PeftModel, dtype: torch.dtype) -> None:
+def _hold_adapters_as_base(model: PeftModel, dtype: torch.dtype) -> None:
     """Adapters in the base's dtype: what PEFT's `autocast_adapter_dtype=False` gives.
 
     Done afterwards, because TRL's trainers add the adapters themselves.

@@ -23,6 +23,7 @@ from ftplan.launcher.data_reader import DataFile, Row, read_data
 from ftplan.launcher.profiling import make_split
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
 from ftplan.launcher.tokens import RowTokenizer, TokenRow, load_tokenizer
+from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.config import TrainConfig, read_train_config
 from ftplan.launcher.training.measure import (
@@ -192,6 +193,7 @@ def build_trainer(
         row_lengths=[len(row.input_ids) for row in train_rows],
         stock_loss=config.loss == "stock",
     )
+    settle_adapters(trainer.model, config.method_settings)
     session.reporter.trainer = trainer
     return trainer
 
