@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from ftplan.launcher import exact
 from ftplan.launcher.cli import main
 from ftplan.launcher.dry_run.case import DryRunCase
+from ftplan.launcher.dry_run.serve import _load_and_remember
 from ftplan.launcher.dry_run_views import tables, timeline
 from ftplan.launcher.exact import DryRunner, case_of, memory_of, server_environment
 from ftplan.launcher.model_source import find_source
@@ -230,3 +232,22 @@ def test_the_command_line_does_not_load_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], env=dict(os.environ), check=False)
     assert done.returncode == 0
+
+
+def test_a_folder_of_transformers_is_looked_through_once(tmp_path: Path) -> None:
+    """By the folder or a file in it; what is done to one answer does not change the next."""
+    scanned: list[Path] = []
+
+    def scan(path: Path) -> dict[str, list[str]]:
+        scanned.append(path)
+        return {"llama": ["LlamaConfig"]}
+
+    module = ModuleType("import_utils")
+    module.__dict__["create_import_structure_from_path"] = scan
+    _load_and_remember(lambda loaded: None, module)
+    (tmp_path / "__init__.py").touch()
+    first = module.__dict__["create_import_structure_from_path"](tmp_path / "__init__.py")
+    first["llama"].append("spoiled")
+    again = module.__dict__["create_import_structure_from_path"](tmp_path)
+    assert again == {"llama": ["LlamaConfig"]}
+    assert len(scanned) == 1

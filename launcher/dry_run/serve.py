@@ -6,11 +6,17 @@ Reads one case a line on stdin, writes lines on stdout: {"say": ...} as it goes 
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any, TextIO
 
 
@@ -33,9 +39,43 @@ def main() -> int:
 def _load_lightly() -> None:
     """Nothing is compiled in a dry run: bitsandbytes' decorators need not load the compiler."""
     gc.disable()
+    sys.meta_path.insert(0, _ScanOnce())
     import torch
 
     torch.compile = lambda function=None, **_: function or (lambda inner: inner)
+
+
+class _ScanOnce(MetaPathFinder):
+    """transformers looks through the files of all its models twice while it is loaded, a second
+    each time; what it has found in a folder is remembered."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "transformers.utils.import_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None:
+            loader: Any = spec.loader
+            loader.exec_module = partial(_load_and_remember, loader.exec_module)
+        return spec
+
+
+def _load_and_remember(load: Callable[[ModuleType], None], module: Any) -> None:
+    load(module)
+    scan = getattr(module, "create_import_structure_from_path", None)
+    if scan is None:  # another release of transformers
+        return
+    found: dict[str, Any] = {}
+
+    def scan_once(path: Any) -> Any:
+        folder = os.path.dirname(path) if os.path.isfile(path) else str(path)
+        if folder not in found:
+            found[folder] = scan(path)
+        return copy.deepcopy(found[folder])
+
+    module.create_import_structure_from_path = scan_once
 
 
 def _carried_out(case: Any, answers: TextIO) -> dict[str, Any]:
