@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from ftplan.launcher.cases import Case, Refusal, read_cases
@@ -41,12 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     cases = read_cases(arguments.cases)
     if arguments.exact:
-        from ftplan.launcher.exact import DryRunner
-
-        with DryRunner() as runner:
-            comparisons = _shown(ui, cases, partial(dry_run, runner))
+        comparisons = _shown(ui, _compared_by_dry_runs(cases), len(cases))
     else:
-        comparisons = _shown(ui, cases, closed_form)
+        comparisons = _shown(ui, compare(cases, closed_form), len(cases))
     if not ui.as_json:
         from ftplan.launcher import validate_views
 
@@ -54,36 +55,54 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     return 0
 
 
-def _shown(
-    ui: Ui, cases: list[Case | Refusal], predict: Callable[[Case], Prediction]
-) -> list[Comparison]:
+def _shown(ui: Ui, compared: Iterator[Comparison], number: int) -> list[Comparison]:
     """All comparisons; under --json each is printed as it comes."""
     comparisons = []
-    for comparison in _with_progress(ui, compare(cases, predict), len(cases)):
+    for comparison in _with_progress(ui, compared, number):
         comparisons.append(comparison)
         ui.json_line(comparison.to_dict())
     return comparisons
+
+
+def _compared_by_dry_runs(cases: Sequence[Case | Refusal]) -> Iterator[Comparison]:
+    """Each case by dry run, in order; one process a core, each of which takes the next case."""
+    from ftplan.launcher.exact import DryRunner
+
+    idle: SimpleQueue[DryRunner] = SimpleQueue()
+
+    def predict(case: Case) -> Prediction:
+        runner = idle.get()
+        try:
+            return dry_run(runner, case)
+        finally:
+            idle.put(runner)
+
+    with ExitStack() as stack:
+        workers = len(os.sched_getaffinity(0))
+        for _ in range(workers):
+            idle.put(stack.enter_context(DryRunner()))
+        pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        yield from pool.map(partial(_compared, predict), cases)
 
 
 def compare(
     cases: Iterable[Case | Refusal], predict: Callable[[Case], Prediction]
 ) -> Iterator[Comparison]:
     """Each case with its prediction, in order; what `predict` raises becomes a refusal."""
-    for case in cases:
-        if isinstance(case, Refusal):
-            yield Comparison(
-                id=case.id,
-                source=case.source,
-                method=case.method,
-                measured=case.measured,
-                predicted=None,
-                refused=case.reasons,
-            )
-        else:
-            yield _compared(case, predict)
+    return map(partial(_compared, predict), cases)
 
 
-def _compared(case: Case, predict: Callable[[Case], Prediction]) -> Comparison:
+def _compared(predict: Callable[[Case], Prediction], case: Case | Refusal) -> Comparison:
+    if isinstance(case, Refusal):
+        return Comparison(
+            id=case.id,
+            source=case.source,
+            method=case.method,
+            measured=case.measured,
+            predicted=None,
+            refused=case.reasons,
+        )
     prediction, refused = None, ""
     try:
         prediction = predict(case)

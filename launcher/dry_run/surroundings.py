@@ -26,6 +26,10 @@ def surroundings(case: DryRunCase, trainer: Any) -> ExitStack:
     gc.disable()
     stack.callback(gc.enable)
     stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+    # Names for a profiler, which nobody reads here: FSDP1 gives thousands.
+    named = torch.autograd.profiler.record_function
+    stack.enter_context(mock.patch.object(named, "__enter__", lambda name: name))
+    stack.enter_context(mock.patch.object(named, "__exit__", lambda *_: None))
     # The batch is known, so masks are made as for real tensors.
     stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", _never))
     # `sum() == numel()` says nothing to fakes; `all()` is what the recorder answers.
