@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from ftplan.launcher.cases import Case, Refusal, read_cases
+from ftplan.launcher.host import usable_cores
 from ftplan.launcher.ui import Ui
 from ftplan.planner.accuracy import Comparison, Prediction
 from ftplan.planner.errors import FtplanError, InputError
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 # (`gradient_checkpointing_enable` in modeling_utils.py of 4.45 and 4.48). It computes a layer to
 # its end again, result included; the newer one stops at the last thing that backward needs.
 _NOT_REENTRANT_SINCE = (5,)
+
+
+# Processes that carry dry runs out at once; each takes half a gibibyte and more.
+_MOST_PROCESSES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +82,7 @@ def _compared_by_dry_runs(cases: Sequence[Case | Refusal]) -> Iterator[Compariso
             idle.put(runner)
 
     with ExitStack() as stack:
-        workers = len(os.sched_getaffinity(0))
+        workers = max(1, min(usable_cores(), len(cases), _MOST_PROCESSES))
         for _ in range(workers):
             idle.put(stack.enter_context(DryRunner()))
         pool = ThreadPoolExecutor(workers)

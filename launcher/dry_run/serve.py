@@ -27,11 +27,11 @@ def main() -> int:
     _answer(answers, {"say": "loading torch and transformers"})
     _load_lightly()
     from ftplan.launcher.dry_run.case import DryRunCase
-    from ftplan.launcher.dry_run.step import dry_run  # noqa: F401
+    from ftplan.launcher.dry_run.step import dry_run
 
     gc.freeze()  # the libraries' own objects, which accelerate would look through each time
     for line in sys.stdin:
-        _answer(answers, _carried_out(DryRunCase.from_dict(json.loads(line)), answers))
+        _answer(answers, _carried_out(dry_run, DryRunCase.from_dict(json.loads(line)), answers))
         gc.collect()
     return 0
 
@@ -78,8 +78,7 @@ def _load_and_remember(load: Callable[[ModuleType], None], module: Any) -> None:
     module.create_import_structure_from_path = scan_once
 
 
-def _carried_out(case: Any, answers: TextIO) -> dict[str, Any]:
-    from ftplan.launcher.dry_run.step import dry_run
+def _carried_out(dry_run: Callable[..., Any], case: Any, answers: TextIO) -> dict[str, Any]:
     from ftplan.planner.dry_run_summary import summarize
     from ftplan.planner.errors import FtplanError
 

@@ -20,8 +20,12 @@ from ftplan.planner.trained import ALL_LINEAR
 # Tuners that ask which task a row belongs to. Rows here have no tasks: all are of the first.
 _MULTI_TASK = (PeftType.MULTITASK_PROMPT_TUNING, PeftType.POLY)
 
-# AdaLoRA plans its ranks over the steps of a run.
+# AdaLoRA plans its ranks over the steps of a run. How many decides nothing about its memory, and a
+# run of it is not launched yet; PEFT asks for some number.
 _ADALORA_STEPS = 1000
+
+# Of LLaMA's 32 layers the topmost 30 have prompts (Zhang et al. 2023, arXiv 2303.16199).
+_ADAPTION_PROMPT_LAYERS = 30
 
 
 def peft_config_of(
@@ -73,7 +77,7 @@ def _derived(method: Method, model: nn.Module) -> dict[str, Any]:
         return {"total_step": _ADALORA_STEPS}
     if method.peft_type == "ADAPTION_PROMPT":
         config: Any = model.config
-        return {"adapter_layers": min(30, config.num_hidden_layers)}
+        return {"adapter_layers": min(_ADAPTION_PROMPT_LAYERS, config.num_hidden_layers)}
     return {}
 
 
