@@ -28,6 +28,7 @@ from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.hardware_spec import Device, Machine
 from ftplan.planner.memory import needed_bytes
+from ftplan.planner.methods import METHODS
 from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
 from ftplan.planner.search import (
@@ -102,6 +103,9 @@ def check_settings(given: Mapping[str, Any]) -> None:
         check_setting(name, value)
     checked_objective(given.get("objective", TrainingPlan().objective))
     check_launched(given)
+    method = METHODS.get(given.get("method", TrainingPlan().method))
+    if method is not None:
+        method.check_counted()
 
 
 def make_plan(

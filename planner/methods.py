@@ -43,10 +43,19 @@ class Method:
     peft_options: Mapping[str, Any] = field(default_factory=dict)
     takes: Mapping[str, str] = field(default_factory=dict)
 
+    def check_counted(self) -> None:
+        """Raises InputError where there is no closed form of what is trained."""
+        if self.counted_by is None:
+            raise InputError(
+                f"method `{self.name}` has no closed form",
+                "`ftplan estimate MODEL --exact` carries out its step; to plan or launch, take "
+                "another method",
+            )
+
     def count(self, model: ModelSpec, settings: MethodSettings) -> Trained:
         """What is trained of `model`; raises InputError where there is no closed form of it."""
-        if self.counted_by is None:
-            raise InputError(f"method `{self.name}` has no closed form", "add `--exact`")
+        self.check_counted()
+        assert self.counted_by is not None
         return self.counted_by(model, settings)
 
 
@@ -111,6 +120,7 @@ def _peft(
     takes: Mapping[str, str],
     *,
     name: str | None = None,
+    counted_by: Callable[[ModelSpec, MethodSettings], Trained] | None = None,
     **options: Any,
 ) -> Method:
     """A method of PEFT that is known by its options."""
@@ -119,6 +129,7 @@ def _peft(
         title=title,
         trains=trains,
         source=source,
+        counted_by=counted_by,
         adapter=True,
         peft_type=peft_type,
         peft_options=options,
@@ -147,6 +158,7 @@ _PEFT_METHODS = (
         "Kalajdzievski 2023, arXiv 2312.03732",
         _LORA,
         name="rslora",
+        counted_by=lora_count,
         use_rslora=True,
     ),
     _peft(
@@ -156,6 +168,7 @@ _PEFT_METHODS = (
         "Meng et al. 2024, arXiv 2404.02948",
         _LORA,
         name="pissa",
+        counted_by=lora_count,
         init_lora_weights="pissa",
     ),
     _peft(
