@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.model_spec import Attention, FeedForward, Linear, ModelSpec
+from ftplan.planner.model_spec import (
+    Attention,
+    Experts,
+    FeedForward,
+    Layer,
+    Linear,
+    ModelSpec,
+    Norm,
+)
 from ftplan.planner.units import format_count, resolve_dtype
 
 Config = Mapping[str, Any]
@@ -173,13 +181,14 @@ def _llama_shape(
 
 def config_of_size(spec: ModelSpec) -> dict[str, Any]:
     """The config.json of a specification that `spec_from_size` made."""
+    layer = spec.layers[0]
     return {
         "model_type": spec.model_type,
         "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.feed_forward.intermediate_size,
+        "intermediate_size": layer.feed_forward.intermediate_size,
         "num_hidden_layers": spec.num_hidden_layers,
-        "num_attention_heads": spec.attention.num_heads,
-        "num_key_value_heads": spec.attention.num_key_value_heads,
+        "num_attention_heads": layer.attention.num_heads,
+        "num_key_value_heads": layer.attention.num_key_value_heads,
         "vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.max_position_embeddings,
     }
@@ -239,6 +248,30 @@ def _key_value_heads(config: Config, class_default: int | None) -> int:
     return kv_heads
 
 
+def _rms(name: str, width: int, **more: bool) -> Norm:
+    return Norm(name=name, width=width, **more)
+
+
+def _layer_norm(name: str, width: int, *, bias: bool = True) -> Norm:
+    return Norm(name=name, width=width, kind="layer", bias=bias)
+
+
+def _gemma_norm(name: str, width: int) -> Norm:
+    return _rms(name, width, scales_in_float32=True, offset=True)
+
+
+_BEFORE_BLOCKS = {
+    "attention_norm": "input_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+}
+_AROUND_BLOCKS = {
+    "attention_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "feed_forward_norm": "pre_feedforward_layernorm",
+    "post_feed_forward_norm": "post_feedforward_layernorm",
+}
+
+
 def _separate_attention(
     config: Config,
     *,
@@ -248,12 +281,12 @@ def _separate_attention(
     head_norms: bool = False,
     default_head_dim: int | None = None,
     default_key_value_heads: int | None = None,
-    rotary_concatenates: bool = False,
-    softcapped: bool = False,
+    **more: Any,
 ) -> Attention:
     """Attention with `q_proj`, `k_proj`, `v_proj` and an output projection.
 
     The defaults are those of transformers' configuration class (5.23) for fields left out.
+    `more`: further fields of Attention.
     """
     hidden, head_dim = _count(config, "hidden_size"), _head_dim(config, default_head_dim)
     heads = _count(config, "num_attention_heads")
@@ -269,13 +302,13 @@ def _separate_attention(
             Linear(name="v_proj", in_features=hidden, out_features=key_value, bias=input_bias),
         ),
         output=Linear(name=output_name, in_features=query, out_features=hidden, bias=output_bias),
-        num_norm_parameters=2 * head_dim if head_norms else 0,
-        rotary_concatenates=rotary_concatenates,
-        softcapped=softcapped,
+        query_norm=_rms("q_norm", head_dim) if head_norms else None,
+        key_norm=_rms("k_norm", head_dim) if head_norms else None,
+        **{"rotary_dim": head_dim, **more},
     )
 
 
-def _gated(config: Config, bias: bool = False) -> FeedForward:
+def _gated(config: Config, *, bias: bool = False, activation: str = "silu") -> FeedForward:
     hidden, intermediate = _count(config, "hidden_size"), _count(config, "intermediate_size")
     return FeedForward(
         intermediate_size=intermediate,
@@ -285,28 +318,34 @@ def _gated(config: Config, bias: bool = False) -> FeedForward:
             Linear(name="up_proj", in_features=hidden, out_features=intermediate, bias=bias),
         ),
         output=Linear(name="down_proj", in_features=intermediate, out_features=hidden, bias=bias),
+        activation=activation,
     )
 
 
 def _mixture(config: Config, intermediate_field: str, experts_field: str) -> FeedForward:
-    """Stacked gated experts (`gate_up_proj`, `down_proj` parameters) behind a linear router."""
+    """Stacked gated experts (`gate_up_proj`, `down_proj` parameters) behind a router."""
     hidden, intermediate = _count(config, "hidden_size"), _count(config, intermediate_field)
+    num_experts = _count(config, experts_field)
     return FeedForward(
         intermediate_size=intermediate,
         gated=True,
         inputs=(Linear(name="gate_up_proj", in_features=hidden, out_features=2 * intermediate),),
         output=Linear(name="down_proj", in_features=intermediate, out_features=hidden),
-        num_experts=_count(config, experts_field),
-        num_experts_per_token=_count(config, "num_experts_per_tok"),
+        experts=Experts(
+            num_experts=num_experts,
+            num_experts_per_token=_count(config, "num_experts_per_tok"),
+            router=Linear(name="gate", in_features=hidden, out_features=num_experts),
+        ),
     )
 
 
-def _dense(hidden: int, intermediate: int, names: tuple[str, str]) -> FeedForward:
+def _plain(hidden: int, intermediate: int, names: tuple[str, str], activation: str) -> FeedForward:
     return FeedForward(
         intermediate_size=intermediate,
         gated=False,
         inputs=(Linear(name=names[0], in_features=hidden, out_features=intermediate, bias=True),),
         output=Linear(name=names[1], in_features=intermediate, out_features=hidden, bias=True),
+        activation=activation,
     )
 
 
@@ -314,64 +353,68 @@ def _decoder(
     config: Config,
     name: str,
     architecture: str,
+    layers: tuple[Layer, ...],
+    *,
+    tied_by_default: bool = False,
+    **more: Any,
+) -> ModelSpec:
+    """The fields that most families share under the same names; `more`: further ones."""
+    hidden = _count(config, "hidden_size")
+    return ModelSpec(
+        **{
+            "name": name,
+            "architecture": _architecture(config, architecture),
+            "model_type": str(config["model_type"]),
+            "hidden_size": hidden,
+            "vocab_size": _count(config, "vocab_size"),
+            "max_position_embeddings": _count(config, "max_position_embeddings"),
+            "layers": layers,
+            "final_norm": _rms("norm", hidden),
+            "tie_word_embeddings": bool(config.get("tie_word_embeddings", tied_by_default)),
+            "native_dtype": _dtype(config),
+            **more,
+        }
+    )
+
+
+def _equal_layers(
+    config: Config,
     attention: Attention,
     feed_forward: FeedForward,
     *,
-    tied_by_default: bool = False,
-    norms_per_layer: int = 2,
-    norm_has_bias: bool = False,
-    norm_scales_in_float32: bool = False,
-    lm_head_bias: bool = False,
-    supports_sdpa: bool = True,
-    final_logit_softcapping: bool = False,
-    approximate: str | None = None,
-) -> ModelSpec:
-    """The fields that most families share under the same names."""
-    return ModelSpec(
-        name=name,
-        architecture=_architecture(config, architecture),
-        model_type=str(config["model_type"]),
-        hidden_size=_count(config, "hidden_size"),
-        num_hidden_layers=_count(config, "num_hidden_layers"),
-        vocab_size=_count(config, "vocab_size"),
-        max_position_embeddings=_count(config, "max_position_embeddings"),
-        attention=attention,
-        feed_forward=feed_forward,
-        norms_per_layer=norms_per_layer,
-        norm_has_bias=norm_has_bias,
-        norm_scales_in_float32=norm_scales_in_float32,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", tied_by_default)),
-        lm_head_bias=lm_head_bias,
-        supports_sdpa=supports_sdpa,
-        final_logit_softcapping=final_logit_softcapping,
-        native_dtype=_dtype(config),
-        approximate=approximate,
-    )
+    norms: Mapping[str, str] = _BEFORE_BLOCKS,
+    norm: Callable[[str, int], Norm] = _rms,
+    **more: bool,
+) -> tuple[Layer, ...]:
+    """`num_hidden_layers` times the same layer; `norms`: the name of each of its norms."""
+    hidden = _count(config, "hidden_size")
+    placed = {place: norm(name, hidden) for place, name in norms.items()}
+    layer = Layer(attention=attention, feed_forward=feed_forward, **placed, **more)
+    return (layer,) * _count(config, "num_hidden_layers")
 
 
 def _llama(config: Config, name: str, approximate: str | None = None) -> ModelSpec:
     bias = bool(config.get("attention_bias", False))
     attention = _separate_attention(config, input_bias=bias, output_bias=bias)
-    feed_forward = _gated(config, bool(config.get("mlp_bias", False)))
-    return _decoder(
-        config, name, "LlamaForCausalLM", attention, feed_forward, approximate=approximate
-    )
+    feed_forward = _gated(config, bias=bool(config.get("mlp_bias", False)))
+    layers = _equal_layers(config, attention, feed_forward)
+    return _decoder(config, name, "LlamaForCausalLM", layers, approximate=approximate)
 
 
 def _mistral(config: Config, name: str) -> ModelSpec:
     attention = _separate_attention(
         config, input_bias=False, output_bias=False, default_key_value_heads=8
     )
-    feed_forward = _gated(config)
-    return _decoder(config, name, "MistralForCausalLM", attention, feed_forward)
+    layers = _equal_layers(config, attention, _gated(config))
+    return _decoder(config, name, "MistralForCausalLM", layers)
 
 
 def _qwen2(config: Config, name: str) -> ModelSpec:
     attention = _separate_attention(
         config, input_bias=True, output_bias=False, default_key_value_heads=32
     )
-    feed_forward = _gated(config)
-    return _decoder(config, name, "Qwen2ForCausalLM", attention, feed_forward)
+    layers = _equal_layers(config, attention, _gated(config))
+    return _decoder(config, name, "Qwen2ForCausalLM", layers)
 
 
 def _qwen3(config: Config, name: str) -> ModelSpec:
@@ -384,8 +427,8 @@ def _qwen3(config: Config, name: str) -> ModelSpec:
         default_head_dim=128,
         default_key_value_heads=32,
     )
-    feed_forward = _gated(config)
-    return _decoder(config, name, "Qwen3ForCausalLM", attention, feed_forward)
+    layers = _equal_layers(config, attention, _gated(config))
+    return _decoder(config, name, "Qwen3ForCausalLM", layers)
 
 
 def _qwen3_moe(config: Config, name: str) -> ModelSpec:
@@ -400,7 +443,8 @@ def _qwen3_moe(config: Config, name: str) -> ModelSpec:
         default_key_value_heads=4,
     )
     experts = _mixture(config, "moe_intermediate_size", "num_experts")
-    return _decoder(config, name, "Qwen3MoeForCausalLM", attention, experts)
+    layers = _equal_layers(config, attention, experts)
+    return _decoder(config, name, "Qwen3MoeForCausalLM", layers)
 
 
 def _mixtral(config: Config, name: str) -> ModelSpec:
@@ -408,7 +452,8 @@ def _mixtral(config: Config, name: str) -> ModelSpec:
         config, input_bias=False, output_bias=False, default_key_value_heads=8
     )
     experts = _mixture(config, "intermediate_size", "num_local_experts")
-    return _decoder(config, name, "MixtralForCausalLM", attention, experts)
+    layers = _equal_layers(config, attention, experts)
+    return _decoder(config, name, "MixtralForCausalLM", layers)
 
 
 def _gemma2(config: Config, name: str) -> ModelSpec:
@@ -421,16 +466,19 @@ def _gemma2(config: Config, name: str) -> ModelSpec:
         default_key_value_heads=4,
         softcapped=config.get("attn_logit_softcapping", 50.0) is not None,
     )
-    feed_forward = _gated(config)
+    hidden = _count(config, "hidden_size")
+    feed_forward = _gated(config, activation="gelu_pytorch_tanh")
+    layers = _equal_layers(
+        config, attention, feed_forward, norms=_AROUND_BLOCKS, norm=_gemma_norm
+    )
     return _decoder(
         config,
         name,
         "Gemma2ForCausalLM",
-        attention,
-        feed_forward,
+        layers,
         tied_by_default=True,
-        norms_per_layer=4,
-        norm_scales_in_float32=True,
+        final_norm=_gemma_norm("norm", hidden),
+        scales_embeddings=True,
         supports_sdpa=False,
         final_logit_softcapping=config.get("final_logit_softcapping", 30.0) is not None,
     )
@@ -447,6 +495,7 @@ def _phi3(config: Config, name: str) -> ModelSpec:
         head_dim=head_dim,
         inputs=(Linear(name="qkv_proj", in_features=hidden, out_features=fused_width),),
         output=Linear(name="o_proj", in_features=heads * head_dim, out_features=hidden),
+        rotary_dim=int(head_dim * (config.get("partial_rotary_factor") or 1.0)),
         rotary_concatenates=True,
     )
     feed_forward = FeedForward(
@@ -455,30 +504,38 @@ def _phi3(config: Config, name: str) -> ModelSpec:
         inputs=(Linear(name="gate_up_proj", in_features=hidden, out_features=2 * intermediate),),
         output=Linear(name="down_proj", in_features=intermediate, out_features=hidden),
     )
-    return _decoder(config, name, "Phi3ForCausalLM", attention, feed_forward)
+    layers = _equal_layers(config, attention, feed_forward)
+    return _decoder(config, name, "Phi3ForCausalLM", layers)
 
 
 def _phi(config: Config, name: str) -> ModelSpec:
     if config.get("qk_layernorm"):
         raise InputError(f"model `{name}`: `qk_layernorm` is not modelled for phi")
+    hidden, head_dim = _count(config, "hidden_size"), _head_dim(config, None)
     attention = _separate_attention(
         config,
         input_bias=True,
         output_bias=True,
         output_name="dense",
+        rotary_dim=int(head_dim * (config.get("partial_rotary_factor") or 0.5)),
         rotary_concatenates=True,
     )
-    feed_forward = _dense(
-        _count(config, "hidden_size"), _count(config, "intermediate_size"), ("fc1", "fc2")
+    intermediate = _count(config, "intermediate_size")
+    feed_forward = _plain(hidden, intermediate, ("fc1", "fc2"), "gelu_new")
+    layers = _equal_layers(
+        config,
+        attention,
+        feed_forward,
+        norms={"attention_norm": "input_layernorm"},
+        norm=_layer_norm,
+        parallel=True,
     )
     return _decoder(
         config,
         name,
         "PhiForCausalLM",
-        attention,
-        feed_forward,
-        norms_per_layer=1,
-        norm_has_bias=True,
+        layers,
+        final_norm=_layer_norm("final_layernorm", hidden),
         lm_head_bias=True,
     )
 
@@ -493,21 +550,24 @@ def _gpt2(config: Config, name: str) -> ModelSpec:
         head_dim=hidden // heads,
         inputs=(Linear(name="c_attn", in_features=hidden, out_features=3 * hidden, bias=True),),
         output=Linear(name="c_proj", in_features=hidden, out_features=hidden, bias=True),
-        rotary=False,
+    )
+    layer = Layer(
+        attention=attention,
+        feed_forward=_plain(hidden, intermediate, ("c_fc", "c_proj"), "gelu_new"),
+        attention_norm=_layer_norm("ln_1", hidden),
+        feed_forward_norm=_layer_norm("ln_2", hidden),
     )
     return ModelSpec(
         name=name,
         architecture=_architecture(config, "GPT2LMHeadModel"),
         model_type="gpt2",
         hidden_size=hidden,
-        num_hidden_layers=_count(config, "n_layer"),
         vocab_size=_count(config, "vocab_size"),
         max_position_embeddings=positions,
-        attention=attention,
-        feed_forward=_dense(hidden, intermediate, ("c_fc", "c_proj")),
-        norm_has_bias=True,
+        layers=(layer,) * _count(config, "n_layer"),
+        final_norm=_layer_norm("ln_f", hidden),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
-        learned_positions=positions,
+        positions=positions,
         native_dtype=_dtype(config),
     )
 
