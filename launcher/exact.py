@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import IO, Any
 
-from ftplan.launcher.dry_run.case import DEFAULT_CAPABILITY, DryRunCase
+from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.model_source import ModelSource
 from ftplan.launcher.planning import INSTALL_TRAINING, missing_packages
 from ftplan.launcher.ui import Ui
@@ -26,6 +26,7 @@ from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, memory_from_phases
 from ftplan.planner.optimizers import OPTIMIZER_PACKAGES
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.stack import DEFAULT_CAPABILITY
 from ftplan.planner.trained import target_names
 
 _SERVER = "ftplan.launcher.dry_run.serve"

@@ -468,9 +468,7 @@ def _gemma2(config: Config, name: str) -> ModelSpec:
     )
     hidden = _count(config, "hidden_size")
     feed_forward = _gated(config, activation="gelu_pytorch_tanh")
-    layers = _equal_layers(
-        config, attention, feed_forward, norms=_AROUND_BLOCKS, norm=_gemma_norm
-    )
+    layers = _equal_layers(config, attention, feed_forward, norms=_AROUND_BLOCKS, norm=_gemma_norm)
     return _decoder(
         config,
         name,

@@ -301,7 +301,7 @@ class Layer:
         return sum(linear.num_weights for linear in self.linears)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ModelSpec:
     """Everything about a model's shape that memory and time depend on.
 

@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ftplan.planner.hardware_spec import Device, DeviceKind
-from ftplan.planner.layers import FLOAT32_BYTES, LayerTotals, decoder_layer, trained_widths
-from ftplan.planner.memory import weight_memory_bytes
+from ftplan.planner.memory import Workload, weight_memory_bytes
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
+from ftplan.planner.stack import DEFAULT_CAPABILITY, Stack
+from ftplan.planner.step_settings import (
+    FLOAT32_BYTES,
+    step_settings,
+    traced_step,
+    trained_widths,
+)
+from ftplan.planner.step_trace import StepTrace
+from ftplan.planner.tape import value
 from ftplan.planner.trained import Trained
 
 # Share of the dense peak that large matrix products and the work around them reach together.
@@ -23,16 +31,9 @@ from ftplan.planner.trained import Trained
 # run at 0.50 to 0.60 of 312 TFLOP/s (fms-acceleration's measured rows).
 ACHIEVED_SHARE_OF_PEAK = 0.55
 
-# Element-wise work is bound by memory: how often each byte that is kept for backward is moved, in
-# (forward, backward). On a GPU it partly hides behind the products, whose achieved share covers the
-# rest; assumed. On the processor every read and write of a Llama layer's operations was counted, in
-# units of tokens x hidden_size: 55 and 100 beside 20 that are kept, with LoRA on every linear (the
-# two products' sum and scaling, and the sums of gradients) 110 and 153 beside 18.7.
-PASSES_OVER_KEPT: dict[DeviceKind, tuple[float, float]] = {"cuda": (2, 2), "cpu": (2.8, 5.0)}
-PASSES_OVER_KEPT_WITH_ADAPTERS: dict[DeviceKind, tuple[float, float]] = {
-    "cuda": (2, 2),
-    "cpu": (5.9, 8.2),
-}
+# Element-wise work is bound by memory. On the processor each byte that the layers read and write
+# counts; on a GPU half of it is taken to hide behind the products (assumed).
+SHARE_OF_TRAFFIC: dict[DeviceKind, float] = {"cuda": 0.5, "cpu": 1.0}
 
 # How often the loss moves each logit. `stock`: written, log-softmax read and written, both read and
 # the gradient's source and result written in backward, read by the product. A fused kernel writes
@@ -82,8 +83,8 @@ def estimate_step_time(
     """
     trained = plan.resolved_method.count(model, plan.method_settings)
     tokens, length = tokens_per_micro_batch, mean_length
-    forward = forward_flops(model, plan, trained, tokens, length)
-    step = micro_batch_flops(model, plan, trained, tokens, length)
+    forward = forward_flops(model, plan, tokens, length, device.kind)
+    step = micro_batch_flops(model, plan, tokens, length, device.kind)
     arithmetic_seconds = step / achieved_flops_per_second(plan, device)
     moved = _micro_batch_bytes(model, plan, trained, device.kind, tokens, length)
     memory_seconds = moved / device.memory_bandwidth_bytes_per_second
@@ -107,45 +108,31 @@ def achieved_flops_per_second(plan: TrainingPlan, device: Device) -> float:
     return peak if device.kind == "cpu" else peak * ACHIEVED_SHARE_OF_PEAK
 
 
-def _layer(
-    model: ModelSpec,
-    plan: TrainingPlan,
-    trained: Trained,
-    *,
-    own_weights: bool,
-    kind: DeviceKind = "cuda",
-) -> LayerTotals:
-    operations = decoder_layer(model, plan, trained, own_weights=own_weights, kind=kind)
-    return LayerTotals(operations=operations)
+def _trace(
+    model: ModelSpec, plan: TrainingPlan, kind: DeviceKind, tokens: float, length: float
+) -> tuple[StepTrace, float, float]:
+    """The step's trace, and (rows, length) to read it at."""
+    rows = tokens / length
+    workload = Workload(rows=max(1, round(rows)), length=max(1, round(length)))
+    settings = step_settings(model, plan, workload, kind, DEFAULT_CAPABILITY, Stack())
+    return traced_step(model, settings), rows, length
 
 
 def forward_flops(
-    model: ModelSpec, plan: TrainingPlan, trained: Trained, tokens: float, length: float
+    model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, kind: DeviceKind = "cuda"
 ) -> float:
     """FLOPs of one forward pass, output projection included."""
-    layer = _layer(model, plan, trained, own_weights=False)
-    head = 2 * tokens * model.embedding_parameters
-    return model.num_hidden_layers * layer.forward_flops(tokens, length) + head
+    trace, rows, length = _trace(model, plan, kind, tokens, length)
+    return value(trace.forward_flops, rows, length)
 
 
 def micro_batch_flops(
-    model: ModelSpec, plan: TrainingPlan, trained: Trained, tokens: float, length: float
+    model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, kind: DeviceKind = "cuda"
 ) -> float:
-    """FLOPs of forward, backward and recomputation of one micro-batch.
-
-    The output projection's backward costs its forward again, once more where its weights are
-    trained, and once more where a fused loss computes the logits a second time.
-    """
-    layer = _layer(model, plan, trained, own_weights=trained.trained_layers > 0)
-    reached = trained.reached_layers(model)
-    head = 2 * tokens * model.embedding_parameters
-    total = forward_flops(model, plan, trained, tokens, length) + head
-    total += head if trained.trains_lm_head else 0
-    total += head if plan.loss == "trl-fused" else 0
-    total += reached * layer.backward_flops(tokens, length)
-    if plan.gradient_checkpointing:
-        total += reached * layer.forward_flops(tokens, length)
-    return total
+    """FLOPs of forward, backward and recomputation of one micro-batch."""
+    trace, rows, length = _trace(model, plan, kind, tokens, length)
+    both = value(trace.forward_flops, rows, length) + value(trace.backward_flops, rows, length)
+    return both
 
 
 def _micro_batch_bytes(
@@ -160,18 +147,12 @@ def _micro_batch_bytes(
 
     Layers below the first trained one are computed forward only.
     """
-    reached = trained.reached_layers(model)
-    unreached = model.num_hidden_layers - reached
+    trace, rows, length = _trace(model, plan, kind, tokens, length)
+    moved = value(trace.forward_moved, rows, length) + value(trace.backward_moved, rows, length)
+    layers = SHARE_OF_TRAFFIC[kind] * moved
     forwards = 2 if plan.gradient_checkpointing else 1
-    own = _layer(model, plan, trained, own_weights=trained.trained_layers > 0, kind=kind)
-    frozen = _layer(model, plan, trained, own_weights=False, kind=kind)
-    table = PASSES_OVER_KEPT_WITH_ADAPTERS if trained.adapted else PASSES_OVER_KEPT
-    forward_passes, backward_passes = table[kind]
-    passes = forwards * forward_passes + backward_passes
-    layers = reached * own.saved_bytes(tokens, length) * passes
-    layers += unreached * frozen.saved_bytes(tokens, length) * forward_passes
     logits = passes_over_logits(plan, kind) * tokens * model.vocab_size * FLOAT32_BYTES
-    backwards = reached / model.num_hidden_layers
+    backwards = trained.reached_layers(model) / model.num_hidden_layers
     passes_over_weights = 1 + forwards * backwards
     weights = passes_over_weights * weight_memory_bytes(model, plan)
     expanded = _expanded_bytes(model, plan, passes_over_weights, backwards)

@@ -68,7 +68,9 @@ def freeze_count(model: ModelSpec, settings: MethodSettings) -> Trained:
             f"1 to {model.num_hidden_layers} layers"
         )
     return Trained(
-        base_parameters=layers * model.layer_parameters, added_parameters=0, trained_layers=layers
+        base_parameters=sum(l.num_parameters for l in model.layers[-layers:]),
+        added_parameters=0,
+        trained_layers=layers,
     )
 
 
@@ -112,7 +114,7 @@ def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[L
     of this model has.
     """
     check_target_modules(target_modules)
-    linears = model.layer_linears
+    linears = model.linears
     if tuple(target_modules) == (ALL_LINEAR,):
         return linears
     known = {m.name for m in linears}

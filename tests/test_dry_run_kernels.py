@@ -19,7 +19,6 @@ from ftplan.launcher.dry_run.attention import (
     EfficientAttention,
     FlashAttention,
     flash_attention_2,
-    repeats_heads_for_flash,
     scaled_dot_product_attention,
 )
 from ftplan.launcher.dry_run.cuda import CUDA_KERNELS, cublas_workspace_bytes, cuda_behaviour
@@ -31,6 +30,7 @@ from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.step import dry_run
 from ftplan.planner.memory_record import MemoryRecord
+from ftplan.planner.stack import Stack
 from tests.dry_runs import LLAMA, cuda_case
 
 pytestmark = pytest.mark.train
@@ -110,10 +110,13 @@ def test_flash_attention_keeps_inputs_result_and_sums(groups: int) -> None:
 
 
 def test_some_models_repeated_heads_for_flash_attention() -> None:
-    assert repeats_heads_for_flash("mistral", (4, 47))
-    assert not repeats_heads_for_flash("llama", (4, 47))
-    assert not repeats_heads_for_flash("mistral", (4, 48))
-    assert not repeats_heads_for_flash("mistral", None)
+    def repeats(model_type: str, version: tuple[int, ...] | None) -> bool:
+        return Stack(transformers_version=version).repeats_heads(model_type, "flash_attention_2")
+
+    assert repeats("mistral", (4, 47))
+    assert not repeats("llama", (4, 47))
+    assert not repeats("mistral", (4, 48))
+    assert not repeats("mistral", None)
 
 
 @pytest.mark.parametrize("repeats", [False, True])

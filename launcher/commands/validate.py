@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.accuracy import Comparison, Prediction
 from ftplan.planner.errors import FtplanError, InputError
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.stack import Stack
 from ftplan.planner.step_time import estimate_step_time
 
 if TYPE_CHECKING:
@@ -126,11 +129,32 @@ def _compared(predict: Callable[[Case], Prediction], case: Case | Refusal) -> Co
 
 def closed_form(case: Case) -> Prediction:
     """The prediction of `ftplan estimate`; raises InputError for what it does not model."""
-    if case.kbit_prepare:
-        raise InputError("`kbit_prepare` is not modelled in closed form")
     _check_length(case)
-    memory = estimate_memory(case.model.spec, case.plan, device=case.gpu)
+    plan = _plan_of_its_time(case)
+    memory = estimate_memory(case.model.spec, plan, device=case.gpu, stack=_stack(case))
     return _prediction(case, memory)
+
+
+def _stack(case: Case) -> Stack:
+    """What the case's software does beyond the plan's settings."""
+    # TRL leaves it out for a base to be sharded (`is_sharded_qlora` in 0.13's sft_trainer.py).
+    prepared = case.kbit_prepare and not case.plan.shards_parameters
+    return Stack(
+        kbit_prepare=prepared,
+        casts_back=prepared and (_version("trl", case.software) or (1,)) < (1,),
+        repeats_key_value=case.repeats_key_value,
+        fused_kernels=case.fused_kernels,
+        fsdp_version=case.fsdp_version,
+        transformers_version=_version("transformers", case.software),
+    )
+
+
+def _plan_of_its_time(case: Case) -> TrainingPlan:
+    """The case's plan, checkpointed as its release of transformers does."""
+    version = _version("transformers", case.software)
+    if case.plan.trainer == "transformers" and version and version < _NOT_REENTRANT_SINCE:
+        return case.plan.replace(use_reentrant=True)
+    return case.plan
 
 
 def dry_run(runner: DryRunner, case: Case) -> Prediction:
@@ -139,26 +163,16 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
 
     _check_length(case)
     version = _version("transformers", case.software)
-    if version and version < (5,) and case.model.spec.feed_forward.is_mixture:
+    if (
+        version
+        and version < (5,)
+        and any(layer.feed_forward.experts for layer in case.model.spec.layer_counts)
+    ):
         raise InputError(
             "before transformers 5 experts were modules of their own; the installed one stacks them"
         )
-    # TRL leaves it out for a base to be sharded (`is_sharded_qlora` in 0.13's sft_trainer.py).
-    prepared = case.kbit_prepare and not case.plan.shards_parameters
-    plan = case.plan
-    if plan.trainer == "transformers" and version and version < _NOT_REENTRANT_SINCE:
-        plan = plan.replace(use_reentrant=True)
-    asked = case_of(
-        case.model,
-        plan,
-        case.gpu,
-        kbit_prepare=prepared,
-        casts_back=prepared and (_version("trl", case.software) or (1,)) < (1,),
-        repeats_key_value=case.repeats_key_value,
-        fused_kernels=case.fused_kernels,
-        fsdp_version=case.fsdp_version,
-        transformers_version=version,
-    )
+    plan = _plan_of_its_time(case)
+    asked = case_of(case.model, plan, case.gpu, **dataclasses.asdict(_stack(case)))
     return _prediction(case, memory_of(runner.run(asked), case.model, plan, case.gpu))
 
 

@@ -23,13 +23,6 @@ _EFFICIENT_ROWS = 32
 _BIAS_ALIGNMENT = 16
 
 
-# From this release on models share their attention functions; before, these (of those without
-# experts) had a class of their own for FlashAttention-2 that called `repeat_kv` first, unlike
-# Llama's (`*FlashAttention2` in models/*/modeling_*.py of transformers 4.45.2).
-_ATTENTION_SHARED_SINCE = (4, 48)
-_REPEAT_FOR_FLASH = ("mistral", "phi3", "qwen2", "starcoder2")
-
-
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -99,13 +92,6 @@ class EfficientAttention(torch.autograd.Function):
             del workspace
         del products, gradient
         return (*grads, None)
-
-
-def repeats_heads_for_flash(model_type: str, transformers_version: tuple[int, ...] | None) -> bool:
-    """Whether that model of that release repeats heads for FlashAttention-2; None: the installed
-    release, of which none does."""
-    old = transformers_version is not None and transformers_version < _ATTENTION_SHARED_SINCE
-    return old and model_type in _REPEAT_FOR_FLASH
 
 
 def _repeated(

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from ftplan.launcher.dry_run.attention import flash_attention_2, scaled_dot_product_attention
-from ftplan.planner.units import KIB, MIB
 
 # Operations that autocast runs in fp32 on CUDA and not on the processor, as far as language models
 # use them (ATen/autocast_mode.h: AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE).
@@ -37,23 +36,16 @@ _FLOAT32_OPERATIONS = (
     "rms_norm",
     "cosine_similarity",
     "logsumexp",
-    "sum",
-    "sum.dim_IntList",
-    "prod",
-    "cumsum",
     "softmax.int",
     "log_softmax.int",
 )
+# These it asks for an fp32 result; their kernels read 16 bits as they are
+# (AT_FORALL_FP32_SET_OPT_DTYPE; ATen/native/ReduceOps.cpp, `gpu_lowp_to_f32`).
+_FLOAT32_RESULTS = ("sum", "sum.dim_IntList", "prod", "cumsum")
 
 # Types that torch's optimizers and clipping take as lists.
 _PARAMETERS = [torch.nn.Parameter, FakeTensor, DTensor]
 _TENSORS = [torch.Tensor, FakeTensor, DTensor]
-
-
-def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
-    """What cuBLAS takes from the allocator, once a thread (ATen/cuda/CublasHandlePool.cpp):
-    two buffers of 4 MiB and eight of 16 KiB; 32 MiB from Hopper on."""
-    return 32 * MIB if capability >= (9, 0) else 2 * 4 * MIB + 8 * 16 * KIB
 
 
 def _in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +59,13 @@ def _in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:
         return operation(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
 
 
+def _to_float32(operation: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
+    sixteen = args[0].dtype in (torch.float16, torch.bfloat16)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    with torch._C._ExcludeDispatchKeyGuard(key):
+        return operation(*args, dtype=dtype or (torch.float32 if sixteen else None), **kwargs)
+
+
 @contextmanager
 def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iterator[None]:
     """Within, the processor's fake tensors behave as those of a card of that capability."""
@@ -75,12 +74,13 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
     library = torch.library.Library("aten", "IMPL")
     with ExitStack() as stack:
         stack.callback(library._destroy)
-        for name in _FLOAT32_OPERATIONS:
+        for name in (*_FLOAT32_OPERATIONS, *_FLOAT32_RESULTS):
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
                 continue  # the processor's autocast does so too
             packet, _, overload = name.partition(".")
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
-            library.impl(name, partial(_in_float32, operation), "AutocastCPU")
+            widened = _to_float32 if name in _FLOAT32_RESULTS else _in_float32
+            library.impl(name, partial(widened, operation), "AutocastCPU")
         flash = partial(flash_attention_2, repeats_key_value=repeats_key_value)
         ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash
         stack.callback(ALL_ATTENTION_FUNCTIONS.pop, "flash_attention_2")

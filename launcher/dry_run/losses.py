@@ -8,10 +8,6 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# From this release on transformers shifts labels; before it shifted logits, which copies them.
-# (https://github.com/huggingface/transformers/pull/35646).
-_SHIFTS_LABELS_SINCE = (4, 50)
-
 
 class LigerLoss(torch.autograd.Function):
     """Liger's fused linear cross-entropy (liger_kernel.ops.fused_linear_cross_entropy).
@@ -82,8 +78,3 @@ def shifted_logits_loss(
     shift_logits = logits[..., :-1, :].contiguous().view(-1, vocab_size)
     shift_labels = labels[..., 1:].contiguous().view(-1)
     return nn.functional.cross_entropy(shift_logits, shift_labels, ignore_index=-100)
-
-
-def shifts_logits(transformers_version: tuple[int, ...] | None) -> bool:
-    """Whether that release's stock loss shifts logits; None: the installed one, which does not."""
-    return transformers_version is not None and transformers_version < _SHIFTS_LABELS_SINCE

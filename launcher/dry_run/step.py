@@ -15,10 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftplan.launcher.dry_run.build_trainer import build_trainer
 from ftplan.launcher.dry_run.case import DryRunCase
-from ftplan.launcher.dry_run.cuda import (
-    CUDA_KERNELS,
-    cublas_workspace_bytes,
-)
+from ftplan.launcher.dry_run.cuda import CUDA_KERNELS
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantize_blank
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
@@ -47,6 +44,7 @@ from ftplan.planner.allocator import BLOCK_BYTES
 from ftplan.planner.memory_record import MemoryRecord
 from ftplan.planner.repeat_layers import NotRepeating
 from ftplan.planner.sharding import ZERO
+from ftplan.planner.stack import cublas_workspace_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

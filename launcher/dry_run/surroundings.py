@@ -9,11 +9,10 @@ from unittest import mock
 
 import torch
 
-from ftplan.launcher.dry_run.attention import repeats_heads_for_flash
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.cuda import cuda_behaviour
 from ftplan.launcher.dry_run.fused_kernels import fused_rotary_embeddings
-from ftplan.launcher.dry_run.losses import shifted_logits_loss, shifts_logits
+from ftplan.launcher.dry_run.losses import shifted_logits_loss
 from ftplan.launcher.dry_run.optimizers import optimizer_behaviour
 from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul
 from ftplan.launcher.dry_run.trainers import causal_model
@@ -40,9 +39,7 @@ def surroundings(case: DryRunCase, trainer: Any) -> ExitStack:
         stack.enter_context(mock.patch.object(*target, replacement))
     stack.enter_context(optimizer_behaviour(plan.optimizer, case.kind))
     if case.kind == "cuda":
-        repeats = case.repeats_key_value or repeats_heads_for_flash(
-            case.config["model_type"], case.transformers_version
-        )
+        repeats = case.repeats_heads(case.config["model_type"], plan.attn_implementation)
         stack.enter_context(cuda_behaviour(case.capability, repeats))
         if plan.quantization == "int8":
             stack.enter_context(mock.patch("bitsandbytes.matmul", int8_matmul))
@@ -52,7 +49,7 @@ def surroundings(case: DryRunCase, trainer: Any) -> ExitStack:
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
     if case.fused_kernels:
         stack.enter_context(fused_rotary_embeddings(causal_model(trainer.model)))
-    if plan.loss == "stock" and shifts_logits(case.transformers_version):
+    if plan.loss == "stock" and case.shifts_logits:
         trainer.model.config.loss_type = "ForCausalLM"
         stack.enter_context(
             mock.patch.dict(

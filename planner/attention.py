@@ -1,0 +1,144 @@
+"""Attention kernels on a tape: torch's and FlashAttention-2's, and eager attention.
+
+What they keep and what backward needs besides: flash_api.cpp of FlashAttention-2 and of ATen
+(native/transformers/cuda/flash_attn), attention.cu and attention_backward.cu of ATen for the
+memory-efficient kernel, sdp_utils.cpp for the choice between them.
+"""
+
+from __future__ import annotations
+
+from ftplan.planner import functions as f
+from ftplan.planner.model_spec import Attention
+from ftplan.planner.tape import Form, Tape, Tensor, per_pair, per_token
+
+# FlashAttention's backward works on head dimensions rounded up to a multiple of this.
+FLASH_HEAD_DIM = 32
+FLASH_MAX_HEAD_DIM = 256
+FLASH_CAPABILITY = (8, 0)
+
+
+class AttentionKernel:
+    """From rotated query, key and value to the result that the output projection reads."""
+
+    def __init__(
+        self, attention: Attention, implementation: str, repeats_key_value: bool = False
+    ) -> None:
+        self.attention, self.implementation = attention, implementation
+        self.repeats_key_value = repeats_key_value
+
+    def __call__(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.implementation == "eager":
+            return self._eager(tape, query, key, value)
+        width = tape.autocast or query.width
+        query = f.cast(tape, query, width)
+        key = f.cast(tape, key, width)
+        value = f.cast(tape, value, width)
+        if self.repeats_key_value:
+            key, value = self._repeat_both(tape, key, value)
+        if self.implementation == "flash_attention_2" or self._takes_flash(tape, width):
+            return self._flash(tape, query, key, value)
+        if self._takes_math(tape, query, key):
+            return self._math(tape, query, key, value)
+        return self._efficient(tape, query, key, value)
+
+    def _takes_math(self, tape: Tape, query: Tensor, key: Tensor) -> bool:
+        """Neither kernel takes grouped heads, nor bf16 where the card has none."""
+        bf16_on_old = query.width == 2 and not tape.is_fp16 and tape.capability < FLASH_CAPABILITY
+        return key.elements != query.elements or bf16_on_old
+
+    def _takes_flash(self, tape: Tape, width: int) -> bool:
+        a = self.attention
+        same = a.value_head_dim in (None, a.head_dim)
+        fits = tape.capability >= FLASH_CAPABILITY and a.head_dim <= FLASH_MAX_HEAD_DIM
+        return width == 2 and same and fits
+
+    def _flash(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keeps query, key, value, the result and one fp32 log-sum a head (arXiv 2307.08691)."""
+        a = self.attention
+        saved = []
+        result = tape.empty(per_token(a.result_width), query.width)
+        sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
+        self._count(tape)
+        if not tape.differentiates(query, key, value):
+            return result
+        saved = tape.save(query, key, value, result, sums)
+        padded = a.num_heads * -(-a.head_dim // FLASH_HEAD_DIM) * FLASH_HEAD_DIM
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))  # scores once more
+            grads: f.Gradients = [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
+            products = tape.empty(per_token(a.num_heads), f.FLOAT32)
+            accumulator = tape.empty(per_token(padded), f.FLOAT32)
+            if saved[1].elements != saved[0].elements:  # of every query head, then summed by group
+                expanded = [tape.empty(per_token(a.query_width), saved[1].width) for _ in "kv"]
+                del expanded
+            del products, accumulator
+            return grads
+
+        tape.attach([result], [query, key, value], saved, backward)
+        return result
+
+    def _count(self, tape: Tape) -> None:
+        """Two products, half of whose scores causality masks out."""
+        a = self.attention
+        tape.count(per_pair(a.query_width + a.result_width))
+
+    def _efficient(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """ATen's memory-efficient kernel. Backward adds up the query's gradient in fp32."""
+        a = self.attention
+        result = tape.empty(per_token(a.result_width), query.width)
+        sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
+        self._count(tape)
+        if not tape.differentiates(query, key, value):
+            return result
+        saved = tape.save(query, key, value, result, sums)
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))
+            grads: f.Gradients = [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
+            query, result = saved[0], saved[3]
+            if query.width == f.FLOAT32:  # gradient times result, before it is summed up
+                elementwise = tape.like(result)
+                del elementwise
+            products = tape.empty(per_token(a.num_heads), f.FLOAT32)
+            if query.width != f.FLOAT32:
+                workspace = tape.like(query, f.FLOAT32)
+                del workspace
+            del products
+            return grads
+
+        tape.attach([result], [query, key, value], saved, backward)
+        return result
+
+    def _eager(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Scores of every pair of tokens, their softmax in fp32, and the mix of values."""
+        a = self.attention
+        key, value = self._repeat_both(tape, key, value)
+        scores = f.scale(tape, self._products(tape, query, key, per_pair(a.num_heads)))
+        if a.softcapped:
+            scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
+        scores = f.add_mask(tape, scores)
+        weights = f.softmax_in_float32(tape, scores)
+        del scores
+        weights = f.cast(tape, weights, query.width)
+        mixed = self._products(tape, weights, value, per_token(a.result_width))
+        return f.clone(tape, mixed)
+
+    def _repeat_both(self, tape: Tape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.attention
+        key = self._repeat(tape, key, a.head_dim)
+        return key, self._repeat(tape, value, a.value_head_dim or a.head_dim)
+
+    def _repeat(self, tape: Tape, x: Tensor, head_dim: int) -> Tensor:
+        """A key or value head for each query head (transformers' `repeat_kv`)."""
+        a = self.attention
+        if a.num_heads == a.num_key_value_heads:
+            return x
+        return f.expand(tape, x, per_token(a.num_heads * head_dim))
+
+    def _products(self, tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
+        """A batched product. An operand that is not contiguous by heads is copied first."""
+        tape.count(per_pair(self.attention.query_width))
+        left = f.by_heads(tape, f.to_product(tape, left))
+        right = f.by_heads(tape, f.to_product(tape, right))
+        return f.batched_product(tape, left, right, elements)

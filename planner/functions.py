@@ -1,0 +1,431 @@
+"""Operations on a tape: what each returns, what it saves for backward, and what backward makes.
+
+What is saved follows autograd's rules (torch/tools/autograd/derivatives.yaml): a product saves the
+operand whose partner needs a gradient, softmax and rsqrt save their results, sums save nothing.
+"""
+
+from __future__ import annotations
+
+from ftplan.planner.tape import (
+    ZERO,
+    Backward,
+    Form,
+    Tape,
+    Tensor,
+    Weight,
+    add_forms,
+    constant,
+    scaled,
+    times,
+)
+
+FLOAT32 = 4
+Gradients = list["Tensor | None"]
+
+
+def _new(*sizes: tuple[Form, int] | None) -> Backward:
+    """A backward that makes a new gradient of (elements, width) for each input that has one."""
+
+    def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+        return [tape.empty(*size) if size else None for size in sizes]
+
+    return backward
+
+
+def _pass_on(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+    """The gradient of a sum, for both of its sides."""
+    return [gradients[0], gradients[0]]
+
+
+def _size(x: Tensor) -> tuple[Form, int]:
+    return x.elements, x.width
+
+
+def _each_value(tape: Tape, x: Tensor, *, saves_input: bool, saves_result: bool = False) -> Tensor:
+    """An operation on each value, whose gradient takes one new tensor."""
+    tape.read(x)
+    if not tape.differentiates(x):
+        return tape.like(x)
+    saved = tape.save(x) if saves_input else []
+    result = tape.like(x)
+    if saves_result:
+        saved += tape.save(result)
+    tape.attach([result], [x], saved, _new(_size(x)))
+    return result
+
+
+def cast(tape: Tape, x: Tensor, width: int) -> Tensor:
+    """A copy of another width; the tensor itself where it has that."""
+    if x.width == width:
+        return x
+    tape.read(x)
+    result = tape.like(x, width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _new(_size(x)))
+    return result
+
+
+def in_float32(tape: Tape, x: Tensor) -> Tensor:
+    """An input as CUDA's autocast hands it to `pow` and `layer_norm`; the processor's does not."""
+    return cast(tape, x, FLOAT32) if tape.autocast and tape.on_cuda else x
+
+
+def to_product(tape: Tape, x: Tensor) -> Tensor:
+    """An input as autocast hands it to a product."""
+    return x if tape.autocast is None else cast(tape, x, tape.autocast)
+
+
+def clone(tape: Tape, x: Tensor) -> Tensor:
+    """A copy; the gradient goes through as it is."""
+    tape.read(x)
+    result = tape.like(x)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _pass_on)
+    return result
+
+
+def scale(tape: Tape, x: Tensor) -> Tensor:
+    """Times a number, or the negative."""
+    return _each_value(tape, x, saves_input=False)
+
+
+def activate(tape: Tape, x: Tensor, name: str) -> Tensor:
+    """The activation of that (Hugging Face's) name."""
+    if name == "relu":
+        return _each_value(tape, x, saves_input=False, saves_result=True)
+    if name in ("gelu_new", "gelu_fast", "gelu_pytorch_new"):
+        return _gelu_in_python(tape, x)
+    return _each_value(tape, x, saves_input=True)
+
+
+def _gelu_in_python(tape: Tape, x: Tensor) -> Tensor:
+    """tanh-GELU written out: half of x times (1 + tanh(c (x + 0.0447 x^3)))
+    (transformers.activations.NewGELUActivation)."""
+    half = scale(tape, x)
+    cube = power(tape, x)
+    inner = scale(tape, add(tape, x, scale(tape, cube)))
+    del cube
+    tanh = _each_value(tape, inner, saves_input=False, saves_result=True)
+    del inner
+    one_more = _each_value(tape, tanh, saves_input=False)
+    del tanh
+    return multiply(tape, half, one_more)
+
+
+def power(tape: Tape, x: Tensor) -> Tensor:
+    """To a power that is a number. Backward multiplies a lower power (`pow_backward`)."""
+    tape.read(x)
+    x = in_float32(tape, x)
+    if not tape.differentiates(x):
+        return tape.like(x)
+    saved = tape.save(x)
+    result = tape.like(x)
+
+    def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+        lower = tape.like(saved[0])
+        multiple = tape.like(lower)
+        return [tape.like(multiple)]
+
+    tape.attach([result], [x], saved, backward)
+    return result
+
+
+def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    tape.read(x, y)
+    result = tape.empty(larger(x.elements, y.elements), max(x.width, y.width))
+    if tape.differentiates(x, y):
+        tape.attach([result], [x, y], [], _pass_on)
+    return result
+
+
+def multiply(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    """x times y, one of which may be a vector, or a number for each token."""
+    tape.read(x, y)
+    saved = []
+    x_learns, y_learns = tape.differentiates(x), tape.differentiates(y)
+    if y_learns:
+        saved += tape.save(x)
+    if x_learns:
+        saved += tape.save(y)
+    elements, width = larger(x.elements, y.elements), max(x.width, y.width)
+    result = tape.empty(elements, width)
+    if x_learns or y_learns:
+        size = (elements, width)
+        backward = _new(size if x_learns else None, size if y_learns else None)
+        tape.attach([result], [x, y], saved, backward)
+    return result
+
+
+def larger(left: Form, right: Form) -> Form:
+    """Elements of a result, one of whose operands may be broadcast."""
+    return max(left, right, key=lambda form: form[::-1])
+
+
+def mean_of_squares(tape: Tape, x: Tensor, width: int) -> Tensor:
+    """The mean over each vector of `width` values."""
+    tape.read(x)
+    square = power(tape, x)
+    result = tape.empty(scaled(x.elements, 1, width), square.width)
+    if tape.differentiates(square):
+        tape.attach([result], [square], [], _new(_size(square)))
+    return result
+
+
+def reciprocal_root(tape: Tape, x: Tensor) -> Tensor:
+    """1 / sqrt(x + epsilon)."""
+    tape.read(x)
+    with_epsilon = _each_value(tape, x, saves_input=False)
+    del x
+    if not tape.differentiates(with_epsilon):
+        return tape.like(with_epsilon)
+    result = tape.like(with_epsilon)
+    tape.attach([result], [with_epsilon], tape.save(result), _new(_size(with_epsilon)))
+    return result
+
+
+def product(
+    tape: Tape,
+    x: Tensor,
+    weight: Tensor,
+    in_features: int,
+    out_features: int,
+    bias: Weight | None = None,
+) -> Tensor:
+    """A linear module's product, in x's width and the weight's, which are the same."""
+    tape.read(x)
+    x_learns, weight_learns = tape.differentiates(x), tape.differentiates(weight)
+    saved = []
+    if weight_learns:
+        saved += tape.save(x)
+    if x_learns:
+        saved += tape.save(weight)
+    elements = scaled(x.elements, out_features, in_features)
+    result = tape.empty(elements, x.width)
+    flops = times(elements, 2 * in_features)
+    tape.count(flops)
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    if not tape.differentiates(*inputs):
+        return result
+    sizes = [
+        _size(x) if x_learns else None,
+        _size(weight) if weight_learns else None,
+        _size(bias) if bias is not None and tape.differentiates(bias) else None,
+    ]
+
+    def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+        tape.count(times(flops, x_learns + weight_learns))
+        return [tape.empty(*size) if size else None for size in sizes]
+
+    tape.attach([result], inputs, saved, backward)
+    return result
+
+
+def part(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+    """A view of some of x. Backward fills the rest with zeros, in a tensor of x's size."""
+    result = Tensor(x.storage, elements, x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _new(_size(x)))
+    return result
+
+
+def split(tape: Tape, x: Tensor, sizes: list[Form]) -> list[Tensor]:
+    """Views of x that together are x. Backward joins their gradients."""
+    results = [Tensor(x.storage, elements, x.width) for elements in sizes]
+    if tape.differentiates(x):
+        tape.attach(results, [x], [], _new(_size(x)))
+    return results
+
+
+def join(tape: Tape, parts: list[Tensor]) -> Tensor:
+    """One tensor of several, which are let go of. Backward hands out views."""
+    elements = ZERO
+    for one in parts:
+        elements = add_forms(elements, one.elements)
+    width = max(one.width for one in parts)
+    tape.read(*parts)
+    result = tape.empty(elements, width)
+    if tape.differentiates(*parts):
+        shapes = [one.elements for one in parts]
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            whole = gradients[0]
+            assert whole is not None
+            return [Tensor(whole.storage, elements, whole.width) for elements in shapes]
+
+        tape.attach([result], parts, [], backward)
+    parts.clear()
+    return result
+
+
+def dropout(tape: Tape, x: Tensor, rate: float) -> Tensor:
+    """Keeps a mask of one byte a value."""
+    tape.read(x)
+    if not rate:
+        return x
+    result, mask = tape.like(x), tape.empty(x.elements, 1)
+    if tape.differentiates(x):
+        tape.attach([result], [x], tape.save(mask), _new(_size(x)))
+    return result
+
+
+def times_table(tape: Tape, x: Tensor, table_width: int) -> Tensor:
+    """Times a table that needs no gradient: rotary cosines and sines."""
+    tape.read(x)
+    result = tape.like(x, max(x.width, table_width))
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _new((x.elements, result.width)))
+    return result
+
+
+def layer_norm(tape: Tape, x: Tensor, width: int, weight: Weight, bias: Weight) -> Tensor:
+    """Saves its input, mean and reciprocal deviation."""
+    tape.read(x)
+    x = in_float32(tape, x)
+    vectors = scaled(x.elements, 1, width)
+    if not tape.differentiates(x, weight, bias):
+        return tape.like(x)
+    saved = tape.save(x)
+    result = tape.like(x)
+    saved += tape.save(tape.empty(vectors, FLOAT32), tape.empty(vectors, FLOAT32))
+    learns = tape.differentiates(weight)
+    small = (constant(width), x.width) if learns else None
+    tape.attach([result], [x, weight, bias], saved, _new(_size(x), small, small))
+    return result
+
+
+def tanh(tape: Tape, x: Tensor) -> Tensor:
+    return _each_value(tape, x, saves_input=False, saves_result=True)
+
+
+def add_mask(tape: Tape, scores: Tensor) -> Tensor:
+    """Scores and a mask that all layers share."""
+    tape.read(scores)
+    result = tape.like(scores)
+    if tape.differentiates(scores):
+        tape.attach([result], [scores], [], _pass_on)
+    return result
+
+
+def softmax_in_float32(tape: Tape, x: Tensor) -> Tensor:
+    """Saves its result. CUDA turns fp16 scores into fp32 probabilities in one kernel, others are
+    cast first; its backward holds the product of both inputs beside the result
+    (ATen/native/SoftMax.cpp, ATen/native/cuda/SoftMax.cu)."""
+    tape.read(x)
+    before = x.width
+    fused = tape.on_cuda and tape.is_fp16 and before == 2
+    if not fused:
+        x = cast(tape, x, FLOAT32)
+    result = tape.like(x, FLOAT32)
+    if tape.differentiates(x):
+        size = (x.elements, x.width)
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            product = tape.like(saved[0])
+            gradient = tape.empty(*size)
+            del product
+            return [gradient]
+
+        tape.attach([result], [x], tape.save(result), backward)
+    return result
+
+
+def expand(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+    """Copies of each head for the heads of its group; backward sums them up."""
+    tape.read(x)
+    result = tape.empty(elements, x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _pass_on)
+    return result
+
+
+def by_heads(tape: Tape, x: Tensor) -> Tensor:
+    """A copy in the order of heads, unless x has been copied so."""
+    return x
+
+
+def batched_product(tape: Tape, x: Tensor, y: Tensor, elements: Form) -> Tensor:
+    tape.read(x, y)
+    x_learns, y_learns = tape.differentiates(x), tape.differentiates(y)
+    saved = tape.save(x) if y_learns else []
+    if x_learns:
+        saved += tape.save(y)
+    result = tape.empty(elements, x.width)
+    if x_learns or y_learns:
+        backward = _new(_size(x) if x_learns else None, _size(y) if y_learns else None)
+        tape.attach([result], [x, y], saved, backward)
+    return result
+
+
+def part_copied(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+    """A copy of some of x. Backward puts its gradient among zeros of x's size."""
+    tape.read(x)
+    result = tape.empty(elements, x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _new(_size(x)))
+    return result
+
+
+def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
+    """log-softmax, which is kept, and a sum of its entries. Backward makes a gradient on each side
+    of the log-softmax."""
+    tape.read(logits)
+    log_softmax = _each_value(tape, logits, saves_input=False, saves_result=True)
+    loss = tape.empty(constant(1), FLOAT32)
+    if tape.differentiates(log_softmax):
+        tape.attach([loss], [log_softmax], tape.save(log_softmax), _new(_size(log_softmax)))
+    return loss
+
+
+def look_up(tape: Tape, weight: Weight, elements: Form) -> Tensor:
+    """Embeddings of tokens. Backward makes a dense gradient."""
+    result = tape.empty(elements, weight.width)
+    if tape.differentiates(weight):
+        tape.attach([result], [weight], [], _new(_size(weight)))
+    return result
+
+
+def sum_groups(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+    """The sum over a token's experts. Backward hands its gradient on, expanded."""
+    tape.read(x)
+    result = tape.empty(elements, x.width)
+    if tape.differentiates(x):
+        size = x.elements
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            whole = gradients[0]
+            assert whole is not None
+            return [Tensor(whole.storage, size, whole.width)]
+
+        tape.attach([result], [x], [], backward)
+    return result
+
+
+def in_place_norm(tape: Tape, x: Tensor, width: int) -> Tensor:
+    """A norm whose gradient overwrites the one that comes in."""
+    tape.read(x)
+    scales = tape.empty(scaled(x.elements, 1, width), FLOAT32)
+    if not tape.differentiates(x):
+        return tape.like(x)
+    saved = tape.save(x, scales)
+    result = tape.like(x)
+    tape.attach([result], [x], saved, _pass_on)
+    return result
+
+
+def fused_dropout(tape: Tape, x: Tensor) -> Tensor:
+    """Dropout within fused LoRA: the input and what is left of it are kept, and no mask but while
+    it is made (fms-acceleration, unsloth_lora/bnb/fast_lora.py)."""
+    tape.read(x)
+    result, mask = tape.like(x), tape.empty(x.elements, 1)
+    del mask
+    if tape.differentiates(x):
+        size = _size(x)
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            places = tape.empty(size[0], 1)
+            gradient = tape.empty(*size)
+            del places
+            return [gradient]
+
+        tape.attach([result], [x], tape.save(x, result), backward)
+    return result

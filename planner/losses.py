@@ -1,0 +1,197 @@
+"""The output projection and the loss on a tape: stock, Liger's and TRL's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftplan.planner import functions as f
+from ftplan.planner.tape import (
+    Form,
+    Tape,
+    Tensor,
+    Weight,
+    constant,
+    per_row,
+    per_token,
+    subtract_forms,
+    times,
+)
+
+FLOAT32 = f.FLOAT32
+
+# TRL's fused loss works on tiles of so many tokens and vocabulary entries
+# (trl.kernels.chunked_logprob, trl.trainer.utils in TRL 1.16).
+TILE_TOKENS = 4096
+TILE_VOCABULARY = 32768
+# Without Triton a tile is folded by a chain of torch operations. Alive at once beside the buffer,
+# in fp32: scaled logits, their difference from the maximum and its exponential in forward; scaled
+# logits twice, log-probabilities, probabilities, gradient, the one-hot difference and its product,
+# and a bool array, in backward.
+_TILE_FORWARD_BYTES = 3 * FLOAT32
+_TILE_BACKWARD_BYTES = 7 * FLOAT32 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossShape:
+    """How the loss divides a micro-batch. `tile_is_full`: at least TILE_TOKENS positions predict.
+    `chunk_tokens`: tokens that Liger projects at a time."""
+
+    tile_is_full: bool = False
+    chunk_tokens: int = 0
+
+    @staticmethod
+    def of(loss: str, rows: int, length: int, vocab_size: int, hidden_size: int) -> LossShape:
+        predicting = rows * (length - 1)
+        if loss == "liger":
+            chunks = -(-vocab_size // hidden_size)
+            chunk = 1 << (-(-predicting // chunks) - 1).bit_length() if predicting else 0
+            return LossShape(chunk_tokens=min(chunk, predicting))
+        return LossShape(tile_is_full=loss == "trl-fused" and predicting >= TILE_TOKENS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The output projection's shape and what is done to its logits."""
+
+    vocab_size: int
+    hidden_size: int
+    softcapped: bool = False
+    scaled: bool = False
+
+
+PREDICTING: Form = subtract_forms(per_token(1), per_row(1))  # a row's last token predicts nothing
+
+
+class StockLoss:
+    """Logits, and cross-entropy of an fp32 copy (transformers' ForCausalLMLoss)."""
+
+    def __init__(
+        self,
+        head: Head,
+        weight: Weight,
+        bias: Weight | None,
+        *,
+        shifts_logits: bool,
+        returns_fp32: bool,
+    ) -> None:
+        self.head, self.weight, self.bias = head, weight, bias
+        self.shifts_logits, self.returns_fp32 = shifts_logits, returns_fp32
+
+    def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
+        """The loss. `held` gets the logits as the model returns them."""
+        logits = self._logits(tape, hidden)
+        loss = self._cross_entropy(tape, logits)
+        if self.returns_fp32:  # accelerate's autocast converts what the model returns
+            logits = f.cast(tape, logits, FLOAT32)
+        held.append(logits)
+        return loss
+
+    def _logits(self, tape: Tape, hidden: Tensor) -> Tensor:
+        head = self.head
+        hidden = f.to_product(tape, hidden)
+        weight = tape.cast_weight(self.weight)
+        logits = f.product(tape, hidden, weight, head.hidden_size, head.vocab_size, self.bias)
+        if head.scaled:
+            logits = f.scale(tape, logits)
+        if head.softcapped:
+            logits = f.scale(tape, logits)
+            logits = f.tanh(tape, logits)
+            logits = f.scale(tape, logits)
+        return logits
+
+    def _cross_entropy(self, tape: Tape, logits: Tensor) -> Tensor:
+        logits = f.cast(tape, logits, FLOAT32)
+        if not self.shifts_logits:
+            return f.cross_entropy(tape, logits)
+        shifted = f.part_copied(tape, logits, times(PREDICTING, self.head.vocab_size))
+        return f.cross_entropy(tape, shifted)
+
+
+class TrlFusedLoss:
+    """TRL's `ChunkedLogProbFunction`: log-probabilities tile by tile, gradients in fp32."""
+
+    def __init__(self, head: Head, weight: Weight, shape: LossShape) -> None:
+        self.head, self.weight, self.shape = head, weight, shape
+
+    def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
+        predicting = f.part_copied(tape, hidden, times(PREDICTING, self.head.hidden_size))
+        del hidden
+        head, weight, shape = self.head, self.weight, self.shape
+        compute = tape.autocast or predicting.width
+        tape.count(times(PREDICTING, 2 * head.hidden_size * head.vocab_size))
+        self._fold(tape, shape, compute, _TILE_FORWARD_BYTES)
+        loss = tape.empty(PREDICTING, FLOAT32)
+        if not tape.differentiates(predicting, weight):
+            return loss
+        saved = tape.save(predicting, weight, tape.empty(PREDICTING, FLOAT32))
+        size = (predicting.elements, predicting.width)
+        weight_size = (weight.elements, weight.width) if weight.requires_grad else None
+        fold = self._fold
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            flops = times(PREDICTING, 2 * head.hidden_size * head.vocab_size)
+            tape.count(times(flops, 3 if weight_size else 2))
+            of_hidden = tape.empty(size[0], FLOAT32)
+            of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
+            fold(tape, shape, compute, _TILE_BACKWARD_BYTES)
+            grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
+            grads.append(f.cast(tape, of_weight, weight_size[1]) if weight_size else None)
+            return grads
+
+        tape.attach([loss], [predicting, weight], saved, backward)
+        return loss
+
+    def _fold(self, tape: Tape, shape: LossShape, compute: int, torch_bytes: int) -> None:
+        """The buffer for a tile of logits, as wide as a tile may be, and the copies that its
+        product reads; without Triton also what torch's operations make."""
+        tokens = constant(TILE_TOKENS) if shape.tile_is_full else PREDICTING
+        head, entries = self.head, min(self.head.vocab_size, TILE_VOCABULARY)
+        buffer = tape.empty(times(tokens, TILE_VOCABULARY), compute)
+        copies = []
+        if compute != self.weight.width:
+            copies.append(tape.empty(times(tokens, head.hidden_size), compute))
+            copies.append(
+                tape.empty(constant(entries * head.hidden_size), compute, "autocast_copies")
+            )
+        if not tape.on_cuda:
+            copies.append(tape.empty(times(tokens, entries), torch_bytes))
+        del buffer, copies
+
+
+class LigerLoss:
+    """Liger's fused linear cross-entropy: both gradients are computed in forward, a chunk of tokens
+    at a time (liger_kernel.ops.fused_linear_cross_entropy)."""
+
+    def __init__(self, head: Head, weight: Weight, shape: LossShape) -> None:
+        self.head, self.weight, self.shape = head, weight, shape
+
+    def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
+        shifted = f.part_copied(tape, hidden, times(PREDICTING, self.head.hidden_size))
+        del hidden
+        shifted = f.to_product(tape, shifted)
+        weight, head = self.weight, self.head
+        of_hidden = tape.like(shifted)
+        of_weight = tape.like(weight) if tape.differentiates(weight) else None
+        chunk = constant(self.shape.chunk_tokens)
+        tape.count(times(PREDICTING, (6 if of_weight else 4) * head.hidden_size * head.vocab_size))
+        self._work(tape, chunk, shifted.width, of_weight is not None)
+        loss = tape.empty(PREDICTING, FLOAT32)
+        if tape.differentiates(shifted, weight):
+            saved = tape.save(of_hidden, *([of_weight] if of_weight else []))
+
+            def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+                return [saved[0], saved[1] if len(saved) > 1 else None]
+
+            tape.attach([loss], [shifted, weight], saved, backward)
+        return loss
+
+    def _work(self, tape: Tape, chunk: Form, width: int, trains_weight: bool) -> None:
+        """A chunk of logits, then its part of the gradients."""
+        head = self.head
+        logits = tape.empty(times(chunk, head.vocab_size), width)
+        hidden = tape.empty(times(chunk, head.hidden_size), width)
+        del hidden
+        if trains_weight:
+            copies = tape.empty(times(chunk, head.vocab_size), width)
+            del copies
+        del logits

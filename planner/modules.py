@@ -1,0 +1,490 @@
+"""A model's modules on a tape, each as its modelling code reads (transformers 5, PEFT 0.21,
+bitsandbytes 0.50).
+
+Local variables live here as long as they do there: that is what memory is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ftplan.planner import functions as f
+from ftplan.planner.attention import AttentionKernel
+from ftplan.planner.model_spec import Attention, FeedForward, Layer, Linear, Norm
+from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant, per_token, scaled, times
+
+FLOAT32 = f.FLOAT32
+QUANT_BLOCK_SIZE = 64
+Module = Callable[[Tape, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """How weights are held and what computes.
+
+    `weights`, `norms`, `adapters`: bytes a parameter. `residual`: of the hidden state. `compute`: what 4-bit
+    bases compute in when fed with fp16. `quantization`: how linear modules are held. `trains_own`: the layer's own parameters
+    are trained. `adapted`: which linear modules carry an adapter. `rank`, `dropout`: of adapters.
+    `fused_kernels`: norms, rotary embeddings and dropout of a quantized base's adapters are
+    fms-acceleration's. `repeats_key_value`: grouped heads are repeated before the kernel.
+    """
+
+    weights: int
+    residual: int
+    norms: int
+    adapters: int
+    compute: int
+    quantization: str = "none"
+    double_quant: bool = False
+    is_fp16: bool = False
+    trains_own: bool = False
+    adapted: frozenset[str] = frozenset()
+    rank: int = 0
+    dropout: float = 0.0
+    attn_implementation: str = "sdpa"
+    fused_kernels: bool = False
+    repeats_key_value: bool = False
+
+
+class PlainLinear:
+    """torch.nn.Linear."""
+
+    def __init__(self, linear: Linear, width: int, *, trained: bool) -> None:
+        self.linear = linear
+        self.weight = Weight(linear.num_weights, width, trained=trained)
+        self.bias = Weight(linear.out_features, width, trained=trained) if linear.bias else None
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        x = f.to_product(tape, x)
+        weight = tape.cast_weight(self.weight)
+        bias = None if self.bias is None else tape.cast_weight(self.bias)
+        linear = self.linear
+        return f.product(tape, x, weight, linear.in_features, linear.out_features, bias)
+
+
+class Linear4bit:
+    """bitsandbytes.nn.Linear4bit: the weight is dequantized for each product, and again for the
+    gradient of the input.
+
+    The first input's dtype is computed in, unless it is fp16: then the dtype asked for.
+    """
+
+    def __init__(self, linear: Linear, numerics: Numerics) -> None:
+        self.linear, self.compute, self.width = linear, numerics.compute, numerics.weights
+        self.scales = -(-linear.num_weights // QUANT_BLOCK_SIZE) if numerics.double_quant else 0
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        compute = self.compute if tape.is_fp16 and before == 2 else before
+        return f.cast(tape, self._multiply(tape, f.cast(tape, x, compute)), before)
+
+    def _multiply(self, tape: Tape, x: Tensor) -> Tensor:
+        linear = self.linear
+        tape.read(x)
+        dense = self._dequantize(tape, x.width)
+        result = tape.empty(scaled(x.elements, linear.out_features, linear.in_features), x.width)
+        flops = times(x.elements, 2 * linear.out_features)
+        tape.count(flops)
+        del dense
+        if tape.differentiates(x):
+            dequantize, elements, width = self._dequantize, x.elements, self.width
+
+            def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+                tape.count(flops)
+                incoming = gradients[0]
+                assert incoming is not None
+                dense = f.cast(tape, dequantize(tape, width), incoming.width)
+                gradient = tape.empty(elements, incoming.width)
+                del dense
+                return [gradient]
+
+            tape.attach([result], [x], [], backward)
+        return result
+
+    def _dequantize(self, tape: Tape, width: int) -> Tensor:
+        """The dense weight. Double quantization dequantizes the scales first, and adds an offset
+        to them in a new tensor."""
+        scales = tape.empty(constant(self.scales), FLOAT32)
+        shifted = tape.empty(constant(self.scales), FLOAT32)
+        del scales
+        dense = tape.empty(constant(self.linear.num_weights), width)
+        del shifted
+        return dense
+
+
+class Linear8bit:
+    """bitsandbytes.nn.Linear8bitLt, LLM.int8 with a threshold (arXiv 2208.07339)."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.linear = linear
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        linear = self.linear
+        vectors = scaled(x.elements, 1, linear.in_features)
+        outputs = scaled(x.elements, linear.out_features, linear.in_features)
+        flops = times(x.elements, 2 * linear.out_features)
+        tape.count(flops)
+        codes, scales = self._quantize(tape, x, vectors)
+        result = self._multiply(tape, outputs, x.width, tape.is_fp16)
+        del codes, scales
+        if tape.differentiates(x):
+            size, width, num_weights = (x.elements, x.width), x.width, linear.num_weights
+
+            def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+                tape.count(flops)
+                dense = tape.empty(constant(num_weights), width)
+                gradient = tape.empty(*size)
+                del dense
+                return [gradient]
+
+            tape.attach([result], [x], tape.save(x), backward)
+        return result
+
+    @staticmethod
+    def _quantize(tape: Tape, x: Tensor, vectors: Form) -> tuple[Tensor, Tensor]:
+        half = x if tape.is_fp16 and x.width == 2 else tape.like(x, 2)
+        scales = tape.empty(vectors, FLOAT32)
+        codes = tape.like(x, 1)
+        sizes = tape.like(half)
+        outliers = tape.like(x, 1)
+        del sizes, outliers
+        return codes, scales
+
+    @staticmethod
+    def _multiply(tape: Tape, outputs: Form, width: int, is_fp16: bool) -> Tensor:
+        product = tape.empty(outputs, 4)
+        result = tape.empty(outputs, 2)
+        del product
+        return result if width == 2 and is_fp16 else tape.empty(outputs, width)
+
+
+class LoraLinear:
+    """PEFT's LoRA around a linear module (peft.tuners.lora.layer and .bnb)."""
+
+    def __init__(self, linear: Linear, numerics: Numerics) -> None:
+        self.base = base_linear(linear, numerics)
+        rank, width = numerics.rank, numerics.adapters
+        down = Linear(name="lora_A", in_features=linear.in_features, out_features=rank)
+        up = Linear(name="lora_B", in_features=rank, out_features=linear.out_features)
+        self.lora_a = PlainLinear(down, width, trained=True)
+        self.lora_b = PlainLinear(up, width, trained=True)
+        self.width, self.dropout = width, numerics.dropout
+        self.quantization = numerics.quantization
+        self.fused_dropout = numerics.fused_kernels and numerics.quantization != "none"
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        if self.quantization == "none":
+            return self._on_plain(tape, x)
+        return self._on_quantized(tape, x)
+
+    def _on_plain(self, tape: Tape, x: Tensor) -> Tensor:
+        result = self.base(tape, x)
+        before = result.width
+        x = f.cast(tape, x, self.width)
+        result = f.add(tape, result, self._change(tape, x))
+        return f.cast(tape, result, before)
+
+    def _on_quantized(self, tape: Tape, x: Tensor) -> Tensor:
+        result = self.base(tape, x)
+        if self.quantization != "int8":
+            result = f.clone(tape, result)
+        before = result.width
+        if tape.autocast is None:
+            x = f.cast(tape, x, self.width)
+        output = self._change(tape, x)
+        if tape.autocast is None:
+            output = f.cast(tape, output, before)
+        return f.add(tape, result, output)
+
+    def _change(self, tape: Tape, x: Tensor) -> Tensor:
+        if self.fused_dropout and self.dropout:
+            dropped = f.fused_dropout(tape, x)
+        else:
+            dropped = f.dropout(tape, x, self.dropout)
+        middle = self.lora_a(tape, dropped)
+        del dropped
+        change = self.lora_b(tape, middle)
+        del middle
+        return f.scale(tape, change)
+
+
+def base_linear(linear: Linear, numerics: Numerics) -> Module:
+    """The linear module as it is held, without an adapter."""
+    if numerics.quantization in ("nf4", "fp4"):
+        return Linear4bit(linear, numerics)
+    if numerics.quantization == "int8":
+        return Linear8bit(linear)
+    return PlainLinear(linear, numerics.weights, trained=numerics.trains_own)
+
+
+def linear_module(linear: Linear, numerics: Numerics) -> Module:
+    if linear.name in numerics.adapted:
+        return LoraLinear(linear, numerics)
+    return base_linear(linear, numerics)
+
+
+class RmsNorm:
+    """Root-mean-square norm, worked in fp32 (LlamaRMSNorm; Gemma's multiplies in fp32 too)."""
+
+    def __init__(self, norm: Norm, numerics: Numerics) -> None:
+        self.norm = norm
+        self.weight = Weight(norm.width, numerics.norms, trained=numerics.trains_own)
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        hidden = f.cast(tape, x, FLOAT32)
+        root = f.reciprocal_root(tape, f.mean_of_squares(tape, hidden, self.norm.width))
+        hidden = f.multiply(tape, hidden, root)
+        del root
+        if not self.norm.scaled:
+            return f.cast(tape, hidden, before)
+        if self.norm.scales_in_float32:
+            weight = f.cast(tape, self.weight, FLOAT32)
+            if self.norm.offset:
+                weight = f.scale(tape, weight)
+            return f.cast(tape, f.multiply(tape, hidden, weight), before)
+        return f.multiply(tape, self.weight, f.cast(tape, hidden, before))
+
+
+class LayerNorm:
+    """torch.nn.LayerNorm, in fp32 under CUDA's autocast."""
+
+    def __init__(self, norm: Norm, numerics: Numerics) -> None:
+        self.norm = norm
+        trained = numerics.trains_own
+        self.weight = Weight(norm.width, numerics.norms, trained=trained)
+        self.bias = Weight(norm.width, numerics.norms, trained=trained)
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        return f.layer_norm(tape, x, self.norm.width, self.weight, self.bias)
+
+
+class FusedRmsNorm:
+    """Unsloth's (kernels/unsloth/rms_layernorm.py): keeps its input and a number a row, overwrites
+    the gradient that comes in, and trains no weight."""
+
+    def __init__(self, norm: Norm) -> None:
+        self.width = norm.width
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        return f.in_place_norm(tape, x, self.width)
+
+
+def norm_module(norm: Norm, numerics: Numerics) -> Module:
+    if norm.kind == "rms" and numerics.fused_kernels:
+        return FusedRmsNorm(norm)
+    return RmsNorm(norm, numerics) if norm.kind == "rms" else LayerNorm(norm, numerics)
+
+
+class SelfAttention:
+    """Projections, rotation, the kernel, and the output projection."""
+
+    def __init__(self, attention: Attention, numerics: Numerics) -> None:
+        self.attention = attention
+        self.inputs = [linear_module(linear, numerics) for linear in attention.inputs]
+        self.output = linear_module(attention.output, numerics)
+        norms = (attention.query_norm, attention.key_norm)
+        self.query_norm, self.key_norm = (norm_module(n, numerics) if n else None for n in norms)
+        self.kernel = AttentionKernel(
+            attention, numerics.attn_implementation, numerics.repeats_key_value
+        )
+        self.turns_in_place = numerics.fused_kernels
+        # Rotary tables are of the hidden state's width.
+        self.table_width = numerics.residual
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        query, key, value = self._project(tape, x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query = self.query_norm(tape, query)
+            key = self.key_norm(tape, key)
+        if self.attention.rotary_dim and not self.turns_in_place:
+            query, key = self._rotate_both(tape, query, key)
+        result = self.kernel(tape, query, key, value)
+        return self.output(tape, result)
+
+    def _project(self, tape: Tape, x: Tensor) -> list[Tensor]:
+        if not self.attention.is_fused:
+            return [module(tape, x) for module in self.inputs]
+        whole = self.inputs[0](tape, x)
+        a = self.attention
+        widths = (a.query_width, a.key_width, a.value_width)
+        return f.split(tape, whole, [per_token(width) for width in widths])
+
+    def _rotate_both(self, tape: Tape, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rotate(tape, query), self._rotate(tape, key)
+
+    def _rotate(self, tape: Tape, x: Tensor) -> Tensor:
+        """The first `rotary_dim` values of each head; the rest is joined on."""
+        head_dim, rotary_dim = self.attention.head_dim, self.attention.rotary_dim
+        if rotary_dim == head_dim and not self.attention.rotary_concatenates:
+            return self._turn(tape, x)
+        turned = scaled(x.elements, rotary_dim, head_dim)
+        rest = scaled(x.elements, head_dim - rotary_dim, head_dim)
+        parts = [self._turn(tape, f.part(tape, x, turned)), f.part(tape, x, rest)]
+        return f.join(tape, parts)
+
+    def _turn(self, tape: Tape, x: Tensor) -> Tensor:
+        """x cos + rotate_half(x) sin (transformers' `apply_rotary_pos_emb`)."""
+        straight = f.times_table(tape, x, self.table_width)
+        half = scaled(x.elements, 1, 2)
+        parts = [f.scale(tape, f.part(tape, x, half)), f.part(tape, x, half)]
+        crossed = f.times_table(tape, f.join(tape, parts), self.table_width)
+        return f.add(tape, straight, crossed)
+
+
+class Mlp:
+    """A gated or plain feed-forward block."""
+
+    def __init__(self, block: FeedForward, numerics: Numerics) -> None:
+        self.block = block
+        self.inputs = [linear_module(linear, numerics) for linear in block.inputs]
+        self.output = linear_module(block.output, numerics)
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        return self.output(tape, self._activated(tape, x))
+
+    def _activated(self, tape: Tape, x: Tensor) -> Tensor:
+        name = self.block.activation
+        if not self.block.gated:
+            return f.activate(tape, self.inputs[0](tape, x), name)
+        if len(self.inputs) == 1:
+            return self._gate_both(tape, self.inputs[0](tape, x))
+        gate, up = self.inputs
+        return f.multiply(tape, f.activate(tape, gate(tape, x), name), up(tape, x))
+
+    def _gate_both(self, tape: Tape, both: Tensor) -> Tensor:
+        """Gate and the other operand are views of one product's result (Phi 3)."""
+        half = scaled(both.elements, 1, 2)
+        gate, up = f.split(tape, both, [half, half])
+        return f.multiply(tape, up, f.activate(tape, gate, self.block.activation))
+
+
+class MixtureOfExperts:
+    """Router, stacked experts by grouped products, and shared experts beside them
+    (transformers.integrations.moe, `grouped_mm_experts_forward`).
+
+    Autocast leaves grouped products alone: they compute in the dtype of the weights.
+    """
+
+    def __init__(self, block: FeedForward, numerics: Numerics) -> None:
+        assert block.experts is not None
+        self.block, self.experts = block, block.experts
+        self.width, trained = numerics.weights, numerics.trains_own
+        router = self.experts.router
+        if self.experts.router_is_linear:
+            self.router = linear_module(router, numerics)
+        else:
+            self.router = PlainLinear(router, numerics.weights, trained=trained)
+        num_experts = self.experts.num_experts
+        self.weights = [
+            Weight(num_experts * linear.num_weights, self.width, trained=trained)
+            for linear in block.matrices
+        ]
+        self.biases = [
+            Weight(num_experts * linear.out_features, self.width, trained=trained)
+            if linear.bias
+            else None
+            for linear in block.matrices
+        ]
+        self.shared = Mlp(self.experts.shared, numerics) if self.experts.shared else None
+        gate = self.experts.shared_gate
+        self.shared_gate = linear_module(gate, numerics) if gate else None
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        scores = self._route(tape, x)
+        mixed = self._mix(tape, x, scores)
+        if self.shared is None:
+            return mixed
+        beside = self.shared(tape, x)
+        if self.shared_gate is not None:
+            open_ = f.activate(tape, self.shared_gate(tape, x), "sigmoid")
+            beside = f.multiply(tape, open_, beside)
+        return f.add(tape, mixed, beside)
+
+    def _route(self, tape: Tape, x: Tensor) -> Tensor:
+        """A weight for each expert that a token goes to."""
+        logits = self.router(tape, x)
+        probabilities = f.softmax_in_float32(tape, logits)
+        chosen = f.part_copied(tape, probabilities, per_token(self.block.active_copies))
+        return f.cast(tape, chosen, logits.width)
+
+    def _mix(self, tape: Tape, x: Tensor, scores: Tensor) -> Tensor:
+        copies, hidden_size = self.block.active_copies, self.block.output.out_features
+        selected = f.part_copied(tape, x, per_token(copies * hidden_size))
+        sorted_scores = f.part_copied(tape, scores, scores.elements)
+        products = list(zip(self.block.matrices, self.weights, self.biases, strict=True))
+        hidden = self._product(tape, selected, *products[0])
+        hidden = self._gate(tape, hidden)
+        hidden = self._product(tape, hidden, *products[-1])
+        weighted = f.multiply(tape, hidden, sorted_scores)
+        del hidden
+        restored = f.part_copied(tape, weighted, weighted.elements)
+        summed = f.sum_groups(tape, restored, per_token(hidden_size))
+        return f.cast(tape, summed, x.width)
+
+    def _product(
+        self, tape: Tape, x: Tensor, linear: Linear, weight: Weight, bias: Weight | None
+    ) -> Tensor:
+        x = f.cast(tape, x, self.width)
+        return f.product(tape, x, weight, linear.in_features, linear.out_features, bias)
+
+    def _gate(self, tape: Tape, both: Tensor) -> Tensor:
+        half = scaled(both.elements, 1, 2)
+        gate, up = f.split(tape, both, [half, half])
+        return f.multiply(tape, f.activate(tape, gate, self.block.activation), up)
+
+
+def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
+    return MixtureOfExperts(block, numerics) if block.experts else Mlp(block, numerics)
+
+
+class DecoderLayer:
+    """One layer, built once and run as often as it is computed."""
+
+    def __init__(self, layer: Layer, numerics: Numerics) -> None:
+        self.layer = layer
+        self.attention = SelfAttention(layer.attention, numerics)
+        self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
+        places = (
+            layer.attention_norm,
+            layer.post_attention_norm,
+            layer.feed_forward_norm,
+            layer.post_feed_forward_norm,
+        )
+        self.norms = [norm_module(norm, numerics) if norm else None for norm in places]
+
+    def __call__(self, tape: Tape, hidden: Tensor) -> Tensor:
+        if self.layer.parallel:
+            return self._in_parallel(tape, hidden)
+        before, behind, before_second, behind_second = self.norms
+        hidden = self._block(tape, hidden, before, self.attention, behind)
+        return self._block(tape, hidden, before_second, self.feed_forward, behind_second)
+
+    def _block(
+        self,
+        tape: Tape,
+        hidden: Tensor,
+        before: Module | None,
+        block: Module,
+        behind: Module | None,
+    ) -> Tensor:
+        residual = hidden
+        if before is not None:
+            hidden = before(tape, hidden)
+        hidden = block(tape, hidden)
+        if behind is not None:
+            hidden = behind(tape, hidden)
+        if self.layer.scales_residual:
+            hidden = f.scale(tape, hidden)
+        return f.add(tape, residual, hidden)
+
+    def _in_parallel(self, tape: Tape, hidden: Tensor) -> Tensor:
+        residual = hidden
+        before, _, before_second, _ = self.norms
+        normalized = before(tape, hidden) if before else hidden
+        attended = self.attention(tape, normalized)
+        if before_second is not None:
+            normalized = before_second(tape, hidden)
+        fed = self.feed_forward(tape, normalized)
+        return f.add(tape, f.add(tape, attended, fed), residual)

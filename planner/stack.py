@@ -1,0 +1,64 @@
+"""What a training stack does beyond the settings of a plan, and what a GPU generation does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftplan.planner.units import KIB, MIB
+
+# From this release on transformers shifts labels; before it shifted logits, which copies them
+# (https://github.com/huggingface/transformers/pull/35646).
+_SHIFTS_LABELS_SINCE = (4, 50)
+
+# From this release on models share their attention functions; before, these (of those without
+# experts) had a class of their own for FlashAttention-2 that called `repeat_kv` first, unlike
+# Llama's (`*FlashAttention2` in models/*/modeling_*.py of transformers 4.45.2).
+_ATTENTION_SHARED_SINCE = (4, 48)
+_REPEAT_FOR_FLASH = ("mistral", "phi3", "qwen2", "starcoder2")
+
+# Of a GPU that is not named: Ampere and later have the kernels that matter.
+DEFAULT_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stack:
+    """Traits of a training stack; the defaults are those of what ftplan launches.
+
+    `kbit_prepare`: PEFT's `prepare_model_for_kbit_training` is called; `casts_back`: TRL 0.x turns
+    embeddings, head and adapters to bf16 after it. `repeats_key_value`: grouped heads are repeated
+    before the attention kernel. `transformers_version`: the release whose stock loss is meant; None
+    for the installed one. `fused_kernels`: norms and rotary embeddings are fms-acceleration's.
+    `fsdp_version`: of fully sharded data parallelism. `padded`: some rows are shorter than the
+    longest, so that attention is masked.
+    """
+
+    kbit_prepare: bool = False
+    casts_back: bool = False
+    repeats_key_value: bool = False
+    transformers_version: tuple[int, ...] | None = None
+    fused_kernels: bool = False
+    fsdp_version: int = 2
+    padded: bool = False
+
+    @property
+    def shifts_logits(self) -> bool:
+        """Whether the stock loss shifts logits; the installed release's does not."""
+        version = self.transformers_version
+        return version is not None and version < _SHIFTS_LABELS_SINCE
+
+    def repeats_heads(self, model_type: str, attn_implementation: str) -> bool:
+        """Whether grouped heads are repeated before the attention kernel."""
+        version = self.transformers_version
+        old = version is not None and version < _ATTENTION_SHARED_SINCE
+        flash = attn_implementation == "flash_attention_2"
+        return self.repeats_key_value or (old and flash and model_type in _REPEAT_FOR_FLASH)
+
+
+# What ftplan launches.
+OWN_STACK = Stack()
+
+
+def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
+    """What cuBLAS takes from the allocator, once a thread (ATen/cuda/CublasHandlePool.cpp):
+    two buffers of 4 MiB and eight of 16 KiB; 32 MiB from Hopper on."""
+    return 32 * MIB if capability >= (9, 0) else 2 * 4 * MIB + 8 * 16 * KIB

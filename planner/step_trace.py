@@ -1,0 +1,350 @@
+"""One training step on a tape: embeddings, layers, loss, and back.
+
+Each kind of layer runs once, by itself; what a whole model holds follows by addition. Layer `i`
+runs above what the layers before it have kept, and its backward besides above the gradients that
+later layers have left. Both grow evenly with the layers, so the highest moments of a kind of layer
+are those of its first and last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ftplan.planner import functions as f
+from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
+from ftplan.planner.model_spec import Layer, ModelSpec
+from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
+from ftplan.planner.tape import (
+    ZERO,
+    Form,
+    Moment,
+    Tape,
+    Tensor,
+    Weight,
+    add_forms,
+    covers,
+    per_position,
+    per_token,
+    subtract_forms,
+)
+
+Parts = dict[str, Form]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """All that a step's trace depends on beside the model: a trace serves every plan that agrees
+    in these.
+
+    `numerics`: of frozen layers; trained ones differ in `trains_own`. `trained_layers`: from the
+    last. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
+    for it). `embedding_width`, `head_width`: bytes a parameter.
+    """
+
+    numerics: Numerics
+    trained_layers: int
+    trains_embeddings: bool
+    trains_head: bool
+    input_learns: bool
+    autocast: int | None
+    is_fp16: bool
+    on_cuda: bool
+    capability: tuple[int, int]
+    gradient_checkpointing: bool
+    use_reentrant: bool
+    accumulates: bool
+    loss: str
+    loss_shape: LossShape
+    shifts_logits: bool
+    holds_logits: bool
+    returns_fp32: bool
+    embedding_width: int
+    head_width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A part of the step by itself: an embedding, a layer, or the loss.
+
+    Moments are of all that it holds, its input and the gradient that comes back to it included.
+    `result_width`: bytes an element of what it hands on.
+    `kept_forward`: what it leaves behind until forward ends, its result not counted;
+    `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
+    """
+
+    forward: tuple[Moment, ...]
+    backward: tuple[Moment, ...]
+    result_width: int
+    kept_forward: Parts
+    kept: Parts
+    left: Parts
+    forward_flops: Form
+    backward_flops: Form
+    forward_moved: Form
+    backward_moved: Form
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTrace:
+    """The highest moments of each phase, without what is there all the time (weights, states).
+
+    FLOPs, and bytes read and written besides parameters and outside of the loss, of one
+    micro-batch. Backward's hold what is computed again.
+    """
+
+    phases: Mapping[str, tuple[Moment, ...]]
+    after_backward: Parts
+    forward_flops: Form
+    backward_flops: Form
+    forward_moved: Form
+    backward_moved: Form
+
+
+def trace_step(model: ModelSpec, settings: StepSettings) -> StepTrace:
+    return _StepTracer(model, settings).trace()
+
+
+@dataclass
+class _StepTracer:
+    model: ModelSpec
+    settings: StepSettings
+    phases: dict[str, list[Moment]] = field(default_factory=dict)
+
+    def trace(self) -> StepTrace:
+        segments, labels = self._segments()
+        forward_base = self._inputs()
+        base = dict(forward_base)
+        places = _extremes(labels)
+        bases = []
+        for index, segment in enumerate(segments):
+            if index in places:
+                phase = "loss" if index == len(segments) - 1 else "forward"
+                self._add(phase, segment.forward, forward_base)
+            bases.append(base)
+            base = _sum(base, segment.kept)
+            forward_base = _sum(forward_base, segment.kept_forward)
+        left: Parts = {}
+        for index in reversed(range(len(segments))):
+            segment = segments[index]
+            if index in places and segment.backward:
+                phase = "loss" if index == len(segments) - 1 else "backward"
+                self._add(phase, segment.backward, _sum(bases[index], left))
+            left = _sum(left, segment.left)
+        return StepTrace(
+            phases={name: tuple(moments) for name, moments in self.phases.items()},
+            after_backward=_sum(self._inputs(), left),
+            forward_flops=_added(segment.forward_flops for segment in segments),
+            backward_flops=_added(segment.backward_flops for segment in segments),
+            forward_moved=_added(segment.forward_moved for segment in segments[:-1]),
+            backward_moved=_added(segment.backward_moved for segment in segments[:-1]),
+        )
+
+    def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
+        """Keep moments above `base`, of those that another covers none."""
+        highest = self.phases.setdefault(phase, [])
+        for moment in moments:
+            parts = _sum(base, moment.components)
+            total = _total(parts)
+            if any(covers(other.total, total) for other in highest):
+                continue
+            highest[:] = [other for other in highest if not covers(total, other.total)]
+            highest.append(Moment(total, parts))
+
+    def _segments(self) -> tuple[list[Segment], list[object]]:
+        """The segments in forward order, and of what kind each is."""
+        settings, model = self.settings, self.model
+        segments, labels = [self._embedding()], ["embedding"]
+        known: dict[tuple[int, bool, bool, int], Segment] = {}
+        first_trained = model.num_hidden_layers - settings.trained_layers
+        learns = settings.input_learns
+        found: list[object] = list(labels)
+        for place, layer in enumerate(model.layers):
+            trained = place >= first_trained
+            width = segments[-1].result_width
+            key = (id(layer), trained, learns, width)
+            if key not in known:
+                known[key] = self._layer(layer, trained, learns, width)
+            segments.append(known[key])
+            found.append(key)
+            learns = learns or trained or bool(settings.numerics.adapted)
+        segments.append(self._loss(learns, segments[-1].result_width))
+        found.append("loss")
+        return segments, found
+
+    def _tape(self) -> Tape:
+        s = self.settings
+        return Tape(
+            autocast=s.autocast,
+            on_cuda=s.on_cuda,
+            capability=s.capability,
+            is_fp16=s.is_fp16,
+            accumulates=s.accumulates,
+        )
+
+    def _inputs(self) -> Parts:
+        """Token numbers, labels and mask, 8 bytes each; rotary cosines and sines."""
+        parts = {"temporaries": per_token(3 * 8)}
+        rotary = max(layer.attention.rotary_dim for layer in self.model.layer_counts)
+        if rotary:
+            tables = per_position(2 * rotary * self.settings.embedding_width + 8)
+            parts["temporaries"] = add_forms(parts["temporaries"], tables)
+        return parts
+
+    def _embedding(self) -> Segment:
+        model, settings = self.model, self.settings
+        weight = Weight(
+            model.embedding_parameters,
+            settings.embedding_width,
+            trained=settings.trains_embeddings,
+        )
+        norm = (
+            norm_module(model.embedding_norm, settings.numerics) if model.embedding_norm else None
+        )
+
+        def forward(tape: Tape, given: list[Tensor]) -> Tensor:
+            hidden = f.look_up(tape, weight, per_token(model.hidden_size))
+            if settings.input_learns and not hidden.requires_grad:
+                tape.leaf(hidden)
+            if model.scales_embeddings:
+                hidden = f.scale(tape, hidden)
+            return hidden if norm is None else norm(tape, hidden)
+
+        return self._segment(forward, None, learns=settings.trains_embeddings)
+
+    def _layer(self, layer: Layer, trained: bool, learns: bool, width: int) -> Segment:
+        settings = self.settings
+        numerics = dataclasses.replace(settings.numerics, trains_own=trained)
+        module = DecoderLayer(layer, numerics)
+
+        def forward(tape: Tape, given: list[Tensor]) -> Tensor:
+            if not settings.gradient_checkpointing:
+                return module(tape, given[0])
+
+            def call(hidden: Tensor) -> Tensor:
+                return module(tape, hidden)
+
+            run = tape.checkpoint_reentrant if settings.use_reentrant else tape.checkpoint
+            return run(call, given)
+
+        return self._segment(forward, (per_token(self.model.hidden_size), width), learns=learns)
+
+    def _loss(self, learns: bool, width: int) -> Segment:
+        model, settings = self.model, self.settings
+        numerics = dataclasses.replace(settings.numerics, trains_own=settings.trains_head)
+        norm = norm_module(model.final_norm, numerics) if model.final_norm else None
+        weight = Weight(
+            model.embedding_parameters, settings.head_width, trained=settings.trains_head
+        )
+        head = Head(
+            vocab_size=model.vocab_size,
+            hidden_size=model.embedding_width or model.hidden_size,
+            softcapped=model.final_logit_softcapping,
+            scaled=model.scales_logits,
+        )
+        loss = self._loss_module(head, weight)
+
+        def forward(tape: Tape, given: list[Tensor]) -> Tensor:
+            hidden = norm(tape, given[0]) if norm is not None else given[0]
+            given.clear()
+            tape.component = "logits_and_loss"
+            result = loss(tape, hidden, self.held)
+            if not settings.holds_logits:
+                self.held.clear()
+            return result
+
+        self.held: list[Tensor] = []
+        return self._segment(forward, (per_token(model.hidden_size), width), learns=learns)
+
+    def _loss_module(self, head: Head, weight: Weight) -> Callable[..., Tensor]:
+        settings = self.settings
+        if settings.loss == "liger":
+            return LigerLoss(head, weight, settings.loss_shape)
+        if settings.loss == "trl-fused":
+            return TrlFusedLoss(head, weight, settings.loss_shape)
+        return StockLoss(
+            head,
+            weight,
+            None,
+            shifts_logits=settings.shifts_logits,
+            returns_fp32=settings.returns_fp32,
+        )
+
+    def _segment(
+        self,
+        forward: Callable[[Tape, list[Tensor]], Tensor],
+        input_size: tuple[Form, int] | None,
+        *,
+        learns: bool,
+    ) -> Segment:
+        tape = self._tape()
+        given: list[Tensor] = []
+        gradient: list[Tensor | None] = []
+        if input_size is not None:
+            given = [tape.empty(*input_size)]
+            if learns:
+                gradient = tape.leaf(given[0])
+        result = forward(tape, given)
+        given.clear()
+        result_width = result.width
+        forward_moments = tape.moments()
+        forward_flops, forward_moved = tape.flops, tape.moved
+        kept_forward = _without(tape.state(), result)
+        tape.end_autocast()
+        kept = _without(tape.state(), result)
+        backward_moments: tuple[Moment, ...] = ()
+        if result.requires_grad:
+            incoming: list[Tensor | None] = [tape.like(result)]
+            roots = [result]
+            del result
+            tape.backward(roots, incoming)
+            backward_moments = tape.moments()
+        gradient.clear()
+        return Segment(
+            forward=forward_moments,
+            backward=backward_moments,
+            result_width=result_width,
+            kept_forward=kept_forward,
+            kept=kept,
+            left=tape.state() if backward_moments else {},
+            forward_flops=forward_flops,
+            backward_flops=subtract_forms(tape.flops, forward_flops),
+            forward_moved=forward_moved,
+            backward_moved=subtract_forms(tape.moved, forward_moved),
+        )
+
+
+def _extremes(labels: list[object]) -> set[int]:
+    """First and last place of each kind."""
+    first: dict[object, int] = {}
+    last: dict[object, int] = {}
+    for place, label in enumerate(labels):
+        first.setdefault(label, place)
+        last[label] = place
+    return {*first.values(), *last.values()}
+
+
+def _without(state: Parts, result: Tensor) -> Parts:
+    storage = result.storage
+    assert storage is not None
+    rest = subtract_forms(state[storage.component], storage.size)
+    return {**state, storage.component: rest}
+
+
+def _sum(left: Parts, right: Parts) -> Parts:
+    result = dict(left)
+    for name, form in right.items():
+        result[name] = add_forms(result[name], form) if name in result else form
+    return result
+
+
+def _total(parts: Parts) -> Form:
+    return _added(parts.values())
+
+
+def _added(forms: Iterable[Form]) -> Form:
+    total = ZERO
+    for form in forms:
+        total = add_forms(total, form)
+    return total

@@ -1,0 +1,534 @@
+"""Training on tensors that have a size and nothing else.
+
+A model's forward pass is written down once, with the operations of `functions.py`, as its
+modelling code reads. Running it here tells what torch would hold: an operation's result lives as
+long as something refers to it, what autograd saves is referred to by a node, and `backward` walks
+the nodes as torch's engine does. Sizes are linear in the micro-batch (`Form`), so one run holds
+for every batch and length.
+
+Sources: torch/csrc/autograd/engine.cpp and input_buffer.cpp (order of nodes, sums in place),
+torch/utils/checkpoint.py (what is computed again, and where it stops), ATen/autocast_mode.cpp
+(which copies are cached).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+# A number of bytes or elements: coefficients of 1, rows, row length, tokens, and tokens times row
+# length, where tokens = rows x length.
+Form = tuple[int, int, int, int, int]
+Number = TypeVar("Number", int, float)
+ZERO: Form = (0, 0, 0, 0, 0)
+
+
+def constant(number: int) -> Form:
+    return (number, 0, 0, 0, 0)
+
+
+def per_row(number: int) -> Form:
+    return (0, number, 0, 0, 0)
+
+
+def per_position(number: int) -> Form:
+    """So many for each place in a row, whatever the number of rows."""
+    return (0, 0, number, 0, 0)
+
+
+def per_token(number: int) -> Form:
+    return (0, 0, 0, number, 0)
+
+
+def per_pair(number: int) -> Form:
+    """So many for each token and each token of its row."""
+    return (0, 0, 0, 0, number)
+
+
+def add_forms(left: Sequence[int], right: Sequence[int]) -> Form:
+    a, b, c, d, e = left
+    f, g, h, i, j = right
+    return (a + f, b + g, c + h, d + i, e + j)
+
+
+def subtract_forms(left: Sequence[int], right: Sequence[int]) -> Form:
+    a, b, c, d, e = left
+    f, g, h, i, j = right
+    return (a - f, b - g, c - h, d - i, e - j)
+
+
+def times(form: Sequence[int], factor: int) -> Form:
+    a, b, c, d, e = form
+    return (a * factor, b * factor, c * factor, d * factor, e * factor)
+
+
+def scaled(form: Form, numerator: int, denominator: int) -> Form:
+    """A form whose every part divides evenly, such as the elements of one more product."""
+    a, b, c, d, e = form
+    return (
+        a * numerator // denominator,
+        b * numerator // denominator,
+        c * numerator // denominator,
+        d * numerator // denominator,
+        e * numerator // denominator,
+    )
+
+
+def value(form: Sequence[int], rows: Number, length: Number) -> Number:
+    a, b, c, d, e = form
+    return a + b * rows + length * (c + rows * (d + e * length))
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is alive at one moment, by component, beyond what was when the trace began."""
+
+    total: Form
+    components: dict[str, Form]
+
+
+class Storage:
+    """Memory of one or several tensors; it is given back when the last of them goes."""
+
+    __slots__ = ("component", "size", "tape")
+
+    def __init__(self, tape: Tape, size: Form, component: str) -> None:
+        self.tape, self.size, self.component = tape, size, component
+        tape.born(self)
+
+    def __del__(self) -> None:
+        self.tape.died(self)
+
+
+class Tensor:
+    """`elements` of `width` bytes each in a storage, or a view of some of one.
+
+    `node` made it, as its result number `index`; none made a leaf.
+    """
+
+    __slots__ = ("elements", "index", "node", "requires_grad", "storage", "width")
+
+    def __init__(self, storage: Storage | None, elements: Form, width: int) -> None:
+        self.storage, self.elements, self.width = storage, elements, width
+        self.node: Node | None = None
+        self.index = 0
+        self.requires_grad = False
+
+    @property
+    def num_bytes(self) -> Form:
+        return times(self.elements, self.width)
+
+
+class Weight(Tensor):
+    """A parameter. Its own memory is counted elsewhere; its gradient's and its copies' here."""
+
+    __slots__ = ("gradient",)
+
+    def __init__(self, num_elements: int, width: int, *, trained: bool) -> None:
+        super().__init__(None, constant(num_elements), width)
+        self.requires_grad = trained
+        self.gradient: Tensor | None = None
+
+
+Backward = Callable[["Tape", list["Tensor | None"], list["Tensor"]], "list[Tensor | None]"]
+
+
+class Node:
+    """One operation of the backward pass: its inputs, what it saved, and what it does with the
+    gradients of its results (`buffer`)."""
+
+    __slots__ = ("backward", "buffer", "inputs", "order", "saved")
+
+    def __init__(
+        self,
+        order: int,
+        inputs: list[Edge | None],
+        saved: list[Tensor | Saved],
+        backward: Backward,
+        num_results: int,
+    ) -> None:
+        self.order, self.inputs, self.saved, self.backward = order, inputs, saved, backward
+        self.buffer: list[Tensor | None] = [None] * num_results
+
+
+@dataclass(slots=True)
+class Edge:
+    """Where the gradient of an input goes, and the size it has to have there."""
+
+    to: Node | Weight
+    index: int
+    elements: Form
+    width: int
+
+
+@dataclass(slots=True)
+class Saved:
+    """What a checkpointed operation saves: nothing, until its layer is computed again."""
+
+    frame: Frame
+    number: int
+
+
+@dataclass(slots=True)
+class Frame:
+    """A checkpointed call: how to compute it again, and what that gave."""
+
+    recompute: Callable[[], object]
+    num_saved: int = 0
+    again: dict[int, Tensor] | None = None
+
+
+class _AllSaved(Exception):
+    """What backward needs has been computed again; the rest need not be."""
+
+
+class Tape:
+    """Runs operations, and records what is alive.
+
+    `autocast`: width in bytes of the autocast dtype, None without. `on_cuda`, `capability`: which
+    operations autocast casts, and which kernels run. `is_fp16`: 16-bit values are fp16, not bf16.
+    `accumulates`: gradients of an earlier micro-batch are there already.
+    """
+
+    def __init__(
+        self,
+        *,
+        autocast: int | None = None,
+        on_cuda: bool = True,
+        capability: tuple[int, int] = (8, 0),
+        is_fp16: bool = False,
+        accumulates: bool = False,
+    ) -> None:
+        self.autocast, self.on_cuda, self.capability = autocast, on_cuda, capability
+        self.is_fp16, self.accumulates = is_fp16, accumulates
+        self.component = "temporaries"
+        self.grad_enabled = True
+        self.flops: Form = ZERO
+        self._moved = [0, 0, 0, 0, 0]
+        self._live: dict[str, list[int]] = {}
+        self._total = [0, 0, 0, 0, 0]
+        self._moments: list[Moment] = []
+        self._risen = False
+        self._order = itertools.count()
+        self._frame: Frame | None = None
+        self._refilled: Frame | None = None
+        self._copies: dict[int, Tensor] = {}
+        self._cycles: list[Frame] = []
+
+    # What is alive.
+
+    def born(self, storage: Storage) -> None:
+        self._risen = True
+        _change(self._moved, storage.size, 1)
+        _change(self._total, storage.size, 1)
+        _change(self._live.setdefault(storage.component, [0, 0, 0, 0, 0]), storage.size, 1)
+
+    def died(self, storage: Storage) -> None:
+        if self._risen:
+            self._note()
+        _change(self._total, storage.size, -1)
+        _change(self._live[storage.component], storage.size, -1)
+
+    def relabel(self, tensor: Tensor, component: str) -> None:
+        """Say what a tensor has become."""
+        storage = tensor.storage
+        if storage is not None and storage.component != component:
+            _change(self._live[storage.component], storage.size, -1)
+            _change(self._live.setdefault(component, [0, 0, 0, 0, 0]), storage.size, 1)
+            storage.component = component
+
+    def state(self) -> dict[str, Form]:
+        """What is alive now, by component."""
+        return {name: _form(live) for name, live in self._live.items() if any(live)}
+
+    def moments(self) -> tuple[Moment, ...]:
+        """The high moments since this was last asked: each is above all others for some batch and
+        length."""
+        self._note()
+        found, self._moments = tuple(self._moments), []
+        return found
+
+    def _note(self) -> None:
+        self._risen = False
+        total = _form(self._total)
+        if any(covers(moment.total, total) for moment in self._moments):
+            return
+        self._moments = [m for m in self._moments if not covers(total, m.total)]
+        self._moments.append(Moment(total, self.state()))
+
+    def count(self, flops: Form) -> None:
+        """Multiply and add counted as two."""
+        self.flops = add_forms(self.flops, flops)
+
+    def read(self, *tensors: Tensor) -> None:
+        """Count the bytes of tensors that an operation reads; parameters are not counted."""
+        for tensor in tensors:
+            if tensor.storage is not None:
+                _change(self._moved, tensor.num_bytes, 1)
+
+    @property
+    def moved(self) -> Form:
+        """Bytes written and read so far."""
+        return _form(self._moved)
+
+    # Operations.
+
+    def empty(self, elements: Form, width: int, component: str | None = None) -> Tensor:
+        """A new tensor that needs no gradient."""
+        storage = Storage(self, times(elements, width), component or self.component)
+        return Tensor(storage, elements, width)
+
+    def like(self, tensor: Tensor, width: int | None = None) -> Tensor:
+        return self.empty(tensor.elements, width or tensor.width)
+
+    def differentiates(self, *inputs: Tensor) -> bool:
+        """Whether an operation on these has a backward pass to come."""
+        return self.grad_enabled and any(tensor.requires_grad for tensor in inputs)
+
+    def save(self, *tensors: Tensor) -> list[Tensor | Saved]:
+        """What a node keeps of the tensors that its backward needs.
+
+        torch saves an operation's inputs before it carries it out.
+        """
+        return [self._saved(tensor) for tensor in tensors]
+
+    def _saved(self, tensor: Tensor) -> Tensor | Saved:
+        view = Tensor(tensor.storage, tensor.elements, tensor.width)
+        if self._frame is not None:
+            self._frame.num_saved += 1
+            return Saved(self._frame, self._frame.num_saved - 1)
+        if tensor.storage is not None and tensor.storage.component == "temporaries":
+            self.relabel(tensor, "activations")
+        if self._refilled is not None:
+            again = self._refilled.again
+            assert again is not None
+            again[len(again)] = view
+            if len(again) == self._refilled.num_saved:
+                raise _AllSaved
+        return view
+
+    def attach(
+        self,
+        results: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        saved: list[Tensor | Saved],
+        backward: Backward,
+    ) -> None:
+        """Give results their node. `backward` returns a gradient, or None, for each input; it must
+        refer to no tensor but those it is given."""
+        edges = [_edge(tensor) for tensor in inputs]
+        node = Node(next(self._order), edges, saved, backward, len(results))
+        for index, result in enumerate(results):
+            result.node, result.index, result.requires_grad = node, index, True
+
+    def cast_weight(self, weight: Weight) -> Tensor:
+        """The parameter as a product under autocast reads it. Copies of trained fp32 parameters
+        are cached until autocast ends."""
+        if self.autocast is None or weight.width == self.autocast:
+            return weight
+        cached = self._copies.get(id(weight))
+        if cached is not None:
+            return cached
+        copy = self.empty(weight.elements, self.autocast, "autocast_copies")
+        if self.differentiates(weight):
+            self.attach([copy], [weight], [], _hand_on)
+            if weight.width == 4:
+                self._copies[id(weight)] = copy
+        return copy
+
+    def end_autocast(self) -> None:
+        self._copies.clear()
+
+    def checkpoint(self, function: Callable[[Tensor], Tensor], given: list[Tensor]) -> Tensor:
+        """`function` of the one tensor in `given`, whose results are computed again for backward
+        (torch.utils.checkpoint, `use_reentrant=False`)."""
+        argument = given.pop()
+
+        def recompute() -> None:
+            function(argument)
+
+        frame = self._frame = Frame(recompute)
+        try:
+            result = function(argument)
+        finally:
+            self._frame = None
+        if argument.storage is not None:
+            self.relabel(argument, "activations")
+        if not frame.num_saved:
+            # The frame and the node that holds its arguments refer to each other: without saved
+            # tensors nothing breaks the circle before Python's collector does.
+            self._cycles.append(frame)
+        return result
+
+    def checkpoint_reentrant(
+        self, function: Callable[[Tensor], Tensor], given: list[Tensor]
+    ) -> Tensor:
+        """The same by torch's older function: backward within backward, nothing left out."""
+        argument = given.pop()
+        if not self.differentiates(argument):
+            return function(argument)
+        saved = self.save(argument)
+        self.grad_enabled = False
+        try:
+            result = function(argument)
+        finally:
+            self.grad_enabled = True
+
+        def backward(
+            tape: Tape, gradients: list[Tensor | None], saved: list[Tensor]
+        ) -> list[Tensor | None]:
+            leaf = saved[0]
+            holder = tape.leaf(leaf)
+            tape.grad_enabled = True
+            result = function(leaf)
+            tape.grad_enabled = False
+            tape.end_autocast()
+            # Result and gradient are held by the call until all is done.
+            tape.backward([result], [gradients[0]])
+            return [holder.pop()]
+
+        self.attach([result], [argument], saved, backward)
+        return result
+
+    def leaf(self, tensor: Tensor) -> list[Tensor | None]:
+        """Make a tensor the beginning of a graph; its gradient is put into the returned list."""
+        holder: list[Tensor | None] = []
+
+        def backward(
+            tape: Tape, gradients: list[Tensor | None], saved: list[Tensor]
+        ) -> list[Tensor | None]:
+            holder.append(gradients[0])
+            return []
+
+        self.attach([tensor], [], [], backward)
+        return holder
+
+    def backward(self, roots: list[Tensor], gradients: list[Tensor | None]) -> None:
+        """Walk the nodes from the root back, the later ones first. Both lists are emptied: what
+        they hold lives no longer than torch would keep it."""
+        root = roots.pop()
+        node = root.node
+        assert node is not None
+        node.buffer[root.index] = gradients.pop()
+        del root
+        waiting = [(-node.order, node)]
+        seen = {node.order}
+        grad_enabled, self.grad_enabled = self.grad_enabled, False
+        while waiting:
+            node = heapq.heappop(waiting)[1]
+            seen.discard(node.order)
+            results = self._run(node)
+            inputs, node.inputs = node.inputs, []
+            for edge in inputs:
+                gradient = results.pop(0) if results else None
+                if edge is None or gradient is None:
+                    continue
+                if isinstance(edge.to, Weight):
+                    self._accumulate(edge.to, gradient)
+                    continue
+                if edge.to.order not in seen:
+                    seen.add(edge.to.order)
+                    heapq.heappush(waiting, (-edge.to.order, edge.to))
+                self._sum_up(edge, gradient)
+                gradient = None
+        self.grad_enabled = grad_enabled
+
+    def _run(self, node: Node) -> list[Tensor | None]:
+        """The gradients of the node's inputs, summed and cast to what those inputs are."""
+        gradients, node.buffer = node.buffer, []
+        saved = [self._unpacked(item) for item in node.saved]
+        self.read(*saved, *(gradient for gradient in gradients if gradient is not None))
+        results = node.backward(self, gradients, saved)
+        gradients.clear()
+        for number, edge in enumerate(node.inputs[: len(results)]):
+            if edge is None:
+                continue
+            result = results[number]
+            if result is not None and result.elements != edge.elements:
+                result = results[number] = self.empty(edge.elements, result.width)
+            if result is not None and result.width != edge.width:
+                result = results[number] = self.like(result, edge.width)
+            del result
+        node.saved = []
+        return results
+
+    def _unpacked(self, item: Tensor | Saved) -> Tensor:
+        if isinstance(item, Tensor):
+            return item
+        if item.frame.again is None:
+            self._recompute(item.frame)
+        assert item.frame.again is not None
+        return item.frame.again.pop(item.number)
+
+    def _recompute(self, frame: Frame) -> None:
+        frame.again = {}
+        self._refilled, self.grad_enabled = frame, True
+        copies, self._copies = self._copies, {}
+        try:
+            frame.recompute()
+        except _AllSaved:
+            pass
+        finally:
+            self._refilled, self.grad_enabled = None, False
+            self._copies = copies
+
+    def _accumulate(self, weight: Weight, gradient: Tensor) -> None:
+        """The first gradient of a parameter is kept as it is, later ones are added to it."""
+        if weight.gradient is None and not self.accumulates:
+            self.relabel(gradient, "gradients")
+            weight.gradient = gradient
+
+    def _sum_up(self, edge: Edge, gradient: Tensor) -> None:
+        """Into the first gradient where no one else refers to it, else into a new tensor."""
+        node = edge.to
+        assert isinstance(node, Node)
+        first = node.buffer[edge.index]
+        if first is None:
+            node.buffer[edge.index] = gradient
+        elif sys.getrefcount(first) > _ONLY_REFERENCE or _is_shared(first):
+            node.buffer[edge.index] = self.like(first)
+
+
+# What `sys.getrefcount` says of an object in a list's slot and one variable.
+_ONLY_REFERENCE = 3
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether other tensors use the storage: its slot in `tensor` and the call refer to it."""
+    return sys.getrefcount(tensor.storage) > 2
+
+
+def _edge(tensor: Tensor) -> Edge | None:
+    if not tensor.requires_grad:
+        return None
+    if isinstance(tensor, Weight):
+        return Edge(tensor, 0, tensor.elements, tensor.width)
+    assert tensor.node is not None
+    return Edge(tensor.node, tensor.index, tensor.elements, tensor.width)
+
+
+def _hand_on(
+    tape: Tape, gradients: list[Tensor | None], saved: list[Tensor]
+) -> list[Tensor | None]:
+    """The gradient as it came."""
+    return [gradients[0]]
+
+
+def _change(sums: list[int], size: Form, sign: int) -> None:
+    for index, number in enumerate(size):
+        if number:
+            sums[index] += sign * number
+
+
+def _form(sums: Sequence[int]) -> Form:
+    a, b, c, d, e = sums
+    return (a, b, c, d, e)
+
+
+def covers(left: Form, right: Form) -> bool:
+    """Whether `left` is at least `right` for every batch and length."""
+    return all(a >= b for a, b in zip(left, right, strict=True))
