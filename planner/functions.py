@@ -214,7 +214,10 @@ def product(
 
     def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
         tape.count(times(flops, x_learns + weight_learns))
-        return [tape.empty(*size) if size else None for size in sizes]
+        grads = [tape.empty(*size) if size else None for size in sizes]
+        if grads[0] is not None:
+            grads[0].is_view = True  # rows of all batches, seen as a batch of rows
+        return grads
 
     tape.attach([result], inputs, saved, backward)
     return result

@@ -138,7 +138,8 @@ class Linear8bit:
                 del dense
                 return [gradient]
 
-            tape.attach([result], [x], tape.save(x), backward)
+            tape.hold(x)  # an attribute of the node
+            tape.attach([result], [x], [], backward)
         return result
 
     @staticmethod

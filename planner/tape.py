@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -107,16 +108,17 @@ class Storage:
 class Tensor:
     """`elements` of `width` bytes each in a storage, or a view of some of one.
 
-    `node` made it, as its result number `index`; none made a leaf.
+    `node` made it, as its result number `index`; none made a leaf. `is_view`: torch keeps another
+    tensor of the same storage, so that a sum cannot be put into this one.
     """
 
-    __slots__ = ("elements", "index", "node", "requires_grad", "storage", "width")
+    __slots__ = ("elements", "index", "is_view", "node", "requires_grad", "storage", "width")
 
     def __init__(self, storage: Storage | None, elements: Form, width: int) -> None:
         self.storage, self.elements, self.width = storage, elements, width
         self.node: Node | None = None
         self.index = 0
-        self.requires_grad = False
+        self.requires_grad = self.is_view = False
 
     @property
     def num_bytes(self) -> Form:
@@ -209,7 +211,7 @@ class Tape:
         self.grad_enabled = True
         self.flops: Form = ZERO
         self._moved = [0, 0, 0, 0, 0]
-        self._live: dict[str, list[int]] = {}
+        self._live: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0, 0])
         self._total = [0, 0, 0, 0, 0]
         self._moments: list[Moment] = []
         self._risen = False
@@ -218,6 +220,8 @@ class Tape:
         self._refilled: Frame | None = None
         self._copies: dict[int, Tensor] = {}
         self._cycles: list[Frame] = []
+        self._held: list[Tensor] = []
+        self._held_again: list[Tensor] = []
 
     # What is alive.
 
@@ -225,7 +229,7 @@ class Tape:
         self._risen = True
         _change(self._moved, storage.size, 1)
         _change(self._total, storage.size, 1)
-        _change(self._live.setdefault(storage.component, [0, 0, 0, 0, 0]), storage.size, 1)
+        _change(self._live[storage.component], storage.size, 1)
 
     def died(self, storage: Storage) -> None:
         if self._risen:
@@ -238,7 +242,7 @@ class Tape:
         storage = tensor.storage
         if storage is not None and storage.component != component:
             _change(self._live[storage.component], storage.size, -1)
-            _change(self._live.setdefault(component, [0, 0, 0, 0, 0]), storage.size, 1)
+            _change(self._live[component], storage.size, 1)
             storage.component = component
 
     def state(self) -> dict[str, Form]:
@@ -255,8 +259,9 @@ class Tape:
     def _note(self) -> None:
         self._risen = False
         total = _form(self._total)
-        if any(covers(moment.total, total) for moment in self._moments):
-            return
+        for moment in self._moments:
+            if covers(moment.total, total):
+                return
         self._moments = [m for m in self._moments if not covers(total, m.total)]
         self._moments.append(Moment(total, self.state()))
 
@@ -287,7 +292,11 @@ class Tape:
 
     def differentiates(self, *inputs: Tensor) -> bool:
         """Whether an operation on these has a backward pass to come."""
-        return self.grad_enabled and any(tensor.requires_grad for tensor in inputs)
+        if self.grad_enabled:
+            for tensor in inputs:
+                if tensor.requires_grad:
+                    return True
+        return False
 
     def save(self, *tensors: Tensor) -> list[Tensor | Saved]:
         """What a node keeps of the tensors that its backward needs.
@@ -301,8 +310,7 @@ class Tape:
         if self._frame is not None:
             self._frame.num_saved += 1
             return Saved(self._frame, self._frame.num_saved - 1)
-        if tensor.storage is not None and tensor.storage.component == "temporaries":
-            self.relabel(tensor, "activations")
+        self._keep(tensor)
         if self._refilled is not None:
             again = self._refilled.again
             assert again is not None
@@ -310,6 +318,17 @@ class Tape:
             if len(again) == self._refilled.num_saved:
                 raise _AllSaved
         return view
+
+    def _keep(self, tensor: Tensor) -> None:
+        if tensor.storage is not None and tensor.storage.component == "temporaries":
+            self.relabel(tensor, "activations")
+
+    def hold(self, tensor: Tensor) -> None:
+        """Keep a tensor as an attribute of a node: checkpointing does not know of it, and it lives
+        as long as the graph."""
+        self._keep(tensor)
+        held = self._held if self._refilled is None else self._held_again
+        held.append(Tensor(tensor.storage, tensor.elements, tensor.width))
 
     def attach(
         self,
@@ -475,6 +494,7 @@ class Tape:
         finally:
             self._refilled, self.grad_enabled = None, False
             self._copies = copies
+            self._held_again.clear()
 
     def _accumulate(self, weight: Weight, gradient: Tensor) -> None:
         """The first gradient of a parameter is kept as it is, later ones are added to it."""
@@ -489,7 +509,7 @@ class Tape:
         first = node.buffer[edge.index]
         if first is None:
             node.buffer[edge.index] = gradient
-        elif sys.getrefcount(first) > _ONLY_REFERENCE or _is_shared(first):
+        elif first.is_view or sys.getrefcount(first) > _ONLY_REFERENCE or _is_shared(first):
             node.buffer[edge.index] = self.like(first)
 
 
@@ -519,9 +539,15 @@ def _hand_on(
 
 
 def _change(sums: list[int], size: Form, sign: int) -> None:
-    for index, number in enumerate(size):
-        if number:
-            sums[index] += sign * number
+    a, b, c, d, e = size
+    if d:  # most sizes are so many bytes a token
+        sums[3] += sign * d
+    if a:
+        sums[0] += sign * a
+    if b or c or e:
+        sums[1] += sign * b
+        sums[2] += sign * c
+        sums[4] += sign * e
 
 
 def _form(sums: Sequence[int]) -> Form:
@@ -531,4 +557,6 @@ def _form(sums: Sequence[int]) -> Form:
 
 def covers(left: Form, right: Form) -> bool:
     """Whether `left` is at least `right` for every batch and length."""
-    return all(a >= b for a, b in zip(left, right, strict=True))
+    a, b, c, d, e = left
+    f, g, h, i, j = right
+    return d >= i and a >= f and e >= j and c >= h and b >= g
