@@ -111,33 +111,45 @@ class AttentionKernel:
         return result
 
     def _eager(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Scores of every pair of tokens, their softmax in fp32, and the mix of values."""
+        """Scores of every pair of tokens, their softmax in fp32, and the mix of values
+        (transformers' `eager_attention_forward`)."""
         a = self.attention
         key, value = self._repeat_both(tape, key, value)
         scores = f.scale(tape, self._products(tape, query, key, per_pair(a.num_heads)))
         if a.softcapped:
             scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
-        scores = f.add_mask(tape, scores)
+        scores = f.add_mask(tape, scores, tape.residual)
         weights = f.softmax_in_float32(tape, scores)
-        del scores
         weights = f.cast(tape, weights, query.width)
         mixed = self._products(tape, weights, value, per_token(a.result_width))
         return f.clone(tape, mixed)
 
-    def _repeat_both(self, tape: Tape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        a = self.attention
-        key = self._repeat(tape, key, a.head_dim)
-        return key, self._repeat(tape, value, a.value_head_dim or a.head_dim)
+    def _math(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """ATen's plain attention, in fp32 (`_scaled_dot_product_attention_math`)."""
+        a, before = self.attention, query.width
+        query, key, value = (f.cast(tape, x, f.FLOAT32) for x in (query, key, value))
+        scaled_query = f.scale(tape, query)
+        repeated, values = self._repeat_both(tape, key, value)
+        scaled_key = f.scale(tape, repeated)
+        scores = self._products(tape, scaled_query, scaled_key, per_pair(a.num_heads))
+        scores = f.add_mask(tape, scores, f.FLOAT32)
+        weights = f.softmax_in_float32(tape, scores)
+        returned = f.cast(tape, weights, before)
+        mixed = self._products(tape, weights, values, per_token(a.result_width))
+        result = f.cast(tape, mixed, before)
+        del returned, mixed
+        return f.clone(tape, result)
 
-    def _repeat(self, tape: Tape, x: Tensor, head_dim: int) -> Tensor:
-        """A key or value head for each query head (transformers' `repeat_kv`)."""
+    def _repeat_both(self, tape: Tape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A key and a value head for each query head (transformers' `repeat_kv`)."""
         a = self.attention
         if a.num_heads == a.num_key_value_heads:
-            return x
-        return f.expand(tape, x, per_token(a.num_heads * head_dim))
+            return key, value
+        key = f.expand(tape, key, per_token(a.query_width))
+        return key, f.expand(tape, value, per_token(a.result_width))
 
     def _products(self, tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
-        """A batched product. An operand that is not contiguous by heads is copied first."""
+        """A batched product, head by head."""
         tape.count(per_pair(self.attention.query_width))
         left = f.by_heads(tape, f.to_product(tape, left))
         right = f.by_heads(tape, f.to_product(tape, right))

@@ -64,6 +64,7 @@ def step_settings(
         gradient_checkpointing=plan.gradient_checkpointing,
         use_reentrant=plan.use_reentrant,
         accumulates=plan.gradient_accumulation_steps > 1,
+        single_row=workload.rows == 1,
         loss=plan.loss,
         loss_shape=LossShape.of(
             plan.loss, workload.rows, workload.length, model.vocab_size, model.hidden_size

@@ -55,6 +55,7 @@ class StepSettings:
     gradient_checkpointing: bool
     use_reentrant: bool
     accumulates: bool
+    single_row: bool
     loss: str
     loss_shape: LossShape
     shifts_logits: bool
@@ -181,6 +182,8 @@ class _StepTracer:
             capability=s.capability,
             is_fp16=s.is_fp16,
             accumulates=s.accumulates,
+            residual=s.embedding_width,
+            single_row=s.single_row,
         )
 
     def _inputs(self) -> Parts:
