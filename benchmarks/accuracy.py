@@ -2,8 +2,8 @@
 
 - `compare` (the default): the closed form beside the reference file, at once. Exit status 1 when
   it misses the bars.
-- `run`: dry runs of the drawn configurations that the reference file does not have yet. Can be
-  interrupted and goes on where it was.
+- `run`: dry runs of the drawn configurations that the reference file does not have yet, or has
+  from before ftplan knew their family. Can be interrupted and goes on where it was.
 - `show KEY`: one configuration, with its settings and what lives at the peak.
 - `draw`: what is drawn and how often, and what was drawn again.
 - `speed`: estimates a second on one core.
@@ -64,9 +64,9 @@ def _compare(arguments: argparse.Namespace, ui: Ui) -> int:
 
 
 def _run(arguments: argparse.Namespace, ui: Ui) -> int:
-    done = {reference.configuration.key for reference in read(arguments.file)}
     drawn = draw(arguments.seed, arguments.count).configurations
-    missing = [c for c in drawn if c.key not in done]
+    there = {reference.configuration.key: reference for reference in read(arguments.file)}
+    missing = [c for c in drawn if c.key not in there or there[c.key].stale]
     ui.say(f"{len(drawn)} drawn, {len(drawn) - len(missing)} of them there already")
     carried_out = carry_out(missing, arguments.file, max(1, min(arguments.jobs, len(missing))))
     for reference in with_progress(ui, carried_out, len(missing), "dry runs"):

@@ -118,6 +118,8 @@ def compare(reference: Reference) -> Compared:
     if reference.refused is not None:
         return Compared(reference=reference, refused=reference.refused)
     try:
+        if reference.stale:
+            raise InputError("the dry run took other modules than ftplan names now: `run` it again")
         return Compared(reference=reference, estimate=closed_form(reference.configuration))
     except FtplanError as error:
         return Compared(reference=reference, refused=error.message)

@@ -208,23 +208,25 @@ def draw(
     as impossible is drawn again.
     """
     configurations: list[Configuration] = []
-    models: Counter[str] = Counter()
+    models: Counter[tuple[bool, str]] = Counter()
     values: Counter[tuple[str, Any]] = Counter()
     redrawn: Counter[str] = Counter()
     for number in range(count):
         rng = Random(f"{seed}/{number}")
-        names = sorted(families) if number % 2 else sorted(catalog)
+        shapes = number % 2 == 1
+        names = sorted(families if shapes else catalog)
         rare = _rarest(axes, values, rng)
         while True:
             # Each time that a model has come up makes it ten times rarer, but never impossible:
             # the last one left may not go with a value to be covered.
-            name = rng.choices(names, [0.1 ** models[n] for n in names])[0]
+            name = rng.choices(names, [0.1 ** models[shapes, n] for n in names])[0]
+            config = random_config(name, rng) if shapes else None
             try:
-                drawn = _deal(rng, name, axes, rare)
+                drawn = _deal(rng, None if shapes else name, config, axes, rare)
                 break
             except InputError as error:
                 redrawn[reason(error.message)] += 1
-        models[name] += 1
+        models[shapes, name] += 1
         values.update(axis_values(drawn).items())
         configurations.append(drawn)
     return Draw(configurations=tuple(configurations), redrawn=redrawn)
@@ -242,12 +244,14 @@ def _rarest(
 
 
 def _deal(
-    rng: Random, name: str, axes: Mapping[str, Weights], fixed: Mapping[str, Any]
+    rng: Random,
+    model: str | None,
+    config: Mapping[str, Any] | None,
+    axes: Mapping[str, Weights],
+    fixed: Mapping[str, Any],
 ) -> Configuration:
-    """One configuration of a catalog model or a random family; raises InputError where ftplan
-    refuses it."""
-    config = random_config(name, rng) if name in FAMILIES else None
-    model = None if config else name
+    """One configuration of a model, with the `fixed` values; raises InputError where ftplan refuses
+    it."""
     hand = {axis: rng.choices(list(w), list(w.values()))[0] for axis, w in axes.items()}
     bare = Configuration(model=model, config=config, given={})
     family = FAMILIES[bare.source.spec.model_type]
@@ -308,7 +312,12 @@ def axis_values(configuration: Configuration) -> dict[str, Any]:
     return given
 
 
+# Parts of a message that differ from case to case, and what stays of them.
+_VARYING = {r"`(--[\w-]+)[^`]*`": r"`\1`", r"method `[^`]*`": "method", r"\d{2,}": "…"}
+
+
 def reason(message: str) -> str:
     """A message without the values that differ from case to case."""
-    message = re.sub(r"`(--[\w-]+)[^`]*`", r"`\1`", message)
-    return re.sub(r"method `[^`]*`", "method", message)
+    for pattern, kept in _VARYING.items():
+        message = re.sub(pattern, kept, message)
+    return message

@@ -1,6 +1,7 @@
 """What the dry run says of drawn configurations, kept so that a comparison takes no time.
 
-A reference file is JSON lines, one a configuration, in the order in which they were carried out.
+A reference file is JSON lines, one a configuration, in the order in which they were carried out;
+of two that are the same configuration the later one counts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from benchmarks.draws import Configuration
+from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.exact import DryRunner, case_of
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import FtplanError
@@ -40,6 +42,7 @@ _COUNTS = (
 class Reference:
     """One configuration's dry run. `refused`: why there are no figures; else None.
 
+    `target_modules`: what `all-linear` meant, which follows from what ftplan knows of a family.
     `phases`: components that are 0 are left out. `allocator`, `expandable`: reserved and required
     bytes of the caching allocator by default, and with `expandable_segments:True`.
     """
@@ -47,6 +50,7 @@ class Reference:
     configuration: Configuration
     versions: Mapping[str, str]
     seconds: float
+    target_modules: tuple[str, ...]
     refused: str | None = None
     phases: tuple[Phase, ...] = ()
     allocator: Mapping[str, int] | None = None
@@ -57,6 +61,11 @@ class Reference:
     def peak_phase(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.allocated_peak_bytes)
 
+    @property
+    def stale(self) -> bool:
+        """Whether a dry run would take other modules today."""
+        return _case(self.configuration).plan.target_modules != self.target_modules
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it."""
         common = {
@@ -64,6 +73,7 @@ class Reference:
             **self.configuration.to_dict(),
             "versions": self.versions,
             "seconds": self.seconds,
+            "target_modules": self.target_modules,
         }
         if self.refused is not None:
             return {**common, "refused": self.refused}
@@ -87,6 +97,7 @@ class Reference:
             configuration=Configuration.from_dict(raw),
             versions=raw["versions"],
             seconds=raw["seconds"],
+            target_modules=tuple(raw["target_modules"]),
             refused=raw.get("refused"),
             phases=phases,
             allocator=raw.get("allocator"),
@@ -96,11 +107,11 @@ class Reference:
 
 
 def read(path: Path = REFERENCE) -> list[Reference]:
-    """All rows of a reference file; none where there is no file."""
+    """The configurations of a reference file; none where there is no file."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [Reference.from_dict(json.loads(line)) for line in lines]
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [Reference.from_dict(row) for row in {row["key"]: row for row in rows}.values()]
 
 
 def carry_out(
@@ -139,9 +150,14 @@ def dry_run(
 ) -> Reference:
     """One configuration's dry run; what it raises becomes a refusal."""
     began = time.perf_counter()
-    common: dict[str, Any] = {"configuration": configuration, "versions": versions}
+    case = _case(configuration)
+    common: dict[str, Any] = {
+        "configuration": configuration,
+        "versions": versions,
+        "target_modules": case.plan.target_modules,
+    }
     try:
-        summary = runner.run(case_of(configuration.source, configuration.plan, None))
+        summary = runner.run(case)
     except FtplanError as error:
         seconds = time.perf_counter() - began
         return Reference(**common, seconds=seconds, refused=error.message)
@@ -153,6 +169,10 @@ def dry_run(
         expandable=_peaks(summary, expandable=True),
         counts={name: getattr(summary, name) for name in _COUNTS},
     )
+
+
+def _case(configuration: Configuration) -> DryRunCase:
+    return case_of(configuration.source, configuration.plan, None)
 
 
 def _without_zeros(summary: DryRunSummary) -> tuple[Phase, ...]:
