@@ -64,7 +64,7 @@ class Reference:
     @property
     def stale(self) -> bool:
         """Whether a dry run would take other modules today."""
-        return _case(self.configuration).plan.target_modules != self.target_modules
+        return case_for(self.configuration).plan.target_modules != self.target_modules
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it."""
@@ -150,7 +150,7 @@ def dry_run(
 ) -> Reference:
     """One configuration's dry run; what it raises becomes a refusal."""
     began = time.perf_counter()
-    case = _case(configuration)
+    case = case_for(configuration)
     common: dict[str, Any] = {
         "configuration": configuration,
         "versions": versions,
@@ -171,7 +171,8 @@ def dry_run(
     )
 
 
-def _case(configuration: Configuration) -> DryRunCase:
+def case_for(configuration: Configuration) -> DryRunCase:
+    """What the dry run is asked, on a GPU with an A100's kernels."""
     return case_of(configuration.source, configuration.plan, None)
 
 
