@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from random import Random
 
 from benchmarks import comparison, views
 from benchmarks.draws import COUNT, SEED, draw
-from benchmarks.reference import REFERENCE, carry_out, read
+from benchmarks.references import REFERENCE, carry_out, read
 from benchmarks.speed import measure_speed
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import with_progress
@@ -67,6 +68,7 @@ def _run(arguments: argparse.Namespace, ui: Ui) -> int:
     drawn = draw(arguments.seed, arguments.count).configurations
     there = {reference.configuration.key: reference for reference in read(arguments.file)}
     missing = [c for c in drawn if c.key not in there or there[c.key].stale]
+    Random(arguments.seed).shuffle(missing)  # so that what an interrupted run has done is a sample
     ui.say(f"{len(drawn)} drawn, {len(drawn) - len(missing)} of them there already")
     carried_out = carry_out(missing, arguments.file, max(1, min(arguments.jobs, len(missing))))
     for reference in with_progress(ui, carried_out, len(missing), "dry runs"):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.draws import Configuration, reason
-from benchmarks.reference import Reference
+from benchmarks.references import Reference
 from ftplan.planner.accuracy import GroupStatistics, relative_error
 from ftplan.planner.errors import FtplanError, InputError
 from ftplan.planner.memory import COMPONENTS, MemoryEstimate, estimate_memory

@@ -45,6 +45,9 @@ EACH_VALUE = 3
 # Tokens of a micro-batch: more are not trained at once.
 _MOST_TOKENS = 65_536
 
+# Refusals in a row after which nothing goes with a value that is to be covered.
+_MOST_HANDS = 10_000
+
 CATALOG_MODELS = (
     "smollm2-135m",
     "smollm2-360m",
@@ -216,7 +219,7 @@ def draw(
         shapes = number % 2 == 1
         names = sorted(families if shapes else catalog)
         rare = _rarest(axes, values, rng)
-        while True:
+        for _ in range(_MOST_HANDS):
             # Each time that a model has come up makes it ten times rarer, but never impossible:
             # the last one left may not go with a value to be covered.
             name = rng.choices(names, [0.1 ** models[shapes, n] for n in names])[0]
@@ -226,6 +229,8 @@ def draw(
                 break
             except InputError as error:
                 redrawn[reason(error.message)] += 1
+        else:
+            raise RuntimeError(f"ftplan refuses everything that has {rare}")
         models[shapes, name] += 1
         values.update(axis_values(drawn).items())
         configurations.append(drawn)

@@ -23,7 +23,7 @@ from benchmarks.draws import (
     axis_values,
     draw,
 )
-from benchmarks.reference import REFERENCE, Reference, carry_out, case_for, read
+from benchmarks.references import REFERENCE, Reference, carry_out, case_for, read
 from benchmarks.shapes import FAMILIES
 from ftplan.planner import families
 from ftplan.planner.accuracy import GroupStatistics
@@ -31,16 +31,15 @@ from ftplan.planner.memory import Phase
 
 NEEDS_TRAINING = pytest.mark.skipif(find_spec("trl") is None, reason="needs the `train` extra")
 
-# What the closed form is held to until it models all that is drawn; then BARS take its place.
-# Far from BARS: recomputation's high-water mark, eager attention and the cast of fp32 weights are
-# coarse today.
-TODAY = Bars(least_count=8, median=1.0, p95=1.0, farthest=1.0)
+# What the closed form is held to until it models all that is drawn: what holds today and no more.
+# To be tightened as it learns, until BARS take its place and METHODS_TODAY goes.
+TODAY = Bars(least_count=8, median=0.06, p95=0.5, farthest=0.75)
 METHODS_TODAY = ("full", "freeze", "lora", "qlora")
 
 # Quick to carry out, and within what the closed form models today.
 SMALL_COUNT = 12
 SMALL_AXES: dict[str, Weights] = {
-    **AXES,
+    **{axis: weights for axis, weights in AXES.items() if axis != "precompute_ref_log_probs"},
     "method": dict.fromkeys(METHODS_TODAY, 1),
     "objective": {"sft": 1},
     "sharding": {"none": 1},
@@ -90,6 +89,12 @@ def test_half_are_shapes_that_nobody_released(full_draw: Draw) -> None:
     assert set(models) == set(CATALOG_MODELS)
     assert set(shapes) == set(FAMILIES)
     assert models.total() == shapes.total()
+
+
+def test_a_value_that_goes_with_nothing_is_told() -> None:
+    only_sft = {**AXES, "objective": {"sft": 1}, "precompute_ref_log_probs": {True: 1}}
+    with pytest.raises(RuntimeError, match="precompute_ref_log_probs"):
+        draw(count=300, axes=only_sft)
 
 
 def test_configurations_differ_and_survive_json(full_draw: Draw) -> None:
