@@ -21,10 +21,15 @@ class AttentionKernel:
     """From rotated query, key and value to the result that the output projection reads."""
 
     def __init__(
-        self, attention: Attention, implementation: str, repeats_key_value: bool = False
+        self,
+        attention: Attention,
+        implementation: str,
+        *,
+        repeats_key_value: bool = False,
+        masked: bool = False,
     ) -> None:
         self.attention, self.implementation = attention, implementation
-        self.repeats_key_value = repeats_key_value
+        self.repeats_key_value, self.masked = repeats_key_value, masked
 
     def __call__(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.implementation == "eager":
@@ -33,9 +38,10 @@ class AttentionKernel:
         query = f.cast(tape, query, width)
         key = f.cast(tape, key, width)
         value = f.cast(tape, value, width)
-        if self.repeats_key_value:
+        flash_2 = self.implementation == "flash_attention_2"
+        if self.repeats_key_value or (self.masked and not flash_2):
             key, value = self._repeat_both(tape, key, value)
-        if self.implementation == "flash_attention_2" or self._takes_flash(tape, width):
+        if flash_2 or self._takes_flash(tape, width):
             return self._flash(tape, query, key, value)
         if self._takes_math(tape, query, key):
             return self._math(tape, query, key, value)
@@ -50,7 +56,7 @@ class AttentionKernel:
         a = self.attention
         same = a.value_head_dim in (None, a.head_dim)
         fits = tape.capability >= FLASH_CAPABILITY and a.head_dim <= FLASH_MAX_HEAD_DIM
-        return width == 2 and same and fits
+        return width == 2 and same and fits and not self.masked
 
     def _flash(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keeps query, key, value, the result and one fp32 log-sum a head (arXiv 2307.08691)."""
@@ -84,14 +90,16 @@ class AttentionKernel:
         tape.count(per_pair(a.query_width + a.result_width))
 
     def _efficient(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """ATen's memory-efficient kernel. Backward adds up the query's gradient in fp32."""
+        """ATen's memory-efficient kernel, which reads a mask as a bias of the query's dtype.
+        Backward adds up the query's gradient in fp32."""
         a = self.attention
+        bias = [tape.empty(per_pair(1), query.width)] if self.masked else []
         result = tape.empty(per_token(a.result_width), query.width)
         sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
         self._count(tape)
         if not tape.differentiates(query, key, value):
             return result
-        saved = tape.save(query, key, value, result, sums)
+        saved = tape.save(query, key, value, result, sums, *bias)
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
             tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))

@@ -28,6 +28,8 @@ class Numerics:
     are trained. `adapted`: which linear modules carry an adapter. `rank`, `dropout`: of adapters.
     `fused_kernels`: norms, rotary embeddings and dropout of a quantized base's adapters are
     fms-acceleration's. `repeats_key_value`: grouped heads are repeated before the kernel.
+    `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is longer than;
+    either needs a mask.
     """
 
     weights: int
@@ -45,6 +47,8 @@ class Numerics:
     attn_implementation: str = "sdpa"
     fused_kernels: bool = False
     repeats_key_value: bool = False
+    padded: bool = False
+    masked_windows: frozenset[int] = frozenset()
 
 
 class PlainLinear:
@@ -288,7 +292,10 @@ class SelfAttention:
         norms = (attention.query_norm, attention.key_norm)
         self.query_norm, self.key_norm = (norm_module(n, numerics) if n else None for n in norms)
         self.kernel = AttentionKernel(
-            attention, numerics.attn_implementation, numerics.repeats_key_value
+            attention,
+            numerics.attn_implementation,
+            repeats_key_value=numerics.repeats_key_value,
+            masked=numerics.padded or attention.sliding_window in numerics.masked_windows,
         )
         self.turns_in_place = numerics.fused_kernels
         # Rotary tables are of the hidden state's width.

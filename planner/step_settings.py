@@ -35,6 +35,7 @@ def step_settings(
 ) -> StepSettings:
     trained = plan.resolved_method.count(model, plan.method_settings)
     adapted = frozenset(linear.name for linear in trained.adapted)
+    autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
     return StepSettings(
         numerics=Numerics(
@@ -43,7 +44,7 @@ def step_settings(
             norms=FLOAT32_BYTES if stack.kbit_prepare else plan.weight_bytes,
             adapters=2 if stack.casts_back else adapter_weight_bytes(plan),
             # What ftplan asks of bitsandbytes (launcher/training/build.py).
-            compute=plan.compute_bytes if plan.autocast else FLOAT32_BYTES,
+            compute=plan.compute_bytes if autocast else FLOAT32_BYTES,
             quantization=plan.quantization,
             double_quant=plan.double_quant,
             adapted=adapted,
@@ -51,13 +52,15 @@ def step_settings(
             dropout=plan.lora_dropout,
             attn_implementation=plan.attn_implementation,
             fused_kernels=stack.fused_kernels,
+            padded=stack.padded,
+            masked_windows=_masked_windows(model, workload.length),
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_layers=trained.trained_layers,
         trains_embeddings=trained.trains_embeddings,
         trains_head=trained.trains_lm_head,
         input_learns=trained.trains_embeddings or (plan.gradient_checkpointing and bool(adapted)),
-        autocast=plan.compute_bytes if plan.autocast else None,
+        autocast=plan.compute_bytes if autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
         on_cuda=kind == "cuda",
         capability=capability,
@@ -71,10 +74,16 @@ def step_settings(
         ),
         shifts_logits=stack.shifts_logits,
         holds_logits=plan.trainer == "loop",
-        returns_fp32=plan.autocast,
+        returns_fp32=autocast,
         embedding_width=outer,
         head_width=outer,
     )
+
+
+def _masked_windows(model: ModelSpec, length: int) -> frozenset[int]:
+    """Sliding windows that do not see all of a row of this length."""
+    windows = (layer.attention.sliding_window for layer in model.layer_counts)
+    return frozenset(window for window in windows if window is not None and window < length)
 
 
 def adapter_weight_bytes(plan: TrainingPlan) -> int:

@@ -25,6 +25,7 @@ from ftplan.planner.tape import (
     Weight,
     add_forms,
     covers,
+    per_pair,
     per_position,
     per_token,
     subtract_forms,
@@ -187,13 +188,28 @@ class _StepTracer:
         )
 
     def _inputs(self) -> Parts:
-        """Token numbers, labels and mask, 8 bytes each; rotary cosines and sines."""
-        parts = {"temporaries": per_token(3 * 8)}
-        rotary = max(layer.attention.rotary_dim for layer in self.model.layer_counts)
+        """Token numbers, labels and mask, 8 bytes each; rotary cosines and sines; the masks that
+        layers share."""
+        settings, model = self.settings, self.model
+        total = add_forms(per_token(3 * 8), self._masks())
+        rotary = max(layer.attention.rotary_dim for layer in model.layer_counts)
         if rotary:
-            tables = per_position(2 * rotary * self.settings.embedding_width + 8)
-            parts["temporaries"] = add_forms(parts["temporaries"], tables)
-        return parts
+            total = add_forms(total, per_position(2 * rotary * settings.embedding_width + 8))
+        return {"temporaries": total}
+
+    def _masks(self) -> Form:
+        """Of each kind that some layer needs: eager attention adds one of the hidden state's
+        width, torch's kernels are given one of a byte."""
+        numerics, kinds = self.settings.numerics, set()
+        for layer in self.model.layer_counts:
+            window = layer.attention.sliding_window
+            masked = window in numerics.masked_windows
+            if numerics.attn_implementation == "eager" or masked or numerics.padded:
+                kinds.add(window if masked else None)
+        if numerics.attn_implementation == "flash_attention_2":
+            return ZERO
+        eager = numerics.attn_implementation == "eager"
+        return per_pair(len(kinds) * (self.settings.embedding_width if eager else 1))
 
     def _embedding(self) -> Segment:
         model, settings = self.model, self.settings
