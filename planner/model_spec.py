@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ftplan.planner.errors import InputError
 
@@ -349,6 +350,17 @@ class ModelSpec:
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def compiled(self) -> dict[Any, Any]:
+        """What has been worked out for this model, by what it was worked out for."""
+        return {}
+
+    @cached_property
+    def sliding_windows(self) -> tuple[int, ...]:
+        """The windows of its layers, each once."""
+        windows = {layer.attention.sliding_window for layer in self.layers}
+        return tuple(window for window in windows if window is not None)
 
     @cached_property
     def layer_counts(self) -> dict[Layer, int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.losses import LossShape
@@ -11,18 +10,32 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.modules import Numerics
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import Stack
-from ftplan.planner.step_trace import StepSettings, StepTrace, trace_step
+from ftplan.planner.step_trace import StepSettings
 from ftplan.planner.trained import Trained
-
-if TYPE_CHECKING:
-    from ftplan.planner.memory import Workload
 
 FLOAT32_BYTES = 4
 
 
-@lru_cache(maxsize=512)
-def traced_step(model: ModelSpec, settings: StepSettings) -> StepTrace:
-    return trace_step(model, settings)
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is discrete about the largest micro-batch: all else is linear in its rows and tokens.
+
+    `masked_windows`: sliding windows that do not see all of a row.
+    """
+
+    single_row: bool
+    accumulates: bool
+    loss_shape: LossShape
+    masked_windows: frozenset[int]
+
+    @staticmethod
+    def of(model: ModelSpec, plan: TrainingPlan, rows: int, length: int) -> Workload:
+        return Workload(
+            rows == 1,
+            plan.gradient_accumulation_steps > 1,
+            LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size),
+            frozenset(window for window in model.sliding_windows if window < length),
+        )
 
 
 def step_settings(
@@ -53,7 +66,7 @@ def step_settings(
             attn_implementation=plan.attn_implementation,
             fused_kernels=stack.fused_kernels,
             padded=stack.padded,
-            masked_windows=_masked_windows(model, workload.length),
+            masked_windows=workload.masked_windows,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_layers=trained.trained_layers,
@@ -66,24 +79,16 @@ def step_settings(
         capability=capability,
         gradient_checkpointing=plan.gradient_checkpointing,
         use_reentrant=plan.use_reentrant,
-        accumulates=plan.gradient_accumulation_steps > 1,
-        single_row=workload.rows == 1,
+        accumulates=workload.accumulates,
+        single_row=workload.single_row,
         loss=plan.loss,
-        loss_shape=LossShape.of(
-            plan.loss, workload.rows, workload.length, model.vocab_size, model.hidden_size
-        ),
+        loss_shape=workload.loss_shape,
         shifts_logits=stack.shifts_logits,
         holds_logits=plan.trainer == "loop",
         returns_fp32=autocast,
         embedding_width=outer,
         head_width=outer,
     )
-
-
-def _masked_windows(model: ModelSpec, length: int) -> frozenset[int]:
-    """Sliding windows that do not see all of a row of this length."""
-    windows = (layer.attention.sliding_window for layer in model.layer_counts)
-    return frozenset(window for window in windows if window is not None and window < length)
 
 
 def adapter_weight_bytes(plan: TrainingPlan) -> int:

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ftplan.planner.hardware_spec import Device, DeviceKind
-from ftplan.planner.memory import Workload, weight_memory_bytes
+from ftplan.planner.memory import weight_memory_bytes
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
-from ftplan.planner.stack import DEFAULT_CAPABILITY, Stack
+from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK
 from ftplan.planner.step_settings import (
     FLOAT32_BYTES,
+    Workload,
     step_settings,
-    traced_step,
     trained_widths,
 )
-from ftplan.planner.step_trace import StepTrace
+from ftplan.planner.step_trace import StepTrace, trace_step
 from ftplan.planner.tape import value
 from ftplan.planner.trained import Trained
 
@@ -113,9 +113,12 @@ def _trace(
 ) -> tuple[StepTrace, float, float]:
     """The step's trace, and (rows, length) to read it at."""
     rows = tokens / length
-    workload = Workload(rows=max(1, round(rows)), length=max(1, round(length)))
-    settings = step_settings(model, plan, workload, kind, DEFAULT_CAPABILITY, Stack())
-    return traced_step(model, settings), rows, length
+    workload = Workload.of(model, plan, max(1, round(rows)), max(1, round(length)))
+    settings = step_settings(model, plan, workload, kind, DEFAULT_CAPABILITY, OWN_STACK)
+    key = (settings, "trace")
+    if key not in model.compiled:
+        model.compiled[key] = trace_step(model, settings)
+    return model.compiled[key], rows, length
 
 
 def forward_flops(

@@ -24,6 +24,7 @@ from ftplan.planner.tape import (
     Tensor,
     Weight,
     add_forms,
+    added,
     covers,
     per_pair,
     per_position,
@@ -137,10 +138,10 @@ class _StepTracer:
         return StepTrace(
             phases={name: tuple(moments) for name, moments in self.phases.items()},
             after_backward=_sum(self._inputs(), left),
-            forward_flops=_added(segment.forward_flops for segment in segments),
-            backward_flops=_added(segment.backward_flops for segment in segments),
-            forward_moved=_added(segment.forward_moved for segment in segments[:-1]),
-            backward_moved=_added(segment.backward_moved for segment in segments[:-1]),
+            forward_flops=added(segment.forward_flops for segment in segments),
+            backward_flops=added(segment.backward_flops for segment in segments),
+            forward_moved=added(segment.forward_moved for segment in segments[:-1]),
+            backward_moved=added(segment.backward_moved for segment in segments[:-1]),
         )
 
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
@@ -359,11 +360,4 @@ def _sum(left: Parts, right: Parts) -> Parts:
 
 
 def _total(parts: Parts) -> Form:
-    return _added(parts.values())
-
-
-def _added(forms: Iterable[Form]) -> Form:
-    total = ZERO
-    for form in forms:
-        total = add_forms(total, form)
-    return total
+    return added(parts.values())

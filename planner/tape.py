@@ -17,7 +17,7 @@ import heapq
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -79,6 +79,13 @@ def scaled(form: Form, numerator: int, denominator: int) -> Form:
     )
 
 
+def added(forms: Iterable[Form]) -> Form:
+    total = ZERO
+    for form in forms:
+        total = add_forms(total, form)
+    return total
+
+
 def value(form: Sequence[int], rows: Number, length: Number) -> Number:
     a, b, c, d, e = form
     return a + b * rows + length * (c + rows * (d + e * length))
@@ -109,8 +116,8 @@ class Tensor:
     """`elements` of `width` bytes each in a storage, or a view of some of one.
 
     `node` made it, as its result number `index`; none made a leaf. `is_view`: torch keeps another
-    tensor of the same storage, so that a sum cannot be put into this one. `by_heads`: it is laid out head by head, not token by
-    token.
+    tensor of the same storage, so that a sum cannot be put into this one. `by_heads`: it is laid
+    out head by head, not token by token.
     """
 
     __slots__ = (
