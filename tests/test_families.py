@@ -24,6 +24,7 @@ from ftplan.planner.families import (
 from ftplan.planner.families.fields import CLASS_DEFAULTS, OTHER_NAMES
 from ftplan.planner.families.remote import REMOTE
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec
+from tests.meta_models import build, transformers_count
 
 MakeConfig = Callable[..., dict[str, Any]]
 MakeSpec = Callable[..., ModelSpec]
@@ -93,22 +94,6 @@ def test_a_size_too_small_to_stand_for_a_model_is_refused(size: int) -> None:
 
 BUILT = sorted(set(FAMILIES) - set(REMOTE))
 """Families whose code transformers has."""
-
-
-def build(config: dict[str, Any]) -> Any:
-    """The model that transformers builds from `config`, without memory."""
-    torch = pytest.importorskip("torch", reason="counts come from torch modules")
-    transformers = pytest.importorskip("transformers", reason="the reference is transformers")
-    made = transformers.AutoConfig.for_model(**config)
-    with torch.device("meta"):
-        if config["model_type"] == "mistral3":  # AutoModelForCausalLM does not list it
-            return transformers.Mistral3ForConditionalGeneration(made)
-        return transformers.AutoModelForCausalLM.from_config(made)
-
-
-def transformers_count(config: dict[str, Any]) -> int:
-    """Parameters of that model, tied ones once."""
-    return sum(parameter.numel() for parameter in build(config).parameters())
 
 
 @cache
