@@ -464,6 +464,59 @@ def test_sdpa_is_there_where_transformers_has_it(family: str, tiny_config: MakeC
     assert spec_from_config(config, "x").supports_sdpa == build(config)._supports_sdpa
 
 
+def kernel_inputs(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Query, key and value of each layer, as a step on the CPU hands them to torch's kernel."""
+    import torch
+
+    kernel, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recording(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> Any:
+        seen.append((query, key, value))
+        return kernel(query, key, value, *rest, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
+    model = build(config).to_empty(device="cpu").train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model(input_ids=torch.arange(14).reshape(2, 7), use_cache=False)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, {}) for family in BUILT),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("falcon", {"multi_query": False}),
+    ],
+    ids=str,
+)
+def test_queries_and_keys_reach_the_kernel_as_described(
+    family: str,
+    changes: dict[str, Any],
+    tiny_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Heads and widths, and whether rotation wrote the queries head by head."""
+    config = tiny_config(family, **changes)
+    spec = spec_from_config(config, "x")
+    if not spec.supports_sdpa:
+        pytest.skip("transformers has no kernel of torch's for it")
+    seen = kernel_inputs(config, monkeypatch)
+    assert len(seen) == len(spec.layers)
+    for (query, key, value), layer in zip(seen, spec.layers, strict=True):
+        attention = layer.attention
+        kv_heads = (
+            attention.num_heads if attention.expands_key_value else attention.num_key_value_heads
+        )
+        assert query.shape[1::2] == (attention.num_heads, attention.head_dim)
+        assert key.shape[1] == kv_heads
+        assert key.shape[3] == attention.head_dim
+        assert value.shape[3] == (attention.value_head_dim or attention.head_dim)
+        if attention.rotary_dim:
+            assert query.is_contiguous() == attention.rotary_concatenates
+
+
 @pytest.mark.parametrize("family", BUILT)
 def test_activations_are_those_of_the_built_model(family: str, tiny_config: MakeConfig) -> None:
     from transformers.activations import ACT2FN
