@@ -376,6 +376,7 @@ class ModelSpec:
     in a text's forward pass, such as a vision tower; its linear modules, each as often as it is
     there (quantization and `target_modules` reach them too), and its other parameters.
     `code`: `transformers`, or `remote` where only the repository's own code runs it.
+    `auto_class`: the class of transformers that loads it.
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
 
@@ -401,6 +402,7 @@ class ModelSpec:
     other_linears: tuple[Linear, ...] = ()
     other_parameters: tuple[Parameter, ...] = ()
     code: str = "transformers"
+    auto_class: str = "AutoModelForCausalLM"
     native_dtype: str = "bfloat16"
     approximate: str | None = None
 
@@ -410,6 +412,11 @@ class ModelSpec:
                 raise InputError(f"model `{self.name}`: `{field}` must be at least 1")
         if not self.layers:
             raise InputError(f"model `{self.name}`: `num_hidden_layers` must be at least 1")
+
+    @property
+    def loads_as_causal_lm(self) -> bool:
+        """The training process can load it: it asks AutoModelForCausalLM and trusts no code."""
+        return self.code == "transformers" and self.auto_class == "AutoModelForCausalLM"
 
     @property
     def num_hidden_layers(self) -> int:

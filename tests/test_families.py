@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -287,6 +288,26 @@ def test_tied_embeddings_count_once(family: str, tied: bool, tiny_config: MakeCo
     if family == "llama4":  # built from its text_config alone
         config["text_config"] = {**config["text_config"], "tie_word_embeddings": tied}
     assert spec_from_config(config, "tiny").num_parameters == transformers_count(config)
+
+
+@pytest.mark.parametrize("family", BUILT)
+def test_a_config_that_transformers_saves_means_the_same(
+    family: str, tiny_config: MakeConfig
+) -> None:
+    """Version 5 writes fields under its own names and fills in the class's defaults."""
+    transformers = pytest.importorskip("transformers", reason="it writes the config.json")
+    config = tiny_config(family)
+    saved = transformers.AutoConfig.for_model(**config)
+    for written in (saved.to_dict(), json.loads(saved.to_json_string())):
+        assert spec_from_config(written, "x") == spec_from_config(config, "x")
+
+
+def test_what_auto_model_for_causal_lm_cannot_load_is_told(tiny_config: MakeConfig) -> None:
+    transformers = pytest.importorskip("transformers", reason="the reference is transformers")
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    for family in FAMILIES:
+        spec = spec_from_config(tiny_config(family), "x")
+        assert spec.loads_as_causal_lm == (family in known), family
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -116,6 +116,7 @@ def mistral3(config: Config, name: str) -> ModelSpec:
     patches = (hidden, count(vision, "num_channels"), patch, patch)
     return dataclasses.replace(
         _whole(config, decoder, "Mistral3ForConditionalGeneration"),
+        auto_class="AutoModelForImageTextToText",
         other_linears=_pixtral_linears(vision) * layers + projector,
         other_parameters=(
             Parameter(name="patch_conv.weight", shape=patches),
