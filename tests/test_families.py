@@ -22,7 +22,7 @@ from ftplan.planner.families import (
     spec_from_config,
     spec_from_size,
 )
-from ftplan.planner.families.fields import CLASS_DEFAULTS, OTHER_NAMES
+from ftplan.planner.families.defaults import CLASS_DEFAULTS, OTHER_NAMES
 from ftplan.planner.families.remote import REMOTE
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec
 from tests.meta_models import build, transformers_count

@@ -12,14 +12,16 @@ from collections.abc import Mapping
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families.blocks import Reader
+from ftplan.planner.families.defaults import with_defaults
+from ftplan.planner.families.falcon import FALCON
 from ftplan.planner.families.fields import (
     Config,
     FieldError,
     architecture,
     count,
     native_dtype,
-    with_defaults,
 )
+from ftplan.planner.families.gemma import GEMMA
 from ftplan.planner.families.gpt_like import GPT_LIKE
 from ftplan.planner.families.llama_like import LLAMA_LIKE, llama
 from ftplan.planner.families.mixtures import MIXTURES
@@ -33,7 +35,15 @@ from ftplan.planner.families.sizes import (
 )
 from ftplan.planner.model_spec import ModelSpec
 
-FAMILIES: dict[str, Reader] = {**LLAMA_LIKE, **GPT_LIKE, **MIXTURES, **MULTIMODAL, **REMOTE}
+FAMILIES: dict[str, Reader] = {
+    **LLAMA_LIKE,
+    **GEMMA,
+    **GPT_LIKE,
+    **FALCON,
+    **MIXTURES,
+    **MULTIMODAL,
+    **REMOTE,
+}
 """The reader of each `model_type`."""
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ftplan.planner.families.blocks import (
-    AROUND_BLOCKS,
     Reader,
     decoder,
     equal_layers,
     float32_rms,
     fused_gated,
     gated,
-    gemma_rms,
     layer_norm,
     layers_of_kinds,
     placed,
@@ -29,7 +27,7 @@ from ftplan.planner.families.fields import (
     head_dim,
     key_value_heads,
     layer_types,
-    number,
+    refuse_dropout,
     rotary_dim,
     share,
     text,
@@ -93,91 +91,6 @@ def qwen3(config: Config, name: str) -> ModelSpec:
 
     layers = layers_of_kinds(qwen_layer_types(config), build)
     return decoder(config, name, "Qwen3ForCausalLM", layers)
-
-
-def gemma(config: Config, name: str) -> ModelSpec:
-    bias = flag(config, "attention_bias")
-    # The first releases say `gelu` and mean its approximation, which transformers puts there.
-    said = text(config, "hidden_act")
-    config = {**config, "hidden_act": "gelu_pytorch_tanh" if said == "gelu" else said}
-    layer = Layer(
-        attention=separate_attention(config, input_bias=bias, output_bias=bias),
-        feed_forward=gated(config),
-        **placed(config, norm=gemma_rms),
-    )
-    return _gemma_decoder(config, name, "GemmaForCausalLM", equal_layers(config, layer))
-
-
-def gemma2(config: Config, name: str) -> ModelSpec:
-    kinds = layer_types(
-        config, lambda index: "full_attention" if index % 2 else "sliding_attention"
-    )
-    layers = _gemma_layers(config, kinds)
-    return _gemma_decoder(
-        config,
-        name,
-        "Gemma2ForCausalLM",
-        layers,
-        supports_sdpa=False,
-        final_logit_softcapping=_is_softcapped(config, "final_logit_softcapping"),
-    )
-
-
-def gemma3_text(config: Config, name: str) -> ModelSpec:
-    if flag(config, "use_bidirectional_attention"):
-        raise FieldError("has `use_bidirectional_attention`: an encoder, not a language model")
-    pattern = count({"sliding_window_pattern": 6, **config}, "sliding_window_pattern")
-    kinds = layer_types(
-        config, lambda index: "sliding_attention" if (index + 1) % pattern else "full_attention"
-    )
-    return _gemma_decoder(
-        config,
-        name,
-        "Gemma3ForCausalLM",
-        _gemma_layers(config, kinds, norm=gemma_rms),
-        final_logit_softcapping=_is_softcapped(config, "final_logit_softcapping"),
-    )
-
-
-def _gemma_layers(config: Config, kinds: list[str], **more: Any) -> tuple[Layer, ...]:
-    """Layers with norms around both blocks; `more`: further arguments of the attention."""
-    bias = flag(config, "attention_bias")
-
-    def build(kind: str) -> Layer:
-        attention = separate_attention(
-            config,
-            input_bias=bias,
-            output_bias=bias,
-            softcapped=_is_softcapped(config, "attn_logit_softcapping"),
-            sliding_window=window(config, kind),
-            **more,
-        )
-        return Layer(
-            attention=attention,
-            feed_forward=gated(config, activation="hidden_activation"),
-            **placed(config, AROUND_BLOCKS, gemma_rms),
-        )
-
-    return layers_of_kinds(kinds, build)
-
-
-def _is_softcapped(config: Config, field: str) -> bool:
-    return config[field] is not None and number(config, field) > 0
-
-
-def _gemma_decoder(
-    config: Config, name: str, default_class: str, layers: tuple[Layer, ...], **more: Any
-) -> ModelSpec:
-    final_norm = gemma_rms("norm", count(config, "hidden_size"))
-    return decoder(
-        config,
-        name,
-        default_class,
-        layers,
-        final_norm=final_norm,
-        scales_embeddings=True,
-        **more,
-    )
 
 
 def glm(config: Config, name: str) -> ModelSpec:
@@ -342,12 +255,6 @@ def _norm_a_head(width: int, heads: int) -> Norm:
     return Norm(name="norms", width=width, kind="layer", copies=heads)
 
 
-def refuse_dropout(config: Config, field: str) -> None:
-    """Raises FieldError for dropout at a place of its own, where no released model has any."""
-    if share(config, field):
-        raise FieldError(f"has `{field}`: {config[field]!r}, which the closed form does not model")
-
-
 def granite(config: Config, name: str) -> ModelSpec:
     bias = flag(config, "attention_bias")
     layer = Layer(
@@ -367,40 +274,32 @@ def granite(config: Config, name: str) -> ModelSpec:
 
 
 def cohere(config: Config, name: str) -> ModelSpec:
-    def norm(norm_name: str, width: int) -> Norm:
-        return Norm(name=norm_name, width=width, kind="centered", scales_in_float32=True)
+    def norm(norm_name: str, width: int, num_heads: int | None = None) -> Norm:
+        return Norm(
+            name=norm_name,
+            width=width,
+            kind="centered",
+            scales_in_float32=True,
+            num_heads=num_heads,
+        )
 
-    bias, width, hidden = (
-        flag(config, "attention_bias"),
-        head_dim(config),
-        count(config, "hidden_size"),
-    )
+    bias, width = flag(config, "attention_bias"), head_dim(config)
+    hidden = count(config, "hidden_size")
     norms: dict[str, Any] = {}
     if flag(config, "use_qk_norm"):
-        heads = {
-            "q_norm": count(config, "num_attention_heads"),
-            "k_norm": key_value_heads(config),
-        }
         norms = {
-            place: Norm(
-                name=norm_name,
-                width=width,
-                kind="centered",
-                scales_in_float32=True,
-                num_heads=heads[norm_name],
-            )
-            for place, norm_name in (("query_norm", "q_norm"), ("key_norm", "k_norm"))
+            "query_norm": norm("q_norm", width, count(config, "num_attention_heads")),
+            "key_norm": norm("k_norm", width, key_value_heads(config)),
         }
-    attention = separate_attention(
-        config,
-        input_bias=bias,
-        output_bias=bias,
-        rotary_kind="pairs",
-        rotary_in_float32=True,
-        **norms,
-    )
     layer = Layer(
-        attention=attention,
+        attention=separate_attention(
+            config,
+            input_bias=bias,
+            output_bias=bias,
+            rotary_kind="pairs",
+            rotary_in_float32=True,
+            **norms,
+        ),
         feed_forward=gated(config),
         attention_norm=norm("input_layernorm", hidden),
         parallel=True,
@@ -469,9 +368,6 @@ def phi3(config: Config, name: str) -> ModelSpec:
 
 LLAMA_LIKE: dict[str, Reader] = {
     "cohere": cohere,
-    "gemma": gemma,
-    "gemma2": gemma2,
-    "gemma3_text": gemma3_text,
     "glm": glm,
     "glm4": glm4,
     "granite": granite,

@@ -209,10 +209,8 @@ def _deepseek_layers(
     config: Config, attention: Attention, bias: bool = False, **more: Any
 ) -> tuple[Layer, ...]:
     """The first layers dense, the others with experts; `more`: further fields of these."""
-    first, depth = (
-        count(config, "first_k_dense_replace", least=0),
-        count(config, "num_hidden_layers"),
-    )
+    first = count(config, "first_k_dense_replace", least=0)
+    depth = count(config, "num_hidden_layers")
     shared_size = count(config, "moe_intermediate_size") * count(config, "n_shared_experts")
 
     def build(is_sparse: bool) -> Layer:
@@ -234,10 +232,8 @@ def _latent_attention(config: Config, rotary_kind: str) -> Attention:
     """Keys and values (and queries, where `q_lora_rank` is said) through a narrow middle."""
     hidden, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
     bias = flag(config, "attention_bias")
-    plain_width, rotated_width = (
-        count(config, "qk_nope_head_dim"),
-        count(config, "qk_rope_head_dim"),
-    )
+    plain_width = count(config, "qk_nope_head_dim")
+    rotated_width = count(config, "qk_rope_head_dim")
     value_width, key_rank = count(config, "v_head_dim"), count(config, "kv_lora_rank")
     query_rank, width = optional_count(config, "q_lora_rank"), plain_width + rotated_width
     keys = Latent(
@@ -334,10 +330,8 @@ def llama4_text(config: Config, name: str) -> ModelSpec:
     kinds = layer_types(
         config, lambda index: "chunked_attention" if rotated[index] else "full_attention"
     )
-    depth, step = (
-        count(config, "num_hidden_layers"),
-        count(config, "interleave_moe_layer_step"),
-    )
+    depth = count(config, "num_hidden_layers")
+    step = count(config, "interleave_moe_layer_step")
     sparse = whole_numbers(config, "moe_layers")
     if sparse is None:
         sparse = list(range(step - 1, depth, step))

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from ftplan.planner.families.blocks import Reader
+from ftplan.planner.families.defaults import with_defaults
 from ftplan.planner.families.fields import (
     Config,
     FieldError,
@@ -20,9 +21,9 @@ from ftplan.planner.families.fields import (
     require,
     section,
     text,
-    with_defaults,
 )
-from ftplan.planner.families.llama_like import gemma3_text, mistral
+from ftplan.planner.families.gemma import gemma3_text
+from ftplan.planner.families.llama_like import mistral
 from ftplan.planner.families.mixtures import llama4_text
 from ftplan.planner.model_spec import Linear, ModelSpec, Parameter
 

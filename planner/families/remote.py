@@ -24,11 +24,8 @@ def internlm2(config: Config, name: str) -> ModelSpec:
     config = {"tie_word_embeddings": False, "bias": False, **config}
     width = divided_head_dim(config, "hidden_size", "num_attention_heads")
     hidden, intermediate = count(config, "hidden_size"), count(config, "intermediate_size")
-    heads, kv_heads, bias = (
-        count(config, "num_attention_heads"),
-        key_value_heads(config),
-        flag(config, "bias"),
-    )
+    heads, kv_heads = count(config, "num_attention_heads"), key_value_heads(config)
+    bias = flag(config, "bias")
     fused_width = (heads + 2 * kv_heads) * width
     attention = Attention(
         num_heads=heads,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftplan.planner.errors import InputError
-from ftplan.planner.families.fields import with_defaults
+from ftplan.planner.families.defaults import with_defaults
 from ftplan.planner.families.llama_like import llama
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.units import format_count
