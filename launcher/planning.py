@@ -236,6 +236,8 @@ def _largest_trainable(
     entries = sorted(model_catalog().values(), key=lambda e: -e.num_parameters)
     chat = [e for e in entries if e.kind == "chat" and e.licence in _FREE_LICENCES]
     for entry in chat:
+        if not entry.spec.loads_as_causal_lm:
+            continue
         folder = cached_folder(entry.hub_id)
         if in_cache_only and not (folder and has_weights(folder)):
             continue
