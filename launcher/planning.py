@@ -106,6 +106,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
     method = METHODS.get(given.get("method", TrainingPlan().method))
     if method is not None:
         method.check_counted()
+        method.check_trained()
 
 
 def make_plan(
