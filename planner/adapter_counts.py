@@ -16,7 +16,6 @@ from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Parameter
 from ftplan.planner.peft_options import PeftOptions
 from ftplan.planner.trained import (
     ALL_LINEAR,
-    SAVED,
     MethodSettings,
     Tally,
     Trained,
@@ -54,7 +53,7 @@ _LINEAR_ONLY = frozenset(
 
 # PEFT's own targets where the method is given none: `TRANSFORMERS_MODELS_TO_..._MAPPING` of
 # peft/utils/constants.py, for decoders. Of IA3, the second list are its feed-forward modules.
-_IA3_TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+IA3_TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bloom": (("query_key_value", "mlp.dense_4h_to_h"), ("mlp.dense_4h_to_h",)),
     "falcon": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
     "gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
@@ -74,7 +73,7 @@ _IA3_TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "qwen2": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
     "qwen3": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
 }
-_BEFT_MODEL_TYPES = frozenset(
+BEFT_MODEL_TYPES = frozenset(
     (
         *("gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral"),
         *("mixtral", "opt", "phi", "qwen2", "qwen3"),
@@ -82,13 +81,21 @@ _BEFT_MODEL_TYPES = frozenset(
 )
 
 
+# How LoRA's matrices begin without another shape than usual; EVA shares ranks out by the data.
+_LORA_BEGINNINGS = (True, False, "gaussian", "olora", "orthogonal", "pissa", "loftq")
+
+
 # --- one linear module
 
 
 def _lora(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
     """A (rank x in) and B (out x rank): Hu et al. 2021 (arXiv 2106.09685), section 4.1."""
+    if not str(o.values["init_lora_weights"]).startswith("pissa_niter_"):
+        o.one_of("init_lora_weights", *_LORA_BEGINNINGS)
     trained = _pair("lora_A.weight", "lora_B.weight", linear, rank)
     if o.flag("lora_bias"):
+        if o.flag("use_dora") or not isinstance(o.values["init_lora_weights"], bool):
+            raise o.refused("lora_bias", "DoRA has none, nor have matrices that begin otherwise")
         trained["lora_B.bias"] = (linear.out_features,)
     if o.flag("use_dora"):
         trained["lora_magnitude_vector.weight"] = (linear.out_features,)
@@ -106,9 +113,15 @@ def _pair(first: str, second: str, linear: Linear, rank: int) -> dict[str, Shape
 
 
 def _adalora(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
-    """As it begins, before ranks shrink."""
+    """As it begins, before ranks shrink: Zhang et al. 2023 (arXiv 2303.10512)."""
     trained = _pair("lora_A", "lora_B", linear, rank)
     return Tensors(trained={**trained, "lora_E": (rank, 1)}, frozen={"ranknum": (1,)})
+
+
+def _adalora_cast(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
+    """PEFT's cast to fp32 makes a parameter of the rank's number anew, one that is trained."""
+    made = _adalora(linear, o, rank)
+    return Tensors(trained={**made.trained, **made.frozen})
 
 
 def _loha(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
@@ -511,10 +524,8 @@ _Shared = Callable[[Sequence[_Place], PeftOptions, int], Tensors]
 
 _BESIDE: dict[str, _Beside] = {
     "LORA": _lora,
-    "ADALORA": _adalora,
     "LOHA": _loha,
     "LOKR": _lokr,
-    "IA3": _ia3,
     "VERA": _vera,
     "PVERA": _pvera,
     "OFT": _oft,
@@ -540,7 +551,6 @@ _BESIDE: dict[str, _Beside] = {
     "SHIRA": _shira,
     "SUPERTUNING": _supertuning,
     "OSF": _osf,
-    "BEFT": _beft,
     "POLY": _poly,
 }
 _SHARED: dict[str, _Shared] = {
@@ -566,12 +576,17 @@ def lora_fa_count(model: ModelSpec, settings: MethodSettings, options: PeftOptio
     return _count(model, options, _lora_fa)
 
 
+def adalora_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
+    return _count(model, options, _adalora_cast if settings.casts_adapters else _adalora)
+
+
 def ia3_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
     """A factor for each result of a module, or for each input of a feed-forward one."""
-    defaults = _IA3_TARGETS.get(model.model_type, (None, None))
-    targets = options.names("target_modules") or defaults[0]
-    feed_forward = options.names("feedforward_modules")
-    inputs = defaults[1] if feed_forward is None else feed_forward
+    defaults = IA3_TARGETS.get(model.model_type, (None, None))
+    targets, inputs = (
+        default if options.names(name) is None else options.names(name)
+        for name, default in zip(("target_modules", "feedforward_modules"), defaults, strict=True)
+    )
     if targets is None or inputs is None:
         raise _no_default(options, model)
     scaled = {id(linear) for name in inputs for linear in _of_name(model, name)}
@@ -585,7 +600,7 @@ def ia3_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) 
 def beft_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
     targets = options.names("target_modules")
     if targets is None:
-        if model.model_type not in _BEFT_MODEL_TYPES:
+        if model.model_type not in BEFT_MODEL_TYPES:
             raise _no_default(options, model)
         targets = ("v_proj",)
     return _count(model, options, _beft, targets)
@@ -643,7 +658,7 @@ def _count(
         options,
         Trained(
             own=_biases(model, options, adapted, kinds),
-            added=tally.parameters(),
+            adapters=tally.parameters(),
             frozen=frozen.parameters(),
             index_bytes=index_bytes,
             adapted=tuple(adapted),
@@ -660,9 +675,9 @@ def _parameters(prefix: str, shapes: Mapping[str, Shape]) -> list[Parameter]:
 
 
 def _rank(options: PeftOptions) -> int:
-    """The rank of the adapters; 0 for a method that has none."""
+    """The rank of the adapters; 0 for a method that has none (OFT's `r` are blocks)."""
     name = "init_r" if options.peft_type == "ADALORA" else "r"
-    if options.values.get(name) in (None, 0):
+    if options.values.get(name) is None or options.peft_type == "OFT":
         return 0
     return options.count(name)
 
@@ -699,7 +714,7 @@ def _adapted_linears(
     if named is None and default_targets is not None:
         found = [linear for name in default_targets for linear in _of_name(model, name)]
     else:
-        found = list(targeted_linears(model, named or (ALL_LINEAR,)))
+        found = list(targeted_linears(model, (ALL_LINEAR,) if named is None else named))
     saved = options.names("modules_to_save") or ()
     return {id(linear) for linear in found if linear.name not in saved}
 
@@ -767,7 +782,7 @@ def with_copies(model: ModelSpec, options: PeftOptions, trained: Trained) -> Tra
     everywhere = bool(copied.intersection(name for name, _, _ in inside))
     return dataclasses.replace(
         trained,
-        added=(*trained.added, *tally.parameters()),
+        held_as_base=(*trained.held_as_base, *tally.parameters()),
         adapted_layers=(
             tuple(range(model.num_hidden_layers)) if everywhere else trained.adapted_layers
         ),
@@ -780,7 +795,7 @@ def with_copies(model: ModelSpec, options: PeftOptions, trained: Trained) -> Tra
 def _copy(module: str, parameter: Parameter) -> Parameter:
     """`lm_head.weight` as `lm_head.modules_to_save.weight`."""
     kind = parameter.name.rpartition(".")[2]
-    return dataclasses.replace(parameter, name=f"{module}.{SAVED}.{kind}")
+    return dataclasses.replace(parameter, name=f"{module}.modules_to_save.{kind}")
 
 
 def tokens_of(model: ModelSpec, indices: Sequence[int]) -> tuple[Parameter, Parameter]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftplan.planner.adapter_counts import (
+    adalora_count,
     adapter_count,
     beft_count,
     ia3_count,
@@ -295,6 +296,7 @@ _PEFT_METHODS = (
         "low-rank adapters, whose ranks shrink where they matter least",
         "Zhang et al. 2023, arXiv 2303.10512",
         {**_LORA, "target_r": "lora_rank"},
+        counted_by=adalora_count,
     ),
     _peft(
         "LOHA",

@@ -62,7 +62,7 @@ COUNTED: dict[str, dict[str, Any]] = {
     "VBLORA": {"r": 4, "num_vectors": 256, "vector_length": 256, **_COMMON},
     "UNILORA": {"r": 4, "theta_d_length": 256, **_COMMON},
     "TINYLORA": {"r": 2, "u": 64, "weight_tying": 0.0, **_COMMON},
-    "HIRA": {"r": 32, "rank_pattern": {}, **_TARGETS_IN_LAYERS},
+    "HIRA": {"r": 32, **_TARGETS_IN_LAYERS},
     "DELORA": {"r": 8, "rank_pattern": {}, **_COMMON},
     "GRALORA": {"r": 32, "hybrid_r": 0, "gralora_k": 2, **_COMMON},
     "GLORA": {
@@ -105,7 +105,7 @@ COUNTED: dict[str, dict[str, Any]] = {
 # What changes no count: scales, dropout, how weights begin, what a checkpoint holds.
 NEUTRAL = frozenset(
     (
-        *("alpha", "alpha_pattern", "lora_alpha", "lora_dropout", "use_rslora"),
+        *("alpha", "alpha_pattern", "lora_alpha", "lora_dropout", "loftq_config", "use_rslora"),
         *("fan_in_fan_out", "init_weights", "target_r", "tinit", "tfinal", "deltaT", "beta1"),
         *("beta2", "orth_reg_weight", "total_step", "rank_dropout", "module_dropout"),
         *("rank_dropout_scale", "init_ia3_weights", "vera_dropout", "pvera_dropout"),

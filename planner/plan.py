@@ -138,6 +138,7 @@ class TrainingPlan:
             peft_config=self.peft_config,
             num_trainable_layers=self.num_trainable_layers,
             trainable_modules=self.trainable_modules,
+            casts_adapters=self.quantization == "none" and self.dtype != "float32",
         )
 
     @property

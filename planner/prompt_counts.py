@@ -19,7 +19,7 @@ from ftplan.planner.trained import (
 
 # Of LLaMA's 32 layers the topmost 30 have prompts (Zhang et al. 2023, arXiv 2303.16199).
 ADAPTION_PROMPT_LAYERS = 30
-_ADAPTION_PROMPT_MODEL_TYPES = ("gpt2", "llama", "mistral")
+ADAPTION_PROMPT_MODEL_TYPES = ("gpt2", "llama", "mistral")
 
 # Configurations without `num_key_value_heads`, from which PEFT then takes a row of every head.
 _WITHOUT_KEY_VALUE_HEADS = ("falcon",)
@@ -34,7 +34,7 @@ _GEMMA2_NORMS = (
     "post_feedforward_layernorm",
     "norm",
 )
-_NORM_TARGETS: dict[str, tuple[str, ...]] = {
+NORM_TARGETS: dict[str, tuple[str, ...]] = {
     "bloom": ("input_layernorm", "post_attention_layernorm", "ln_f"),
     "falcon": ("input_layernorm", "post_attention_layernorm", "ln_f"),
     "gemma": _LLAMA_NORMS,
@@ -140,16 +140,16 @@ def _prompt(model: ModelSpec, options: PeftOptions, **shapes: tuple[int, ...]) -
         Parameter(name=f"prompt_encoder.{name}", shape=shape) for name, shape in shapes.items()
     )
     tokens = options.count("num_virtual_tokens")
-    return with_copies(model, options, Trained(added=added, num_virtual_tokens=tokens))
+    return with_copies(model, options, Trained(adapters=added, num_virtual_tokens=tokens))
 
 
 def adaption_prompt_count(
     model: ModelSpec, settings: MethodSettings, options: PeftOptions
 ) -> Trained:
     """Prompts and a gate in the last layers: Zhang et al. 2023 (arXiv 2303.16199)."""
-    if model.model_type not in _ADAPTION_PROMPT_MODEL_TYPES:
+    if model.model_type not in ADAPTION_PROMPT_MODEL_TYPES:
         raise InputError(
-            f"PEFT has method `{options.method}` for {', '.join(_ADAPTION_PROMPT_MODEL_TYPES)}, "
+            f"PEFT has method `{options.method}` for {', '.join(ADAPTION_PROMPT_MODEL_TYPES)}, "
             f"not for `{model.model_type}`",
             "use `--method prefix-tuning` or `--method lora`",
         )
@@ -159,7 +159,7 @@ def adaption_prompt_count(
         raise options.refused("adapter_layers", f"{model.name} has {deep} layers")
     prompt = (1, options.count("adapter_len"), model.hidden_size)
     return Trained(
-        added=(
+        held_as_base=(
             Parameter(name="adaption_prompt", shape=prompt, count=layers),
             Parameter(name="adaption_gate", shape=(1,), count=layers),
         ),
@@ -173,13 +173,13 @@ def tokens_count(model: ModelSpec, settings: MethodSettings, options: PeftOption
     if not tokens:
         raise options.refused("token_indices", "a list of tokens is needed")
     trained, original = tokens_of(model, tokens)
-    return Trained(added=(trained,), frozen=(original,), num_trained_tokens=len(tokens))
+    return Trained(adapters=(trained,), frozen=(original,), num_trained_tokens=len(tokens))
 
 
 def norms_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
     """Copies of norms: Zhao et al. 2023 (arXiv 2312.11420)."""
     named = options.names("target_modules")
-    targets = named or _NORM_TARGETS.get(model.model_type)
+    targets = named or NORM_TARGETS.get(model.model_type)
     if targets is None:
         raise InputError(
             f"PEFT has no norms of its own for method `{options.method}` on `{model.model_type}`",
@@ -201,7 +201,9 @@ def norms_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions
             tally.add(_tuned(norm), times)
     within = any(norm.name in targets for norm, _ in inside)
     layers = tuple(range(model.num_hidden_layers)) if within else ()
-    return with_copies(model, options, Trained(added=tally.parameters(), adapted_layers=layers))
+    return with_copies(
+        model, options, Trained(held_as_base=tally.parameters(), adapted_layers=layers)
+    )
 
 
 def _tuned(norm: Norm) -> list[Parameter]:
@@ -226,7 +228,7 @@ def bottleneck_count(model: ModelSpec, settings: MethodSettings, options: PeftOp
         "up.bias": (wide,),
     }
     return Trained(
-        added=tuple(
+        adapters=tuple(
             Parameter(name=f"bottleneck.{name}", shape=shape, count=2 * layers)
             for name, shape in shapes.items()
         ),
@@ -250,10 +252,16 @@ def shadow_count(model: ModelSpec, settings: MethodSettings, options: PeftOption
             f"{part}.2.weight": (wide, inner),
             f"{part}.2.bias": (wide,),
         }
-    tally, deep = Tally(), model.num_hidden_layers
-    tally.add((Parameter(name=name, shape=shape) for name, shape in shapes.items()), deep)
-    tally.add(_shadow(model, options))
-    trained = Trained(added=tally.parameters(), adapted_layers=tuple(range(deep)), rank=narrow)
+    deep, network = model.num_hidden_layers, Tally()
+    network.add(_shadow(model, options))
+    trained = Trained(
+        adapters=tuple(
+            Parameter(name=name, shape=shape, count=deep) for name, shape in shapes.items()
+        ),
+        held_as_base=network.parameters(),
+        adapted_layers=tuple(range(deep)),
+        rank=narrow,
+    )
     return with_copies(model, options, trained)
 
 

@@ -17,9 +17,6 @@ from ftplan.planner.peft_options import PeftOptions
 
 ALL_LINEAR = "all-linear"
 
-# What stands in the name of a copy that PEFT trains in a module's place.
-SAVED = "modules_to_save"
-
 # What transformers calls token embeddings and output projection, where not `embed_tokens` and
 # `lm_head`.
 _EMBEDDING_NAMES = {
@@ -36,25 +33,26 @@ _HEAD_NAMES = {"gpt_neox": "embed_out"}
 class Trained:
     """What a configuration trains of a model, and what it adds to it.
 
-    `own`: the model's own parameters that are trained. `added`: trained parameters of the method;
-    among them `copies`, whole modules that `modules_to_save` copies (`lm_head.modules_to_save.
-    weight`). `frozen`: what the method adds and does not train; `index_bytes`: besides, tables of
-    whole numbers (places in a matrix), in bytes.
-    PEFT turns 16-bit adapters and `frozen` buffers of its layers into fp32
-    (`cast_adapter_dtype`), copies keep the dtype of the module that was copied
-    (`ModulesToSaveWrapper` is none of its layers).
+    `own`: the model's own parameters that are trained. What the method adds and trains: `adapters`,
+    which PEFT turns into fp32 beside a 16-bit base (`cast_adapter_dtype`; prompts are made so), and
+    `held_as_base`, which keep the base's dtype: copies of modules by `modules_to_save` (named
+    `lm_head.modules_to_save.weight`; `ModulesToSaveWrapper` is no layer of PEFT's) and of tuned
+    norms, LLaMA-Adapter's prompts, Shadow's network.
+    `frozen`: what the method adds and does not train, in fp32 but for GLoRA's zeros, which are
+    held as the base; `index_bytes`: besides, tables of whole numbers (places in a matrix).
     `adapted`: for each kind of layer, its linear modules that carry an adapter; `rank`: of the
     adapters, but of the modules that `ranks` names. `adapted_layers`: places of the layers to
     which something is added.
     `trained_layers`: how many layers, from the last, have own weights that are trained:
     `trained_in_layers` are these weights' names.
     `trains_embeddings`, `trains_lm_head`: as own parameters or as copies; `saved_modules`: what
-    was copied. `num_virtual_tokens`: learned tokens, keys or values in front of every row;
-    `num_trained_tokens`: tokens whose embeddings are trained beside the frozen others.
+    `modules_to_save` copied. `num_virtual_tokens`: learned tokens, keys or values in front of every
+    row; `num_trained_tokens`: tokens whose embeddings are trained beside the frozen others.
     """
 
     own: tuple[Parameter, ...] = ()
-    added: tuple[Parameter, ...] = ()
+    adapters: tuple[Parameter, ...] = ()
+    held_as_base: tuple[Parameter, ...] = ()
     frozen: tuple[Parameter, ...] = ()
     index_bytes: int = 0
     adapted: tuple[tuple[Layer, tuple[Linear, ...]], ...] = ()
@@ -75,8 +73,13 @@ class Trained:
         return num_elements(self.own)
 
     @cached_property
+    def added(self) -> tuple[Parameter, ...]:
+        """All trained parameters that the method adds."""
+        return (*self.adapters, *self.held_as_base)
+
+    @cached_property
     def added_parameters(self) -> int:
-        """Trained parameters that the method adds, copies included."""
+        """Trained parameters that the method adds."""
         return num_elements(self.added)
 
     @cached_property
@@ -87,16 +90,6 @@ class Trained:
     @property
     def num_trainable_parameters(self) -> int:
         return self.base_parameters + self.added_parameters
-
-    @cached_property
-    def copies(self) -> tuple[Parameter, ...]:
-        """Those of `added` that are copies of the model's modules."""
-        return tuple(p for p in self.added if f".{SAVED}." in p.name)
-
-    @cached_property
-    def adapters(self) -> tuple[Parameter, ...]:
-        """Those of `added` that are no copies."""
-        return tuple(p for p in self.added if f".{SAVED}." not in p.name)
 
     def linears_of(self, layer: Layer) -> tuple[Linear, ...]:
         """The linear modules of this kind of layer that carry an adapter."""
@@ -119,7 +112,8 @@ class MethodSettings:
     """The settings of a plan that decide what is trained.
 
     `peft_config` holds the options as they are written (`use_dora=true`); `trainable_modules`:
-    what `freeze` trains instead of whole layers.
+    what `freeze` trains instead of whole layers. `casts_adapters`: adapters are made in 16 bits,
+    as an unquantized base is held, and PEFT then turns them into fp32.
     """
 
     lora_rank: int = 16
@@ -128,6 +122,7 @@ class MethodSettings:
     peft_config: tuple[str, ...] = ()
     num_trainable_layers: int = 2
     trainable_modules: tuple[str, ...] = ()
+    casts_adapters: bool = False
 
 
 CountedBy = Callable[[ModelSpec, MethodSettings, PeftOptions], Trained]
