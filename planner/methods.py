@@ -50,7 +50,7 @@ class Method:
 
     `adapter`: small matrices are trained beside a frozen base.
     `quantized_base`: that base is held in 4 or 8 bits.
-    `counted_by`: the closed form of what is trained; None where only a dry run knows.
+    `counted_by`: what is trained and added, of a model's specification.
     `has_trainer`: ftplan can train it; where not, it is counted only.
     `peft_type`: PEFT's name of it; None where PEFT has no part in it.
     `peft_options`: options of PEFT's configuration that make the method.
@@ -61,22 +61,13 @@ class Method:
     title: str
     trains: str
     source: str
-    counted_by: CountedBy | None = None
+    counted_by: CountedBy
     has_trainer: bool = True
     adapter: bool = False
     quantized_base: bool = False
     peft_type: str | None = None
     peft_options: Mapping[str, Any] = field(default_factory=dict)
     takes: Mapping[str, str] = field(default_factory=dict)
-
-    def check_counted(self) -> None:
-        """Raises InputError where there is no closed form of what is trained."""
-        if self.counted_by is None:
-            raise InputError(
-                f"method `{self.name}` has no closed form",
-                "`ftplan estimate MODEL --exact` carries out its step; to plan or launch, take "
-                "another method",
-            )
 
     def check_trained(self) -> None:
         """Raises InputError where ftplan has no trainer for the method."""
@@ -90,11 +81,8 @@ class Method:
     def count(self, model: ModelSpec, settings: MethodSettings) -> Trained:
         """What is trained of `model`, and what is added to it.
 
-        Raises InputError for modules and options that PEFT refuses or the closed form does not
-        know, and where there is no closed form of the method.
+        Raises InputError for modules and options that PEFT refuses or that are not modelled.
         """
-        self.check_counted()
-        assert self.counted_by is not None
         return self.counted_by(model, settings, self.options(settings))
 
     def options(self, settings: MethodSettings) -> PeftOptions:

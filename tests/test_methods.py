@@ -19,6 +19,7 @@ from ftplan.planner.families import FAMILIES, spec_from_config
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.peft_options import COUNTED, NEUTRAL, read_options
+from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prompt_counts import ADAPTION_PROMPT_MODEL_TYPES, NORM_TARGETS
 from ftplan.planner.trained import MethodSettings, Trained, target_names, targeted_linears
 
@@ -734,7 +735,6 @@ def test_a_method_is_found_in_any_case_and_has_a_source(name: str) -> None:
     method = resolve_method(name.upper())
     assert method.name == name
     assert method.source and method.title and method.trains
-    assert method.counted_by
 
 
 def test_what_is_compared_can_be_trained() -> None:
@@ -747,6 +747,32 @@ def test_what_is_counted_only_is_refused_before_anything_slow(name: str) -> None
     planning = pytest.importorskip("ftplan.launcher.planning")
     with pytest.raises(InputError, match=f"`{name}` is counted, but ftplan does not train it"):
         planning.check_settings({"method": name})
+    exact = pytest.importorskip("ftplan.launcher.exact")
+    with pytest.raises(InputError, match=f"`{name}` is counted"):
+        exact.case_of(None, TrainingPlan(method=name), None)
+
+
+def test_a_plans_settings_reach_the_count(tiny_spec: MakeSpec) -> None:
+    model = tiny_spec("llama")
+
+    def trainable(**settings: Any) -> int:
+        plan = TrainingPlan(**settings)
+        trained = plan.resolved_method.count(model, plan.method_settings)
+        return trained.num_trainable_parameters
+
+    lora = trainable(lora_rank=4)
+    assert trainable(lora_rank=8) == 2 * lora
+    assert trainable(lora_rank=4, modules_to_save=("lm_head",)) == lora + 128 * 64
+    assert trainable(peft_config=("r=4",)) == lora
+    freeze = {"method": "freeze", "num_trainable_layers": 1}
+    assert trainable(**freeze, trainable_modules=("q_proj",)) == 64 * 64
+    adalora = [trainable(method="adalora", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    assert adalora[1] - adalora[0] == 3 * 7
+
+
+def test_modules_are_named_for_freeze_alone() -> None:
+    with pytest.raises(InputError, match="`--trainable-modules` is for method `freeze`"):
+        TrainingPlan(method="lora", trainable_modules=("q_proj",))
 
 
 def test_an_unknown_method_is_told_the_nearest() -> None:
