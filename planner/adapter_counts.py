@@ -451,7 +451,7 @@ def _check_at_most(o: PeftOptions, name: str, module: str, most: int) -> None:
         raise o.refused(name, f"`{module}` allows {most} at most")
 
 
-# --- what all modules share
+# --- what all modules share, or several of them: trained, and not trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,23 +462,23 @@ class _Place:
     times: int
 
 
-def _vera_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> Tensors:
+_Two = tuple[list[Parameter], list[Parameter]]
+
+
+def _vera_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> _Two:
     wide, deep = _largest(places)
-    return Tensors(trained={}, frozen={"vera_A": (rank, deep), "vera_B": (wide, rank)})
+    return [], _parameters("shared", {"vera_A": (rank, deep), "vera_B": (wide, rank)})
 
 
-def _pvera_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> Tensors:
+def _pvera_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> _Two:
     wide, deep = _largest(places)
-    return Tensors(trained={}, frozen={"pvera_A": (2 * rank, deep), "pvera_B": (wide, rank)})
+    return [], _parameters("shared", {"pvera_A": (2 * rank, deep), "pvera_B": (wide, rank)})
 
 
-def _randlora_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> Tensors:
+def _randlora_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> _Two:
     lesser, greater = sorted(_largest(places))
-    bases = math.ceil(lesser / rank)
-    return Tensors(
-        trained={},
-        frozen={"randlora_A": (rank, 1, lesser), "randlora_B": (greater, bases, rank)},
-    )
+    first, second = (rank, 1, lesser), (greater, math.ceil(lesser / rank), rank)
+    return [], _parameters("shared", {"randlora_A": first, "randlora_B": second})
 
 
 def _largest(places: Sequence[_Place]) -> tuple[int, int]:
@@ -489,38 +489,39 @@ def _largest(places: Sequence[_Place]) -> tuple[int, int]:
     )
 
 
-def _vblora_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> Tensors:
+def _vblora_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> _Two:
     bank = (o.count("num_vectors"), o.count("vector_length"))
-    return Tensors(trained={"vblora_vector_bank": bank})
+    return _parameters("shared", {"vblora_vector_bank": bank}), []
 
 
-def _unilora_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> Tensors:
-    return Tensors(trained={"unilora_theta_d": (o.count("theta_d_length"),)})
+def _unilora_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> _Two:
+    return _parameters("shared", {"unilora_theta_d": (o.count("theta_d_length"),)}), []
 
 
-def _tinylora_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> Tensors:
+def _tinylora_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> _Two:
     """A vector for each group of modules; `weight_tying` is the share of modules that join one."""
     modules = sum(place.times for place in places)
     groups = max(1, round(modules * (1.0 - o.share("weight_tying"))))
-    return Tensors(trained={f"tinylora_v.{i}": (o.count("u"),) for i in range(groups)})
+    return [Parameter(name="shared.tinylora_v", shape=(o.count("u"),), count=groups)], []
 
 
-def _lily_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> Tensors:
+def _lily_shared(places: Sequence[_Place], o: PeftOptions, rank: int) -> _Two:
     """One B for all modules of a name and shape, one A for each `stride_A` of them."""
-    trained: dict[str, Shape] = {}
-    stride, parts = o.count("stride_A"), o.count("num_B")
-    for number, place in enumerate(places):
-        linear = place.linear
-        trained[f"lily_B.{number}.weight"] = (parts * rank, linear.out_features)
-        for i in range(math.ceil(place.times / stride)):
-            trained[f"lily_A.{number}.{i}.weight"] = (rank, linear.in_features)
-    return Tensors(trained=trained)
+    trained, parts = [], o.count("num_B")
+    for place in places:
+        name, linear = place.linear.name, place.linear
+        blocks = math.ceil(place.times / o.count("stride_A"))
+        trained += [
+            Parameter(name=f"{name}.lily_B.weight", shape=(parts * rank, linear.out_features)),
+            Parameter(name=f"{name}.lily_A.weight", shape=(rank, linear.in_features), count=blocks),
+        ]
+    return trained, []
 
 
 # --- the whole model
 
 _Beside = Callable[[Linear, PeftOptions, int], Tensors]
-_Shared = Callable[[Sequence[_Place], PeftOptions, int], Tensors]
+_Shared = Callable[[Sequence[_Place], PeftOptions, int], _Two]
 
 _BESIDE: dict[str, _Beside] = {
     "LORA": _lora,
@@ -645,9 +646,9 @@ def _count(
     shared = _SHARED.get(options.peft_type)
     if shared is not None:
         places = [_Place(linear, times) for linear, times in times_of.items()]
-        tensors = shared(places, options, rank)
-        tally.add(_parameters("shared", tensors.trained))
-        frozen.add(_parameters("shared", tensors.frozen))
+        shared_trained, shared_frozen = shared(places, options, rank)
+        tally.add(shared_trained)
+        frozen.add(shared_frozen)
     tokens = options.numbers("trainable_token_indices") or ()
     if tokens:
         trained_tokens, original = tokens_of(model, tokens)
@@ -684,7 +685,9 @@ def _rank(options: PeftOptions) -> int:
 
 def _ranks(model: ModelSpec, options: PeftOptions) -> dict[str, int]:
     """`rank_pattern`, of which only plain names of modules are modelled."""
-    pattern = options.values.get("rank_pattern") or {}
+    pattern = options.values.get("rank_pattern")
+    if not pattern:
+        return {}
     known = {linear.name for linear in model.linears}
     if not isinstance(pattern, Mapping) or not set(pattern) <= known:
         raise options.refused("rank_pattern", "the closed form needs names of modules and ranks")
@@ -760,7 +763,9 @@ def with_copies(model: ModelSpec, options: PeftOptions, trained: Trained) -> Tra
     `modules_to_save` takes every module whose path ends so: `norm` each norm of that ending.
     A tied module is copied apart from the other.
     """
-    saved = options.names("modules_to_save") or ()
+    saved = options.names("modules_to_save")
+    if not saved:
+        return trained
     adapted = {linear.name for _, linears in trained.adapted for linear in linears}
     inside = [
         (name, owned, times)
