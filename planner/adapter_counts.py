@@ -51,6 +51,11 @@ _LINEAR_ONLY = frozenset(
     )
 )
 
+# What PEFT decomposes or measures weights for, which must not be quantized; and what it takes the
+# packed numbers of 4-bit weights for weights with.
+_UNQUANTIZED = frozenset(("DELORA", "GLORA", "OSF", "PSOFT", "TINYLORA"))
+_NOT_PACKED = frozenset(("DEFT", "LOHA", "SUPERTUNING"))
+
 # PEFT's own targets where the method is given none: `TRANSFORMERS_MODELS_TO_..._MAPPING` of
 # peft/utils/constants.py, for decoders. Of IA3, the second list are its feed-forward modules.
 IA3_TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -82,7 +87,9 @@ BEFT_MODEL_TYPES = frozenset(
 
 
 # How LoRA's matrices begin without another shape than usual; EVA shares ranks out by the data.
-_LORA_BEGINNINGS = (True, False, "gaussian", "olora", "orthogonal", "pissa", "loftq")
+# The first two decompose weights.
+_DECOMPOSED = ("orthogonal", "pissa")
+_LORA_BEGINNINGS = (*_DECOMPOSED, "gaussian", "loftq", "olora", True, False)
 
 
 # --- one linear module
@@ -570,10 +577,23 @@ def adapter_count(model: ModelSpec, settings: MethodSettings, options: PeftOptio
 
     Raises InputError for modules and options that PEFT refuses, or that are not modelled.
     """
+    _check_quantization(settings.quantization, options)
     return _count(model, options, _BESIDE[options.peft_type])
 
 
+def _check_quantization(quantization: str, options: PeftOptions) -> None:
+    """Raises InputError for a method that PEFT does not have beside quantized weights."""
+    refusing = set(_UNQUANTIZED if quantization == "int8" else _UNQUANTIZED | _NOT_PACKED)
+    decomposed = str(options.values.get("init_lora_weights")).startswith(_DECOMPOSED)
+    if quantization != "none" and (options.peft_type in refusing or decomposed):
+        raise InputError(
+            f"PEFT does not have method `{options.method}` on a base quantized to {quantization}",
+            "use `--quantization none`, or `--method qlora`",
+        )
+
+
 def lora_fa_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
+    _check_quantization(settings.quantization, options)
     return _count(model, options, _lora_fa)
 
 

@@ -112,8 +112,9 @@ class MethodSettings:
     """The settings of a plan that decide what is trained.
 
     `peft_config` holds the options as they are written (`use_dora=true`); `trainable_modules`:
-    what `freeze` trains instead of whole layers. `casts_adapters`: adapters are made in 16 bits,
-    as an unquantized base is held, and PEFT then turns them into fp32.
+    what `freeze` trains instead of whole layers. `quantization`: how the frozen base is held.
+    `casts_adapters`: adapters are made in the 16 bits that the base is held or, of 4 bits,
+    multiplied in, and PEFT then turns them into fp32.
     """
 
     lora_rank: int = 16
@@ -122,6 +123,7 @@ class MethodSettings:
     peft_config: tuple[str, ...] = ()
     num_trainable_layers: int = 2
     trainable_modules: tuple[str, ...] = ()
+    quantization: str = "none"
     casts_adapters: bool = False
 
 
