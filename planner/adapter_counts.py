@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,11 +17,11 @@ from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Parameter
 from ftplan.planner.peft_options import PeftOptions
 from ftplan.planner.trained import (
     ALL_LINEAR,
+    LM_HEAD,
     MethodSettings,
     Tally,
     Trained,
     embedding_name,
-    head_name,
     kinds_of,
     layer_modules,
     outer_modules,
@@ -48,6 +49,18 @@ _LINEAR_ONLY = frozenset(
     (
         *("LOHA", "LOKR", "OFT", "BOFT", "PSOFT", "HRA", "C3A", "ROAD", "MISS", "DELORA"),
         *("GLORA", "LILY", "PEANUT", "SHIRA", "SUPERTUNING", "OSF", "POLY", "BEFT"),
+    )
+)
+
+# Mixtures whose experts were modules before transformers 5: given these names, PEFT's LoRA adapts
+# the stacked experts, and no module of the name (`transformers_weight_conversion.py`).
+EXPERT_NAMES = frozenset(("gate", "gate_proj", "up_proj", "down_proj"))
+STACKED_MODEL_TYPES = frozenset(
+    (
+        *("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
+        *("ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+        *("hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next"),
+        *("solar_open",),
     )
 )
 
@@ -658,6 +671,12 @@ def _count(
             frozen.add(_parameters(linear.name, tensors.frozen), times)
             index_bytes += times * tensors.index_bytes
             times_of[linear] = times_of.get(linear, 0) + times
+    for linear, times in _adapted_others(model, options, linears).items():
+        tensors = beside(linear, options, ranks.get(linear.name, rank))
+        tally.add(_parameters(linear.name, tensors.trained), times)
+        frozen.add(_parameters(linear.name, tensors.frozen), times)
+        index_bytes += times * tensors.index_bytes
+        times_of[linear] = times_of.get(linear, 0) + times
     if not adapted:
         raise InputError(
             f"method `{options.method}` is left without a module to adapt",
@@ -738,8 +757,35 @@ def _adapted_linears(
         found = [linear for name in default_targets for linear in _of_name(model, name)]
     else:
         found = list(targeted_linears(model, (ALL_LINEAR,) if named is None else named))
+    if options.peft_type == "LORA" and model.model_type in STACKED_MODEL_TYPES:
+        _check_no_experts(model, found)
     saved = options.names("modules_to_save") or ()
     return {id(linear) for linear in found if linear.name not in saved}
+
+
+def _adapted_others(model: ModelSpec, options: PeftOptions, adapted: set[int]) -> dict[Linear, int]:
+    """Modules outside of the text's layers, such as a vision tower's, that have the name of an
+    adapted one and so an adapter too, and how many there are of each."""
+    names = {linear.name for linear in model.linears if id(linear) in adapted}
+    others = Counter(linear for linear in model.other_linears if linear.name in names)
+    if others and (options.values.get("layers_to_transform") or options.peft_type == "IA3"):
+        raise InputError(
+            f"`{model.model_type}` has modules of these names outside of its decoder, where the "
+            f"closed form does not model method `{options.method}` with these options",
+            "`ftplan estimate MODEL --exact` carries out its step",
+        )
+    return others
+
+
+def _check_no_experts(model: ModelSpec, linears: Sequence[Linear]) -> None:
+    names = sorted({linear.name for linear in linears if linear.name in EXPERT_NAMES})
+    if names:
+        kept = {linear.name: None for linear in model.linears if linear.name not in EXPERT_NAMES}
+        raise InputError(
+            f"of `{model.model_type}`, PEFT adapts the stacked experts where it is given "
+            f"{', '.join(f'`{name}`' for name in names)}, which the closed form does not model",
+            f"use `--target-modules {','.join(kept)}`, or `ftplan estimate MODEL --exact`",
+        )
 
 
 def _of_name(model: ModelSpec, name: str) -> list[Linear]:
@@ -812,7 +858,7 @@ def with_copies(model: ModelSpec, options: PeftOptions, trained: Trained) -> Tra
             tuple(range(model.num_hidden_layers)) if everywhere else trained.adapted_layers
         ),
         trains_embeddings=embedding_name(model) in copied,
-        trains_lm_head=head_name(model) in copied,
+        trains_lm_head=LM_HEAD in copied,
         saved_modules=tuple(sorted(copied)),
     )
 

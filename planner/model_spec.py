@@ -334,6 +334,7 @@ class ModelSpec:
     positions: int = 0
     supports_sdpa: bool = True
     final_logit_softcapping: bool = False
+    other_linears: tuple[Linear, ...] = ()
     other_parameters: tuple[Parameter, ...] = ()
     code: str = "transformers"
     native_dtype: str = "bfloat16"

@@ -17,16 +17,17 @@ from ftplan.planner.peft_options import PeftOptions
 
 ALL_LINEAR = "all-linear"
 
-# What transformers calls token embeddings and output projection, where not `embed_tokens` and
-# `lm_head`.
+# What transformers calls the output projection, and the token embeddings where not `embed_tokens`.
+LM_HEAD = "lm_head"
 _EMBEDDING_NAMES = {
     "bloom": "word_embeddings",
     "falcon": "word_embeddings",
     "gpt2": "wte",
     "gpt_bigcode": "wte",
+    "gpt_neo": "wte",
     "gpt_neox": "embed_in",
+    "gptj": "wte",
 }
-_HEAD_NAMES = {"gpt_neox": "embed_out"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,18 +168,19 @@ def embedding_name(model: ModelSpec) -> str:
     return _EMBEDDING_NAMES.get(model.model_type, "embed_tokens")
 
 
-def head_name(model: ModelSpec) -> str:
-    return _HEAD_NAMES.get(model.model_type, "lm_head")
-
-
 def outer_modules(model: ModelSpec) -> dict[str, tuple[Parameter, ...]]:
-    """The modules outside of the layers, with their parameters; a tied head has the embedding's."""
+    """The modules outside of the layers, with their parameters; a tied head has the embedding's.
+
+    What a repository's own code calls embeddings and head is not known.
+    """
     parameters = {p.name: p for p in model.outer_parameters}
     embedding = parameters["embed_tokens.weight"]
     head = [parameters.get("lm_head.weight", embedding)]
     if model.lm_head_bias:
         head.append(parameters["lm_head.bias"])
-    found = {embedding_name(model): (embedding,), head_name(model): tuple(head)}
+    found = {embedding_name(model): (embedding,), LM_HEAD: tuple(head)}
+    if model.code != "transformers":
+        found.clear()
     for part in (model.final_norm, model.embedding_norm, *model.embedding_linears):
         if part is not None:
             found[part.name] = tuple(part.parameters())

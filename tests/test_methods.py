@@ -14,7 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftplan.planner.adapter_counts import BEFT_MODEL_TYPES, IA3_TARGETS
+from ftplan.planner.adapter_counts import (
+    BEFT_MODEL_TYPES,
+    EXPERT_NAMES,
+    IA3_TARGETS,
+    STACKED_MODEL_TYPES,
+)
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import FAMILIES, spec_from_config
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
@@ -23,10 +28,10 @@ from ftplan.planner.peft_options import COUNTED, NEUTRAL, read_options
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prompt_counts import ADAPTION_PROMPT_MODEL_TYPES, NORM_TARGETS
 from ftplan.planner.trained import (
+    LM_HEAD,
     MethodSettings,
     Trained,
     embedding_name,
-    head_name,
     target_names,
     targeted_linears,
 )
@@ -59,10 +64,17 @@ def built(config: dict[str, Any], device: str = "meta") -> Any:
     """The model that transformers builds from `config`."""
     torch = pytest.importorskip("torch", reason="counts come from torch modules")
     transformers = pytest.importorskip("transformers", reason="the reference is transformers")
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if config["model_type"] not in names:
+        pytest.skip("transformers has no causal language model of this family")
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(**config)
         )
+
+
+# In the path of what PEFT copies from the model.
+_COPIED = ("modules_to_save", "shadow_backbone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +125,7 @@ def built_by_peft(
         buffer
         for name, buffer in model.named_buffers()
         # Those of copied modules are the model's own.
-        if id(buffer) not in base and not name.endswith(("inv_freq", "embed_scale"))
+        if id(buffer) not in base and not any(part in name for part in _COPIED)
     ]
     tables = [b for b in buffers if not b.is_floating_point()]
     for module in model.modules():
@@ -444,6 +456,12 @@ def test_default_targets_are_pefts() -> None:
     for model_type in BEFT_MODEL_TYPES:
         assert theirs("BEFT_TARGET_MODULES")[model_type] == ["v_proj"]
     assert set(ADAPTION_PROMPT_MODEL_TYPES) == set(layer.TRANSFORMERS_MODEL_CONFIG)
+    conversions = pytest.importorskip("transformers.conversion_mapping")
+    patterns = conversions._MODEL_TO_CONVERSION_PATTERN
+    stacked = {name for name, pattern in patterns.items() if pattern == "qwen2_moe"}
+    assert stacked >= STACKED_MODEL_TYPES >= stacked & set(FAMILIES)
+    renamed = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    assert set(renamed._MOE_TARGET_MODULE_MAPPING["qwen2_moe"]) == EXPERT_NAMES
     for model_type in FAMILIES:  # and none is left out
         assert (model_type in targets) == (model_type in IA3_TARGETS)
         assert (model_type in theirs("LNTUNING_TARGET_MODULES")) == (model_type in NORM_TARGETS)
@@ -561,7 +579,7 @@ def test_lora_adds_rank_times_both_sides_of_each_matrix(
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_linear_module_is_adapted(family: str, tiny_spec: MakeSpec) -> None:
     model = tiny_spec(family)
-    trained = count("lora", model, lora_rank=4)
+    trained = count("hira", model, lora_rank=4)
     for layer in model.layer_counts:
         assert trained.linears_of(layer) == layer.linears
     assert trained.adapted_layers == tuple(range(model.num_hidden_layers))
@@ -572,11 +590,16 @@ def test_every_linear_module_is_adapted(family: str, tiny_spec: MakeSpec) -> Non
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_all_linear_counts_as_peft_does(family: str, tiny_config: MakeConfig) -> None:
     """Given the names of `target_names`; PEFT's own `all-linear` is the same but for mixtures,
-    where it adapts routers and stacked experts as well."""
+    where it adapts routers and stacked experts as well, and for all of a vision tower."""
     peft = pytest.importorskip("peft", reason="the reference is PEFT")
     model = spec_from_config(tiny_config(family), "tiny")
-    own_name = "all-linear" if model.layers[0].feed_forward.experts is None else None
+    dense = all(layer.feed_forward.experts is None for layer in model.layer_counts)
+    own_name = "all-linear" if dense and not model.other_linears else None
     targets = own_name or list(target_names(model, ["all-linear"]))
+    if model.model_type in STACKED_MODEL_TYPES and EXPERT_NAMES.intersection(targets):
+        with pytest.raises(InputError, match="adapts the stacked experts"):
+            count("lora", model)
+        return
     settings = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(built(tiny_config(family)), settings)
     theirs = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -703,7 +726,7 @@ def test_embeddings_and_head_have_the_names_of_transformers(
     model = built(tiny_config(family))
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     assert names[id(model.get_input_embeddings())] == embedding_name(tiny_spec(family))
-    assert names[id(model.get_output_embeddings())] == head_name(tiny_spec(family))
+    assert names[id(model.get_output_embeddings())] == LM_HEAD
 
 
 @pytest.mark.train
