@@ -28,12 +28,12 @@ from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
     Workload,
-    adapter_weight_bytes,
     step_settings,
     trained_widths,
 )
-from ftplan.planner.step_trace import trace_step
+from ftplan.planner.step_trace import StepTrace, trace_step
 from ftplan.planner.tape import ZERO, Form, Moment, add_forms, added, constant, covers, value
+from ftplan.planner.trained import num_elements
 
 FLOAT32_BYTES = 4
 
@@ -244,7 +244,12 @@ def weight_memory_bytes(model: ModelSpec, plan: TrainingPlan, stack: Stack = OWN
         if stack.casts_back:
             rest_bytes -= outer * (FLOAT32_BYTES - 2)
     if plan.quantization == "int8":
-        rows = sum(m.out_features for m in model.linears) * model.num_hidden_layers
+        rows = sum(
+            count * linear.out_features
+            for layer, count in model.layer_counts.items()
+            for linear in layer.linears
+            if linear.quantizable
+        )
         return quantized + rows * FLOAT32_BYTES + rest_bytes
     per_weight = _DOUBLE_QUANT_BYTES if plan.double_quant else _SINGLE_QUANT_BYTES
     return round(quantized * per_weight) + rest_bytes
@@ -299,17 +304,18 @@ def compiled_step(
 class CompiledStep:
     """The highest moments of each phase as sums linear in the micro-batch.
 
-    A phase is (name, what is held throughout it by component, moments).
+    `trace`: what they were made of. A phase is (name, what is held throughout it by component, moments).
     """
 
     def __init__(
         self,
+        trace: StepTrace,
         phases: Sequence[tuple[str, Mapping[str, int], Sequence[Moment]]],
         *,
         host_bytes: int,
         disk_bytes: int,
     ) -> None:
-        self._phases = phases
+        self.trace, self._phases = trace, phases
         self.host_bytes, self.disk_bytes = host_bytes, disk_bytes
         self._sums = _highest_sums(
             add_forms(constant(sum(held.values())), moment.total)
@@ -362,18 +368,25 @@ def _compile(
     stack: Stack,
 ) -> CompiledStep:
     trained = plan.resolved_method.count(model, plan.method_settings)
-    optimizer, widths = plan.optimizer, trained_widths(plan, trained)
+    optimizer = plan.optimizer
+    widths = [
+        (num_elements(parameters), width) for parameters, width in trained_widths(plan, trained)
+    ]
     embeddings = model.embedding_parameters if trained.trains_embeddings else 0
     gradients = sum(count * width for count, width in widths)
     states = sum(
         optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
     )
     temporaries = sum(optimizer.step_temporary_bytes(count, width) for count, width in widths)
-    trace = trace_step(model, step_settings(model, plan, workload, kind, capability, stack))
+    settings = step_settings(model, plan, workload, kind, capability, stack, trained)
+    trace = trace_step(model, settings)
     workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
     loaded = {
         "weights": weight_memory_bytes(model, plan, stack),
-        "adapters": trained.added_parameters * adapter_weight_bytes(plan),
+        "adapters": num_elements(trained.adapters) * settings.numerics.adapters
+        + num_elements(trained.held_as_base) * plan.weight_bytes
+        + trained.frozen_parameters * FLOAT32_BYTES
+        + trained.index_bytes,
     }
     resident = {
         **loaded,
@@ -391,6 +404,7 @@ def _compile(
     left = {**trace.after_backward, "gradients": ZERO}
     after = (Moment(added(left.values()), left),)
     return CompiledStep(
+        trace,
         [
             ("load", loaded, nothing),
             *((name, running, moments) for name, moments in trace.phases.items()),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.losses import LossShape
-from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import Stack
@@ -45,9 +45,8 @@ def step_settings(
     kind: DeviceKind,
     capability: tuple[int, int],
     stack: Stack,
+    trained: Trained,
 ) -> StepSettings:
-    trained = plan.resolved_method.count(model, plan.method_settings)
-    adapted = frozenset(linear.name for linear in trained.adapted)
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
     return StepSettings(
@@ -60,7 +59,6 @@ def step_settings(
             compute=plan.compute_bytes if autocast else FLOAT32_BYTES,
             quantization=plan.quantization,
             double_quant=plan.double_quant,
-            adapted=adapted,
             rank=plan.lora_rank,
             dropout=plan.lora_dropout,
             attn_implementation=plan.attn_implementation,
@@ -70,9 +68,18 @@ def step_settings(
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_layers=trained.trained_layers,
+        trained_names=trained.trained_in_layers,
+        adapted={
+            place: frozenset(linear.name for linear in trained.linears_of(model.layers[place]))
+            for place in trained.adapted_layers
+        },
         trains_embeddings=trained.trains_embeddings,
         trains_head=trained.trains_lm_head,
-        input_learns=trained.trains_embeddings or (plan.gradient_checkpointing and bool(adapted)),
+        trained_outside=frozenset(
+            p.name for p in trained.own if p.name in {o.name for o in model.outer_parameters}
+        ),
+        input_learns=trained.trains_embeddings
+        or (plan.gradient_checkpointing and plan.resolved_method.adapter),
         autocast=plan.compute_bytes if autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
         on_cuda=kind == "cuda",
@@ -102,9 +109,13 @@ def adapter_weight_bytes(plan: TrainingPlan) -> int:
     return FLOAT32_BYTES if plan.autocast_adapter_dtype else plan.weight_bytes
 
 
-def trained_widths(plan: TrainingPlan, trained: Trained) -> tuple[tuple[int, int], ...]:
-    """(count, bytes a parameter) of the model's own trained parameters and the adapters'."""
+def trained_widths(
+    plan: TrainingPlan, trained: Trained
+) -> tuple[tuple[tuple[Parameter, ...], int], ...]:
+    """(parameters, bytes each) of all that is trained: the model's own, adapters, and what is
+    held as the base is."""
     return (
-        (trained.base_parameters, plan.weight_bytes),
-        (trained.added_parameters, adapter_weight_bytes(plan)),
+        (trained.own, plan.weight_bytes),
+        (trained.adapters, adapter_weight_bytes(plan)),
+        (trained.held_as_base, plan.weight_bytes),
     )

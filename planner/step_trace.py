@@ -40,15 +40,20 @@ class StepSettings:
     """All that a step's trace depends on beside the model: a trace serves every plan that agrees
     in these.
 
-    `numerics`: of frozen layers; trained ones differ in `trains_own`. `trained_layers`: from the
-    last. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
-    for it). `embedding_width`, `head_width`: bytes a parameter.
+    `numerics`: of a layer without adapters whose own parameters are frozen. `trained_names`: of
+    the parameters that are trained in the last `trained_layers` layers; `adapted`: names of the
+    linear modules that carry an adapter, for each layer that has some. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
+    for it). `trained_outside`: names of trained parameters outside of
+    the layers. `embedding_width`, `head_width`: bytes a parameter.
     """
 
     numerics: Numerics
     trained_layers: int
+    trained_names: frozenset[str]
+    adapted: Mapping[int, frozenset[str]]
     trains_embeddings: bool
     trains_head: bool
+    trained_outside: frozenset[str]
     input_learns: bool
     autocast: int | None
     is_fp16: bool
@@ -159,19 +164,21 @@ class _StepTracer:
         """The segments in forward order, and of what kind each is."""
         settings, model = self.settings, self.model
         segments, labels = [self._embedding()], ["embedding"]
-        known: dict[tuple[int, bool, bool, int], Segment] = {}
+        known: dict[object, Segment] = {}
         first_trained = model.num_hidden_layers - settings.trained_layers
         learns = settings.input_learns
         found: list[object] = list(labels)
         for place, layer in enumerate(model.layers):
-            trained = place >= first_trained
+            trained = settings.trained_names if place >= first_trained else frozenset[str]()
+            adapted = settings.adapted.get(place, frozenset())
             width = segments[-1].result_width
-            key = (id(layer), trained, learns, width)
+            key = (id(layer), bool(trained), adapted, learns, width)
             if key not in known:
-                known[key] = self._layer(layer, trained, learns, width)
+                numerics = dataclasses.replace(settings.numerics, trained=trained, adapted=adapted)
+                known[key] = self._layer(layer, numerics, learns, width)
             segments.append(known[key])
             found.append(key)
-            learns = learns or trained or bool(settings.numerics.adapted)
+            learns = learns or bool(trained) or bool(adapted)
         segments.append(self._loss(learns, segments[-1].result_width))
         found.append("loss")
         return segments, found
@@ -233,9 +240,8 @@ class _StepTracer:
 
         return self._segment(forward, None, learns=settings.trains_embeddings)
 
-    def _layer(self, layer: Layer, trained: bool, learns: bool, width: int) -> Segment:
+    def _layer(self, layer: Layer, numerics: Numerics, learns: bool, width: int) -> Segment:
         settings = self.settings
-        numerics = dataclasses.replace(settings.numerics, trains_own=trained)
         module = DecoderLayer(layer, numerics)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
@@ -252,7 +258,7 @@ class _StepTracer:
 
     def _loss(self, learns: bool, width: int) -> Segment:
         model, settings = self.model, self.settings
-        numerics = dataclasses.replace(settings.numerics, trains_own=settings.trains_head)
+        numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
         norm = norm_module(model.final_norm, numerics) if model.final_norm else None
         weight = Weight(
             model.embedding_parameters, settings.head_width, trained=settings.trains_head
