@@ -63,6 +63,7 @@ def step_settings(
             dropout=plan.lora_dropout,
             attn_implementation=plan.attn_implementation,
             fused_kernels=stack.fused_kernels,
+            separate_experts=stack.separates_experts,
             padded=stack.padded,
             masked_windows=workload.masked_windows,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
@@ -93,6 +94,8 @@ def step_settings(
         shifts_logits=stack.shifts_logits,
         holds_logits=plan.trainer == "loop",
         returns_fp32=autocast,
+        lets_logits_go=stack.lets_logits_go,
+        loses_in_16_bits=stack.loses_in_16_bits(model.model_type),
         embedding_width=outer,
         head_width=outer,
     )

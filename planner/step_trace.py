@@ -68,6 +68,8 @@ class StepSettings:
     shifts_logits: bool
     holds_logits: bool
     returns_fp32: bool
+    lets_logits_go: bool
+    loses_in_16_bits: bool
     embedding_width: int
     head_width: int
 
@@ -295,6 +297,9 @@ class _StepTracer:
             None,
             shifts_logits=settings.shifts_logits,
             returns_fp32=settings.returns_fp32,
+            lets_logits_go=settings.lets_logits_go,
+            in_16_bits=settings.loses_in_16_bits,
+            in_place=settings.loss == "triton_ce",
         )
 
     def _segment(
