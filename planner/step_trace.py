@@ -98,13 +98,15 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTrace:
-    """The highest moments of each phase, without what is there all the time (weights, states).
+    """The highest moments of each phase, without what is there all the time (weights, states), and
+    the segments that they are sums of: embeddings, layers, loss.
 
     FLOPs, and bytes read and written besides parameters and outside of the loss, of one
     micro-batch. Backward's hold what is computed again.
     """
 
     phases: Mapping[str, tuple[Moment, ...]]
+    segments: tuple[Segment, ...]
     after_backward: Parts
     forward_flops: Form
     backward_flops: Form
@@ -144,6 +146,7 @@ class _StepTracer:
             left = _sum(left, segment.left)
         return StepTrace(
             phases={name: tuple(moments) for name, moments in self.phases.items()},
+            segments=tuple(segments),
             after_backward=_sum(self._inputs(), left),
             forward_flops=added(segment.forward_flops for segment in segments),
             backward_flops=added(segment.backward_flops for segment in segments),
