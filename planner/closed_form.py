@@ -9,8 +9,6 @@ from ftplan.planner.plan import TrainingPlan, flag_name
 def unmodelled(plan: TrainingPlan) -> str | None:
     """What the closed form does not model of `plan`, as the command line spells it; None where it
     models all."""
-    if plan.objective != "sft":
-        return _spelled(plan, "objective")
     if plan.sharding != "none":
         return _spelled(plan, "sharding")
     if plan.resolved_method.counted_by is None:

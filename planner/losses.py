@@ -133,29 +133,44 @@ class TrlFusedLoss:
             tape.count(times(flops, 3 if weight_size else 2))
             of_hidden = tape.empty(size[0], FLOAT32)
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
-            fold(tape, shape, compute, _TILE_BACKWARD_BYTES)
+            tile = fold(tape, shape, compute, _TILE_BACKWARD_BYTES)
             grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
-            grads.append(f.cast(tape, of_weight, weight_size[1]) if weight_size else None)
+            grads.append(f.cast(tape, of_weight, weight_size[1]) if of_weight else None)
+            del tile
             return grads
 
         tape.attach([loss], [predicting, weight], saved, backward)
         return loss
 
-    def _fold(self, tape: Tape, shape: LossShape, compute: int, torch_bytes: int) -> None:
+    def _fold(self, tape: Tape, shape: LossShape, compute: int, torch_bytes: int) -> list[Tensor]:
         """The buffer for a tile of logits, as wide as a tile may be, and the copies that its
-        product reads; without Triton also what torch's operations make."""
+        product reads, which live until the function returns; without Triton also what torch's
+        operations make."""
         tokens = constant(TILE_TOKENS) if shape.tile_is_full else PREDICTING
         head, entries = self.head, min(self.head.vocab_size, TILE_VOCABULARY)
-        buffer = tape.empty(times(tokens, TILE_VOCABULARY), compute)
-        copies = []
+        held = [tape.empty(times(tokens, TILE_VOCABULARY), compute)]
         if compute != self.weight.width:
-            copies.append(tape.empty(times(tokens, head.hidden_size), compute))
-            copies.append(
+            held.append(tape.empty(times(tokens, head.hidden_size), compute))
+            held.append(
                 tape.empty(constant(entries * head.hidden_size), compute, "autocast_copies")
             )
         if not tape.on_cuda:
-            copies.append(tape.empty(times(tokens, entries), torch_bytes))
-        del buffer, copies
+            tape.empty(times(tokens, entries), torch_bytes)
+        return held
+
+
+class Score:
+    """A reward model's head: one number for each token, of which each row's last is its score. What
+    follows works on a number a row."""
+
+    def __init__(self, hidden_size: int, weight: Weight) -> None:
+        self.hidden_size, self.weight = hidden_size, weight
+
+    def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
+        hidden = f.to_product(tape, hidden)
+        weight = tape.cast_weight(self.weight)
+        scores = f.product(tape, hidden, weight, self.hidden_size, 1)
+        return f.part_copied(tape, scores, per_row(1))
 
 
 class LigerLoss:

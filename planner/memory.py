@@ -22,6 +22,7 @@ from ftplan.planner.hardware_spec import (
     DeviceKind,
 )
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import keeps_reference, trained_model
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
@@ -30,6 +31,7 @@ from ftplan.planner.step_settings import (
     traced_step,
     trained_widths,
 )
+from ftplan.planner.step_trace import EVALUATION_PHASE, REFERENCE_PHASE
 from ftplan.planner.tape import Moment, value
 
 FLOAT32_BYTES = 4
@@ -68,6 +70,9 @@ _SINGLE_QUANT_BYTES = 0.5 + 4 / QUANT_BLOCK_SIZE
 _DOUBLE_QUANT_BYTES = 0.5 + 1 / QUANT_BLOCK_SIZE + 4 / (QUANT_BLOCK_SIZE * QUANT_SCALES_PER_BLOCK)
 
 CHECKPOINTS_KEPT = 2
+
+# What a micro-batch goes through.
+STEP_PHASES = ("forward", "loss", "backward")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,11 +153,13 @@ def estimate_memory(
     `stack`: what a training stack does beyond the plan's settings. Raises InputError for what only a dry run knows (`planner.closed_form`).
     """
     check_closed_form(plan)
+    model = trained_model(model, plan)
     kind: DeviceKind = device.kind if device else "cuda"
     capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
     trained = plan.resolved_method.count(model, plan.method_settings)
     length = min(plan.max_length, longest_row or plan.max_length)
-    workload = Workload(rows=plan.per_device_train_batch_size, length=length)
+    sequences = plan.resolved_objective.sequences_per_row
+    workload = Workload(rows=plan.per_device_train_batch_size * sequences, length=length)
     phases = _phases(model, plan, workload, kind, capability, stack)
     weights = sum(count * width for count, width in trained_widths(plan, trained))
     return memory_from_phases(phases, model, plan, device, trained_weight_bytes=weights)
@@ -252,6 +259,7 @@ class _Held:
     """What a run holds from beginning to end, whatever the batch."""
 
     weights: int
+    reference_model: int
     adapters: int
     gradients: int
     optimizer_states: int
@@ -263,8 +271,10 @@ def _held(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> _Held:
     trained = plan.resolved_method.count(model, plan.method_settings)
     optimizer, widths = plan.optimizer, trained_widths(plan, trained)
     embeddings = model.embedding_parameters if trained.trains_embeddings else 0
+    weights = weight_memory_bytes(model, plan, stack)
     return _Held(
-        weights=weight_memory_bytes(model, plan, stack),
+        weights=weights,
+        reference_model=weights if keeps_reference(plan) else 0,
         adapters=trained.added_parameters * adapter_weight_bytes(plan),
         gradients=sum(count * width for count, width in widths),
         optimizer_states=sum(
@@ -290,23 +300,31 @@ def _phases(
     carried = held.gradients if plan.gradient_accumulation_steps > 1 else 0
     resident = {
         "weights": held.weights,
+        "reference_model": held.reference_model,
         "adapters": held.adapters,
         "optimizer_states": held.optimizer_states,
         "communication": held.gradients if plan.num_gpus > 1 else 0,
         "temporaries": 2 * workspace,  # one of the forward pass's thread, one of backward's
         "gradients": carried,
     }
-    loaded = {"weights": held.weights, "adapters": held.adapters}
+    loaded = {part: resident[part] for part in ("weights", "reference_model", "adapters")}
+    bases = {
+        REFERENCE_PHASE: {**loaded, "temporaries": workspace},
+        EVALUATION_PHASE: {**resident, "gradients": 0},
+    }
     phases = [_phase("load", loaded)]
     rows, length = workload.rows, workload.length
-    for name, moments in trace.phases.items():
-        phases.append(_highest(name, moments, resident, rows, length))
+    for name in (REFERENCE_PHASE, *STEP_PHASES):
+        if moments := trace.phases.get(name):
+            phases.append(_highest(name, moments, bases.get(name, resident), rows, length))
     after = {part: value(form, rows, length) for part, form in trace.after_backward.items()}
     step = {**resident, "gradients": held.gradients}
     step["temporaries"] += held.step_temporaries + after.get("temporaries", 0)
     phases.append(_phase("optimizer step", step))
-    resident["gradients"] = 0
-    phases.append(_phase("save", resident))
+    after_step = bases[EVALUATION_PHASE]
+    moments = trace.phases[EVALUATION_PHASE]
+    phases.append(_highest(EVALUATION_PHASE, moments, after_step, rows, length))
+    phases.append(_phase("save", after_step))
     return phases
 
 

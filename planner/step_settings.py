@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.losses import LossShape
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.modules import Numerics
+from ftplan.planner.objectives import keeps_reference
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings, StepTrace, trace_step
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from ftplan.planner.memory import Workload
 
 FLOAT32_BYTES = 4
+NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 
 
 @lru_cache(maxsize=512)
@@ -35,8 +38,9 @@ def step_settings(
 ) -> StepSettings:
     trained = plan.resolved_method.count(model, plan.method_settings)
     adapted = frozenset(linear.name for linear in trained.adapted)
+    objective = plan.resolved_objective
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
-    return StepSettings(
+    settings = StepSettings(
         numerics=Numerics(
             weights=plan.weight_bytes,
             residual=outer,
@@ -48,7 +52,7 @@ def step_settings(
             double_quant=plan.double_quant,
             adapted=adapted,
             rank=plan.lora_rank,
-            dropout=plan.lora_dropout,
+            dropout=plan.lora_dropout if objective.has_dropout else 0.0,
             attn_implementation=plan.attn_implementation,
             fused_kernels=stack.fused_kernels,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
@@ -73,6 +77,32 @@ def step_settings(
         returns_fp32=plan.autocast,
         embedding_width=outer,
         head_width=outer,
+        input_bytes=NUMBER_BYTES * objective.batch_numbers,
+        scores=objective.scores,
+    )
+    if not objective.has_reference:
+        return settings
+    return dataclasses.replace(
+        settings,
+        reference=_of_reference(model, plan, settings),
+        asks_before=plan.precompute_ref_log_probs,
+    )
+
+
+def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) -> StepSettings:
+    """The model as it was: without adapters, or a second one. TRL does not freeze that, so autocast
+    takes its parameters as trained ones."""
+    if not keeps_reference(plan) and plan.resolved_method.adapter:
+        return dataclasses.replace(
+            settings, numerics=dataclasses.replace(settings.numerics, adapted=frozenset())
+        )
+    if not keeps_reference(plan):
+        return settings
+    return dataclasses.replace(
+        settings,
+        trained_layers=model.num_hidden_layers,
+        trains_embeddings=True,
+        trains_head=True,
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ftplan.planner import functions as f
-from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
+from ftplan.planner.losses import Head, LigerLoss, LossShape, Score, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, ModelSpec
 from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
 from ftplan.planner.tape import (
@@ -32,6 +32,10 @@ from ftplan.planner.tape import (
 
 Parts = dict[str, Form]
 
+EVALUATION_PHASE = "evaluation"
+# Where a reference's log-probabilities are computed before training.
+REFERENCE_PHASE = "reference log-probabilities"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
@@ -40,7 +44,10 @@ class StepSettings:
 
     `numerics`: of frozen layers; trained ones differ in `trains_own`. `trained_layers`: from the
     last. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
-    for it). `embedding_width`, `head_width`: bytes a parameter.
+    for it). `embedding_width`, `head_width`: bytes a parameter. `input_bytes`: of what the model
+    is given, a token. `scores`: the model gives scores, not logits. `reference`: of the model that
+    a preference is measured against, whose pass comes behind; with `asks_before` it comes before
+    training instead.
     """
 
     numerics: Numerics
@@ -62,6 +69,16 @@ class StepSettings:
     returns_fp32: bool
     embedding_width: int
     head_width: int
+    input_bytes: int
+    scores: bool = False
+    reference: StepSettings | None = None
+    asks_before: bool = False
+
+    @property
+    def in_evaluation(self) -> StepSettings:
+        """Of an evaluation's pass, which has no dropout."""
+        numerics = dataclasses.replace(self.numerics, dropout=0.0)
+        return dataclasses.replace(self, numerics=numerics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +108,7 @@ class StepTrace:
     """The highest moments of each phase, without what is there all the time (weights, states).
 
     FLOPs, and bytes read and written besides parameters and outside of the loss, of one
-    micro-batch. Backward's hold what is computed again.
+    micro-batch. Forward's hold the reference's pass, backward's what is computed again.
     """
 
     phases: Mapping[str, tuple[Moment, ...]]
@@ -111,35 +128,72 @@ class _StepTracer:
     model: ModelSpec
     settings: StepSettings
     phases: dict[str, list[Moment]] = field(default_factory=dict)
+    with_gradients: bool = True
 
     def trace(self) -> StepTrace:
+        reference = self.settings.reference
+        if reference is not None and self.settings.asks_before:
+            self._pass_forward(reference, self._inputs(), REFERENCE_PHASE, REFERENCE_PHASE)
+            reference = None
         segments, labels = self._segments()
-        forward_base = self._inputs()
-        base = dict(forward_base)
-        places = _extremes(labels)
-        bases = []
-        for index, segment in enumerate(segments):
-            if index in places:
-                phase = "loss" if index == len(segments) - 1 else "forward"
-                self._add(phase, segment.forward, forward_base)
+        forward_base = self._add_forward(segments, labels, self._inputs(), "forward", "loss")
+        forward = list(segments)
+        if reference is not None:
+            _, passed = self._pass_forward(reference, forward_base, "forward", "loss")
+            forward += passed
+        base, bases = _sum(self._inputs(), self._tables()), []
+        for segment in segments:
             bases.append(base)
             base = _sum(base, segment.kept)
-            forward_base = _sum(forward_base, segment.kept_forward)
-        left: Parts = {}
+        places, left = _extremes(labels), Parts()
         for index in reversed(range(len(segments))):
             segment = segments[index]
             if index in places and segment.backward:
                 phase = "loss" if index == len(segments) - 1 else "backward"
                 self._add(phase, segment.backward, _sum(bases[index], left))
             left = _sum(left, segment.left)
+        self._evaluate(reference)
         return StepTrace(
             phases={name: tuple(moments) for name, moments in self.phases.items()},
             after_backward=_sum(self._inputs(), left),
-            forward_flops=_added(segment.forward_flops for segment in segments),
+            forward_flops=_added(segment.forward_flops for segment in forward),
             backward_flops=_added(segment.backward_flops for segment in segments),
-            forward_moved=_added(segment.forward_moved for segment in segments[:-1]),
+            forward_moved=_added(s.forward_moved for s in forward if s is not segments[-1]),
             backward_moved=_added(segment.backward_moved for segment in segments[:-1]),
         )
+
+    def _evaluate(self, reference: StepSettings | None) -> None:
+        """An evaluation's pass, and the reference's where it comes along."""
+        passes = [self.settings.in_evaluation, *([reference] if reference else [])]
+        base = self._inputs()
+        for settings in passes:
+            base, _ = self._pass_forward(settings, base, EVALUATION_PHASE, EVALUATION_PHASE)
+
+    def _pass_forward(
+        self, settings: StepSettings, base: Parts, phase: str, loss_phase: str
+    ) -> tuple[Parts, list[Segment]]:
+        """A pass without gradients above `base`; what it leaves behind, and its segments."""
+        tracer = _StepTracer(self.model, settings, self.phases, with_gradients=False)
+        segments, labels = tracer._segments()
+        return self._add_forward(segments, labels, base, phase, loss_phase), segments
+
+    def _add_forward(
+        self,
+        segments: list[Segment],
+        labels: list[object],
+        base: Parts,
+        phase: str,
+        loss_phase: str,
+    ) -> Parts:
+        """Add the moments of a forward pass above `base`; what there is at its end."""
+        base = _sum(base, self._tables())
+        places = _extremes(labels)
+        for index, segment in enumerate(segments):
+            if index in places:
+                is_loss = index == len(segments) - 1
+                self._add(loss_phase if is_loss else phase, segment.forward, base)
+            base = _sum(base, segment.kept_forward)
+        return base
 
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
         """Keep moments above `base`, of those that another covers none."""
@@ -184,13 +238,15 @@ class _StepTracer:
         )
 
     def _inputs(self) -> Parts:
-        """Token numbers, labels and mask, 8 bytes each; rotary cosines and sines."""
-        parts = {"temporaries": per_token(3 * 8)}
+        """What the model is given."""
+        return {"temporaries": per_token(self.settings.input_bytes)}
+
+    def _tables(self) -> Parts:
+        """Rotary cosines and sines, and the numbers of positions."""
         rotary = max(layer.attention.rotary_dim for layer in self.model.layer_counts)
-        if rotary:
-            tables = per_position(2 * rotary * self.settings.embedding_width + 8)
-            parts["temporaries"] = add_forms(parts["temporaries"], tables)
-        return parts
+        if not rotary:
+            return {}
+        return {"temporaries": per_position(2 * rotary * self.settings.embedding_width + 8)}
 
     def _embedding(self) -> Segment:
         model, settings = self.model, self.settings
@@ -205,7 +261,7 @@ class _StepTracer:
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             hidden = f.look_up(tape, weight, per_token(model.hidden_size))
-            if settings.input_learns and not hidden.requires_grad:
+            if settings.input_learns and self.with_gradients and not hidden.requires_grad:
                 tape.leaf(hidden)
             if model.scales_embeddings:
                 hidden = f.scale(tape, hidden)
@@ -219,7 +275,7 @@ class _StepTracer:
         module = DecoderLayer(layer, numerics)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
-            if not settings.gradient_checkpointing:
+            if not (settings.gradient_checkpointing and self.with_gradients):
                 return module(tape, given[0])
 
             def call(hidden: Tensor) -> Tensor:
@@ -243,7 +299,7 @@ class _StepTracer:
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
         )
-        loss = self._loss_module(head, weight)
+        loss = self._score() if settings.scores else self._loss_module(head, weight)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             hidden = norm(tape, given[0]) if norm is not None else given[0]
@@ -256,6 +312,14 @@ class _StepTracer:
 
         self.held: list[Tensor] = []
         return self._segment(forward, (per_token(model.hidden_size), width), learns=learns)
+
+    def _score(self) -> Score:
+        """PEFT trains a copy of it beside adapters."""
+        settings, hidden_size = self.settings, self.model.hidden_size
+        adapted = bool(settings.numerics.adapted)
+        width = settings.numerics.adapters if adapted else settings.head_width
+        trained = settings.trains_head or adapted
+        return Score(hidden_size, Weight(hidden_size, width, trained=trained))
 
     def _loss_module(self, head: Head, weight: Weight) -> Callable[..., Tensor]:
         settings = self.settings
@@ -279,11 +343,12 @@ class _StepTracer:
         learns: bool,
     ) -> Segment:
         tape = self._tape()
+        tape.grad_enabled = self.with_gradients
         given: list[Tensor] = []
         gradient: list[Tensor | None] = []
         if input_size is not None:
             given = [tape.empty(*input_size)]
-            if learns:
+            if learns and self.with_gradients:
                 gradient = tape.leaf(given[0])
         result = forward(tape, given)
         given.clear()
