@@ -102,9 +102,10 @@ def _gelu_in_python(tape: Tape, x: Tensor) -> Tensor:
     """tanh-GELU written out: half of x times (1 + tanh(c (x + 0.0447 x^3)))
     (transformers.activations.NewGELUActivation)."""
     half = scale(tape, x)
-    cube = power(tape, x)
-    inner = scale(tape, add(tape, x, scale(tape, cube)))
-    del cube
+    scaled_cube = scale(tape, power(tape, x))
+    inner = add(tape, x, scaled_cube)
+    del scaled_cube
+    inner = scale(tape, inner)
     tanh = _each_value(tape, inner, saves_input=False, saves_result=True)
     del inner
     one_more = _each_value(tape, tanh, saves_input=False)

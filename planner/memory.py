@@ -31,8 +31,8 @@ from ftplan.planner.step_settings import (
     traced_step,
     trained_widths,
 )
-from ftplan.planner.step_trace import EVALUATION_PHASE, REFERENCE_PHASE
-from ftplan.planner.tape import Moment, value
+from ftplan.planner.step_trace import EVALUATION_PHASE, REFERENCE_PHASE, StepTrace
+from ftplan.planner.tape import ZERO, Moment, value
 
 FLOAT32_BYTES = 4
 
@@ -317,15 +317,25 @@ def _phases(
     for name in (REFERENCE_PHASE, *STEP_PHASES):
         if moments := trace.phases.get(name):
             phases.append(_highest(name, moments, bases.get(name, resident), rows, length))
-    after = {part: value(form, rows, length) for part, form in trace.after_backward.items()}
-    step = {**resident, "gradients": held.gradients}
-    step["temporaries"] += held.step_temporaries + after.get("temporaries", 0)
-    phases.append(_phase("optimizer step", step))
+    phases.append(_optimizer_step(held, trace, resident, rows, length))
     after_step = bases[EVALUATION_PHASE]
     moments = trace.phases[EVALUATION_PHASE]
     phases.append(_highest(EVALUATION_PHASE, moments, after_step, rows, length))
     phases.append(_phase("save", after_step))
     return phases
+
+
+def _optimizer_step(
+    held: _Held, trace: StepTrace, resident: Mapping[str, int], rows: int, length: int
+) -> Phase:
+    """At its beginning, where what backward leaves is there, or within, whichever is more."""
+    step = {**resident, "gradients": held.gradients}
+    left = {**trace.after_backward, "gradients": ZERO}
+    beginning = _highest("optimizer step", [Moment(ZERO, left)], step, rows, length)
+    within = {**step, "temporaries": step["temporaries"] + held.step_temporaries}
+    given = value(trace.inputs["temporaries"], rows, length)
+    within["temporaries"] += given
+    return max(beginning, _phase("optimizer step", within), key=lambda p: p.allocated_peak_bytes)
 
 
 def _highest(

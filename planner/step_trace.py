@@ -28,6 +28,7 @@ from ftplan.planner.tape import (
     per_position,
     per_token,
     subtract_forms,
+    times,
 )
 
 Parts = dict[str, Form]
@@ -107,11 +108,13 @@ class Segment:
 class StepTrace:
     """The highest moments of each phase, without what is there all the time (weights, states).
 
+    `inputs`: what the model is given; `after_backward`: all that is left until the step is over.
     FLOPs, and bytes read and written besides parameters and outside of the loss, of one
     micro-batch. Forward's hold the reference's pass, backward's what is computed again.
     """
 
     phases: Mapping[str, tuple[Moment, ...]]
+    inputs: Parts
     after_backward: Parts
     forward_flops: Form
     backward_flops: Form
@@ -136,15 +139,14 @@ class _StepTracer:
             self._pass_forward(reference, self._inputs(), REFERENCE_PHASE, REFERENCE_PHASE)
             reference = None
         segments, labels = self._segments()
-        forward_base = self._add_forward(segments, labels, self._inputs(), "forward", "loss")
+        self._add_forward(segments, labels, self._inputs(), "forward", "loss")
         forward = list(segments)
-        if reference is not None:
-            _, passed = self._pass_forward(reference, forward_base, "forward", "loss")
-            forward += passed
         base, bases = _sum(self._inputs(), self._tables()), []
         for segment in segments:
             bases.append(base)
             base = _sum(base, segment.kept)
+        if reference is not None:
+            forward += self._pass_forward(reference, base, "forward", "loss")
         places, left = _extremes(labels), Parts()
         for index in reversed(range(len(segments))):
             segment = segments[index]
@@ -155,7 +157,8 @@ class _StepTracer:
         self._evaluate(reference)
         return StepTrace(
             phases={name: tuple(moments) for name, moments in self.phases.items()},
-            after_backward=_sum(self._inputs(), left),
+            inputs=self._inputs(),
+            after_backward=_sum(_sum(self._inputs(), left), self._first_input(segments[0])),
             forward_flops=_added(segment.forward_flops for segment in forward),
             backward_flops=_added(segment.backward_flops for segment in segments),
             forward_moved=_added(s.forward_moved for s in forward if s is not segments[-1]),
@@ -164,18 +167,27 @@ class _StepTracer:
 
     def _evaluate(self, reference: StepSettings | None) -> None:
         """An evaluation's pass, and the reference's where it comes along."""
-        passes = [self.settings.in_evaluation, *([reference] if reference else [])]
-        base = self._inputs()
-        for settings in passes:
-            base, _ = self._pass_forward(settings, base, EVALUATION_PHASE, EVALUATION_PHASE)
+        for settings in (self.settings.in_evaluation, reference):
+            if settings is not None:
+                self._pass_forward(settings, self._inputs(), EVALUATION_PHASE, EVALUATION_PHASE)
+
+    def _first_input(self, embedding: Segment) -> Parts:
+        """The first layer's input, where a hook made it ask for a gradient, and that gradient: the
+        graph holds both until the loss is let go of."""
+        if not self.settings.input_learns or self.settings.trains_embeddings:
+            return {}
+        size = times(per_token(self.model.hidden_size), embedding.result_width)
+        return {"activations": size, "temporaries": size}
 
     def _pass_forward(
         self, settings: StepSettings, base: Parts, phase: str, loss_phase: str
-    ) -> tuple[Parts, list[Segment]]:
-        """A pass without gradients above `base`; what it leaves behind, and its segments."""
+    ) -> list[Segment]:
+        """Add a pass without gradients above `base`; its segments. Autocast's copies are gone at
+        its end."""
         tracer = _StepTracer(self.model, settings, self.phases, with_gradients=False)
         segments, labels = tracer._segments()
-        return self._add_forward(segments, labels, base, phase, loss_phase), segments
+        tracer._add_forward(segments, labels, base, phase, loss_phase)
+        return segments
 
     def _add_forward(
         self,
@@ -184,16 +196,25 @@ class _StepTracer:
         base: Parts,
         phase: str,
         loss_phase: str,
-    ) -> Parts:
-        """Add the moments of a forward pass above `base`; what there is at its end."""
+    ) -> None:
+        """Add the moments of a forward pass above `base`."""
         base = _sum(base, self._tables())
         places = _extremes(labels)
+        embedded = self._embedded(segments[0])
         for index, segment in enumerate(segments):
+            is_loss = index == len(segments) - 1
             if index in places:
-                is_loss = index == len(segments) - 1
-                self._add(loss_phase if is_loss else phase, segment.forward, base)
+                behind_first = index > 1 and not is_loss
+                under = _sum(base, embedded) if behind_first else base
+                self._add(loss_phase if is_loss else phase, segment.forward, under)
             base = _sum(base, segment.kept_forward)
-        return base
+
+    def _embedded(self, embedding: Segment) -> Parts:
+        """The embeddings' result, which the model's forward holds to its end. (With gradients it
+        counts for less than what backward begins with.)"""
+        if self.with_gradients:
+            return {}
+        return {"temporaries": times(per_token(self.model.hidden_size), embedding.result_width)}
 
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
         """Keep moments above `base`, of those that another covers none."""
