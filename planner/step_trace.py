@@ -25,6 +25,7 @@ from ftplan.planner.tape import (
     Weight,
     add_forms,
     covers,
+    per_pair,
     per_position,
     per_token,
     subtract_forms,
@@ -88,6 +89,7 @@ class Segment:
 
     Moments are of all that it holds, its input and the gradient that comes back to it included.
     `result_width`: bytes an element of what it hands on.
+    `keeps_input`: its backward needs its input as it came.
     `kept_forward`: what it leaves behind until forward ends, its result not counted;
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
     """
@@ -95,6 +97,7 @@ class Segment:
     forward: tuple[Moment, ...]
     backward: tuple[Moment, ...]
     result_width: int
+    keeps_input: bool
     kept_forward: Parts
     kept: Parts
     left: Parts
@@ -173,11 +176,13 @@ class _StepTracer:
 
     def _first_input(self, embedding: Segment) -> Parts:
         """The first layer's input, where a hook made it ask for a gradient, and that gradient: the
-        graph holds both until the loss is let go of."""
+        graph holds both until the loss is let go of, and by the older checkpointing the rotary
+        tables."""
         if not self.settings.input_learns or self.settings.trains_embeddings:
             return {}
         size = times(per_token(self.model.hidden_size), embedding.result_width)
-        return {"activations": size, "temporaries": size}
+        held = {"activations": size, "temporaries": size}
+        return _sum(held, self._tables()) if self.settings.use_reentrant else held
 
     def _pass_forward(
         self, settings: StepSettings, base: Parts, phase: str, loss_phase: str
@@ -201,20 +206,29 @@ class _StepTracer:
         base = _sum(base, self._tables())
         places = _extremes(labels)
         embedded = self._embedded(segments[0])
+        from_table = self.model.positions > 0
+        base = _sum(base, self._mask())
         for index, segment in enumerate(segments):
             is_loss = index == len(segments) - 1
             if index in places:
-                behind_first = index > 1 and not is_loss
-                under = _sum(base, embedded) if behind_first else base
+                beside = from_table or (index > 1 and not segments[1].keeps_input)
+                under = _sum(base, embedded) if beside and not is_loss else base
                 self._add(loss_phase if is_loss else phase, segment.forward, under)
             base = _sum(base, segment.kept_forward)
 
-    def _embedded(self, embedding: Segment) -> Parts:
-        """The embeddings' result, which the model's forward holds to its end. (With gradients it
-        counts for less than what backward begins with.)"""
-        if self.with_gradients:
+    def _mask(self) -> Parts:
+        """What eager attention adds to its scores."""
+        if self.settings.numerics.attn_implementation != "eager":
             return {}
-        return {"temporaries": times(per_token(self.model.hidden_size), embedding.result_width)}
+        return {"temporaries": per_pair(self.settings.embedding_width)}
+
+    def _embedded(self, embedding: Segment) -> Parts:
+        """What the embeddings gave, which the model's forward holds to its end: the first layer's
+        input, or what a table of positions was added to."""
+        elements = per_token(self.model.hidden_size)
+        if self.model.positions:
+            elements = add_forms(elements, per_position(self.model.hidden_size))
+        return {"temporaries": times(elements, embedding.result_width)}
 
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
         """Keep moments above `base`, of those that another covers none."""
@@ -372,7 +386,9 @@ class _StepTracer:
             if learns and self.with_gradients:
                 gradient = tape.leaf(given[0])
         result = forward(tape, given)
+        before = tape.state()
         given.clear()
+        keeps_input = tape.state() == before
         result_width = result.width
         forward_moments = tape.moments()
         forward_flops, forward_moved = tape.flops, tape.moved
@@ -391,6 +407,7 @@ class _StepTracer:
             forward=forward_moments,
             backward=backward_moments,
             result_width=result_width,
+            keeps_input=keeps_input,
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_moments else {},
