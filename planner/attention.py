@@ -35,6 +35,8 @@ class AttentionKernel:
         value = f.cast(tape, value, width)
         if self.repeats_key_value:
             key, value = self._repeat_both(tape, key, value)
+        if not tape.on_cuda and self._has_one_head_dim():
+            return self._flash_on_processor(tape, query, key, value)
         if self.implementation == "flash_attention_2" or self._takes_flash(tape, width):
             return self._flash(tape, query, key, value)
         if self._takes_math(tape, query, key):
@@ -47,10 +49,30 @@ class AttentionKernel:
         return key.elements != query.elements or bf16_on_old
 
     def _takes_flash(self, tape: Tape, width: int) -> bool:
+        modern = tape.capability >= FLASH_CAPABILITY
+        fits = self._has_one_head_dim() and self.attention.head_dim <= FLASH_MAX_HEAD_DIM
+        return width == 2 and modern and fits
+
+    def _has_one_head_dim(self) -> bool:
+        return self.attention.value_head_dim in (None, self.attention.head_dim)
+
+    def _flash_on_processor(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keeps what FlashAttention-2 keeps, in any dtype, and allocates the gradients alone
+        (ATen/native/transformers/attention.cpp, `_scaled_dot_product_flash_attention_for_cpu`)."""
         a = self.attention
-        same = a.value_head_dim in (None, a.head_dim)
-        fits = tape.capability >= FLASH_CAPABILITY and a.head_dim <= FLASH_MAX_HEAD_DIM
-        return width == 2 and same and fits
+        result = tape.empty(per_token(a.result_width), query.width)
+        sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
+        self._count(tape)
+        if not tape.differentiates(query, key, value):
+            return result
+        saved = tape.save(query, key, value, result, sums)
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))
+            return [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
+
+        tape.attach([result], [query, key, value], saved, backward)
+        return result
 
     def _flash(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keeps query, key, value, the result and one fp32 log-sum a head (arXiv 2307.08691)."""

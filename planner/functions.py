@@ -312,8 +312,8 @@ def add_mask(tape: Tape, scores: Tensor) -> Tensor:
 
 def softmax_in_float32(tape: Tape, x: Tensor) -> Tensor:
     """Saves its result. CUDA turns fp16 scores into fp32 probabilities in one kernel, others are
-    cast first; its backward holds the product of both inputs beside the result
-    (ATen/native/SoftMax.cpp, ATen/native/cuda/SoftMax.cu)."""
+    cast first; its backward holds the product of both inputs beside the result, unlike the
+    processor's (ATen/native/SoftMax.cpp, ATen/native/cuda/SoftMax.cu)."""
     tape.read(x)
     before = x.width
     fused = tape.on_cuda and tape.is_fp16 and before == 2
@@ -324,7 +324,7 @@ def softmax_in_float32(tape: Tape, x: Tensor) -> Tensor:
         size = (x.elements, x.width)
 
         def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
-            product = tape.like(saved[0])
+            product = tape.like(saved[0]) if tape.on_cuda else None
             gradient = tape.empty(*size)
             del product
             return [gradient]

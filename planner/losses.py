@@ -24,10 +24,12 @@ FLOAT32 = f.FLOAT32
 TILE_TOKENS = 4096
 TILE_VOCABULARY = 32768
 # Without Triton a tile is folded by a chain of torch operations. Alive at once beside the buffer,
-# in fp32: scaled logits, their difference from the maximum and its exponential in forward; scaled
-# logits twice, log-probabilities, probabilities, gradient, the one-hot difference and its product,
-# and a bool array, in backward.
+# in fp32: scaled logits, their difference from the maximum and its exponential in forward, and a
+# bool array where it is asked whether the target comes first; scaled logits twice,
+# log-probabilities, probabilities, gradient, the one-hot difference and its product, and a bool
+# array, in backward.
 _TILE_FORWARD_BYTES = 3 * FLOAT32
+_TILE_TOP1_BYTES = 1
 _TILE_BACKWARD_BYTES = 7 * FLOAT32 + 1
 
 
@@ -108,10 +110,14 @@ class StockLoss:
 
 
 class TrlFusedLoss:
-    """TRL's `ChunkedLogProbFunction`: log-probabilities tile by tile, gradients in fp32."""
+    """TRL's `ChunkedLogProbFunction`: log-probabilities tile by tile, gradients in fp32.
 
-    def __init__(self, head: Head, weight: Weight, shape: LossShape) -> None:
+    `finds_top1`: it also tells whether the target is the most probable token.
+    """
+
+    def __init__(self, head: Head, weight: Weight, shape: LossShape, *, finds_top1: bool) -> None:
         self.head, self.weight, self.shape = head, weight, shape
+        self.forward_bytes = _TILE_FORWARD_BYTES + finds_top1 * _TILE_TOP1_BYTES
 
     def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
         predicting = f.part_copied(tape, hidden, times(PREDICTING, self.head.hidden_size))
@@ -119,7 +125,7 @@ class TrlFusedLoss:
         head, weight, shape = self.head, self.weight, self.shape
         compute = tape.autocast or predicting.width
         tape.count(times(PREDICTING, 2 * head.hidden_size * head.vocab_size))
-        self._fold(tape, shape, compute, _TILE_FORWARD_BYTES)
+        self._fold(tape, shape, compute, self.forward_bytes)
         loss = tape.empty(PREDICTING, FLOAT32)
         if not tape.differentiates(predicting, weight):
             return loss
@@ -135,7 +141,8 @@ class TrlFusedLoss:
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
             tile = fold(tape, shape, compute, _TILE_BACKWARD_BYTES)
             grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
-            grads.append(f.cast(tape, of_weight, weight_size[1]) if of_weight else None)
+            both = of_weight is not None and weight_size is not None
+            grads.append(f.cast(tape, of_weight, weight_size[1]) if both else None)
             del tile
             return grads
 

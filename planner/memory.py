@@ -24,6 +24,7 @@ from ftplan.planner.hardware_spec import (
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import keeps_reference, trained_model
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.processor_step import one_by_one_bytes
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
     adapter_weight_bytes,
@@ -33,6 +34,7 @@ from ftplan.planner.step_settings import (
 )
 from ftplan.planner.step_trace import EVALUATION_PHASE, REFERENCE_PHASE, StepTrace
 from ftplan.planner.tape import ZERO, Moment, value
+from ftplan.planner.trained import Trained
 
 FLOAT32_BYTES = 4
 
@@ -267,7 +269,7 @@ class _Held:
 
 
 @lru_cache(maxsize=1024)
-def _held(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> _Held:
+def _held(model: ModelSpec, plan: TrainingPlan, kind: DeviceKind, stack: Stack) -> _Held:
     trained = plan.resolved_method.count(model, plan.method_settings)
     optimizer, widths = plan.optimizer, trained_widths(plan, trained)
     embeddings = model.embedding_parameters if trained.trains_embeddings else 0
@@ -280,10 +282,19 @@ def _held(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> _Held:
         optimizer_states=sum(
             optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
         ),
-        step_temporaries=sum(
-            optimizer.step_temporary_bytes(count, width) for count, width in widths
-        ),
+        step_temporaries=_step_temporary_bytes(model, plan, trained, kind),
     )
+
+
+def _step_temporary_bytes(
+    model: ModelSpec, plan: TrainingPlan, trained: Trained, kind: DeviceKind
+) -> int:
+    """What exists only while the optimizer steps."""
+    optimizer = plan.optimizer
+    if kind == "cpu" and optimizer.tensor_copies is not None:
+        return one_by_one_bytes(model, plan, trained, optimizer.tensor_copies)
+    widths = trained_widths(plan, trained)
+    return sum(optimizer.step_temporary_bytes(count, width) for count, width in widths)
 
 
 def _phases(
@@ -294,7 +305,7 @@ def _phases(
     capability: tuple[int, int],
     stack: Stack,
 ) -> list[Phase]:
-    held = _held(model, plan, stack)
+    held = _held(model, plan, kind, stack)
     trace = traced_step(model, step_settings(model, plan, workload, kind, capability, stack))
     workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
     carried = held.gradients if plan.gradient_accumulation_steps > 1 else 0

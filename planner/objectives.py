@@ -26,7 +26,8 @@ class Objective:
     64 bits that a micro-batch has for each token of those. `only_loss`: the one
     loss kernel that its trainer has, for the reason `why_only_loss`; None: any. `has_reference`:
     the loss compares with the model as it was before training. `scores`: the model has one score a
-    row instead of logits. `has_dropout`: TRL leaves dropout on. `min_batch_size`: rows that a
+    row instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it reports how often the target is the most
+    probable token. `min_batch_size`: rows that a
     micro-batch must have.
     """
 
@@ -41,6 +42,7 @@ class Objective:
     has_reference: bool = False
     scores: bool = False
     has_dropout: bool = False
+    finds_top1: bool = False
     min_batch_size: int = 1
 
 
@@ -55,6 +57,7 @@ OBJECTIVES: dict[str, Objective] = {
             source="trl.SFTTrainer",
             batch_numbers=3,  # tokens, labels, attention mask
             has_dropout=True,
+            finds_top1=True,
         ),
         Objective(
             name="dpo",
@@ -66,6 +69,7 @@ OBJECTIVES: dict[str, Objective] = {
             only_loss="trl-fused",
             why_only_loss=_TILES,
             has_reference=True,
+            finds_top1=True,
         ),
         Objective(
             name="kto",

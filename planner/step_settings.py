@@ -79,6 +79,7 @@ def step_settings(
         head_width=outer,
         input_bytes=NUMBER_BYTES * objective.batch_numbers,
         scores=objective.scores,
+        finds_top1=objective.finds_top1,
     )
     if not objective.has_reference:
         return settings
@@ -103,6 +104,7 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
         trained_layers=model.num_hidden_layers,
         trains_embeddings=True,
         trains_head=True,
+        finds_top1=False,
     )
 
 

@@ -47,7 +47,8 @@ class StepSettings:
     `numerics`: of frozen layers; trained ones differ in `trains_own`. `trained_layers`: from the
     last. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
     for it). `embedding_width`, `head_width`: bytes a parameter. `input_bytes`: of what the model
-    is given, a token. `scores`: the model gives scores, not logits. `reference`: of the model that
+    is given, a token. `scores`: the model gives scores, not logits. `finds_top1`: the loss also tells whether each target is the most probable
+    token. `reference`: of the model that
     a preference is measured against, whose pass comes behind; with `asks_before` it comes before
     training instead.
     """
@@ -73,6 +74,7 @@ class StepSettings:
     head_width: int
     input_bytes: int
     scores: bool = False
+    finds_top1: bool = False
     reference: StepSettings | None = None
     asks_before: bool = False
 
@@ -361,7 +363,7 @@ class _StepTracer:
         if settings.loss == "liger":
             return LigerLoss(head, weight, settings.loss_shape)
         if settings.loss == "trl-fused":
-            return TrlFusedLoss(head, weight, settings.loss_shape)
+            return TrlFusedLoss(head, weight, settings.loss_shape, finds_top1=settings.finds_top1)
         return StockLoss(
             head,
             weight,
