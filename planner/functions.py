@@ -262,11 +262,12 @@ def join(tape: Tape, parts: list[Tensor]) -> Tensor:
 
 
 def dropout(tape: Tape, x: Tensor, rate: float) -> Tensor:
-    """Keeps a mask of one byte a value."""
+    """Keeps a mask of one byte a value; on a processor what each value is multiplied with
+    (ATen/native/Dropout.cpp)."""
     tape.read(x)
     if not rate:
         return x
-    result, mask = tape.like(x), tape.empty(x.elements, 1)
+    result, mask = tape.like(x), tape.empty(x.elements, 1 if tape.on_cuda else x.width)
     if tape.differentiates(x):
         tape.attach([result], [x], tape.save(mask), _new(_size(x)))
     return result

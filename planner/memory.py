@@ -139,6 +139,16 @@ class Workload:
         return self.rows * self.length
 
 
+def largest_micro_batch(plan: TrainingPlan, length: int) -> Workload:
+    """What goes through the model at once, its rows being of that length; packed rows are one."""
+    rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
+    return (
+        Workload(rows=1, length=rows * length)
+        if plan.packing
+        else Workload(rows=rows, length=length)
+    )
+
+
 def estimate_memory(
     model: ModelSpec,
     plan: TrainingPlan,
@@ -160,8 +170,7 @@ def estimate_memory(
     capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
     trained = plan.resolved_method.count(model, plan.method_settings)
     length = min(plan.max_length, longest_row or plan.max_length)
-    sequences = plan.resolved_objective.sequences_per_row
-    workload = Workload(rows=plan.per_device_train_batch_size * sequences, length=length)
+    workload = largest_micro_batch(plan, length)
     phases = _phases(model, plan, workload, kind, capability, stack)
     weights = sum(count * width for count, width in trained_widths(plan, trained))
     return memory_from_phases(phases, model, plan, device, trained_weight_bytes=weights)
@@ -321,7 +330,11 @@ def _phases(
     loaded = {part: resident[part] for part in ("weights", "reference_model", "adapters")}
     bases = {
         REFERENCE_PHASE: {**loaded, "temporaries": workspace},
-        EVALUATION_PHASE: {**resident, "gradients": 0},
+        # A loop of one's own lets go of gradients at the beginning of the next step.
+        EVALUATION_PHASE: {
+            **resident,
+            "gradients": held.gradients if plan.trainer == "loop" else 0,
+        },
     }
     phases = [_phase("load", loaded)]
     rows, length = workload.rows, workload.length

@@ -205,16 +205,18 @@ class _StepTracer:
         loss_phase: str,
     ) -> None:
         """Add the moments of a forward pass above `base`."""
-        base = _sum(base, self._tables())
         places = _extremes(labels)
+        of_model = _sum(self._tables(), self._mask())  # what its forward holds to its end
         embedded = self._embedded(segments[0])
         from_table = self.model.positions > 0
-        base = _sum(base, self._mask())
         for index, segment in enumerate(segments):
             is_loss = index == len(segments) - 1
             if index in places:
-                beside = from_table or (index > 1 and not segments[1].keeps_input)
-                under = _sum(base, embedded) if beside and not is_loss else base
+                under = base if is_loss else _sum(base, of_model)
+                if not is_loss and (from_table or (index > 1 and not segments[1].keeps_input)):
+                    under = _sum(under, embedded)
+                if is_loss and self.with_gradients:
+                    under = _sum(base, self._tables())
                 self._add(loss_phase if is_loss else phase, segment.forward, under)
             base = _sum(base, segment.kept_forward)
 
