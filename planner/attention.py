@@ -21,10 +21,15 @@ class AttentionKernel:
     """From rotated query, key and value to the result that the output projection reads."""
 
     def __init__(
-        self, attention: Attention, implementation: str, repeats_key_value: bool = False
+        self,
+        attention: Attention,
+        implementation: str,
+        *,
+        mask_width: int,
+        repeats_key_value: bool = False,
     ) -> None:
         self.attention, self.implementation = attention, implementation
-        self.repeats_key_value = repeats_key_value
+        self.mask_width, self.repeats_key_value = mask_width, repeats_key_value
 
     def __call__(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.implementation == "eager":
@@ -57,22 +62,22 @@ class AttentionKernel:
         return self.attention.value_head_dim in (None, self.attention.head_dim)
 
     def _flash_on_processor(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Keeps what FlashAttention-2 keeps, in any dtype, and allocates the gradients alone
+        """Keeps what FlashAttention-2 keeps, in any dtype, and allocates the gradients alone. The
+        result has the query's order of dimensions, and is copied where that is by heads
         (ATen/native/transformers/attention.cpp, `_scaled_dot_product_flash_attention_for_cpu`)."""
         a = self.attention
         result = tape.empty(per_token(a.result_width), query.width)
         sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
         self._count(tape)
-        if not tape.differentiates(query, key, value):
-            return result
-        saved = tape.save(query, key, value, result, sums)
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
             tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))
             return [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
 
-        tape.attach([result], [query, key, value], saved, backward)
-        return result
+        if tape.differentiates(query, key, value):
+            saved = tape.save(query, key, value, result, sums)
+            tape.attach([result], [query, key, value], saved, backward)
+        return f.clone(tape, result) if a.rotary_joins else result
 
     def _flash(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keeps query, key, value, the result and one fp32 log-sum a head (arXiv 2307.08691)."""
@@ -139,7 +144,7 @@ class AttentionKernel:
         scores = f.scale(tape, self._products(tape, query, key, per_pair(a.num_heads)))
         if a.softcapped:
             scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
-        scores = f.add_mask(tape, scores)
+        scores = f.add_mask(tape, scores, self.mask_width)
         weights = f.softmax_in_float32(tape, scores)
         del scores
         weights = f.cast(tape, weights, query.width)

@@ -302,10 +302,10 @@ def tanh(tape: Tape, x: Tensor) -> Tensor:
     return _each_value(tape, x, saves_input=False, saves_result=True)
 
 
-def add_mask(tape: Tape, scores: Tensor) -> Tensor:
-    """Scores and a mask that all layers share."""
+def add_mask(tape: Tape, scores: Tensor, width: int) -> Tensor:
+    """Scores and a mask of that width, which all layers share."""
     tape.read(scores)
-    result = tape.like(scores)
+    result = tape.like(scores, max(scores.width, width))
     if tape.differentiates(scores):
         tape.attach([result], [scores], [], _pass_on)
     return result

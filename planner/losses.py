@@ -27,7 +27,7 @@ TILE_VOCABULARY = 32768
 # in fp32: scaled logits, their difference from the maximum and its exponential in forward, and a
 # bool array where it is asked whether the target comes first; scaled logits twice,
 # log-probabilities, probabilities, gradient, the one-hot difference and its product, and a bool
-# array, in backward.
+# array, in backward, and a softcap's tanh.
 _TILE_FORWARD_BYTES = 3 * FLOAT32
 _TILE_TOP1_BYTES = 1
 _TILE_BACKWARD_BYTES = 7 * FLOAT32 + 1
@@ -125,7 +125,7 @@ class TrlFusedLoss:
         head, weight, shape = self.head, self.weight, self.shape
         compute = tape.autocast or predicting.width
         tape.count(times(PREDICTING, 2 * head.hidden_size * head.vocab_size))
-        self._fold(tape, shape, compute, self.forward_bytes)
+        self._fold(tape, shape, predicting.width, compute, self.forward_bytes)
         loss = tape.empty(PREDICTING, FLOAT32)
         if not tape.differentiates(predicting, weight):
             return loss
@@ -133,13 +133,14 @@ class TrlFusedLoss:
         size = (predicting.elements, predicting.width)
         weight_size = (weight.elements, weight.width) if weight.requires_grad else None
         fold = self._fold
+        backward_bytes = _TILE_BACKWARD_BYTES + head.softcapped * FLOAT32
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
             flops = times(PREDICTING, 2 * head.hidden_size * head.vocab_size)
             tape.count(times(flops, 3 if weight_size else 2))
             of_hidden = tape.empty(size[0], FLOAT32)
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
-            tile = fold(tape, shape, compute, _TILE_BACKWARD_BYTES)
+            tile = fold(tape, shape, size[1], compute, backward_bytes)
             grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
             both = of_weight is not None and weight_size is not None
             grads.append(f.cast(tape, of_weight, weight_size[1]) if both else None)
@@ -149,15 +150,18 @@ class TrlFusedLoss:
         tape.attach([loss], [predicting, weight], saved, backward)
         return loss
 
-    def _fold(self, tape: Tape, shape: LossShape, compute: int, torch_bytes: int) -> list[Tensor]:
+    def _fold(
+        self, tape: Tape, shape: LossShape, width: int, compute: int, torch_bytes: int
+    ) -> list[Tensor]:
         """The buffer for a tile of logits, as wide as a tile may be, and the copies that its
         product reads, which live until the function returns; without Triton also what torch's
         operations make."""
         tokens = constant(TILE_TOKENS) if shape.tile_is_full else PREDICTING
         head, entries = self.head, min(self.head.vocab_size, TILE_VOCABULARY)
         held = [tape.empty(times(tokens, TILE_VOCABULARY), compute)]
-        if compute != self.weight.width:
+        if compute != width:
             held.append(tape.empty(times(tokens, head.hidden_size), compute))
+        if compute != self.weight.width:
             held.append(
                 tape.empty(constant(entries * head.hidden_size), compute, "autocast_copies")
             )

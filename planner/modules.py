@@ -288,7 +288,10 @@ class SelfAttention:
         norms = (attention.query_norm, attention.key_norm)
         self.query_norm, self.key_norm = (norm_module(n, numerics) if n else None for n in norms)
         self.kernel = AttentionKernel(
-            attention, numerics.attn_implementation, numerics.repeats_key_value
+            attention,
+            numerics.attn_implementation,
+            mask_width=numerics.residual,
+            repeats_key_value=numerics.repeats_key_value,
         )
         self.turns_in_place = numerics.fused_kernels
         # Rotary tables are of the hidden state's width.
@@ -318,7 +321,7 @@ class SelfAttention:
     def _rotate(self, tape: Tape, x: Tensor) -> Tensor:
         """The first `rotary_dim` values of each head; the rest is joined on."""
         head_dim, rotary_dim = self.attention.head_dim, self.attention.rotary_dim
-        if rotary_dim == head_dim and not self.attention.rotary_concatenates:
+        if not self.attention.rotary_joins:
             return self._turn(tape, x)
         turned = scaled(x.elements, rotary_dim, head_dim)
         rest = scaled(x.elements, head_dim - rotary_dim, head_dim)

@@ -147,6 +147,8 @@ class _StepTracer:
         self._add_forward(segments, labels, self._inputs(), "forward", "loss")
         forward = list(segments)
         base, bases = _sum(self._inputs(), self._tables()), []
+        if self.settings.gradient_checkpointing:  # which holds what layers are given
+            base = _sum(base, self._mask())
         for segment in segments:
             bases.append(base)
             base = _sum(base, segment.kept)
@@ -177,13 +179,12 @@ class _StepTracer:
                 self._pass_forward(settings, self._inputs(), EVALUATION_PHASE, EVALUATION_PHASE)
 
     def _first_input(self, embedding: Segment) -> Parts:
-        """The first layer's input, where a hook made it ask for a gradient, and that gradient: the
-        graph holds both until the loss is let go of, and by the older checkpointing the rotary
-        tables."""
+        """The gradient of the embeddings' result, where a hook asked for one: the graph holds it
+        until the loss is let go of, and by the older checkpointing the rotary tables."""
         if not self.settings.input_learns or self.settings.trains_embeddings:
             return {}
         size = times(per_token(self.model.hidden_size), embedding.result_width)
-        held = {"activations": size, "temporaries": size}
+        held = {"temporaries": size}
         return _sum(held, self._tables()) if self.settings.use_reentrant else held
 
     def _pass_forward(
@@ -207,8 +208,10 @@ class _StepTracer:
         """Add the moments of a forward pass above `base`."""
         places = _extremes(labels)
         of_model = _sum(self._tables(), self._mask())  # what its forward holds to its end
+        of_graph = of_model if self.settings.gradient_checkpointing else self._tables()
         embedded = self._embedded(segments[0])
-        from_table = self.model.positions > 0
+        learns = self.with_gradients and self.settings.input_learns
+        from_table = self.model.positions > 0 and not learns  # else it is held by its node
         for index, segment in enumerate(segments):
             is_loss = index == len(segments) - 1
             if index in places:
@@ -216,15 +219,16 @@ class _StepTracer:
                 if not is_loss and (from_table or (index > 1 and not segments[1].keeps_input)):
                     under = _sum(under, embedded)
                 if is_loss and self.with_gradients:
-                    under = _sum(base, self._tables())
+                    under = _sum(base, of_graph)
                 self._add(loss_phase if is_loss else phase, segment.forward, under)
             base = _sum(base, segment.kept_forward)
 
     def _mask(self) -> Parts:
-        """What eager attention adds to its scores."""
+        """What eager attention adds to its scores, for full and for sliding windows."""
         if self.settings.numerics.attn_implementation != "eager":
             return {}
-        return {"temporaries": per_pair(self.settings.embedding_width)}
+        windows = {layer.attention.sliding_window for layer in self.model.layer_counts}
+        return {"temporaries": per_pair(len(windows) * self.settings.embedding_width)}
 
     def _embedded(self, embedding: Segment) -> Parts:
         """What the embeddings gave, which the model's forward holds to its end: the first layer's
@@ -300,10 +304,15 @@ class _StepTracer:
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             hidden = f.look_up(tape, weight, per_token(model.hidden_size))
-            if settings.input_learns and self.with_gradients and not hidden.requires_grad:
-                tape.leaf(hidden)
             if model.scales_embeddings:
                 hidden = f.scale(tape, hidden)
+            if settings.input_learns and self.with_gradients and not hidden.requires_grad:
+                tape.leaf(hidden)
+                tape.hold(hidden)  # by the node that gathers its gradient
+            if model.positions:
+                place = tape.empty(per_position(model.hidden_size), settings.embedding_width)
+                hidden = f.add(tape, hidden, place)
+                del place
             return hidden if norm is None else norm(tape, hidden)
 
         return self._segment(forward, None, learns=settings.trains_embeddings)
