@@ -60,7 +60,8 @@ def step_settings(
         trained_layers=trained.trained_layers,
         trains_embeddings=trained.trains_embeddings,
         trains_head=trained.trains_lm_head,
-        input_learns=trained.trains_embeddings or (plan.gradient_checkpointing and bool(adapted)),
+        # `gradient_checkpointing_enable` also asks for it (transformers.modeling_utils).
+        input_learns=trained.trains_embeddings or plan.gradient_checkpointing,
         autocast=plan.compute_bytes if plan.autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
         on_cuda=kind == "cuda",
