@@ -145,9 +145,8 @@ class AttentionKernel:
         if a.softcapped:
             scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
         scores = f.add_mask(tape, scores, self.mask_width)
-        weights = f.softmax_in_float32(tape, scores)
+        weights = f.cast(tape, f.softmax_in_float32(tape, scores), query.width)
         del scores
-        weights = f.cast(tape, weights, query.width)
         mixed = self._products(tape, weights, value, per_token(a.result_width))
         return f.clone(tape, mixed)
 
