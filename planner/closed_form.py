@@ -13,8 +13,6 @@ MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "ful
 def unmodelled(plan: TrainingPlan) -> str | None:
     """What the closed form does not model of `plan`, as the command line spells it; None where it
     models all."""
-    if plan.objective != "sft":
-        return _spelled(plan, "objective")
     if plan.sharding != "none":
         return _spelled(plan, "sharding")
     if plan.method not in MODELLED_METHODS:

@@ -24,18 +24,25 @@ from ftplan.planner.hardware_spec import (
     DeviceKind,
 )
 from ftplan.planner.model_spec import Linear, ModelSpec
+from ftplan.planner.objectives import keeps_reference, trained_model
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
 from ftplan.planner.separate_experts import expert_linears
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
     Workload,
+    model_rows,
     step_settings,
     trained_widths,
 )
-from ftplan.planner.step_trace import StepTrace, trace_step
+from ftplan.planner.step_trace import (
+    EVALUATION_PHASE,
+    REFERENCE_PHASE,
+    StepTrace,
+    trace_step,
+)
 from ftplan.planner.tape import ZERO, Form, Moment, add_forms, added, constant, covers, value
-from ftplan.planner.trained import num_elements
+from ftplan.planner.trained import Trained, num_elements
 
 FLOAT32_BYTES = 4
 
@@ -73,6 +80,9 @@ _SINGLE_QUANT_BYTES = 0.5 + 4 / QUANT_BLOCK_SIZE
 _DOUBLE_QUANT_BYTES = 0.5 + 1 / QUANT_BLOCK_SIZE + 4 / (QUANT_BLOCK_SIZE * QUANT_SCALES_PER_BLOCK)
 
 CHECKPOINTS_KEPT = 2
+
+# Phases of a micro-batch, in order.
+STEP_PHASES = ("forward", "loss", "backward")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,8 +154,7 @@ def estimate_memory(
     `stack`: what a training stack does beyond the plan's settings.
     Raises InputError for what only a dry run knows (`planner.closed_form`).
     """
-    rows = plan.per_device_train_batch_size
-    length = min(plan.max_length, longest_row or plan.max_length)
+    rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
     step = compiled_step(model, plan, rows, length, device, stack)
     return _with_surroundings(
         step.peak_bytes(rows, length),
@@ -319,7 +328,8 @@ def compiled_step(
     known = model.compiled.get(key)
     if known is None:
         check_closed_form(plan)
-        known = model.compiled[key] = _compile(model, plan, workload, kind, capability, stack)
+        trained = trained_model(model, plan)
+        known = model.compiled[key] = _compile(trained, plan, workload, kind, capability, stack)
     return known
 
 
@@ -356,10 +366,13 @@ class CompiledStep:
 
     def phases(self, rows: int, length: int) -> tuple[Phase, ...]:
         """Each phase at its highest moment."""
-        return tuple(
-            _phase(name, held, _highest(moments, rows, length), rows, length)
-            for name, held, moments in self._phases
-        )
+        highest: dict[str, Phase] = {}
+        for name, held, moments in self._phases:
+            phase = _phase(name, held, _highest(moments, rows, length), rows, length)
+            before = highest.get(name)
+            if before is None or phase.allocated_peak_bytes > before.allocated_peak_bytes:
+                highest[name] = phase
+        return tuple(highest.values())
 
     def peak(self, rows: int, length: int) -> tuple[str, Mapping[str, int], Moment]:
         """The highest moment of all: its phase, and what is held throughout that."""
@@ -412,12 +425,14 @@ def _compile(
     states = sum(
         optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
     )
-    temporaries = sum(optimizer.step_temporary_bytes(count, width) for count, width in widths)
+    temporaries = _step_temporary_bytes(plan, trained, kind)
     settings = step_settings(model, plan, workload, kind, capability, stack, trained)
     trace = trace_step(model, settings)
     workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
+    weights = weight_memory_bytes(model, plan, stack)
     loaded = {
-        "weights": weight_memory_bytes(model, plan, stack),
+        "weights": weights,
+        "reference_model": weights if keeps_reference(plan) else 0,
         "adapters": num_elements(trained.adapters) * settings.numerics.adapters
         + num_elements(trained.held_as_base) * plan.weight_bytes
         + trained.frozen_parameters * FLOAT32_BYTES
@@ -430,22 +445,43 @@ def _compile(
         "temporaries": 2 * workspace,  # one of the forward pass's thread, one of backward's
     }
     running = {**resident, "gradients": gradients if workload.accumulates else 0}
-    stepping = {
-        **resident,
-        "gradients": gradients,
-        "temporaries": resident["temporaries"] + temporaries,
-    }
-    nothing = (Moment(ZERO, {}),)
+    stepping = {**resident, "gradients": gradients}
+    within = {**stepping, "temporaries": resident["temporaries"] + temporaries}
+    # A loop of one's own lets go of gradients at the beginning of the next step.
+    behind = {**resident, "gradients": gradients if plan.trainer == "loop" else 0}
+    held_in = {REFERENCE_PHASE: {**loaded, "temporaries": workspace}, EVALUATION_PHASE: behind}
     left = {**trace.after_backward, "gradients": ZERO}
-    after = (Moment(added(left.values()), left),)
+    phases = [
+        (name, held_in.get(name, running), moments)
+        for name in (REFERENCE_PHASE, *STEP_PHASES)
+        if (moments := trace.phases.get(name))
+    ]
     return CompiledStep(
         trace,
         [
-            ("load", loaded, nothing),
-            *((name, running, moments) for name, moments in trace.phases.items()),
-            ("optimizer step", stepping, after),
-            ("save", resident, nothing),
+            ("load", loaded, (_NOTHING,)),
+            *phases,
+            # At its beginning what backward leaves is there.
+            ("optimizer step", stepping, (Moment(added(left.values()), left),)),
+            ("optimizer step", within, (Moment(added(trace.inputs.values()), trace.inputs),)),
+            (EVALUATION_PHASE, behind, trace.phases[EVALUATION_PHASE]),
+            ("save", behind, (_NOTHING,)),
         ],
         host_bytes=host_loading_bytes(model, plan),
         disk_bytes=checkpoint_disk_bytes(gradients, states),
+    )
+
+
+_NOTHING = Moment(ZERO, {})
+
+
+def _step_temporary_bytes(plan: TrainingPlan, trained: Trained, kind: DeviceKind) -> int:
+    """What exists only while the optimizer steps; on the processor of one tensor at a time."""
+    optimizer, widths = plan.optimizer, trained_widths(plan, trained)
+    if kind == "cpu" and optimizer.tensor_copies is not None:
+        sizes = (p.size * width for parameters, width in widths for p in parameters)
+        return optimizer.tensor_copies * max(sizes, default=0)
+    return sum(
+        optimizer.step_temporary_bytes(num_elements(parameters), width)
+        for parameters, width in widths
     )

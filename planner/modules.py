@@ -304,6 +304,7 @@ class SelfAttention:
         self.kernel = AttentionKernel(
             attention,
             numerics.attn_implementation,
+            mask_width=numerics.residual,
             repeats_key_value=numerics.repeats_key_value,
             masked=numerics.padded or attention.sliding_window in numerics.masked_windows,
         )
@@ -335,7 +336,7 @@ class SelfAttention:
     def _rotate(self, tape: Tape, x: Tensor) -> Tensor:
         """The first `rotary_dim` values of each head; the rest is joined on."""
         head_dim, rotary_dim = self.attention.head_dim, self.attention.rotary_dim
-        if rotary_dim == head_dim and not self.attention.rotary_concatenates:
+        if not self.attention.rotary_joins:
             return self._turn(tape, x)
         turned = scaled(x.elements, rotary_dim, head_dim)
         rest = scaled(x.elements, head_dim - rotary_dim, head_dim)

@@ -32,7 +32,8 @@ class Optimizer:
     `state_bytes_per_parameter`: instead, for states of a fixed width;
     `embedding_state_bytes`: what an embedding's parameter has where that is another width.
     `step_copies`: tensors of the parameters' size and dtype that the step holds at once
-    (the foreach implementations work on all parameters together).
+    (the foreach implementations work on all parameters together). `tensor_copies`: of one
+    parameter's, where a processor takes one after another; None where it takes all together too.
     `paged`: states live in managed memory that can be moved to the host.
     `module`: the one of OPTIMIZER_PACKAGES that it comes from; None for torch and transformers.
     `exact_only`: why a count of parameters does not tell its memory, where it does not.
@@ -46,6 +47,7 @@ class Optimizer:
     state_bytes_per_parameter: float | None = None
     embedding_state_bytes: float | None = None
     step_copies: int = 0
+    tensor_copies: int | None = None
     paged: bool = False
     module: str | None = None
     exact_only: str | None = None
@@ -129,6 +131,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             name="adamw_torch",
             num_states=2,
             step_copies=1,
+            tensor_copies=2,
             source="torch.optim.AdamW(foreach): one list of square roots beside the states; "
             "10.0 bytes a bf16 parameter at the step on A100 (fms-acceleration)",
         ),
@@ -156,6 +159,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             name="adagrad",
             num_states=1,
             step_copies=2,
+            tensor_copies=1,
             source="torch.optim.Adagrad(foreach): sums of squares, made with the optimizer; their "
             "roots and the scaled gradients beside them",
         ),
@@ -163,6 +167,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             name="rmsprop",
             num_states=1,
             step_copies=1,
+            tensor_copies=1,
             source="torch.optim.RMSprop(foreach): square_avg; their roots beside them",
         ),
         Optimizer(

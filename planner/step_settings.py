@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.losses import LossShape
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
+from ftplan.planner.objectives import keeps_reference
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings
 from ftplan.planner.trained import Trained
 
 FLOAT32_BYTES = 4
+NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +33,20 @@ class Workload:
 
     @staticmethod
     def of(model: ModelSpec, plan: TrainingPlan, rows: int, length: int) -> Workload:
+        """Of a micro-batch of so many rows, as the model is given them (`model_rows`)."""
         return Workload(
             rows == 1,
             plan.gradient_accumulation_steps > 1,
             LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size),
             frozenset(window for window in model.sliding_windows if window < length),
         )
+
+
+def model_rows(plan: TrainingPlan, length: int) -> tuple[int, int]:
+    """(rows, length) of what goes through the model at once, rows of the data being of that
+    length; packed rows are one."""
+    rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
+    return (1, rows * length) if plan.packing else (rows, length)
 
 
 def step_settings(
@@ -48,8 +59,9 @@ def step_settings(
     trained: Trained,
 ) -> StepSettings:
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
+    objective = plan.resolved_objective
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
-    return StepSettings(
+    settings = StepSettings(
         numerics=Numerics(
             weights=plan.weight_bytes,
             residual=outer,
@@ -60,7 +72,7 @@ def step_settings(
             quantization=plan.quantization,
             double_quant=plan.double_quant,
             rank=plan.lora_rank,
-            dropout=plan.lora_dropout,
+            dropout=plan.lora_dropout if objective.has_dropout else 0.0,
             attn_implementation=plan.attn_implementation,
             fused_kernels=stack.fused_kernels,
             separate_experts=stack.separates_experts,
@@ -79,8 +91,8 @@ def step_settings(
         trained_outside=frozenset(
             p.name for p in trained.own if p.name in {o.name for o in model.outer_parameters}
         ),
-        input_learns=trained.trains_embeddings
-        or (plan.gradient_checkpointing and plan.resolved_method.adapter),
+        # `gradient_checkpointing_enable` also asks for it (transformers.modeling_utils).
+        input_learns=trained.trains_embeddings or plan.gradient_checkpointing,
         autocast=plan.compute_bytes if autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
         on_cuda=kind == "cuda",
@@ -98,6 +110,34 @@ def step_settings(
         loses_in_16_bits=stack.loses_in_16_bits(model.model_type),
         embedding_width=outer,
         head_width=outer,
+        input_bytes=NUMBER_BYTES * objective.batch_numbers,
+        scores=objective.scores,
+        finds_top1=objective.finds_top1,
+    )
+    if not objective.has_reference:
+        return settings
+    return dataclasses.replace(
+        settings,
+        reference=_of_reference(model, plan, settings),
+        asks_before=plan.precompute_ref_log_probs,
+    )
+
+
+def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) -> StepSettings:
+    """The model as it was: without adapters, or a second one. TRL does not freeze that, so autocast
+    takes its parameters as trained ones."""
+    if not keeps_reference(plan) and plan.resolved_method.adapter:
+        return dataclasses.replace(settings, adapted={})
+    if not keeps_reference(plan):
+        return settings
+    return dataclasses.replace(
+        settings,
+        trained_layers=model.num_hidden_layers,
+        trained_names=frozenset(p.name for layer in model.layer_counts for p in layer.parameters()),
+        trained_outside=frozenset(p.name for p in model.outer_parameters),
+        trains_embeddings=True,
+        trains_head=True,
+        finds_top1=False,
     )
 
 

@@ -369,17 +369,19 @@ class Tape:
 
     def cast_weight(self, weight: Weight) -> Tensor:
         """The parameter as a product under autocast reads it. Copies of trained fp32 parameters
-        are cached until autocast ends."""
+        are cached until autocast ends, and made as if gradients were asked for
+        (ATen/autocast_mode.cpp, `cached_cast`)."""
         if self.autocast is None or weight.width == self.autocast:
             return weight
         cached = self._copies.get(id(weight))
         if cached is not None:
             return cached
         copy = self.empty(weight.elements, self.autocast, "autocast_copies")
-        if self.differentiates(weight):
+        is_cached = weight.requires_grad and weight.width == 4
+        if is_cached:
+            self._copies[id(weight)] = copy
+        if is_cached or self.differentiates(weight):
             self.attach([copy], [weight], [], _hand_on)
-            if weight.width == 4:
-                self._copies[id(weight)] = copy
         return copy
 
     def end_autocast(self) -> None:
@@ -485,7 +487,7 @@ class Tape:
         saved = [self._unpacked(item) for item in node.saved]
         self.read(*saved, *(gradient for gradient in gradients if gradient is not None))
         results = node.backward(self, gradients, saved)
-        gradients.clear()
+        saved.clear()  # what was computed again is gone; what was not, the node holds
         for number, edge in enumerate(node.inputs[: len(results)]):
             if edge is None:
                 continue
@@ -495,6 +497,7 @@ class Tape:
             if result is not None and result.width != edge.width:
                 result = results[number] = self.like(result, edge.width)
             del result
+        gradients.clear()
         node.saved = []
         return results
 
