@@ -5,13 +5,15 @@ from __future__ import annotations
 from ftplan.planner.errors import InputError
 from ftplan.planner.plan import TrainingPlan, flag_name
 
+MODELLED_SHARDINGS = ("none", "fsdp")
+
 
 def unmodelled(plan: TrainingPlan) -> str | None:
     """What the closed form does not model of `plan`, as the command line spells it; None where it
     models all."""
     if plan.objective != "sft":
         return _spelled(plan, "objective")
-    if plan.sharding != "none":
+    if plan.sharding not in MODELLED_SHARDINGS:
         return _spelled(plan, "sharding")
     if plan.resolved_method.counted_by is None:
         return _spelled(plan, "method")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ftplan.planner import functions as f
@@ -73,8 +74,10 @@ class StockLoss:
         *,
         shifts_logits: bool,
         returns_fp32: bool,
+        watch: Callable[[Tape, Tensor], Tensor],
     ) -> None:
-        self.head, self.weight, self.bias = head, weight, bias
+        """`watch` gets the output projection's result, and returns it."""
+        self.head, self.weight, self.bias, self.watch = head, weight, bias, watch
         self.shifts_logits, self.returns_fp32 = shifts_logits, returns_fp32
 
     def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
@@ -91,6 +94,7 @@ class StockLoss:
         hidden = f.to_product(tape, hidden)
         weight = tape.cast_weight(self.weight)
         logits = f.product(tape, hidden, weight, head.hidden_size, head.vocab_size, self.bias)
+        logits = self.watch(tape, logits)
         if head.scaled:
             logits = f.scale(tape, logits)
         if head.softcapped:

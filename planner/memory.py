@@ -23,6 +23,7 @@ from ftplan.planner.hardware_spec import (
 )
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
     adapter_weight_bytes,
@@ -30,6 +31,7 @@ from ftplan.planner.step_settings import (
     traced_step,
     trained_widths,
 )
+from ftplan.planner.step_trace import StepSettings
 from ftplan.planner.tape import Moment, value
 
 FLOAT32_BYTES = 4
@@ -224,8 +226,11 @@ def weight_memory_bytes(model: ModelSpec, plan: TrainingPlan, stack: Stack = OWN
     if plan.quantization == "int8":
         rows = sum(m.out_features for m in model.linears) * model.num_hidden_layers
         return quantized + rows * FLOAT32_BYTES + rest_bytes
-    per_weight = _DOUBLE_QUANT_BYTES if plan.double_quant else _SINGLE_QUANT_BYTES
-    return round(quantized * per_weight) + rest_bytes
+    return round(quantized * _bytes_per_4bit_weight(plan)) + rest_bytes
+
+
+def _bytes_per_4bit_weight(plan: TrainingPlan) -> float:
+    return _DOUBLE_QUANT_BYTES if plan.double_quant else _SINGLE_QUANT_BYTES
 
 
 def host_loading_bytes(model: ModelSpec, plan: TrainingPlan) -> int:
@@ -249,30 +254,63 @@ def _state_bytes(phases: Sequence[Phase]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Held:
-    """What a run holds from beginning to end, whatever the batch."""
+    """What a run holds from beginning to end, whatever the batch.
+
+    `carried`: gradients that wait for further micro-batches.
+    """
 
     weights: int
     adapters: int
     gradients: int
     optimizer_states: int
     step_temporaries: int
+    carried: int
 
 
 @lru_cache(maxsize=1024)
-def _held(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> _Held:
+def _held(model: ModelSpec, plan: TrainingPlan, stack: Stack, settings: StepSettings) -> _Held:
+    if settings.spread is not None:
+        return _held_of_shares(model, plan, settings, settings.spread)
     trained = plan.resolved_method.count(model, plan.method_settings)
     optimizer, widths = plan.optimizer, trained_widths(plan, trained)
     embeddings = model.embedding_parameters if trained.trains_embeddings else 0
+    gradients = sum(count * width for count, width in widths)
     return _Held(
         weights=weight_memory_bytes(model, plan, stack),
         adapters=trained.added_parameters * adapter_weight_bytes(plan),
-        gradients=sum(count * width for count, width in widths),
+        gradients=gradients,
         optimizer_states=sum(
             optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
         ),
         step_temporaries=sum(
             optimizer.step_temporary_bytes(count, width) for count, width in widths
         ),
+        carried=gradients,
+    )
+
+
+def _held_of_shares(
+    model: ModelSpec, plan: TrainingPlan, settings: StepSettings, spread: Spread
+) -> _Held:
+    """What one GPU holds of what several divide. Scales of 4-bit weights are not divided."""
+    whole, optimizer = settings.units(model).whole, plan.optimizer
+    widths = [
+        ((whole.reduced - whole.reduced_adapters) // spread.trained, spread.trained),
+        (whole.reduced_adapters // spread.adapters, spread.adapters),
+    ]
+    on_gpu = 0 if spread.offloads else 1
+    scales = 0
+    if plan.quantization != "none":
+        scales = round(model.quantizable_weights * (_bytes_per_4bit_weight(plan) - 0.5))
+    return _Held(
+        weights=whole.weights + scales,
+        adapters=whole.adapters,
+        gradients=on_gpu * whole.reduced,
+        optimizer_states=on_gpu
+        * sum(optimizer.state_bytes(count, width) for count, width in widths),
+        step_temporaries=on_gpu
+        * sum(optimizer.step_temporary_bytes(count, width) for count, width in widths),
+        carried=whole.gradients,
     )
 
 
@@ -284,15 +322,15 @@ def _phases(
     capability: tuple[int, int],
     stack: Stack,
 ) -> list[Phase]:
-    held = _held(model, plan, stack)
-    trace = traced_step(model, step_settings(model, plan, workload, kind, capability, stack))
+    settings = step_settings(model, plan, workload, kind, capability, stack)
+    held, trace = _held(model, plan, stack, settings), traced_step(model, settings)
     workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
-    carried = held.gradients if plan.gradient_accumulation_steps > 1 else 0
+    carried = held.carried if plan.gradient_accumulation_steps > 1 else 0
     resident = {
         "weights": held.weights,
         "adapters": held.adapters,
         "optimizer_states": held.optimizer_states,
-        "communication": held.gradients if plan.num_gpus > 1 else 0,
+        "communication": held.gradients if plan.num_gpus > 1 and plan.sharding == "none" else 0,
         "temporaries": 2 * workspace,  # one of the forward pass's thread, one of backward's
         "gradients": carried,
     }

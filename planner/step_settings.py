@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from ftplan.planner.losses import LossShape
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.modules import Numerics
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings, StepTrace, trace_step
 from ftplan.planner.trained import Trained
@@ -36,7 +38,8 @@ def step_settings(
     trained = plan.resolved_method.count(model, plan.method_settings)
     adapted = frozenset(linear.name for linear in trained.adapted)
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
-    return StepSettings(
+    spread = spread_of(plan, stack)
+    settings = StepSettings(
         numerics=Numerics(
             weights=plan.weight_bytes,
             residual=outer,
@@ -73,6 +76,40 @@ def step_settings(
         returns_fp32=plan.autocast,
         embedding_width=outer,
         head_width=outer,
+        spread=spread,
+    )
+    if spread is None or spread.gathered is None:
+        return settings
+    return _computing_in(settings, spread.gathered)
+
+
+def _computing_in(settings: StepSettings, width: int) -> StepSettings:
+    """All parameters but quantized ones are gathered in that width."""
+    numerics = dataclasses.replace(
+        settings.numerics, weights=width, residual=width, norms=width, adapters=width
+    )
+    return dataclasses.replace(
+        settings, numerics=numerics, embedding_width=width, head_width=width
+    )
+
+
+def spread_of(plan: TrainingPlan, stack: Stack) -> Spread | None:
+    """How several GPUs divide the parameters; None where each holds all of them.
+
+    Under mixed precision accelerate holds what is trained in fp32, unless the base is quantized
+    (`fsdp2_prepare_model` of accelerate 1.15).
+    """
+    if plan.sharding != "fsdp":
+        return None
+    masters = plan.autocast and plan.quantization == "none"
+    return Spread(
+        kind="fsdp2",
+        num_gpus=plan.num_gpus,
+        frozen=plan.weight_bytes,
+        trained=FLOAT32_BYTES if masters else plan.weight_bytes,
+        adapters=FLOAT32_BYTES if masters else adapter_weight_bytes(plan),
+        gathered=plan.compute_bytes if plan.autocast else None,
+        offloads=plan.offload == "parameters",
     )
 
 

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ftplan.planner import functions as f
+from ftplan.planner.fsdp import Exchange, Fsdp2, Neighbours, fsdp2_neighbours
 from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, ModelSpec
 from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
+from ftplan.planner.sharded import Spread, Units, units_of
 from ftplan.planner.tape import (
     ZERO,
     Form,
@@ -24,6 +26,7 @@ from ftplan.planner.tape import (
     Tensor,
     Weight,
     add_forms,
+    constant,
     covers,
     per_position,
     per_token,
@@ -40,7 +43,8 @@ class StepSettings:
 
     `numerics`: of frozen layers; trained ones differ in `trains_own`. `trained_layers`: from the
     last. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
-    for it). `embedding_width`, `head_width`: bytes a parameter.
+    for it). `embedding_width`, `head_width`: bytes a parameter. `spread`: how several GPUs divide
+    parameters, if they do.
     """
 
     numerics: Numerics
@@ -62,6 +66,19 @@ class StepSettings:
     returns_fp32: bool
     embedding_width: int
     head_width: int
+    spread: Spread | None = None
+
+    def units(self, model: ModelSpec) -> Units:
+        """What several GPUs divide."""
+        assert self.spread is not None
+        return units_of(
+            model,
+            self.spread,
+            self.numerics,
+            self.trained_layers,
+            trains_embeddings=self.trains_embeddings,
+            trains_head=self.trains_head,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +89,7 @@ class Segment:
     `result_width`: bytes an element of what it hands on.
     `kept_forward`: what it leaves behind until forward ends, its result not counted;
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
+    `taken_over`: of what later segments left, what it counts itself.
     """
 
     forward: tuple[Moment, ...]
@@ -80,6 +98,7 @@ class Segment:
     kept_forward: Parts
     kept: Parts
     left: Parts
+    taken_over: Parts
     forward_flops: Form
     backward_flops: Form
     forward_moved: Form
@@ -128,6 +147,7 @@ class _StepTracer:
         left: Parts = {}
         for index in reversed(range(len(segments))):
             segment = segments[index]
+            left = _less(left, segment.taken_over)
             if index in places and segment.backward:
                 phase = "loss" if index == len(segments) - 1 else "backward"
                 self._add(phase, segment.backward, _sum(bases[index], left))
@@ -155,23 +175,37 @@ class _StepTracer:
     def _segments(self) -> tuple[list[Segment], list[object]]:
         """The segments in forward order, and of what kind each is."""
         settings, model = self.settings, self.model
-        segments, labels = [self._embedding()], ["embedding"]
-        known: dict[tuple[int, bool, bool, int], Segment] = {}
+        near = self._neighbours()
+        segments, labels = [self._embedding(near[0])], ["embedding"]
+        known: dict[tuple[int, bool, bool, int, Neighbours | None], Segment] = {}
         first_trained = model.num_hidden_layers - settings.trained_layers
         learns = settings.input_learns
         found: list[object] = list(labels)
         for place, layer in enumerate(model.layers):
             trained = place >= first_trained
             width = segments[-1].result_width
-            key = (id(layer), trained, learns, width)
+            key = (id(layer), trained, learns, width, near[place + 1])
             if key not in known:
-                known[key] = self._layer(layer, trained, learns, width)
+                known[key] = self._layer(layer, trained, learns, width, near[place + 1])
             segments.append(known[key])
             found.append(key)
             learns = learns or trained or bool(settings.numerics.adapted)
-        segments.append(self._loss(learns, segments[-1].result_width))
+        segments.append(self._loss(learns, segments[-1].result_width, near[-1]))
         found.append("loss")
         return segments, found
+
+    def _neighbours(self) -> list[Neighbours | None]:
+        """Of each segment, what it exchanges with other GPUs."""
+        if self.settings.spread is None:
+            return [None] * (len(self.model.layers) + 2)
+        units = self.settings.units(self.model)
+        return [*fsdp2_neighbours(units, accumulates=self.settings.accumulates)]
+
+    def _exchange(self, near: Neighbours | None) -> Exchange:
+        spread = self.settings.spread
+        if near is None or spread is None:
+            return Exchange()
+        return Fsdp2(near, spread.num_gpus, offloads=spread.offloads)
 
     def _tape(self) -> Tape:
         s = self.settings
@@ -192,7 +226,7 @@ class _StepTracer:
             parts["temporaries"] = add_forms(parts["temporaries"], tables)
         return parts
 
-    def _embedding(self) -> Segment:
+    def _embedding(self, near: Neighbours | None) -> Segment:
         model, settings = self.model, self.settings
         weight = Weight(
             model.embedding_parameters,
@@ -211,9 +245,11 @@ class _StepTracer:
                 hidden = f.scale(tape, hidden)
             return hidden if norm is None else norm(tape, hidden)
 
-        return self._segment(forward, None, learns=settings.trains_embeddings)
+        return self._segment(forward, None, self._exchange(near), learns=settings.trains_embeddings)
 
-    def _layer(self, layer: Layer, trained: bool, learns: bool, width: int) -> Segment:
+    def _layer(
+        self, layer: Layer, trained: bool, learns: bool, width: int, near: Neighbours | None
+    ) -> Segment:
         settings = self.settings
         numerics = dataclasses.replace(settings.numerics, trains_own=trained)
         module = DecoderLayer(layer, numerics)
@@ -228,9 +264,10 @@ class _StepTracer:
             run = tape.checkpoint_reentrant if settings.use_reentrant else tape.checkpoint
             return run(call, given)
 
-        return self._segment(forward, (per_token(self.model.hidden_size), width), learns=learns)
+        size = per_token(self.model.hidden_size), width
+        return self._segment(forward, size, self._exchange(near), learns=learns)
 
-    def _loss(self, learns: bool, width: int) -> Segment:
+    def _loss(self, learns: bool, width: int, near: Neighbours | None) -> Segment:
         model, settings = self.model, self.settings
         numerics = dataclasses.replace(settings.numerics, trains_own=settings.trains_head)
         norm = norm_module(model.final_norm, numerics) if model.final_norm else None
@@ -243,7 +280,8 @@ class _StepTracer:
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
         )
-        loss = self._loss_module(head, weight)
+        exchange = self._exchange(near)
+        loss = self._loss_module(head, weight, exchange)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             hidden = norm(tape, given[0]) if norm is not None else given[0]
@@ -255,9 +293,12 @@ class _StepTracer:
             return result
 
         self.held: list[Tensor] = []
-        return self._segment(forward, (per_token(model.hidden_size), width), learns=learns)
+        size = per_token(model.hidden_size), width
+        return self._segment(forward, size, exchange, learns=learns)
 
-    def _loss_module(self, head: Head, weight: Weight) -> Callable[..., Tensor]:
+    def _loss_module(
+        self, head: Head, weight: Weight, exchange: Exchange
+    ) -> Callable[..., Tensor]:
         settings = self.settings
         if settings.loss == "liger":
             return LigerLoss(head, weight, settings.loss_shape)
@@ -269,12 +310,14 @@ class _StepTracer:
             None,
             shifts_logits=settings.shifts_logits,
             returns_fp32=settings.returns_fp32,
+            watch=exchange.watch,
         )
 
     def _segment(
         self,
         forward: Callable[[Tape, list[Tensor]], Tensor],
         input_size: tuple[Form, int] | None,
+        exchange: Exchange,
         *,
         learns: bool,
     ) -> Segment:
@@ -285,21 +328,27 @@ class _StepTracer:
             given = [tape.empty(*input_size)]
             if learns:
                 gradient = tape.leaf(given[0])
+        exchange.before_forward(tape)
         result = forward(tape, given)
+        exchange.after_forward(tape)
         given.clear()
         result_width = result.width
         forward_moments = tape.moments()
         forward_flops, forward_moved = tape.flops, tape.moved
+        exchange.hand_on()
         kept_forward = _without(tape.state(), result)
         tape.end_autocast()
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:
             incoming: list[Tensor | None] = [tape.like(result)]
+            exchange.before_backward(tape)
             roots = [result]
             del result
             tape.backward(roots, incoming)
+            exchange.after_backward(tape)
             backward_moments = tape.moments()
+        exchange.hand_on()
         gradient.clear()
         return Segment(
             forward=forward_moments,
@@ -308,6 +357,7 @@ class _StepTracer:
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_moments else {},
+            taken_over={"gradients": constant(exchange.taken_over)} if backward_moments else {},
             forward_flops=forward_flops,
             backward_flops=subtract_forms(tape.flops, forward_flops),
             forward_moved=forward_moved,
@@ -336,6 +386,13 @@ def _sum(left: Parts, right: Parts) -> Parts:
     result = dict(left)
     for name, form in right.items():
         result[name] = add_forms(result[name], form) if name in result else form
+    return result
+
+
+def _less(left: Parts, right: Parts) -> Parts:
+    result = dict(left)
+    for name, form in right.items():
+        result[name] = subtract_forms(result.get(name, ZERO), form)
     return result
 
 

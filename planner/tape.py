@@ -222,6 +222,7 @@ class Tape:
         self._cycles: list[Frame] = []
         self._held: list[Tensor] = []
         self._held_again: list[Tensor] = []
+        self._with_gradients: list[Weight] = []
 
     # What is alive.
 
@@ -501,6 +502,13 @@ class Tape:
         if weight.gradient is None and not self.accumulates:
             self.relabel(gradient, "gradients")
             weight.gradient = gradient
+            self._with_gradients.append(weight)
+
+    def release_gradients(self) -> None:
+        """Let go of the gradients of all parameters."""
+        for weight in self._with_gradients:
+            weight.gradient = None
+        self._with_gradients.clear()
 
     def _sum_up(self, edge: Edge, gradient: Tensor) -> None:
         """Into the first gradient where no one else refers to it, else into a new tensor."""

@@ -1,0 +1,172 @@
+"""What several GPUs divide: units of parameters that are gathered together, and each GPU's share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ftplan.planner.model_spec import Layer, ModelSpec, Parameter
+from ftplan.planner.modules import Numerics
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How the parameters of a model lie on several GPUs.
+
+    `kind`: whose code divides them. Bytes of a parameter at rest: `frozen`, `trained` (of the model
+    itself), `adapters`; `gathered`: of any while it is computed with, None for as at rest.
+    `offloads`: shares wait in the host's memory.
+    """
+
+    kind: str
+    num_gpus: int
+    frozen: int
+    trained: int
+    adapters: int
+    gathered: int | None
+    offloads: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Parameters that are gathered together, in bytes.
+
+    `weights`, `adapters`: a GPU's share at rest. `gathered`: all of them as computed with; `cast`:
+    a GPU's share of those that are copied before they are sent. `gradients`: of all, as they are
+    sent; `gradient_share`: what a GPU gets of them; `reduced`: in the dtype of its share, and of
+    those `reduced_adapters`.
+    """
+
+    weights: int = 0
+    adapters: int = 0
+    gathered: int = 0
+    cast: int = 0
+    gradients: int = 0
+    gradient_share: int = 0
+    reduced: int = 0
+    reduced_adapters: int = 0
+
+    def __add__(self, other: Unit) -> Unit:
+        sums = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in dataclasses.fields(self)
+        }
+        return Unit(**sums)
+
+
+NO_UNIT = Unit()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """The units of a model: embeddings, each layer, final norm and head (with tied embeddings, whose
+    unit is then empty), and the rest."""
+
+    embedding: Unit
+    layers: tuple[Unit, ...]
+    tail: Unit
+    root: Unit
+
+    @property
+    def whole(self) -> Unit:
+        return sum((self.embedding, *self.layers, self.tail, self.root), NO_UNIT)
+
+
+@lru_cache(maxsize=256)
+def units_of(
+    model: ModelSpec,
+    spread: Spread,
+    numerics: Numerics,
+    trained_layers: int,
+    *,
+    trains_embeddings: bool,
+    trains_head: bool,
+) -> Units:
+    """The units that accelerate makes under FSDP2 (`fsdp2_prepare_model` of accelerate 1.15)."""
+    embedding, tail, rest = _outside(model)
+    first_trained = model.num_hidden_layers - trained_layers
+    known: dict[tuple[int, bool], Unit] = {}
+    layers = []
+    for place, layer in enumerate(model.layers):
+        key = id(layer), place >= first_trained
+        if key not in known:
+            known[key] = _layer_unit(layer, spread, numerics, trained=key[1])
+        layers.append(known[key])
+    return Units(
+        embedding=_unit(embedding, spread, trained=trains_embeddings),
+        layers=tuple(layers),
+        tail=_unit(tail, spread, trained=trains_head),
+        root=_unit(rest, spread, trained=trains_embeddings),
+    )
+
+
+def _outside(model: ModelSpec) -> tuple[list[Parameter], list[Parameter], list[Parameter]]:
+    """Parameters outside of the layers: embeddings, final norm and head, the rest."""
+    norm = set(model.final_norm.parameters()) if model.final_norm else set()
+    embedding, tail, rest = [], [], []
+    for parameter in model.outer_parameters:
+        if parameter.name == "embed_tokens.weight":
+            (tail if model.tie_word_embeddings else embedding).append(parameter)
+        elif parameter in norm or parameter.name.startswith("lm_head."):
+            tail.append(parameter)
+        else:
+            rest.append(parameter)
+    return embedding, tail, rest
+
+
+def _layer_unit(layer: Layer, spread: Spread, numerics: Numerics, *, trained: bool) -> Unit:
+    unit = _unit(_base_parameters(layer, spread, numerics), spread, trained=trained)
+    return unit + _unit(_adapter_parameters(layer, numerics), spread, trained=True, added=True)
+
+
+def _base_parameters(layer: Layer, spread: Spread, numerics: Numerics) -> Iterator[Parameter]:
+    """A layer's own. Weights in 4 bits are stored as a column of numbers of the model's dtype."""
+    if numerics.quantization == "none":
+        yield from layer.parameters()
+        return
+    matrices = {f"{linear.name}.weight" for linear in layer.linears}
+    for linear in layer.linears:
+        numbers = -(-linear.num_weights // (2 * spread.frozen))
+        yield Parameter(name=f"{linear.name}.weight", shape=(numbers, 1))
+    for parameter in layer.parameters():
+        if parameter.name not in matrices:
+            yield parameter
+
+
+def _adapter_parameters(layer: Layer, numerics: Numerics) -> Iterator[Parameter]:
+    for linear in layer.linears:
+        if linear.name in numerics.adapted:
+            yield Parameter(name="lora_A.weight", shape=(numerics.rank, linear.in_features))
+            yield Parameter(name="lora_B.weight", shape=(linear.out_features, numerics.rank))
+
+
+def _unit(
+    parameters: Iterable[Parameter], spread: Spread, *, trained: bool, added: bool = False
+) -> Unit:
+    """Parameters one by one, as FSDP2 divides them. `added`: an adapter's."""
+    stored = spread.adapters if added else spread.trained if trained else spread.frozen
+    gathered = spread.gathered or stored
+    share = sum(_share(parameter, spread.num_gpus) for parameter in parameters)
+    copies = spread.offloads or gathered != stored
+    at_rest = 0 if spread.offloads else share * stored
+    return Unit(
+        weights=0 if added else at_rest,
+        adapters=at_rest if added else 0,
+        gathered=share * spread.num_gpus * gathered,
+        cast=share * gathered if copies else 0,
+        gradients=share * spread.num_gpus * gathered if trained else 0,
+        gradient_share=share * gathered if trained else 0,
+        reduced=share * stored if trained else 0,
+        reduced_adapters=share * stored if added else 0,
+    )
+
+
+def _share(parameter: Parameter, num_gpus: int) -> int:
+    """Elements of a GPU's share: of the first dimension, rounded up."""
+    rows, *rest = parameter.shape
+    return parameter.count * -(-rows // num_gpus) * math.prod(rest)
