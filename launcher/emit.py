@@ -109,6 +109,7 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "peft_config": list(plan.peft_config),
         "autocast_adapter_dtype": plan.autocast_adapter_dtype,
         "num_trainable_layers": plan.num_trainable_layers,
+        "trainable_modules": list(plan.trainable_modules),
     }
 
 

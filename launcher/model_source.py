@@ -94,11 +94,9 @@ def _spec(config: Any, name: str, any_architecture: bool) -> tuple[ModelSpec, bo
     """The shape that a config.json describes, and whether it is a stand-in."""
     try:
         return spec_from_config(config, name), False
-    except UnknownNameError as error:
+    except UnknownNameError:
         if any_architecture:
             return stand_in_spec(config, name), True
-        known = f"{error.hint.rstrip('.')}. " if error.hint else ""
-        error.hint = known + "`ftplan estimate --exact` takes any decoder that transformers builds."
         raise
 
 

@@ -24,11 +24,11 @@ from ftplan.launcher.profiling import Split, make_split, profile_data
 from ftplan.launcher.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.training.config import checked_objective
 from ftplan.launcher.ui import Ui
+from ftplan.planner.closed_form import check_modelled_method
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.hardware_spec import Device, Machine
 from ftplan.planner.memory import needed_bytes
-from ftplan.planner.methods import METHODS
 from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
 from ftplan.planner.search import (
@@ -103,9 +103,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
         check_setting(name, value)
     checked_objective(given.get("objective", TrainingPlan().objective))
     check_launched(given)
-    method = METHODS.get(given.get("method", TrainingPlan().method))
-    if method is not None:
-        method.check_counted()
+    check_modelled_method(given.get("method", TrainingPlan().method))
 
 
 def make_plan(
@@ -236,6 +234,8 @@ def _largest_trainable(
     entries = sorted(model_catalog().values(), key=lambda e: -e.num_parameters)
     chat = [e for e in entries if e.kind == "chat" and e.licence in _FREE_LICENCES]
     for entry in chat:
+        if not entry.spec.loads_as_causal_lm:
+            continue
         folder = cached_folder(entry.hub_id)
         if in_cache_only and not (folder and has_weights(folder)):
             continue

@@ -21,10 +21,15 @@ class AttentionKernel:
     """From rotated query, key and value to the result that the output projection reads."""
 
     def __init__(
-        self, attention: Attention, implementation: str, repeats_key_value: bool = False
+        self,
+        attention: Attention,
+        implementation: str,
+        *,
+        repeats_key_value: bool = False,
+        masked: bool = False,
     ) -> None:
         self.attention, self.implementation = attention, implementation
-        self.repeats_key_value = repeats_key_value
+        self.repeats_key_value, self.masked = repeats_key_value, masked
 
     def __call__(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.implementation == "eager":
@@ -33,9 +38,10 @@ class AttentionKernel:
         query = f.cast(tape, query, width)
         key = f.cast(tape, key, width)
         value = f.cast(tape, value, width)
-        if self.repeats_key_value:
+        flash_2 = self.implementation == "flash_attention_2"
+        if self.repeats_key_value or (self.masked and not flash_2):
             key, value = self._repeat_both(tape, key, value)
-        if self.implementation == "flash_attention_2" or self._takes_flash(tape, width):
+        if flash_2 or self._takes_flash(tape, width):
             return self._flash(tape, query, key, value)
         if self._takes_math(tape, query, key):
             return self._math(tape, query, key, value)
@@ -50,7 +56,7 @@ class AttentionKernel:
         a = self.attention
         same = a.value_head_dim in (None, a.head_dim)
         fits = tape.capability >= FLASH_CAPABILITY and a.head_dim <= FLASH_MAX_HEAD_DIM
-        return width == 2 and same and fits
+        return width == 2 and same and fits and not self.masked
 
     def _flash(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keeps query, key, value, the result and one fp32 log-sum a head (arXiv 2307.08691)."""
@@ -84,14 +90,16 @@ class AttentionKernel:
         tape.count(per_pair(a.query_width + a.result_width))
 
     def _efficient(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """ATen's memory-efficient kernel. Backward adds up the query's gradient in fp32."""
+        """ATen's memory-efficient kernel, which reads a mask as a bias of the query's dtype.
+        Backward adds up the query's gradient in fp32."""
         a = self.attention
+        bias = [tape.empty(per_pair(1), query.width)] if self.masked else []
         result = tape.empty(per_token(a.result_width), query.width)
         sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
         self._count(tape)
         if not tape.differentiates(query, key, value):
             return result
-        saved = tape.save(query, key, value, result, sums)
+        saved = tape.save(query, key, value, result, sums, *bias)
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
             tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))
@@ -111,33 +119,45 @@ class AttentionKernel:
         return result
 
     def _eager(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Scores of every pair of tokens, their softmax in fp32, and the mix of values."""
+        """Scores of every pair of tokens, their softmax in fp32, and the mix of values
+        (transformers' `eager_attention_forward`)."""
         a = self.attention
         key, value = self._repeat_both(tape, key, value)
         scores = f.scale(tape, self._products(tape, query, key, per_pair(a.num_heads)))
         if a.softcapped:
             scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
-        scores = f.add_mask(tape, scores)
+        scores = f.add_mask(tape, scores, tape.residual)
         weights = f.softmax_in_float32(tape, scores)
-        del scores
         weights = f.cast(tape, weights, query.width)
         mixed = self._products(tape, weights, value, per_token(a.result_width))
         return f.clone(tape, mixed)
 
-    def _repeat_both(self, tape: Tape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        a = self.attention
-        key = self._repeat(tape, key, a.head_dim)
-        return key, self._repeat(tape, value, a.value_head_dim or a.head_dim)
+    def _math(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """ATen's plain attention, in fp32 (`_scaled_dot_product_attention_math`)."""
+        a, before = self.attention, query.width
+        query, key, value = (f.cast(tape, x, f.FLOAT32) for x in (query, key, value))
+        scaled_query = f.scale(tape, query)
+        repeated, values = self._repeat_both(tape, key, value)
+        scaled_key = f.scale(tape, repeated)
+        scores = self._products(tape, scaled_query, scaled_key, per_pair(a.num_heads))
+        scores = f.add_mask(tape, scores, f.FLOAT32)
+        weights = f.softmax_in_float32(tape, scores)
+        returned = f.cast(tape, weights, before)
+        mixed = self._products(tape, weights, values, per_token(a.result_width))
+        result = f.cast(tape, mixed, before)
+        del returned, mixed
+        return f.clone(tape, result)
 
-    def _repeat(self, tape: Tape, x: Tensor, head_dim: int) -> Tensor:
-        """A key or value head for each query head (transformers' `repeat_kv`)."""
+    def _repeat_both(self, tape: Tape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A key and a value head for each query head (transformers' `repeat_kv`)."""
         a = self.attention
         if a.num_heads == a.num_key_value_heads:
-            return x
-        return f.expand(tape, x, per_token(a.num_heads * head_dim))
+            return key, value
+        key = f.expand(tape, key, per_token(a.query_width))
+        return key, f.expand(tape, value, per_token(a.result_width))
 
     def _products(self, tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
-        """A batched product. An operand that is not contiguous by heads is copied first."""
+        """A batched product, head by head."""
         tape.count(per_pair(self.attention.query_width))
         left = f.by_heads(tape, f.to_product(tape, left))
         right = f.by_heads(tape, f.to_product(tape, right))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from ftplan.planner.errors import InputError
+from ftplan.planner.methods import METHODS
 from ftplan.planner.plan import TrainingPlan, flag_name
 
 MODELLED_SHARDINGS = ("none", "fsdp")
+# Methods whose step the closed form models; what they train and add is counted for all of them.
+MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))
 
 
 def unmodelled(plan: TrainingPlan) -> str | None:
@@ -15,11 +18,11 @@ def unmodelled(plan: TrainingPlan) -> str | None:
         return _spelled(plan, "objective")
     if plan.sharding not in MODELLED_SHARDINGS:
         return _spelled(plan, "sharding")
-    if plan.resolved_method.counted_by is None:
+    if plan.method not in MODELLED_METHODS:
         return _spelled(plan, "method")
     if plan.optimizer.exact_only:
         return f"{_spelled(plan, 'optim')} ({plan.optimizer.exact_only})"
-    for setting in ("modules_to_save", "peft_config"):
+    for setting in ("modules_to_save", "peft_config", "trainable_modules"):
         if getattr(plan, setting):
             return _spelled(plan, setting)
     return None
@@ -38,3 +41,17 @@ def check_closed_form(plan: TrainingPlan) -> None:
             f"the closed form does not model {what}",
             "`ftplan estimate` with `--exact` carries out the step itself, on tensors without data",
         )
+
+
+def check_modelled_method(name: str) -> None:
+    """Raises InputError for a method that only a dry run knows, or for which there is no trainer:
+    no plan is made for it."""
+    method = METHODS.get(name)
+    if method is None or name in MODELLED_METHODS:
+        return
+    method.check_trained()
+    raise InputError(
+        f"method `{name}` has no closed form",
+        "`ftplan estimate MODEL --exact` carries out its step; to plan or launch, take "
+        "another method",
+    )

@@ -32,6 +32,18 @@ def _new(*sizes: tuple[Form, int] | None) -> Backward:
     return backward
 
 
+def _new_like(x: Tensor) -> Backward:
+    """The same for the one input x."""
+    elements, width, in_order = x.elements, x.width, x.by_heads
+
+    def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+        gradient = tape.empty(elements, width)
+        gradient.by_heads = in_order
+        return [gradient]
+
+    return backward
+
+
 def _pass_on(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
     """The gradient of a sum, for both of its sides."""
     return [gradients[0], gradients[0]]
@@ -50,7 +62,7 @@ def _each_value(tape: Tape, x: Tensor, *, saves_input: bool, saves_result: bool 
     result = tape.like(x)
     if saves_result:
         saved += tape.save(result)
-    tape.attach([result], [x], saved, _new(_size(x)))
+    tape.attach([result], [x], saved, _new_like(x))
     return result
 
 
@@ -61,7 +73,7 @@ def cast(tape: Tape, x: Tensor, width: int) -> Tensor:
     tape.read(x)
     result = tape.like(x, width)
     if tape.differentiates(x):
-        tape.attach([result], [x], [], _new(_size(x)))
+        tape.attach([result], [x], [], _new_like(x))
     return result
 
 
@@ -300,10 +312,10 @@ def tanh(tape: Tape, x: Tensor) -> Tensor:
     return _each_value(tape, x, saves_input=False, saves_result=True)
 
 
-def add_mask(tape: Tape, scores: Tensor) -> Tensor:
+def add_mask(tape: Tape, scores: Tensor, mask_width: int) -> Tensor:
     """Scores and a mask that all layers share."""
     tape.read(scores)
-    result = tape.like(scores)
+    result = tape.like(scores, max(scores.width, mask_width))
     if tape.differentiates(scores):
         tape.attach([result], [scores], [], _pass_on)
     return result
@@ -325,6 +337,7 @@ def softmax_in_float32(tape: Tape, x: Tensor) -> Tensor:
         def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
             product = tape.like(saved[0])
             gradient = tape.empty(*size)
+            gradient.by_heads = True
             del product
             return [gradient]
 
@@ -333,28 +346,46 @@ def softmax_in_float32(tape: Tape, x: Tensor) -> Tensor:
 
 
 def expand(tape: Tape, x: Tensor, elements: Form) -> Tensor:
-    """Copies of each head for the heads of its group; backward sums them up."""
+    """Copies of each head for the heads of its group, in the order of heads; backward sums them
+    up."""
     tape.read(x)
     result = tape.empty(elements, x.width)
+    result.by_heads = True
     if tape.differentiates(x):
         tape.attach([result], [x], [], _pass_on)
     return result
 
 
 def by_heads(tape: Tape, x: Tensor) -> Tensor:
-    """A copy in the order of heads, unless x has been copied so."""
-    return x
+    """x in the order of heads, for a batched product: a copy, where there are several rows and it
+    is in the order of tokens."""
+    if x.by_heads or tape.single_row:
+        return x
+    result = clone(tape, x)
+    result.by_heads = True
+    return result
 
 
 def batched_product(tape: Tape, x: Tensor, y: Tensor, elements: Form) -> Tensor:
+    """Backward first brings its gradient into the order of heads, if it is in that of tokens."""
     tape.read(x, y)
     x_learns, y_learns = tape.differentiates(x), tape.differentiates(y)
     saved = tape.save(x) if y_learns else []
     if x_learns:
         saved += tape.save(y)
     result = tape.empty(elements, x.width)
+    result.by_heads = True
     if x_learns or y_learns:
-        backward = _new(_size(x) if x_learns else None, _size(y) if y_learns else None)
+        sizes = (_size(x) if x_learns else None, _size(y) if y_learns else None)
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            gradient = gradients[0]
+            assert gradient is not None
+            copied = by_heads(tape, gradient)
+            grads = [tape.empty(*size) if size else None for size in sizes]
+            del copied
+            return grads
+
         tape.attach([result], [x, y], saved, backward)
     return result
 

@@ -137,29 +137,31 @@ class TrlFusedLoss:
             tape.count(times(flops, 3 if weight_size else 2))
             of_hidden = tape.empty(size[0], FLOAT32)
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
-            fold(tape, shape, compute, _TILE_BACKWARD_BYTES)
+            tile = fold(tape, shape, compute, _TILE_BACKWARD_BYTES)
             grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
             grads.append(f.cast(tape, of_weight, weight_size[1]) if weight_size else None)
+            del tile  # lives as long as the function
             return grads
 
         tape.attach([loss], [predicting, weight], saved, backward)
         return loss
 
-    def _fold(self, tape: Tape, shape: LossShape, compute: int, torch_bytes: int) -> None:
+    def _fold(self, tape: Tape, shape: LossShape, compute: int, torch_bytes: int) -> list[Tensor]:
         """The buffer for a tile of logits, as wide as a tile may be, and the copies that its
         product reads; without Triton also what torch's operations make."""
         tokens = constant(TILE_TOKENS) if shape.tile_is_full else PREDICTING
         head, entries = self.head, min(self.head.vocab_size, TILE_VOCABULARY)
         buffer = tape.empty(times(tokens, TILE_VOCABULARY), compute)
-        copies = []
+        copies = [buffer]
         if compute != self.weight.width:
             copies.append(tape.empty(times(tokens, head.hidden_size), compute))
             copies.append(
                 tape.empty(constant(entries * head.hidden_size), compute, "autocast_copies")
             )
         if not tape.on_cuda:
-            copies.append(tape.empty(times(tokens, entries), torch_bytes))
-        del buffer, copies
+            torch_operations = tape.empty(times(tokens, entries), torch_bytes)
+            del torch_operations
+        return copies
 
 
 class LigerLoss:

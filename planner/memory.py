@@ -7,9 +7,11 @@ which the run survives. Equations are numbered in docs/memory-model.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
 from ftplan.planner.closed_form import check_closed_form
@@ -26,13 +28,13 @@ from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
-    adapter_weight_bytes,
+    Workload,
     step_settings,
-    traced_step,
     trained_widths,
 )
-from ftplan.planner.step_trace import StepSettings
-from ftplan.planner.tape import Moment, value
+from ftplan.planner.step_trace import StepSettings, StepTrace, step_units, trace_step
+from ftplan.planner.tape import ZERO, Form, Moment, add_forms, added, constant, covers, value
+from ftplan.planner.trained import Trained, num_elements
 
 FLOAT32_BYTES = 4
 
@@ -91,24 +93,28 @@ class Phase:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """What one GPU (or the processor) holds over a run, and what the host and disk need."""
+    """What one GPU (or the processor) holds over a run, and what the host and disk need.
 
-    phases: tuple[Phase, ...]
+    `list_phases` gives the phases; it is asked once they are looked at.
+    """
+
+    allocated_peak_bytes: int
     reserved_peak_bytes: int
     device_peak_bytes: int
     required_bytes: int
     host_ram_peak_bytes: int
     disk_bytes: int
+    list_phases: Callable[[], tuple[Phase, ...]]
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        return self.list_phases()
 
     @property
     def peak_phase(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.allocated_peak_bytes)
-
-    @property
-    def allocated_peak_bytes(self) -> int:
-        return self.peak_phase.allocated_peak_bytes
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -120,18 +126,6 @@ class MemoryEstimate:
             "components": dict(self.peak_phase.components),
             "phases": [phase.to_dict() for phase in self.phases],
         }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """The largest micro-batch: `rows` rows of `length` tokens, padding included."""
-
-    rows: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
 
 
 def estimate_memory(
@@ -146,18 +140,20 @@ def estimate_memory(
 
     `device`: where it runs (its context, its kind); without one, a CUDA GPU.
     `longest_row`: the longest row of the data, where known; rows are cut at `max_length`.
-
-    `stack`: what a training stack does beyond the plan's settings. Raises InputError for what only a dry run knows (`planner.closed_form`).
+    `stack`: what a training stack does beyond the plan's settings.
+    Raises InputError for what only a dry run knows (`planner.closed_form`).
     """
-    check_closed_form(plan)
-    kind: DeviceKind = device.kind if device else "cuda"
-    capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
-    trained = plan.resolved_method.count(model, plan.method_settings)
+    rows = plan.per_device_train_batch_size
     length = min(plan.max_length, longest_row or plan.max_length)
-    workload = Workload(rows=plan.per_device_train_batch_size, length=length)
-    phases = _phases(model, plan, workload, kind, capability, stack)
-    weights = sum(count * width for count, width in trained_widths(plan, trained))
-    return memory_from_phases(phases, model, plan, device, trained_weight_bytes=weights)
+    step = compiled_step(model, plan, rows, length, device, stack)
+    return _with_surroundings(
+        step.peak_bytes(rows, length),
+        partial(step.phases, rows, length),
+        plan,
+        device,
+        host_bytes=step.host_bytes,
+        disk_bytes=step.disk_bytes,
+    )
 
 
 def memory_from_phases(
@@ -167,20 +163,45 @@ def memory_from_phases(
     device: Device | None,
     *,
     trained_weight_bytes: int,
-    reserved_bytes: int | None = None,
-    required_reserved_bytes: int | None = None,
+    reserved_bytes: int,
+    required_reserved_bytes: int,
 ) -> MemoryEstimate:
     """What device, host and disk must hold of a run with these phases.
 
     `reserved_bytes`: what CUDA's caching allocator holds, and `required_reserved_bytes` the least
-    with which no allocation fails, where they are known; else they follow from shares.
+    with which no allocation fails.
     """
-    allocated = max(phase.allocated_peak_bytes for phase in phases)
+    state_bytes = max(phase.components["optimizer_states"] for phase in phases)
+    return _with_surroundings(
+        max(phase.allocated_peak_bytes for phase in phases),
+        lambda: tuple(phases),
+        plan,
+        device,
+        host_bytes=host_loading_bytes(model, plan),
+        disk_bytes=checkpoint_disk_bytes(trained_weight_bytes, state_bytes),
+        reserved_bytes=reserved_bytes,
+        required_reserved_bytes=required_reserved_bytes,
+    )
+
+
+def _with_surroundings(
+    allocated: int,
+    list_phases: Callable[[], tuple[Phase, ...]],
+    plan: TrainingPlan,
+    device: Device | None,
+    *,
+    host_bytes: int,
+    disk_bytes: int,
+    reserved_bytes: int | None = None,
+    required_reserved_bytes: int | None = None,
+) -> MemoryEstimate:
+    """Tensors, and what the allocator, the process and the host hold around them; where the
+    allocator's part is not known, it follows from a share."""
     if device and device.kind == "cpu":
         reserved = round(allocated * (1 + CPU_HEAP_HOLES))
         device_peak = reserved + CPU_PROCESS_BYTES
         required = round(allocated * (1 + CPU_WORST_HEAP_HOLES)) + CPU_PROCESS_BYTES
-        host = device_peak
+        host_bytes = device_peak
     else:
         context = device.context_bytes if device else ASSUMED_CUDA_CONTEXT_BYTES
         share = RESERVED_OVER_ALLOCATED[plan.trainer]
@@ -189,14 +210,14 @@ def memory_from_phases(
         required = context + (
             reserved if required_reserved_bytes is None else required_reserved_bytes
         )
-        host = host_loading_bytes(model, plan)
     return MemoryEstimate(
-        phases=tuple(phases),
+        allocated_peak_bytes=allocated,
         reserved_peak_bytes=reserved,
         device_peak_bytes=device_peak,
         required_bytes=required,
-        host_ram_peak_bytes=host,
-        disk_bytes=disk_bytes(trained_weight_bytes, _state_bytes(phases)),
+        host_ram_peak_bytes=host_bytes,
+        disk_bytes=disk_bytes,
+        list_phases=list_phases,
     )
 
 
@@ -224,7 +245,12 @@ def weight_memory_bytes(model: ModelSpec, plan: TrainingPlan, stack: Stack = OWN
         if stack.casts_back:
             rest_bytes -= outer * (FLOAT32_BYTES - 2)
     if plan.quantization == "int8":
-        rows = sum(m.out_features for m in model.linears) * model.num_hidden_layers
+        rows = sum(
+            count * linear.out_features
+            for layer, count in model.layer_counts.items()
+            for linear in layer.linears
+            if linear.quantizable
+        )
         return quantized + rows * FLOAT32_BYTES + rest_bytes
     return round(quantized * _bytes_per_4bit_weight(plan)) + rest_bytes
 
@@ -243,61 +269,160 @@ def host_loading_bytes(model: ModelSpec, plan: TrainingPlan) -> int:
     return plan.num_gpus * (CPU_PROCESS_BYTES + min(stored, 5 * 10**9))
 
 
-def disk_bytes(weight_bytes: int, state_bytes: int) -> int:
+def checkpoint_disk_bytes(weight_bytes: int, state_bytes: int) -> int:
     """Checkpoints (trained weights and optimizer states) and the final trained weights."""
     return CHECKPOINTS_KEPT * (weight_bytes + state_bytes) + weight_bytes
 
 
-def _state_bytes(phases: Sequence[Phase]) -> int:
-    return max(phase.components["optimizer_states"] for phase in phases)
+# A plan's settings that a step's memory depends on; batch and length are put in afterwards.
+_MEASURES = ("per_device_train_batch_size", "max_length", "gradient_accumulation_steps")
+_decisive = attrgetter(
+    *(
+        item.name
+        for item in dataclasses.fields(TrainingPlan)
+        if not item.metadata["recipe"] and item.name not in _MEASURES
+    )
+)
+
+
+def compiled_step(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    rows: int,
+    length: int,
+    device: Device | None,
+    stack: Stack,
+) -> CompiledStep:
+    """The step's memory for any batch and length that agree in what is discrete about these."""
+    kind: DeviceKind = device.kind if device else "cuda"
+    capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
+    workload = Workload.of(model, plan, rows, length)
+    key = (_decisive(plan), workload, kind, capability, stack)
+    known = model.compiled.get(key)
+    if known is None:
+        check_closed_form(plan)
+        known = model.compiled[key] = _compile(model, plan, workload, kind, capability, stack)
+    return known
+
+
+class CompiledStep:
+    """The highest moments of each phase as sums linear in the micro-batch.
+
+    `trace`: what they were made of. A phase is (name, what is held throughout it by component, moments).
+    """
+
+    def __init__(
+        self,
+        trace: StepTrace,
+        phases: Sequence[tuple[str, Mapping[str, int], Sequence[Moment]]],
+        *,
+        host_bytes: int,
+        disk_bytes: int,
+    ) -> None:
+        self.trace, self._phases = trace, phases
+        self.host_bytes, self.disk_bytes = host_bytes, disk_bytes
+        self._sums = _highest_sums(
+            add_forms(constant(sum(held.values())), moment.total)
+            for _, held, moments in phases
+            for moment in moments
+        )
+
+    def peak_bytes(self, rows: int, length: int) -> int:
+        """Bytes allocated at the peak."""
+        tokens = rows * length
+        pairs = tokens * length
+        return max(
+            a + b * rows + c * length + d * tokens + e * pairs for a, b, c, d, e in self._sums
+        )
+
+    def phases(self, rows: int, length: int) -> tuple[Phase, ...]:
+        """Each phase at its highest moment."""
+        return tuple(
+            _phase(
+                name, held, max(moments, key=lambda m: value(m.total, rows, length)), rows, length
+            )
+            for name, held, moments in self._phases
+        )
+
+
+def _highest_sums(sums: Iterable[Form]) -> list[Form]:
+    """Those that no other is above for every batch and length."""
+    highest: list[Form] = []
+    for one in sums:
+        if not any(covers(other, one) for other in highest):
+            highest = [other for other in highest if not covers(one, other)]
+            highest.append(one)
+    return highest
+
+
+def _phase(name: str, held: Mapping[str, int], moment: Moment, rows: int, length: int) -> Phase:
+    """A phase with every component named, absent ones 0."""
+    components = {key: held.get(key, 0) for key in COMPONENTS}
+    for part, form in moment.components.items():
+        components[part] += value(form, rows, length)
+    return Phase(name=name, components=components)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Held:
-    """What a run holds from beginning to end, whatever the batch.
+    """What a GPU holds from beginning to end, whatever the batch.
 
-    `carried`: gradients that wait for further micro-batches.
+    `carried`: gradients that wait for further micro-batches. `trained`, `all_states`: weights and
+    states on all GPUs and the host, as they are saved.
     """
 
     weights: int
     adapters: int
     gradients: int
+    carried: int
     optimizer_states: int
     step_temporaries: int
-    carried: int
+    communication: int
+    trained: int
+    all_states: int
 
 
-@lru_cache(maxsize=1024)
-def _held(model: ModelSpec, plan: TrainingPlan, stack: Stack, settings: StepSettings) -> _Held:
-    if settings.spread is not None:
-        return _held_of_shares(model, plan, settings, settings.spread)
-    trained = plan.resolved_method.count(model, plan.method_settings)
-    optimizer, widths = plan.optimizer, trained_widths(plan, trained)
+def _held_whole(
+    model: ModelSpec, plan: TrainingPlan, stack: Stack, trained: Trained, settings: StepSettings
+) -> _Held:
+    """Every GPU holds all. DDP's buckets repeat the gradients."""
+    optimizer = plan.optimizer
+    widths = [
+        (num_elements(parameters), width) for parameters, width in trained_widths(plan, trained)
+    ]
     embeddings = model.embedding_parameters if trained.trains_embeddings else 0
     gradients = sum(count * width for count, width in widths)
+    states = sum(
+        optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
+    )
     return _Held(
         weights=weight_memory_bytes(model, plan, stack),
-        adapters=trained.added_parameters * adapter_weight_bytes(plan),
+        adapters=num_elements(trained.adapters) * settings.numerics.adapters
+        + num_elements(trained.held_as_base) * plan.weight_bytes
+        + trained.frozen_parameters * FLOAT32_BYTES
+        + trained.index_bytes,
         gradients=gradients,
-        optimizer_states=sum(
-            optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
-        ),
-        step_temporaries=sum(
-            optimizer.step_temporary_bytes(count, width) for count, width in widths
-        ),
         carried=gradients,
+        optimizer_states=states,
+        step_temporaries=sum(optimizer.step_temporary_bytes(*pair) for pair in widths),
+        communication=gradients if plan.num_gpus > 1 else 0,
+        trained=gradients,
+        all_states=states,
     )
 
 
 def _held_of_shares(
     model: ModelSpec, plan: TrainingPlan, settings: StepSettings, spread: Spread
 ) -> _Held:
-    """What one GPU holds of what several divide. Scales of 4-bit weights are not divided."""
-    whole, optimizer = settings.units(model).whole, plan.optimizer
+    """What one GPU holds of what several divide. Scales of 4-bit weights are not divided; what is
+    gathered with no layer is there throughout."""
+    units, optimizer = step_units(model, settings), plan.optimizer
+    whole = units.whole
     widths = [
         ((whole.reduced - whole.reduced_adapters) // spread.trained, spread.trained),
         (whole.reduced_adapters // spread.adapters, spread.adapters),
     ]
+    states = sum(optimizer.state_bytes(*pair) for pair in widths)
     on_gpu = 0 if spread.offloads else 1
     scales = 0
     if plan.quantization != "none":
@@ -306,59 +431,55 @@ def _held_of_shares(
         weights=whole.weights + scales,
         adapters=whole.adapters,
         gradients=on_gpu * whole.reduced,
-        optimizer_states=on_gpu
-        * sum(optimizer.state_bytes(count, width) for count, width in widths),
-        step_temporaries=on_gpu
-        * sum(optimizer.step_temporary_bytes(count, width) for count, width in widths),
         carried=whole.gradients,
+        optimizer_states=on_gpu * states,
+        step_temporaries=on_gpu * sum(optimizer.step_temporary_bytes(*pair) for pair in widths),
+        communication=units.root.gathered,
+        trained=plan.num_gpus * whole.reduced,
+        all_states=plan.num_gpus * states,
     )
 
 
-def _phases(
+def _compile(
     model: ModelSpec,
     plan: TrainingPlan,
     workload: Workload,
     kind: DeviceKind,
     capability: tuple[int, int],
     stack: Stack,
-) -> list[Phase]:
-    settings = step_settings(model, plan, workload, kind, capability, stack)
-    held, trace = _held(model, plan, stack, settings), traced_step(model, settings)
+) -> CompiledStep:
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    settings = step_settings(model, plan, workload, kind, capability, stack, trained)
+    trace = trace_step(model, settings)
+    if settings.spread is None:
+        held = _held_whole(model, plan, stack, trained, settings)
+    else:
+        held = _held_of_shares(model, plan, settings, settings.spread)
     workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
-    carried = held.carried if plan.gradient_accumulation_steps > 1 else 0
-    resident = {
-        "weights": held.weights,
-        "adapters": held.adapters,
-        "optimizer_states": held.optimizer_states,
-        "communication": held.gradients if plan.num_gpus > 1 and plan.sharding == "none" else 0,
-        "temporaries": 2 * workspace,  # one of the forward pass's thread, one of backward's
-        "gradients": carried,
-    }
     loaded = {"weights": held.weights, "adapters": held.adapters}
-    phases = [_phase("load", loaded)]
-    rows, length = workload.rows, workload.length
-    for name, moments in trace.phases.items():
-        phases.append(_highest(name, moments, resident, rows, length))
-    after = {part: value(form, rows, length) for part, form in trace.after_backward.items()}
-    step = {**resident, "gradients": held.gradients}
-    step["temporaries"] += held.step_temporaries + after.get("temporaries", 0)
-    phases.append(_phase("optimizer step", step))
-    resident["gradients"] = 0
-    phases.append(_phase("save", resident))
-    return phases
-
-
-def _highest(
-    name: str, moments: Sequence[Moment], resident: Mapping[str, int], rows: int, length: int
-) -> Phase:
-    """The phase at the highest of its moments."""
-    highest = max(moments, key=lambda moment: value(moment.total, rows, length))
-    parts = dict(resident)
-    for part, form in highest.components.items():
-        parts[part] = parts.get(part, 0) + value(form, rows, length)
-    return _phase(name, parts)
-
-
-def _phase(name: str, parts: Mapping[str, int]) -> Phase:
-    """A phase with every component named, absent ones 0."""
-    return Phase(name=name, components={key: parts.get(key, 0) for key in COMPONENTS})
+    resident = {
+        **loaded,
+        "optimizer_states": held.optimizer_states,
+        "communication": held.communication,
+        "temporaries": 2 * workspace,  # one of the forward pass's thread, one of backward's
+    }
+    running = {**resident, "gradients": held.carried if workload.accumulates else 0}
+    stepping = {
+        **resident,
+        "gradients": held.gradients,
+        "temporaries": resident["temporaries"] + held.step_temporaries,
+    }
+    nothing = (Moment(ZERO, {}),)
+    left = {**trace.after_backward, "gradients": ZERO}
+    after = (Moment(added(left.values()), left),)
+    return CompiledStep(
+        trace,
+        [
+            ("load", loaded, nothing),
+            *((name, running, moments) for name, moments in trace.phases.items()),
+            ("optimizer step", stepping, after),
+            ("save", resident, nothing),
+        ],
+        host_bytes=host_loading_bytes(model, plan),
+        disk_bytes=checkpoint_disk_bytes(held.trained, held.all_states),
+    )

@@ -5,19 +5,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftplan.planner.adapter_counts import (
+    adalora_count,
+    adapter_count,
+    beft_count,
+    ia3_count,
+    lora_fa_count,
+)
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.peft_options import PeftOptions, read_options, resolve_options
+from ftplan.planner.prompt_counts import (
+    adaption_prompt_count,
+    bottleneck_count,
+    cartridge_count,
+    multitask_prompt_count,
+    norms_count,
+    p_tuning_count,
+    prefix_count,
+    prompt_count,
+    shadow_count,
+    tokens_count,
+)
 from ftplan.planner.trained import (
+    CountedBy,
     MethodSettings,
     Trained,
+    bitfit_count,
     freeze_count,
     full_count,
-    lora_count,
 )
+
+_SETTLED = frozenset(item.name for item in dataclasses.fields(MethodSettings))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +50,8 @@ class Method:
 
     `adapter`: small matrices are trained beside a frozen base.
     `quantized_base`: that base is held in 4 or 8 bits.
-    `counted_by`: the closed form of what is trained; None where only a dry run knows.
+    `counted_by`: what is trained and added, of a model's specification.
+    `has_trainer`: ftplan can train it; where not, it is counted only.
     `peft_type`: PEFT's name of it; None where PEFT has no part in it.
     `peft_options`: options of PEFT's configuration that make the method.
     `takes`: which option of that configuration takes which setting of the plan.
@@ -36,27 +61,43 @@ class Method:
     title: str
     trains: str
     source: str
-    counted_by: Callable[[ModelSpec, MethodSettings], Trained] | None = None
+    counted_by: CountedBy
+    has_trainer: bool = True
     adapter: bool = False
     quantized_base: bool = False
     peft_type: str | None = None
     peft_options: Mapping[str, Any] = field(default_factory=dict)
     takes: Mapping[str, str] = field(default_factory=dict)
 
-    def check_counted(self) -> None:
-        """Raises InputError where there is no closed form of what is trained."""
-        if self.counted_by is None:
+    def check_trained(self) -> None:
+        """Raises InputError where ftplan has no trainer for the method."""
+        if not self.has_trainer:
             raise InputError(
-                f"method `{self.name}` has no closed form",
-                "`ftplan estimate MODEL --exact` carries out its step; to plan or launch, take "
-                "another method",
+                f"method `{self.name}` is counted, but ftplan does not train it",
+                "`ftplan estimate MODEL` says what it takes; to plan, launch or run dry, take "
+                "another method, such as `--method lora`",
             )
 
     def count(self, model: ModelSpec, settings: MethodSettings) -> Trained:
-        """What is trained of `model`; raises InputError where there is no closed form of it."""
-        self.check_counted()
-        assert self.counted_by is not None
-        return self.counted_by(model, settings)
+        """What is trained of `model`, and what is added to it.
+
+        Raises InputError for modules and options that PEFT refuses or that are not modelled.
+        """
+        return self.counted_by(model, settings, self.options(settings))
+
+    def options(self, settings: MethodSettings) -> PeftOptions:
+        """The options of PEFT's configuration: its own, the plan's, the method's, given ones."""
+        if self.peft_type is None:
+            return PeftOptions(method=self.name, peft_type="", values={})
+        settled = {
+            option: getattr(settings, setting)
+            for option, setting in self.takes.items()
+            if setting in _SETTLED
+        }
+        given = read_options(settings.peft_config)
+        if settings.modules_to_save:
+            given = {"modules_to_save": list(settings.modules_to_save), **given}
+        return resolve_options(self.name, self.peft_type, {**settled, **self.peft_options}, given)
 
 
 _TARGETS = {"target_modules": "target_modules"}
@@ -70,7 +111,7 @@ _BASE_METHODS = (
         title="LoRA",
         trains="low-rank adapters on the linear layers; the base is frozen",
         source="Hu et al. 2021, arXiv 2106.09685",
-        counted_by=lora_count,
+        counted_by=adapter_count,
         adapter=True,
         peft_type="LORA",
         takes=_LORA,
@@ -80,7 +121,7 @@ _BASE_METHODS = (
         title="QLoRA",
         trains="low-rank adapters; the frozen base is held in 4 bits",
         source="Dettmers et al. 2023, arXiv 2305.14314",
-        counted_by=lora_count,
+        counted_by=adapter_count,
         adapter=True,
         quantized_base=True,
         peft_type="LORA",
@@ -105,6 +146,16 @@ _BASE_METHODS = (
         title="BitFit",
         trains="the biases; models that have some only",
         source="Ben Zaken et al. 2021, arXiv 2106.10199",
+        counted_by=bitfit_count,
+    ),
+    Method(
+        name="bottleneck",
+        title="Bottleneck adapters",
+        trains="small networks behind attention and feed-forward of each layer",
+        source="Houlsby et al. 2019, arXiv 1902.00751",
+        counted_by=bottleneck_count,
+        has_trainer=False,
+        adapter=True,
     ),
 )
 
@@ -120,7 +171,8 @@ def _peft(
     takes: Mapping[str, str],
     *,
     name: str | None = None,
-    counted_by: Callable[[ModelSpec, MethodSettings], Trained] | None = None,
+    counted_by: CountedBy = adapter_count,
+    has_trainer: bool = True,
     **options: Any,
 ) -> Method:
     """A method of PEFT that is known by its options."""
@@ -130,6 +182,7 @@ def _peft(
         trains=trains,
         source=source,
         counted_by=counted_by,
+        has_trainer=has_trainer,
         adapter=True,
         peft_type=peft_type,
         peft_options=options,
@@ -158,7 +211,6 @@ _PEFT_METHODS = (
         "Kalajdzievski 2023, arXiv 2312.03732",
         _LORA,
         name="rslora",
-        counted_by=lora_count,
         use_rslora=True,
     ),
     _peft(
@@ -168,8 +220,63 @@ _PEFT_METHODS = (
         "Meng et al. 2024, arXiv 2404.02948",
         _LORA,
         name="pissa",
-        counted_by=lora_count,
         init_lora_weights="pissa",
+    ),
+    _peft(
+        "LORA",
+        "LoftQ",
+        "low-rank adapters that begin as what quantization takes from the weights",
+        "Li et al. 2023, arXiv 2310.08659",
+        _LORA,
+        name="loftq",
+        has_trainer=False,
+        init_lora_weights="loftq",
+    ),
+    _peft(
+        "LORA",
+        "LoRA+",
+        "low-rank adapters, the second matrix at a higher learning rate",
+        "Hayou et al. 2024, arXiv 2402.12354",
+        _LORA,
+        name="lora-plus",
+        has_trainer=False,
+    ),
+    _peft(
+        "LORA",
+        "LoRA-FA",
+        "the second matrix of low-rank adapters; the first stays as it began",
+        "Zhang et al. 2023, arXiv 2308.03303",
+        _LORA,
+        name="lora-fa",
+        counted_by=lora_fa_count,
+        has_trainer=False,
+    ),
+    _peft(
+        "LORA",
+        "ReLoRA",
+        "low-rank adapters that are merged and begun anew many times",
+        "Lialin et al. 2023, arXiv 2307.05695",
+        _LORA,
+        name="relora",
+        has_trainer=False,
+    ),
+    _peft(
+        "LORA",
+        "PLoRA",
+        "low-rank adapters that are merged and begun anew stage by stage",
+        "Meng et al. 2024, arXiv 2402.16141",
+        _LORA,
+        name="plora",
+        has_trainer=False,
+    ),
+    _peft(
+        "LORA",
+        "LoRA-drop",
+        "low-rank adapters; after a first stage, counted here, lesser layers share one",
+        "Zhou et al. 2024, arXiv 2402.07721",
+        _LORA,
+        name="lora-drop",
+        has_trainer=False,
     ),
     _peft(
         "ADALORA",
@@ -177,6 +284,7 @@ _PEFT_METHODS = (
         "low-rank adapters, whose ranks shrink where they matter least",
         "Zhang et al. 2023, arXiv 2303.10512",
         {**_LORA, "target_r": "lora_rank"},
+        counted_by=adalora_count,
     ),
     _peft(
         "LOHA",
@@ -198,6 +306,7 @@ _PEFT_METHODS = (
         "a factor for each key, value and feed-forward channel",
         "Liu et al. 2022, arXiv 2205.05638",
         {},
+        counted_by=ia3_count,
     ),
     _peft(
         "VERA",
@@ -362,14 +471,29 @@ _PEFT_METHODS = (
         "Nayak et al. 2025, arXiv 2504.07097",
         _TARGETS,
     ),
-    _peft("BEFT", "BEFT", "biases added to the chosen layers", "arXiv 2509.15974", {}),
-    _peft("LN_TUNING", "LayerNorm tuning", "the norms", "Zhao et al. 2023, arXiv 2312.11420", {}),
+    _peft(
+        "BEFT",
+        "BEFT",
+        "biases added to the chosen layers",
+        "arXiv 2509.15974",
+        {},
+        counted_by=beft_count,
+    ),
+    _peft(
+        "LN_TUNING",
+        "LayerNorm tuning",
+        "the norms",
+        "Zhao et al. 2023, arXiv 2312.11420",
+        {},
+        counted_by=norms_count,
+    ),
     _peft(
         "TRAINABLE_TOKENS",
         "Trainable tokens",
         "the embeddings of some tokens",
         "PEFT 0.21, tuners/trainable_tokens",
         {},
+        counted_by=tokens_count,
         token_indices=[0],
     ),
     _peft(
@@ -378,6 +502,7 @@ _PEFT_METHODS = (
         "embeddings in front of the input",
         "Lester et al. 2021, arXiv 2104.08691",
         {},
+        counted_by=prompt_count,
         num_virtual_tokens=20,
     ),
     _peft(
@@ -386,6 +511,7 @@ _PEFT_METHODS = (
         "a network that makes embeddings in front of the input",
         "Liu et al. 2021, arXiv 2103.10385",
         {},
+        counted_by=p_tuning_count,
         num_virtual_tokens=20,
     ),
     _peft(
@@ -394,6 +520,7 @@ _PEFT_METHODS = (
         "a shared prompt and a low-rank change of it for each task",
         "Wang et al. 2023, arXiv 2303.02861",
         {},
+        counted_by=multitask_prompt_count,
         num_virtual_tokens=20,
     ),
     _peft(
@@ -402,7 +529,19 @@ _PEFT_METHODS = (
         "keys and values in front of those of each layer",
         "Li and Liang 2021, arXiv 2101.00190",
         {},
+        counted_by=prefix_count,
         num_virtual_tokens=20,
+    ),
+    _peft(
+        "PREFIX_TUNING",
+        "P-tuning v2",
+        "keys and values in front of those of each layer, without a network that makes them",
+        "Liu et al. 2021, arXiv 2110.07602",
+        {},
+        name="p-tuning-v2",
+        counted_by=prefix_count,
+        num_virtual_tokens=20,
+        prefix_projection=False,
     ),
     _peft(
         "CARTRIDGE",
@@ -410,6 +549,7 @@ _PEFT_METHODS = (
         "a key-value cache in front of the input",
         "Eyuboglu et al. 2025, arXiv 2506.06266",
         {},
+        counted_by=cartridge_count,
         num_virtual_tokens=20,
     ),
     _peft(
@@ -418,6 +558,7 @@ _PEFT_METHODS = (
         "prompts in the last layers, with gates that begin at zero",
         "Zhang et al. 2023, arXiv 2303.16199",
         {},
+        counted_by=adaption_prompt_count,
         adapter_len=10,
     ),
     _peft(
@@ -429,7 +570,12 @@ _PEFT_METHODS = (
         n_tasks=2,
     ),
     _peft(
-        "SHADOW", "ShadowPEFT", "a small network beside the layers", "PEFT 0.21, tuners/shadow", {}
+        "SHADOW",
+        "ShadowPEFT",
+        "a small network beside the layers",
+        "PEFT 0.21, tuners/shadow",
+        {},
+        counted_by=shadow_count,
     ),
 )
 

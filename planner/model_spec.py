@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ftplan.planner.errors import InputError
 
@@ -40,33 +41,49 @@ class Linear:
     """One linear module of a layer: `out_features x in_features` weights, and a bias or none.
 
     `name` is the module's own name (`q_proj`), the one that `target_modules` matches.
+    `transposed`: the weight is held as `in_features x out_features` (GPT-2's Conv1D).
+    `quantizable`: its class is torch's own or Conv1D; bitsandbytes leaves classes derived from
+    them alone (Falcon's, some routers'), which `target_modules` can name all the same.
     """
 
     name: str
     in_features: int
     out_features: int
     bias: bool = False
+    transposed: bool = False
+    quantizable: bool = True
 
     @property
     def num_weights(self) -> int:
         return self.in_features * self.out_features
 
     @property
+    def weight_shape(self) -> tuple[int, int]:
+        if self.transposed:
+            return (self.in_features, self.out_features)
+        return (self.out_features, self.in_features)
+
+    @property
     def num_parameters(self) -> int:
         return self.num_weights + (self.out_features if self.bias else 0)
 
     def parameters(self) -> Iterator[Parameter]:
-        yield Parameter(name=f"{self.name}.weight", shape=(self.out_features, self.in_features))
+        yield Parameter(name=f"{self.name}.weight", shape=self.weight_shape)
         if self.bias:
             yield Parameter(name=f"{self.name}.bias", shape=(self.out_features,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Norm:
-    """A normalization over `width` values: RMSNorm, or LayerNorm (`kind`).
+    """A normalization over `width` values.
 
+    `kind`: `rms`; `layer`, torch's own LayerNorm; `centered`, a LayerNorm without bias that is
+    written out in fp32 (Cohere).
     `scaled`: it has a weight; `bias`: a bias besides. `scales_in_float32`: the weight multiplies
     the fp32 value, not its 16-bit copy; `offset`: it multiplies by one plus the weight (Gemma).
+    `computes_in_float32`: a `layer` norm over an fp32 copy of its input (OLMo).
+    `num_heads`: rows of the weight, one for each head (Cohere). `copies`: modules side by side,
+    one for each head (StableLM 2).
     """
 
     name: str
@@ -76,12 +93,16 @@ class Norm:
     bias: bool = False
     scales_in_float32: bool = False
     offset: bool = False
+    computes_in_float32: bool = False
+    num_heads: int | None = None
+    copies: int = 1
 
     def parameters(self) -> Iterator[Parameter]:
+        shape = (self.width,) if self.num_heads is None else (self.num_heads, self.width)
         if self.scaled:
-            yield Parameter(name=f"{self.name}.weight", shape=(self.width,))
+            yield Parameter(name=f"{self.name}.weight", shape=shape, count=self.copies)
         if self.bias:
-            yield Parameter(name=f"{self.name}.bias", shape=(self.width,))
+            yield Parameter(name=f"{self.name}.bias", shape=shape, count=self.copies)
 
     @property
     def num_parameters(self) -> int:
@@ -90,7 +111,11 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latent:
-    """A projection through a narrow, normalized middle (DeepSeek's latent attention)."""
+    """A projection through a narrow, normalized middle (DeepSeek's latent attention).
+
+    What `down` writes beyond the norm's width goes past it: the part of the keys that all heads
+    share and that is rotated.
+    """
 
     down: Linear
     norm: Norm
@@ -105,13 +130,21 @@ class Attention:
     matrix, or what latent projections leave of them), `latents` those through a narrow middle,
     `output` the one that writes back. `query_norm` and `key_norm` normalize each head
     (`norm.width == head_dim`) or all of a token's queries and keys.
+    `normalizes_after_rotation`: the norms come after the rotation, not before it (Llama 4).
     `head_dim` is the width of a query or key head, `value_head_dim` that of a value head where
     it differs. `rotary_dim`: of those, how many are rotated; 0 for none.
+    `rotary_kind`: `half`, `x * cos + rotate_half(x) * sin` (Llama); `pairs`, the same over
+    neighbours (GLM, Cohere); `parts`, both halves rotated apart and joined (gpt-oss); `complex`,
+    as complex fp32 numbers (Llama 4, DeepSeek-V2).
+    `rotary_in_float32`: rotated values are fp32 until they are cast back (OLMo, Cohere).
     `rotary_concatenates`: rotation writes query and key anew head by head (Phi), so that
     attention's result must be copied into token order before its projection.
+    `scales_query`: queries are multiplied by a scale of their own before the scores (OPT).
+    `expands_key_value`: keys and values are copied for every query head (Falcon 40B).
     `softcapped`: scores pass through a tanh before the softmax (Gemma 2). `sinks`: a learned score
     a head beside them (gpt-oss). `alibi`: scores get a distance-dependent bias (BLOOM).
-    `sliding_window`: how many tokens back it sees; None for all.
+    `sliding_window`: how many tokens back it sees; `chunk_size`: the length of the pieces of text
+    that see only themselves (Llama 4); None for all. `dropout`: of the attention weights.
     """
 
     num_heads: int
@@ -123,17 +156,24 @@ class Attention:
     value_head_dim: int | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+    normalizes_after_rotation: bool = False
     rotary_dim: int = 0
+    rotary_kind: str = "half"
+    rotary_in_float32: bool = False
     rotary_concatenates: bool = False
+    scales_query: bool = False
+    expands_key_value: bool = False
     softcapped: bool = False
     sinks: bool = False
     alibi: bool = False
     sliding_window: int | None = None
+    chunk_size: int | None = None
+    dropout: float = 0.0
 
     @property
     def is_fused(self) -> bool:
         """Query, key and value are views of one product's result."""
-        return len(self.inputs) == 1
+        return len(self.inputs) == 1 and not self.latents
 
     @property
     def query_width(self) -> int:
@@ -164,8 +204,10 @@ class Attention:
         return tuple(norm for norm in own if norm is not None)
 
     def parameters(self) -> Iterator[Parameter]:
-        for part in (*self.linears, *self.norms):
-            yield from part.parameters()
+        for linear in self.linears:
+            yield from linear.parameters()
+        for norm in self.norms:
+            yield from norm.parameters()
         if self.sinks:
             yield Parameter(name="sinks", shape=(self.num_heads,))
 
@@ -179,15 +221,25 @@ class Experts:
     A shared expert is a `FeedForward` of its own, `shared`, behind `shared_gate` where it has one.
     `router` is the module that scores the experts;
     `router_is_linear`: `target_modules` and quantization take it for a linear module.
-    `router_correction`: a buffer or parameter of one number an expert that shifts the scores;
-    counted where it is a parameter.
+    `router_in_float32`: it multiplies fp32 copies of its input and weight (DeepSeek).
+    `scoring`: how weights come from scores: `softmax` over all experts, then the best;
+    `best_softmax`, the best first (gpt-oss, Granite); `sigmoid`, then the best (Llama 4: of the
+    best); `sparsemixer` (Phi-3.5-MoE). `normalizes_scores`: the chosen ones are divided by their
+    sum. `router_correction`: a buffer of one number an expert shifts the choice (DeepSeek-V3);
+    buffers are not counted.
+    `every_expert`: every expert computes every token, and scores of 0 drop what was not chosen
+    (Llama 4).
     """
 
     num_experts: int
     num_experts_per_token: int
     router: Linear
     router_is_linear: bool = False
+    router_in_float32: bool = False
+    scoring: str = "softmax"
+    normalizes_scores: bool = False
     router_correction: bool = False
+    every_expert: bool = False
     shared: FeedForward | None = None
     shared_gate: Linear | None = None
 
@@ -207,7 +259,8 @@ class FeedForward:
 
     `inputs` read the block's input: gate and up where `gated` (or both in one matrix), else one;
     `output` writes back. With `experts`, these are the shapes of one expert.
-    `activation` is Hugging Face's name.
+    `activation` is Hugging Face's name; `bloom_gelu` and `gpt_oss_glu` are functions of those
+    models' own code (a GELU that keeps its input only; a clamped gate over neighbouring columns).
     """
 
     intermediate_size: int
@@ -230,7 +283,10 @@ class FeedForward:
     @property
     def active_copies(self) -> int:
         """How many routed copies of the block each token passes through."""
-        return self.experts.num_experts_per_token if self.experts else 1
+        if self.experts is None:
+            return 1
+        every = self.experts.every_expert
+        return self.experts.num_experts if every else self.experts.num_experts_per_token
 
     def parameters(self) -> Iterator[Parameter]:
         if self.experts is None:
@@ -238,12 +294,13 @@ class FeedForward:
                 yield from linear.parameters()
             return
         experts = self.experts
-        for linear in self.matrices:
-            for one in linear.parameters():
-                yield Parameter(name=one.name, shape=(experts.num_experts, *one.shape))
+        for matrix in self.matrices:
+            stacked = (experts.num_experts, *matrix.weight_shape)
+            yield Parameter(name=matrix.name, shape=stacked)
+            if matrix.bias:
+                biases = (experts.num_experts, matrix.out_features)
+                yield Parameter(name=f"{matrix.name}_bias", shape=biases)
         yield from experts.router.parameters()
-        if experts.router_correction:
-            yield Parameter(name="e_score_correction_bias", shape=(experts.num_experts,))
         if experts.shared is not None:
             yield from experts.shared.parameters()
         if experts.shared_gate is not None:
@@ -257,7 +314,10 @@ class Layer:
     Each norm stands before or behind its block, or is absent. `parallel`: attention and
     feed-forward read the layer's input side by side, and their results are added together;
     without `feed_forward_norm` both read the attention's norm.
+    `normalizes_sums`: the norms behind the blocks stand behind the additions too, so that the
+    next block adds to what they write (opt-350m).
     `scales_residual`: each block's result is multiplied before it is added (Granite).
+    `dropout`: of each block's result before it is added.
     """
 
     attention: Attention
@@ -267,7 +327,9 @@ class Layer:
     feed_forward_norm: Norm | None = None
     post_feed_forward_norm: Norm | None = None
     parallel: bool = False
+    normalizes_sums: bool = False
     scales_residual: bool = False
+    dropout: float = 0.0
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -298,7 +360,7 @@ class Layer:
     @property
     def quantizable_weights(self) -> int:
         """Weights that 4- and 8-bit loading quantizes: bitsandbytes replaces linear modules."""
-        return sum(linear.num_weights for linear in self.linears)
+        return sum(linear.num_weights for linear in self.linears if linear.quantizable)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -308,11 +370,14 @@ class ModelSpec:
     `layers`, first to last; equal ones are best the same object. `positions`: rows of a learned
     position table. `embedding_norm` follows the embeddings (BLOOM). `embedding_linears` stand
     between embeddings and layers or layers and head (opt-350m's projections).
+    `embedding_dropout`: of what enters the first layer.
     `scales_embeddings`, `scales_logits`: multiplied by a constant. `final_logit_softcapping`:
     logits pass through a tanh. `supports_sdpa`: transformers has torch's own attention kernel for
-    the architecture. `other_parameters`: what is loaded along and has no part in a text's forward
-    pass, such as a vision tower. `code`: `transformers`, or `remote` where only the repository's
-    own code runs it.
+    the architecture. `other_linears` and `other_parameters`: what is loaded along and has no part
+    in a text's forward pass, such as a vision tower; its linear modules, each as often as it is
+    there (quantization and `target_modules` reach them too), and its other parameters.
+    `code`: `transformers`, or `remote` where only the repository's own code runs it.
+    `auto_class`: the class of transformers that loads it.
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
 
@@ -329,13 +394,16 @@ class ModelSpec:
     embedding_width: int | None = None
     embedding_norm: Norm | None = None
     embedding_linears: tuple[Linear, ...] = ()
+    embedding_dropout: float = 0.0
     scales_embeddings: bool = False
     scales_logits: bool = False
     positions: int = 0
     supports_sdpa: bool = True
     final_logit_softcapping: bool = False
+    other_linears: tuple[Linear, ...] = ()
     other_parameters: tuple[Parameter, ...] = ()
     code: str = "transformers"
+    auto_class: str = "AutoModelForCausalLM"
     native_dtype: str = "bfloat16"
     approximate: str | None = None
 
@@ -347,8 +415,24 @@ class ModelSpec:
             raise InputError(f"model `{self.name}`: `num_hidden_layers` must be at least 1")
 
     @property
+    def loads_as_causal_lm(self) -> bool:
+        """The training process can load it: it asks AutoModelForCausalLM and trusts no code."""
+        return self.code == "transformers" and self.auto_class == "AutoModelForCausalLM"
+
+    @property
     def num_hidden_layers(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def compiled(self) -> dict[Any, Any]:
+        """What has been worked out for this model, by what it was worked out for."""
+        return {}
+
+    @cached_property
+    def sliding_windows(self) -> tuple[int, ...]:
+        """The windows of its layers, each once."""
+        windows = {layer.attention.sliding_window for layer in self.layers}
+        return tuple(window for window in windows if window is not None)
 
     @cached_property
     def layer_counts(self) -> dict[Layer, int]:
@@ -384,6 +468,8 @@ class ModelSpec:
             found.append(Parameter(name="lm_head.weight", shape=(self.vocab_size, width)))
         if self.lm_head_bias:
             found.append(Parameter(name="lm_head.bias", shape=(self.vocab_size,)))
+        for linear in self.other_linears:
+            found += linear.parameters()
         return (*found, *self.other_parameters)
 
     @cached_property
@@ -400,10 +486,13 @@ class ModelSpec:
 
     @cached_property
     def quantizable_weights(self) -> int:
-        """Weights that 4- and 8-bit loading quantizes: the linear modules of the layers.
+        """Weights that 4- and 8-bit loading quantizes: linear modules except the output projection.
 
-        Embeddings, the output projection and the norms keep their dtype, and so do routers
-        and stacked experts (bitsandbytes replaces linear modules only).
+        Embeddings and norms keep their dtype, and so do routers and stacked experts, which are
+        parameters (bitsandbytes replaces modules only).
         """
         counts = self.layer_counts.items()
-        return sum(count * layer.quantizable_weights for layer, count in counts)
+        others = (*self.embedding_linears, *self.other_linears)
+        return sum(count * layer.quantizable_weights for layer, count in counts) + sum(
+            linear.num_weights for linear in others if linear.quantizable
+        )

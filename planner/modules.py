@@ -6,7 +6,7 @@ Local variables live here as long as they do there: that is what memory is made 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from ftplan.planner import functions as f
@@ -23,11 +23,13 @@ Module = Callable[[Tape, Tensor], Tensor]
 class Numerics:
     """How weights are held and what computes.
 
-    `weights`, `norms`, `adapters`: bytes a parameter. `residual`: of the hidden state. `compute`: what 4-bit
-    bases compute in when fed with fp16. `quantization`: how linear modules are held. `trains_own`: the layer's own parameters
-    are trained. `adapted`: which linear modules carry an adapter. `rank`, `dropout`: of adapters.
-    `fused_kernels`: norms, rotary embeddings and dropout of a quantized base's adapters are
-    fms-acceleration's. `repeats_key_value`: grouped heads are repeated before the kernel.
+    `weights`, `norms`, `adapters`: bytes a parameter. `residual`: of the hidden state. `compute`:
+    what 4-bit bases compute in when fed with fp16. `quantization`: how linear modules are held.
+    `trained`: names of the layer's own parameters that are trained. `adapted`: which linear modules carry an
+    adapter. `rank`, `dropout`: of adapters. `fused_kernels`: norms, rotary embeddings and dropout
+    of a quantized base's adapters are fms-acceleration's. `repeats_key_value`: grouped heads are
+    repeated before the kernel. `padded`: some rows are shorter, `masked_windows`: sliding windows
+    that a row is longer than; either needs a mask.
     """
 
     weights: int
@@ -38,22 +40,26 @@ class Numerics:
     quantization: str = "none"
     double_quant: bool = False
     is_fp16: bool = False
-    trains_own: bool = False
+    trained: frozenset[str] = frozenset()
     adapted: frozenset[str] = frozenset()
     rank: int = 0
     dropout: float = 0.0
     attn_implementation: str = "sdpa"
     fused_kernels: bool = False
     repeats_key_value: bool = False
+    padded: bool = False
+    masked_windows: frozenset[int] = frozenset()
 
 
 class PlainLinear:
     """torch.nn.Linear."""
 
-    def __init__(self, linear: Linear, width: int, *, trained: bool) -> None:
+    def __init__(self, linear: Linear, width: int, trained: Container[str]) -> None:
+        """`trained`: names of parameters, this module's among them if it is trained."""
         self.linear = linear
-        self.weight = Weight(linear.num_weights, width, trained=trained)
-        self.bias = Weight(linear.out_features, width, trained=trained) if linear.bias else None
+        weight, bias = f"{linear.name}.weight" in trained, f"{linear.name}.bias" in trained
+        self.weight = Weight(linear.num_weights, width, trained=weight)
+        self.bias = Weight(linear.out_features, width, trained=bias) if linear.bias else None
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         x = f.to_product(tape, x)
@@ -168,8 +174,8 @@ class LoraLinear:
         rank, width = numerics.rank, numerics.adapters
         down = Linear(name="lora_A", in_features=linear.in_features, out_features=rank)
         up = Linear(name="lora_B", in_features=rank, out_features=linear.out_features)
-        self.lora_a = PlainLinear(down, width, trained=True)
-        self.lora_b = PlainLinear(up, width, trained=True)
+        self.lora_a = PlainLinear(down, width, ("lora_A.weight",))
+        self.lora_b = PlainLinear(up, width, ("lora_B.weight",))
         self.width, self.dropout = width, numerics.dropout
         self.quantization = numerics.quantization
         self.fused_dropout = numerics.fused_kernels and numerics.quantization != "none"
@@ -216,7 +222,7 @@ def base_linear(linear: Linear, numerics: Numerics) -> Module:
         return Linear4bit(linear, numerics)
     if numerics.quantization == "int8":
         return Linear8bit(linear)
-    return PlainLinear(linear, numerics.weights, trained=numerics.trains_own)
+    return PlainLinear(linear, numerics.weights, numerics.trained)
 
 
 def linear_module(linear: Linear, numerics: Numerics) -> Module:
@@ -230,7 +236,8 @@ class RmsNorm:
 
     def __init__(self, norm: Norm, numerics: Numerics) -> None:
         self.norm = norm
-        self.weight = Weight(norm.width, numerics.norms, trained=numerics.trains_own)
+        trained = f"{norm.name}.weight" in numerics.trained
+        self.weight = Weight(norm.width, numerics.norms, trained=trained)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         before = x.width
@@ -253,9 +260,9 @@ class LayerNorm:
 
     def __init__(self, norm: Norm, numerics: Numerics) -> None:
         self.norm = norm
-        trained = numerics.trains_own
-        self.weight = Weight(norm.width, numerics.norms, trained=trained)
-        self.bias = Weight(norm.width, numerics.norms, trained=trained)
+        weight, bias = (f"{norm.name}.{kind}" in numerics.trained for kind in ("weight", "bias"))
+        self.weight = Weight(norm.width, numerics.norms, trained=weight)
+        self.bias = Weight(norm.width, numerics.norms, trained=bias)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         return f.layer_norm(tape, x, self.norm.width, self.weight, self.bias)
@@ -288,7 +295,10 @@ class SelfAttention:
         norms = (attention.query_norm, attention.key_norm)
         self.query_norm, self.key_norm = (norm_module(n, numerics) if n else None for n in norms)
         self.kernel = AttentionKernel(
-            attention, numerics.attn_implementation, numerics.repeats_key_value
+            attention,
+            numerics.attn_implementation,
+            repeats_key_value=numerics.repeats_key_value,
+            masked=numerics.padded or attention.sliding_window in numerics.masked_windows,
         )
         self.turns_in_place = numerics.fused_kernels
         # Rotary tables are of the hidden state's width.
@@ -371,19 +381,23 @@ class MixtureOfExperts:
     def __init__(self, block: FeedForward, numerics: Numerics) -> None:
         assert block.experts is not None
         self.block, self.experts = block, block.experts
-        self.width, trained = numerics.weights, numerics.trains_own
+        self.width, trained = numerics.weights, numerics.trained
         router = self.experts.router
         if self.experts.router_is_linear:
             self.router = linear_module(router, numerics)
         else:
-            self.router = PlainLinear(router, numerics.weights, trained=trained)
+            self.router = PlainLinear(router, numerics.weights, trained)
         num_experts = self.experts.num_experts
         self.weights = [
-            Weight(num_experts * linear.num_weights, self.width, trained=trained)
+            Weight(num_experts * linear.num_weights, self.width, trained=linear.name in trained)
             for linear in block.matrices
         ]
         self.biases = [
-            Weight(num_experts * linear.out_features, self.width, trained=trained)
+            Weight(
+                num_experts * linear.out_features,
+                self.width,
+                trained=f"{linear.name}_bias" in trained,
+            )
             if linear.bias
             else None
             for linear in block.matrices

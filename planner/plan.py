@@ -17,6 +17,7 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
+from ftplan.planner.peft_options import read_options
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
@@ -73,6 +74,9 @@ class TrainingPlan:
     )
     autocast_adapter_dtype: bool = _setting(True, "hold the adapters of a 16-bit base in fp32")
     num_trainable_layers: int = _setting(2, "layers trained by `freeze`, from the last")
+    trainable_modules: tuple[str, ...] = _setting(
+        (), "what `freeze` trains in place of whole layers, in these and outside: `q_proj,lm_head`"
+    )
     optim: str = _setting("adamw_torch_fused", "optimizer", choices=tuple(OPTIMIZERS))
     per_device_train_batch_size: int = _setting(1, "rows a GPU holds at once")
     gradient_accumulation_steps: int = _setting(1, "micro-batches before an optimizer step")
@@ -130,8 +134,19 @@ class TrainingPlan:
         return MethodSettings(
             lora_rank=self.lora_rank,
             target_modules=self.target_modules,
+            modules_to_save=self.modules_to_save,
+            peft_config=self.peft_config,
             num_trainable_layers=self.num_trainable_layers,
+            trainable_modules=self.trainable_modules,
+            quantization=self.quantization,
+            casts_adapters=self._casts_adapters,
         )
+
+    @property
+    def _casts_adapters(self) -> bool:
+        if self.quantization == "none":
+            return self.dtype != "float32"
+        return self.quantization != "int8" and self.autocast
 
     @property
     def weight_bytes(self) -> int:
@@ -207,11 +222,8 @@ def check_setting(name: str, value: Any) -> None:
         raise InputError(f"`--seed {value}` must be from 0 to {_SEEDS[-1]}")
     if name == "target_modules":
         check_target_modules(value)
-    if name == "peft_config" and any("=" not in option for option in value):
-        raise InputError(
-            f"`--peft-config {','.join(value)}`: options are written `name=value`",
-            "for example `--peft-config use_dora=true`",
-        )
+    if name == "peft_config":
+        read_options(value)
 
 
 def _check_packing(plan: TrainingPlan) -> None:
@@ -248,6 +260,11 @@ def _check_method(plan: TrainingPlan) -> None:
                 f"`{flag_name(setting)}` is PEFT's, and method `{plan.method}` trains without it",
                 "leave it out, or use `--method lora`",
             )
+    if plan.trainable_modules and plan.method != "freeze":
+        raise InputError(
+            f"`--trainable-modules` is for method `freeze`, and this is `{plan.method}`",
+            "use `--target-modules` or `--modules-to-save`, or `--method freeze`",
+        )
     if plan.method == "freeze" and plan.gradient_checkpointing and plan.use_reentrant:
         raise InputError(
             "reentrant checkpointing hands no gradients to layers whose input needs none, which "

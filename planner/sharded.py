@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from ftplan.planner.model_spec import Layer, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
@@ -77,31 +76,26 @@ class Units:
         return sum((self.embedding, *self.layers, self.tail, self.root), NO_UNIT)
 
 
-@lru_cache(maxsize=256)
 def units_of(
-    model: ModelSpec,
-    spread: Spread,
-    numerics: Numerics,
-    trained_layers: int,
-    *,
-    trains_embeddings: bool,
-    trains_head: bool,
+    model: ModelSpec, spread: Spread, numerics: Sequence[Numerics], trained_outside: Collection[str]
 ) -> Units:
-    """The units that accelerate makes under FSDP2 (`fsdp2_prepare_model` of accelerate 1.15)."""
+    """The units that accelerate makes under FSDP2 (`fsdp2_prepare_model` of accelerate 1.15).
+
+    `numerics`: of each layer. `trained_outside`: names of trained parameters outside of the layers.
+    """
     embedding, tail, rest = _outside(model)
-    first_trained = model.num_hidden_layers - trained_layers
-    known: dict[tuple[int, bool], Unit] = {}
+    known: dict[tuple[int, Numerics], Unit] = {}
     layers = []
-    for place, layer in enumerate(model.layers):
-        key = id(layer), place >= first_trained
+    for layer, own in zip(model.layers, numerics, strict=True):
+        key = id(layer), own
         if key not in known:
-            known[key] = _layer_unit(layer, spread, numerics, trained=key[1])
+            known[key] = _layer_unit(layer, spread, own)
         layers.append(known[key])
     return Units(
-        embedding=_unit(embedding, spread, trained=trains_embeddings),
+        embedding=_unit(embedding, spread, trained_outside),
         layers=tuple(layers),
-        tail=_unit(tail, spread, trained=trains_head),
-        root=_unit(rest, spread, trained=trains_embeddings),
+        tail=_unit(tail, spread, trained_outside),
+        root=_unit(rest, spread, trained_outside),
     )
 
 
@@ -119,9 +113,11 @@ def _outside(model: ModelSpec) -> tuple[list[Parameter], list[Parameter], list[P
     return embedding, tail, rest
 
 
-def _layer_unit(layer: Layer, spread: Spread, numerics: Numerics, *, trained: bool) -> Unit:
-    unit = _unit(_base_parameters(layer, spread, numerics), spread, trained=trained)
-    return unit + _unit(_adapter_parameters(layer, numerics), spread, trained=True, added=True)
+def _layer_unit(layer: Layer, spread: Spread, numerics: Numerics) -> Unit:
+    own = _unit(_base_parameters(layer, spread, numerics), spread, numerics.trained)
+    return sum(
+        (_part(p, spread, spread.adapters, added=True) for p in _adapters(layer, numerics)), own
+    )
 
 
 def _base_parameters(layer: Layer, spread: Spread, numerics: Numerics) -> Iterator[Parameter]:
@@ -138,31 +134,39 @@ def _base_parameters(layer: Layer, spread: Spread, numerics: Numerics) -> Iterat
             yield parameter
 
 
-def _adapter_parameters(layer: Layer, numerics: Numerics) -> Iterator[Parameter]:
+def _adapters(layer: Layer, numerics: Numerics) -> Iterator[Parameter]:
     for linear in layer.linears:
         if linear.name in numerics.adapted:
             yield Parameter(name="lora_A.weight", shape=(numerics.rank, linear.in_features))
             yield Parameter(name="lora_B.weight", shape=(linear.out_features, numerics.rank))
 
 
-def _unit(
-    parameters: Iterable[Parameter], spread: Spread, *, trained: bool, added: bool = False
-) -> Unit:
-    """Parameters one by one, as FSDP2 divides them. `added`: an adapter's."""
-    stored = spread.adapters if added else spread.trained if trained else spread.frozen
+def _unit(parameters: Iterable[Parameter], spread: Spread, trained: Collection[str]) -> Unit:
+    """Parameters of the model itself."""
+    parts = (
+        _part(p, spread, spread.trained if p.name in trained else None, added=False)
+        for p in parameters
+    )
+    return sum(parts, NO_UNIT)
+
+
+def _part(parameter: Parameter, spread: Spread, trained: int | None, *, added: bool) -> Unit:
+    """One parameter, as FSDP2 divides it. `trained`: bytes each at rest, if it is trained; `added`:
+    it is an adapter's."""
+    stored = trained or spread.frozen
     gathered = spread.gathered or stored
-    share = sum(_share(parameter, spread.num_gpus) for parameter in parameters)
-    copies = spread.offloads or gathered != stored
+    share = _share(parameter, spread.num_gpus)
     at_rest = 0 if spread.offloads else share * stored
+    sent, reduced = (share * gathered, share * stored) if trained else (0, 0)
     return Unit(
         weights=0 if added else at_rest,
         adapters=at_rest if added else 0,
         gathered=share * spread.num_gpus * gathered,
-        cast=share * gathered if copies else 0,
-        gradients=share * spread.num_gpus * gathered if trained else 0,
-        gradient_share=share * gathered if trained else 0,
-        reduced=share * stored if trained else 0,
-        reduced_adapters=share * stored if added else 0,
+        cast=share * gathered if spread.offloads or gathered != stored else 0,
+        gradients=sent * spread.num_gpus,
+        gradient_share=sent,
+        reduced=reduced,
+        reduced_adapters=reduced if added else 0,
     )
 
 

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.losses import LossShape
-from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
-from ftplan.planner.step_trace import StepSettings, StepTrace, trace_step
+from ftplan.planner.step_trace import StepSettings
 from ftplan.planner.trained import Trained
-
-if TYPE_CHECKING:
-    from ftplan.planner.memory import Workload
 
 FLOAT32_BYTES = 4
 
 
-@lru_cache(maxsize=512)
-def traced_step(model: ModelSpec, settings: StepSettings) -> StepTrace:
-    return trace_step(model, settings)
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is discrete about the largest micro-batch: all else is linear in its rows and tokens.
+
+    `masked_windows`: sliding windows that do not see all of a row.
+    """
+
+    single_row: bool
+    accumulates: bool
+    loss_shape: LossShape
+    masked_windows: frozenset[int]
+
+    @staticmethod
+    def of(model: ModelSpec, plan: TrainingPlan, rows: int, length: int) -> Workload:
+        return Workload(
+            rows == 1,
+            plan.gradient_accumulation_steps > 1,
+            LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size),
+            frozenset(window for window in model.sliding_windows if window < length),
+        )
 
 
 def step_settings(
@@ -34,11 +47,11 @@ def step_settings(
     kind: DeviceKind,
     capability: tuple[int, int],
     stack: Stack,
+    trained: Trained,
 ) -> StepSettings:
-    trained = plan.resolved_method.count(model, plan.method_settings)
-    adapted = frozenset(linear.name for linear in trained.adapted)
+    autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
-    spread = spread_of(plan, stack)
+    spread = spread_of(plan)
     settings = StepSettings(
         numerics=Numerics(
             weights=plan.weight_bytes,
@@ -46,34 +59,43 @@ def step_settings(
             norms=FLOAT32_BYTES if stack.kbit_prepare else plan.weight_bytes,
             adapters=2 if stack.casts_back else adapter_weight_bytes(plan),
             # What ftplan asks of bitsandbytes (launcher/training/build.py).
-            compute=plan.compute_bytes if plan.autocast else FLOAT32_BYTES,
+            compute=plan.compute_bytes if autocast else FLOAT32_BYTES,
             quantization=plan.quantization,
             double_quant=plan.double_quant,
-            adapted=adapted,
             rank=plan.lora_rank,
             dropout=plan.lora_dropout,
             attn_implementation=plan.attn_implementation,
             fused_kernels=stack.fused_kernels,
+            padded=stack.padded,
+            masked_windows=workload.masked_windows,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_layers=trained.trained_layers,
+        trained_names=trained.trained_in_layers,
+        adapted={
+            place: frozenset(linear.name for linear in trained.linears_of(model.layers[place]))
+            for place in trained.adapted_layers
+        },
         trains_embeddings=trained.trains_embeddings,
         trains_head=trained.trains_lm_head,
-        input_learns=trained.trains_embeddings or (plan.gradient_checkpointing and bool(adapted)),
-        autocast=plan.compute_bytes if plan.autocast else None,
+        trained_outside=frozenset(
+            p.name for p in trained.own if p.name in {o.name for o in model.outer_parameters}
+        ),
+        input_learns=trained.trains_embeddings
+        or (plan.gradient_checkpointing and plan.resolved_method.adapter),
+        autocast=plan.compute_bytes if autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
         on_cuda=kind == "cuda",
         capability=capability,
         gradient_checkpointing=plan.gradient_checkpointing,
         use_reentrant=plan.use_reentrant,
-        accumulates=plan.gradient_accumulation_steps > 1,
+        accumulates=workload.accumulates,
+        single_row=workload.single_row,
         loss=plan.loss,
-        loss_shape=LossShape.of(
-            plan.loss, workload.rows, workload.length, model.vocab_size, model.hidden_size
-        ),
+        loss_shape=workload.loss_shape,
         shifts_logits=stack.shifts_logits,
         holds_logits=plan.trainer == "loop",
-        returns_fp32=plan.autocast,
+        returns_fp32=autocast,
         embedding_width=outer,
         head_width=outer,
         spread=spread,
@@ -88,12 +110,10 @@ def _computing_in(settings: StepSettings, width: int) -> StepSettings:
     numerics = dataclasses.replace(
         settings.numerics, weights=width, residual=width, norms=width, adapters=width
     )
-    return dataclasses.replace(
-        settings, numerics=numerics, embedding_width=width, head_width=width
-    )
+    return dataclasses.replace(settings, numerics=numerics, embedding_width=width, head_width=width)
 
 
-def spread_of(plan: TrainingPlan, stack: Stack) -> Spread | None:
+def spread_of(plan: TrainingPlan) -> Spread | None:
     """How several GPUs divide the parameters; None where each holds all of them.
 
     Under mixed precision accelerate holds what is trained in fp32, unless the base is quantized
@@ -124,9 +144,13 @@ def adapter_weight_bytes(plan: TrainingPlan) -> int:
     return FLOAT32_BYTES if plan.autocast_adapter_dtype else plan.weight_bytes
 
 
-def trained_widths(plan: TrainingPlan, trained: Trained) -> tuple[tuple[int, int], ...]:
-    """(count, bytes a parameter) of the model's own trained parameters and the adapters'."""
+def trained_widths(
+    plan: TrainingPlan, trained: Trained
+) -> tuple[tuple[tuple[Parameter, ...], int], ...]:
+    """(parameters, bytes each) of all that is trained: the model's own, adapters, and what is
+    held as the base is."""
     return (
-        (trained.base_parameters, plan.weight_bytes),
-        (trained.added_parameters, adapter_weight_bytes(plan)),
+        (trained.own, plan.weight_bytes),
+        (trained.adapters, adapter_weight_bytes(plan)),
+        (trained.held_as_base, plan.weight_bytes),
     )

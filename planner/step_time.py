@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ftplan.planner.hardware_spec import Device, DeviceKind
-from ftplan.planner.memory import Workload, weight_memory_bytes
+from ftplan.planner.memory import compiled_step, weight_memory_bytes
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
-from ftplan.planner.stack import DEFAULT_CAPABILITY, Stack
+from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_settings import (
     FLOAT32_BYTES,
-    step_settings,
-    traced_step,
     trained_widths,
 )
 from ftplan.planner.step_trace import StepTrace
 from ftplan.planner.tape import value
-from ftplan.planner.trained import Trained
+from ftplan.planner.trained import Trained, num_elements
 
 # Share of the dense peak that large matrix products and the work around them reach together.
 # Assumed for every GPU: LoRA and full fine-tuning of 7B models with FlashAttention-2 on an A100
@@ -83,10 +81,10 @@ def estimate_step_time(
     """
     trained = plan.resolved_method.count(model, plan.method_settings)
     tokens, length = tokens_per_micro_batch, mean_length
-    forward = forward_flops(model, plan, tokens, length, device.kind)
-    step = micro_batch_flops(model, plan, tokens, length, device.kind)
+    forward = forward_flops(model, plan, tokens, length, device)
+    step = micro_batch_flops(model, plan, tokens, length, device)
     arithmetic_seconds = step / achieved_flops_per_second(plan, device)
-    moved = _micro_batch_bytes(model, plan, trained, device.kind, tokens, length)
+    moved = _micro_batch_bytes(model, plan, trained, device, tokens, length)
     memory_seconds = moved / device.memory_bandwidth_bytes_per_second
     micro_batches = plan.gradient_accumulation_steps
     optimizer_seconds = _optimizer_bytes(plan, trained) / device.memory_bandwidth_bytes_per_second
@@ -109,28 +107,27 @@ def achieved_flops_per_second(plan: TrainingPlan, device: Device) -> float:
 
 
 def _trace(
-    model: ModelSpec, plan: TrainingPlan, kind: DeviceKind, tokens: float, length: float
+    model: ModelSpec, plan: TrainingPlan, device: Device | None, tokens: float, length: float
 ) -> tuple[StepTrace, float, float]:
     """The step's trace, and (rows, length) to read it at."""
     rows = tokens / length
-    workload = Workload(rows=max(1, round(rows)), length=max(1, round(length)))
-    settings = step_settings(model, plan, workload, kind, DEFAULT_CAPABILITY, Stack())
-    return traced_step(model, settings), rows, length
+    whole = max(1, round(rows)), max(1, round(length))
+    return compiled_step(model, plan, *whole, device, OWN_STACK).trace, rows, length
 
 
 def forward_flops(
-    model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, kind: DeviceKind = "cuda"
+    model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, device: Device | None = None
 ) -> float:
     """FLOPs of one forward pass, output projection included."""
-    trace, rows, length = _trace(model, plan, kind, tokens, length)
+    trace, rows, length = _trace(model, plan, device, tokens, length)
     return value(trace.forward_flops, rows, length)
 
 
 def micro_batch_flops(
-    model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, kind: DeviceKind = "cuda"
+    model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, device: Device | None = None
 ) -> float:
     """FLOPs of forward, backward and recomputation of one micro-batch."""
-    trace, rows, length = _trace(model, plan, kind, tokens, length)
+    trace, rows, length = _trace(model, plan, device, tokens, length)
     both = value(trace.forward_flops, rows, length) + value(trace.backward_flops, rows, length)
     return both
 
@@ -139,7 +136,7 @@ def _micro_batch_bytes(
     model: ModelSpec,
     plan: TrainingPlan,
     trained: Trained,
-    kind: DeviceKind,
+    device: Device,
     tokens: float,
     length: float,
 ) -> float:
@@ -147,11 +144,11 @@ def _micro_batch_bytes(
 
     Layers below the first trained one are computed forward only.
     """
-    trace, rows, length = _trace(model, plan, kind, tokens, length)
+    trace, rows, length = _trace(model, plan, device, tokens, length)
     moved = value(trace.forward_moved, rows, length) + value(trace.backward_moved, rows, length)
-    layers = SHARE_OF_TRAFFIC[kind] * moved
+    layers = SHARE_OF_TRAFFIC[device.kind] * moved
     forwards = 2 if plan.gradient_checkpointing else 1
-    logits = passes_over_logits(plan, kind) * tokens * model.vocab_size * FLOAT32_BYTES
+    logits = passes_over_logits(plan, device.kind) * tokens * model.vocab_size * FLOAT32_BYTES
     backwards = trained.reached_layers(model) / model.num_hidden_layers
     passes_over_weights = 1 + forwards * backwards
     weights = passes_over_weights * weight_memory_bytes(model, plan)
@@ -185,6 +182,7 @@ def _optimizer_bytes(plan: TrainingPlan, trained: Trained) -> float:
     """Bytes an optimizer step moves: parameter, gradient and states read; all but the gradient
     written."""
     moved = 0
-    for count, width in trained_widths(plan, trained):
+    for parameters, width in trained_widths(plan, trained):
+        count = num_elements(parameters)
         moved += 3 * count * width + 2 * plan.optimizer.state_bytes(count, width)
     return moved

@@ -26,8 +26,10 @@ from ftplan.planner.tape import (
     Tensor,
     Weight,
     add_forms,
+    added,
     constant,
     covers,
+    per_pair,
     per_position,
     per_token,
     subtract_forms,
@@ -41,16 +43,21 @@ class StepSettings:
     """All that a step's trace depends on beside the model: a trace serves every plan that agrees
     in these.
 
-    `numerics`: of frozen layers; trained ones differ in `trains_own`. `trained_layers`: from the
-    last. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
-    for it). `embedding_width`, `head_width`: bytes a parameter. `spread`: how several GPUs divide
-    parameters, if they do.
+    `numerics`: of a layer without adapters whose own parameters are frozen. `trained_names`: of
+    the parameters that are trained in the last `trained_layers` layers; `adapted`: names of the
+    linear modules that carry an adapter, for each layer that has some. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
+    for it). `trained_outside`: names of trained parameters outside of
+    the layers. `embedding_width`, `head_width`: bytes a parameter. `spread`: how several GPUs
+    divide parameters, if they do.
     """
 
     numerics: Numerics
     trained_layers: int
+    trained_names: frozenset[str]
+    adapted: Mapping[int, frozenset[str]]
     trains_embeddings: bool
     trains_head: bool
+    trained_outside: frozenset[str]
     input_learns: bool
     autocast: int | None
     is_fp16: bool
@@ -59,6 +66,7 @@ class StepSettings:
     gradient_checkpointing: bool
     use_reentrant: bool
     accumulates: bool
+    single_row: bool
     loss: str
     loss_shape: LossShape
     shifts_logits: bool
@@ -68,16 +76,13 @@ class StepSettings:
     head_width: int
     spread: Spread | None = None
 
-    def units(self, model: ModelSpec) -> Units:
-        """What several GPUs divide."""
-        assert self.spread is not None
-        return units_of(
-            model,
-            self.spread,
+    def numerics_of(self, model: ModelSpec, place: int) -> Numerics:
+        """Of the layer at that place."""
+        first_trained = model.num_hidden_layers - self.trained_layers
+        return dataclasses.replace(
             self.numerics,
-            self.trained_layers,
-            trains_embeddings=self.trains_embeddings,
-            trains_head=self.trains_head,
+            trained=self.trained_names if place >= first_trained else frozenset(),
+            adapted=self.adapted.get(place, frozenset()),
         )
 
 
@@ -121,6 +126,13 @@ class StepTrace:
     backward_moved: Form
 
 
+def step_units(model: ModelSpec, settings: StepSettings) -> Units:
+    """What several GPUs divide."""
+    assert settings.spread is not None
+    numerics = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
+    return units_of(model, settings.spread, numerics, settings.trained_outside)
+
+
 def trace_step(model: ModelSpec, settings: StepSettings) -> StepTrace:
     return _StepTracer(model, settings).trace()
 
@@ -155,10 +167,10 @@ class _StepTracer:
         return StepTrace(
             phases={name: tuple(moments) for name, moments in self.phases.items()},
             after_backward=_sum(self._inputs(), left),
-            forward_flops=_added(segment.forward_flops for segment in segments),
-            backward_flops=_added(segment.backward_flops for segment in segments),
-            forward_moved=_added(segment.forward_moved for segment in segments[:-1]),
-            backward_moved=_added(segment.backward_moved for segment in segments[:-1]),
+            forward_flops=added(segment.forward_flops for segment in segments),
+            backward_flops=added(segment.backward_flops for segment in segments),
+            forward_moved=added(segment.forward_moved for segment in segments[:-1]),
+            backward_moved=added(segment.backward_moved for segment in segments[:-1]),
         )
 
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
@@ -176,21 +188,21 @@ class _StepTracer:
         """The segments in forward order, and of what kind each is."""
         settings, model = self.settings, self.model
         near = self._neighbours()
-        segments, labels = [self._embedding(near[0])], ["embedding"]
-        known: dict[tuple[int, bool, bool, int, Neighbours | None], Segment] = {}
-        first_trained = model.num_hidden_layers - settings.trained_layers
+        segments, labels = [self._embedding(self._exchange(near[0]))], ["embedding"]
+        known: dict[object, Segment] = {}
         learns = settings.input_learns
         found: list[object] = list(labels)
         for place, layer in enumerate(model.layers):
-            trained = place >= first_trained
+            numerics = settings.numerics_of(model, place)
             width = segments[-1].result_width
-            key = (id(layer), trained, learns, width, near[place + 1])
+            key = (id(layer), numerics, learns, width, near[place + 1])
             if key not in known:
-                known[key] = self._layer(layer, trained, learns, width, near[place + 1])
+                exchange = self._exchange(near[place + 1])
+                known[key] = self._layer(layer, numerics, learns, width, exchange)
             segments.append(known[key])
             found.append(key)
-            learns = learns or trained or bool(settings.numerics.adapted)
-        segments.append(self._loss(learns, segments[-1].result_width, near[-1]))
+            learns = learns or bool(numerics.trained or numerics.adapted)
+        segments.append(self._loss(learns, segments[-1].result_width, self._exchange(near[-1])))
         found.append("loss")
         return segments, found
 
@@ -198,7 +210,7 @@ class _StepTracer:
         """Of each segment, what it exchanges with other GPUs."""
         if self.settings.spread is None:
             return [None] * (len(self.model.layers) + 2)
-        units = self.settings.units(self.model)
+        units = step_units(self.model, self.settings)
         return [*fsdp2_neighbours(units, accumulates=self.settings.accumulates)]
 
     def _exchange(self, near: Neighbours | None) -> Exchange:
@@ -215,18 +227,35 @@ class _StepTracer:
             capability=s.capability,
             is_fp16=s.is_fp16,
             accumulates=s.accumulates,
+            residual=s.embedding_width,
+            single_row=s.single_row,
         )
 
     def _inputs(self) -> Parts:
-        """Token numbers, labels and mask, 8 bytes each; rotary cosines and sines."""
-        parts = {"temporaries": per_token(3 * 8)}
-        rotary = max(layer.attention.rotary_dim for layer in self.model.layer_counts)
+        """Token numbers, labels and mask, 8 bytes each; rotary cosines and sines; the masks that
+        layers share."""
+        settings, model = self.settings, self.model
+        total = add_forms(per_token(3 * 8), self._masks())
+        rotary = max(layer.attention.rotary_dim for layer in model.layer_counts)
         if rotary:
-            tables = per_position(2 * rotary * self.settings.embedding_width + 8)
-            parts["temporaries"] = add_forms(parts["temporaries"], tables)
-        return parts
+            total = add_forms(total, per_position(2 * rotary * settings.embedding_width + 8))
+        return {"temporaries": total}
 
-    def _embedding(self, near: Neighbours | None) -> Segment:
+    def _masks(self) -> Form:
+        """Of each kind that some layer needs: eager attention adds one of the hidden state's
+        width, torch's kernels are given one of a byte."""
+        numerics, kinds = self.settings.numerics, set()
+        for layer in self.model.layer_counts:
+            window = layer.attention.sliding_window
+            masked = window in numerics.masked_windows
+            if numerics.attn_implementation == "eager" or masked or numerics.padded:
+                kinds.add(window if masked else None)
+        if numerics.attn_implementation == "flash_attention_2":
+            return ZERO
+        eager = numerics.attn_implementation == "eager"
+        return per_pair(len(kinds) * (self.settings.embedding_width if eager else 1))
+
+    def _embedding(self, exchange: Exchange) -> Segment:
         model, settings = self.model, self.settings
         weight = Weight(
             model.embedding_parameters,
@@ -245,13 +274,12 @@ class _StepTracer:
                 hidden = f.scale(tape, hidden)
             return hidden if norm is None else norm(tape, hidden)
 
-        return self._segment(forward, None, self._exchange(near), learns=settings.trains_embeddings)
+        return self._segment(forward, None, exchange, learns=settings.trains_embeddings)
 
     def _layer(
-        self, layer: Layer, trained: bool, learns: bool, width: int, near: Neighbours | None
+        self, layer: Layer, numerics: Numerics, learns: bool, width: int, exchange: Exchange
     ) -> Segment:
         settings = self.settings
-        numerics = dataclasses.replace(settings.numerics, trains_own=trained)
         module = DecoderLayer(layer, numerics)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
@@ -265,11 +293,11 @@ class _StepTracer:
             return run(call, given)
 
         size = per_token(self.model.hidden_size), width
-        return self._segment(forward, size, self._exchange(near), learns=learns)
+        return self._segment(forward, size, exchange, learns=learns)
 
-    def _loss(self, learns: bool, width: int, near: Neighbours | None) -> Segment:
+    def _loss(self, learns: bool, width: int, exchange: Exchange) -> Segment:
         model, settings = self.model, self.settings
-        numerics = dataclasses.replace(settings.numerics, trains_own=settings.trains_head)
+        numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
         norm = norm_module(model.final_norm, numerics) if model.final_norm else None
         weight = Weight(
             model.embedding_parameters, settings.head_width, trained=settings.trains_head
@@ -280,7 +308,6 @@ class _StepTracer:
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
         )
-        exchange = self._exchange(near)
         loss = self._loss_module(head, weight, exchange)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
@@ -296,9 +323,7 @@ class _StepTracer:
         size = per_token(model.hidden_size), width
         return self._segment(forward, size, exchange, learns=learns)
 
-    def _loss_module(
-        self, head: Head, weight: Weight, exchange: Exchange
-    ) -> Callable[..., Tensor]:
+    def _loss_module(self, head: Head, weight: Weight, exchange: Exchange) -> Callable[..., Tensor]:
         settings = self.settings
         if settings.loss == "liger":
             return LigerLoss(head, weight, settings.loss_shape)
@@ -397,11 +422,4 @@ def _less(left: Parts, right: Parts) -> Parts:
 
 
 def _total(parts: Parts) -> Form:
-    return _added(parts.values())
-
-
-def _added(forms: Iterable[Form]) -> Form:
-    total = ZERO
-    for form in forms:
-        total = add_forms(total, form)
-    return total
+    return added(parts.values())

@@ -17,7 +17,7 @@ import heapq
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -79,6 +79,13 @@ def scaled(form: Form, numerator: int, denominator: int) -> Form:
     )
 
 
+def added(forms: Iterable[Form]) -> Form:
+    total = ZERO
+    for form in forms:
+        total = add_forms(total, form)
+    return total
+
+
 def value(form: Sequence[int], rows: Number, length: Number) -> Number:
     a, b, c, d, e = form
     return a + b * rows + length * (c + rows * (d + e * length))
@@ -109,16 +116,26 @@ class Tensor:
     """`elements` of `width` bytes each in a storage, or a view of some of one.
 
     `node` made it, as its result number `index`; none made a leaf. `is_view`: torch keeps another
-    tensor of the same storage, so that a sum cannot be put into this one.
+    tensor of the same storage, so that a sum cannot be put into this one. `by_heads`: it is laid
+    out head by head, not token by token.
     """
 
-    __slots__ = ("elements", "index", "is_view", "node", "requires_grad", "storage", "width")
+    __slots__ = (
+        "by_heads",
+        "elements",
+        "index",
+        "is_view",
+        "node",
+        "requires_grad",
+        "storage",
+        "width",
+    )
 
     def __init__(self, storage: Storage | None, elements: Form, width: int) -> None:
         self.storage, self.elements, self.width = storage, elements, width
         self.node: Node | None = None
         self.index = 0
-        self.requires_grad = self.is_view = False
+        self.requires_grad = self.is_view = self.by_heads = False
 
     @property
     def num_bytes(self) -> Form:
@@ -193,7 +210,8 @@ class Tape:
 
     `autocast`: width in bytes of the autocast dtype, None without. `on_cuda`, `capability`: which
     operations autocast casts, and which kernels run. `is_fp16`: 16-bit values are fp16, not bf16.
-    `accumulates`: gradients of an earlier micro-batch are there already.
+    `accumulates`: gradients of an earlier micro-batch are there already. `residual`: width of
+    embeddings, and so of masks. `single_row`: the micro-batch is one row.
     """
 
     def __init__(
@@ -204,9 +222,12 @@ class Tape:
         capability: tuple[int, int] = (8, 0),
         is_fp16: bool = False,
         accumulates: bool = False,
+        residual: int = 2,
+        single_row: bool = False,
     ) -> None:
         self.autocast, self.on_cuda, self.capability = autocast, on_cuda, capability
         self.is_fp16, self.accumulates = is_fp16, accumulates
+        self.residual, self.single_row = residual, single_row
         self.component = "temporaries"
         self.grad_enabled = True
         self.flops: Form = ZERO
@@ -289,7 +310,9 @@ class Tape:
         return Tensor(storage, elements, width)
 
     def like(self, tensor: Tensor, width: int | None = None) -> Tensor:
-        return self.empty(tensor.elements, width or tensor.width)
+        result = self.empty(tensor.elements, width or tensor.width)
+        result.by_heads = tensor.by_heads
+        return result
 
     def differentiates(self, *inputs: Tensor) -> bool:
         """Whether an operation on these has a backward pass to come."""

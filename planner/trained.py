@@ -1,94 +1,199 @@
-"""What a fine-tuning method trains, as counts: one closed form for each that has one.
+"""What a fine-tuning method trains and adds, as lists of parameters.
 
-A test compares them with PEFT's own.
+Here are the methods that train the model's own parameters; `adapter_counts.py` and
+`prompt_counts.py` have those that add some. A test compares all of them with PEFT's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.model_spec import Linear, ModelSpec
+from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Norm, Parameter
+from ftplan.planner.peft_options import PeftOptions
 
 ALL_LINEAR = "all-linear"
 
+# What transformers calls the output projection, and the token embeddings where not `embed_tokens`.
+LM_HEAD = "lm_head"
+_EMBEDDING_NAMES = {
+    "bloom": "word_embeddings",
+    "falcon": "word_embeddings",
+    "gpt2": "wte",
+    "gpt_bigcode": "wte",
+    "gpt_neo": "wte",
+    "gpt_neox": "embed_in",
+    "gptj": "wte",
+}
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Which parameters a configuration trains, as counts.
+    """What a configuration trains of a model, and what it adds to it.
 
-    `base_parameters` belong to the model itself, `added_parameters` to adapters. `adapted`
-    are the linear modules of one layer that carry an adapter of rank `rank`.
-    `trained_layers` counts the layers whose own weights are trained, from the last.
+    `own`: the model's own parameters that are trained. What the method adds and trains: `adapters`,
+    which PEFT turns into fp32 beside a 16-bit base (`cast_adapter_dtype`; prompts are made so), and
+    `held_as_base`, which keep the base's dtype: copies of modules by `modules_to_save` (named
+    `lm_head.modules_to_save.weight`; `ModulesToSaveWrapper` is no layer of PEFT's) and of tuned
+    norms, LLaMA-Adapter's prompts, Shadow's network.
+    `frozen`: what the method adds and does not train, in fp32 but for GLoRA's zeros, which are
+    held as the base; `index_bytes`: besides, tables of whole numbers (places in a matrix).
+    `adapted`: for each kind of layer, its linear modules that carry an adapter; `rank`: of the
+    adapters, but of the modules that `ranks` names. `adapted_layers`: places of the layers to
+    which something is added.
+    `trained_layers`: how many layers, from the last, have own weights that are trained:
+    `trained_in_layers` are these weights' names.
+    `trains_embeddings`, `trains_lm_head`: as own parameters or as copies; `saved_modules`: what
+    `modules_to_save` copied. `num_virtual_tokens`: learned tokens, keys or values in front of every
+    row; `num_trained_tokens`: tokens whose embeddings are trained beside the frozen others.
     """
 
-    base_parameters: int
-    added_parameters: int
-    adapted: tuple[Linear, ...] = ()
+    own: tuple[Parameter, ...] = ()
+    adapters: tuple[Parameter, ...] = ()
+    held_as_base: tuple[Parameter, ...] = ()
+    frozen: tuple[Parameter, ...] = ()
+    index_bytes: int = 0
+    adapted: tuple[tuple[Layer, tuple[Linear, ...]], ...] = ()
+    adapted_layers: tuple[int, ...] = ()
     rank: int = 0
+    ranks: tuple[tuple[str, int], ...] = ()
     trained_layers: int = 0
+    trained_in_layers: frozenset[str] = frozenset()
     trains_embeddings: bool = False
     trains_lm_head: bool = False
+    saved_modules: tuple[str, ...] = ()
+    num_virtual_tokens: int = 0
+    num_trained_tokens: int = 0
+
+    @cached_property
+    def base_parameters(self) -> int:
+        """Trained parameters of the model itself."""
+        return num_elements(self.own)
+
+    @cached_property
+    def added(self) -> tuple[Parameter, ...]:
+        """All trained parameters that the method adds."""
+        return (*self.adapters, *self.held_as_base)
+
+    @cached_property
+    def added_parameters(self) -> int:
+        """Trained parameters that the method adds."""
+        return num_elements(self.added)
+
+    @cached_property
+    def frozen_parameters(self) -> int:
+        """Numbers that the method adds and does not train, `index_bytes` aside."""
+        return num_elements(self.frozen)
 
     @property
     def num_trainable_parameters(self) -> int:
         return self.base_parameters + self.added_parameters
 
+    def linears_of(self, layer: Layer) -> tuple[Linear, ...]:
+        """The linear modules of this kind of layer that carry an adapter."""
+        return next((linears for kind, linears in self.adapted if kind == layer), ())
+
+    def rank_of(self, linear: Linear) -> int:
+        """The rank of this module's adapter."""
+        return dict(self.ranks).get(linear.name, self.rank)
+
     def reached_layers(self, model: ModelSpec) -> int:
-        """Layers that backward goes through: all with adapters, else the trained ones."""
-        return model.num_hidden_layers if self.adapted else self.trained_layers
+        """Layers that backward goes through, from the last: down to the first trained number."""
+        if self.trains_embeddings or self.num_virtual_tokens or self.num_trained_tokens:
+            return model.num_hidden_layers
+        first = min(self.adapted_layers, default=model.num_hidden_layers)
+        return max(model.num_hidden_layers - first, self.trained_layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodSettings:
-    """The settings of a plan that decide what is trained."""
+    """The settings of a plan that decide what is trained.
+
+    `peft_config` holds the options as they are written (`use_dora=true`); `trainable_modules`:
+    what `freeze` trains instead of whole layers. `quantization`: how the frozen base is held.
+    `casts_adapters`: adapters are made in the 16 bits that the base is held or, of 4 bits,
+    multiplied in, and PEFT then turns them into fp32.
+    """
 
     lora_rank: int = 16
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    modules_to_save: tuple[str, ...] = ()
+    peft_config: tuple[str, ...] = ()
     num_trainable_layers: int = 2
+    trainable_modules: tuple[str, ...] = ()
+    quantization: str = "none"
+    casts_adapters: bool = False
 
 
-def full_count(model: ModelSpec, settings: MethodSettings) -> Trained:
-    return Trained(
-        base_parameters=model.num_parameters,
-        added_parameters=0,
-        trained_layers=model.num_hidden_layers,
-        trains_embeddings=True,
-        trains_lm_head=True,
-    )
+CountedBy = Callable[[ModelSpec, MethodSettings, PeftOptions], Trained]
 
 
-def freeze_count(model: ModelSpec, settings: MethodSettings) -> Trained:
-    """The last layers with all their parameters; the rest, embeddings and head stay frozen."""
-    layers = settings.num_trainable_layers
-    if not 1 <= layers <= model.num_hidden_layers:
-        raise InputError(
-            f"`--num-trainable-layers {layers}` is outside this model's "
-            f"1 to {model.num_hidden_layers} layers"
+def num_elements(parameters: Iterable[Parameter]) -> int:
+    return sum(p.num_elements for p in parameters)
+
+
+class Tally:
+    """Collects parameters: equal ones together."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def add(self, parameters: Iterable[Parameter], times: int = 1) -> None:
+        for p in parameters:
+            self._counts[p.name, p.shape] += times * p.count
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        return tuple(
+            Parameter(name=name, shape=shape, count=count)
+            for (name, shape), count in self._counts.items()
         )
-    return Trained(
-        base_parameters=sum(l.num_parameters for l in model.layers[-layers:]),
-        added_parameters=0,
-        trained_layers=layers,
-    )
 
 
-def lora_count(model: ModelSpec, settings: MethodSettings) -> Trained:
-    """A pair A (rank x in), B (out x rank) for each targeted linear module of every layer.
+def kinds_of(layers: Sequence[Layer]) -> dict[Layer, int]:
+    """Each kind among these layers and how many there are of it."""
+    times = Counter(map(id, layers))  # equal layers are mostly one object, quickly told apart
+    kinds: dict[Layer, int] = {}
+    for layer in {id(layer): layer for layer in layers}.values():
+        kinds[layer] = kinds.get(layer, 0) + times[id(layer)]
+    return kinds
 
-    LoRA, Hu et al. 2021 (arXiv 2106.09685), section 4.1: rank (in + out) parameters each.
+
+# --- the model's modules, by the names that transformers gives them
+
+
+def embedding_name(model: ModelSpec) -> str:
+    return _EMBEDDING_NAMES.get(model.model_type, "embed_tokens")
+
+
+def outer_modules(model: ModelSpec) -> dict[str, tuple[Parameter, ...]]:
+    """The modules outside of the layers, with their parameters; a tied head has the embedding's.
+
+    What a repository's own code calls embeddings and head is not known.
     """
-    if settings.lora_rank < 1:
-        raise InputError(f"`--lora-rank {settings.lora_rank}` must be at least 1")
-    adapted = targeted_linears(model, settings.target_modules)
-    per_layer = sum(settings.lora_rank * (m.in_features + m.out_features) for m in adapted)
-    return Trained(
-        base_parameters=0,
-        added_parameters=model.num_hidden_layers * per_layer,
-        adapted=adapted,
-        rank=settings.lora_rank,
-    )
+    parameters = {p.name: p for p in model.outer_parameters}
+    embedding = parameters["embed_tokens.weight"]
+    head = [parameters.get("lm_head.weight", embedding)]
+    if model.lm_head_bias:
+        head.append(parameters["lm_head.bias"])
+    found = {embedding_name(model): (embedding,), LM_HEAD: tuple(head)}
+    if model.code != "transformers":
+        found.clear()
+    for part in (model.final_norm, model.embedding_norm, *model.embedding_linears):
+        if part is not None:
+            found[part.name] = tuple(part.parameters())
+    return found
+
+
+def layer_modules(layer: Layer) -> list[tuple[str, tuple[Parameter, ...]]]:
+    """The linear modules, norms and the router of a layer, with their parameters."""
+    parts: list[Linear | Norm] = [*layer.linears, *layer.norms, *layer.attention.norms]
+    experts = layer.feed_forward.experts
+    if experts is not None and not (experts.router_is_linear or experts.router_correction):
+        parts.append(experts.router)
+    return [(part.name, tuple(part.parameters())) for part in parts]
 
 
 def check_target_modules(target_modules: Sequence[str]) -> None:
@@ -107,21 +212,20 @@ def check_target_modules(target_modules: Sequence[str]) -> None:
 
 
 def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[Linear, ...]:
-    """The linear modules of one layer that `target_modules` names; `all-linear` means all.
+    """The linear modules that `target_modules` names, of each kind of layer; `all-linear`: all.
 
     A name takes every module of that name, as PEFT's match by suffix does (GPT-2 has a `c_proj`
     in attention and one in the feed-forward). Raises UnknownNameError for a name that no module
     of this model has.
     """
     check_target_modules(target_modules)
-    linears = model.linears
     if tuple(target_modules) == (ALL_LINEAR,):
-        return linears
-    known = {m.name for m in linears}
+        return model.linears
+    known = {linear.name for linear in model.linears}
     for name in target_modules:
         if name not in known:
             raise UnknownNameError("target module", name, {*known, ALL_LINEAR})
-    return tuple(m for m in linears if m.name in target_modules)
+    return tuple(linear for linear in model.linears if linear.name in target_modules)
 
 
 def target_names(model: ModelSpec, target_modules: Sequence[str]) -> tuple[str, ...]:
@@ -130,4 +234,68 @@ def target_names(model: ModelSpec, target_modules: Sequence[str]) -> tuple[str, 
     PEFT's own `all-linear` (0.21) also takes routers and stacked experts, which the counts here
     leave out; so training is given names.
     """
-    return tuple(dict.fromkeys(m.name for m in targeted_linears(model, target_modules)))
+    targeted = targeted_linears(model, target_modules)
+    return tuple(dict.fromkeys(linear.name for linear in targeted))
+
+
+# --- methods that train the model's own parameters
+
+
+def full_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
+    outer = {p.name for p in model.outer_parameters}
+    return _own(model, model.num_hidden_layers, lambda _: True, outer)
+
+
+def bitfit_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
+    """Every bias: Ben Zaken et al. 2021 (arXiv 2106.10199), section 3."""
+    outer = {p.name for p in model.outer_parameters if p.name.endswith("bias")}
+    trained = _own(model, model.num_hidden_layers, lambda name: name.endswith("bias"), outer)
+    if not trained.own:
+        raise InputError(
+            f"method `bitfit` trains biases, and {model.name} has none",
+            "use `--method ln-tuning`, which trains the norms, or `--method lora`",
+        )
+    return trained
+
+
+def freeze_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
+    """The last layers with all their parameters, the rest frozen; or the modules that
+    `trainable_modules` names, in these layers and outside of the layers."""
+    layers, modules = settings.num_trainable_layers, settings.trainable_modules
+    if not 1 <= layers <= model.num_hidden_layers:
+        raise InputError(
+            f"`--num-trainable-layers {layers}` is outside this model's "
+            f"1 to {model.num_hidden_layers} layers"
+        )
+    if not modules:
+        return _own(model, layers, lambda _: True, ())
+    outside = outer_modules(model)
+    known = {name for layer in model.layers[-layers:] for name, _ in layer_modules(layer)}
+    for name in modules:
+        if name not in known | set(outside):
+            raise UnknownNameError("module to train", name, known | set(outside))
+    outer = {p.name for name in modules for p in outside.get(name, ())}
+    wanted = known.intersection(modules)
+    return _own(
+        model, layers if wanted else 0, lambda name: name.partition(".")[0] in wanted, outer
+    )
+
+
+def _own(
+    model: ModelSpec, layers: int, wanted: Callable[[str], bool], outer: Collection[str]
+) -> Trained:
+    """The parameters of the last `layers` whose name is wanted, and `outer` ones."""
+    tally, in_layers = Tally(), set[str]()
+    for layer, times in kinds_of(model.layers[model.num_hidden_layers - layers :]).items():
+        found = [p for p in layer.parameters() if wanted(p.name)]
+        tally.add(found, times)
+        in_layers.update(p.name for p in found)
+    tally.add(p for p in model.outer_parameters if p.name in outer)
+    head = "embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"
+    return Trained(
+        own=tally.parameters(),
+        trained_layers=layers,
+        trained_in_layers=frozenset(in_layers),
+        trains_embeddings="embed_tokens.weight" in outer,
+        trains_lm_head=head in outer,
+    )

@@ -23,7 +23,8 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelEntry:
-    """A catalogued model."""
+    """A catalogued model. Its configuration is parsed when it is asked for: of the many models
+    of the catalog, a command needs one."""
 
     name: str
     hub_id: str
@@ -31,7 +32,12 @@ class ModelEntry:
     licence: str
     kind: str
     num_parameters: int
-    config: Mapping[str, Any]
+    config_text: str
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What stands in the model's config.json."""
+        return _parsed(self.config_text)
 
     @property
     def spec(self) -> ModelSpec:
@@ -73,11 +79,18 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def _documents(folder: str) -> dict[str, Any]:
+@cache
+def _parsed(config_text: str) -> Mapping[str, Any]:
+    parsed: Mapping[str, Any] = read_yaml(config_text)
+    return parsed
+
+
+@cache
+def _texts(folder: str) -> Mapping[str, str]:
     """Every YAML file of a data folder, by stem."""
     root = files(f"ftplan.profiles.{folder}")
     return {
-        item.name.removesuffix(".yaml"): read_yaml(item.read_text(encoding="utf-8"))
+        item.name.removesuffix(".yaml"): item.read_text(encoding="utf-8")
         for item in sorted(root.iterdir(), key=lambda i: i.name)
         if item.name.endswith(".yaml")
     }
@@ -86,18 +99,23 @@ def _documents(folder: str) -> dict[str, Any]:
 @cache
 def model_catalog() -> Mapping[str, ModelEntry]:
     """The model catalog, by name."""
-    return {
-        stem: ModelEntry(
-            name=entry["name"],
-            hub_id=entry["hub_id"],
-            aliases=tuple(entry["aliases"]),
-            licence=entry["licence"],
-            kind=entry["kind"],
-            num_parameters=entry["num_parameters"],
-            config=entry["config"],
-        )
-        for stem, entry in _documents("models").items()
-    }
+    return {stem: _model_entry(text) for stem, text in _texts("models").items()}
+
+
+@cache
+def _model_entry(text: str) -> ModelEntry:
+    """A file of the catalog, whose last key is `config`."""
+    facts, _, config_text = text.partition("\nconfig:\n")
+    entry = read_yaml(facts)
+    return ModelEntry(
+        name=entry["name"],
+        hub_id=entry["hub_id"],
+        aliases=tuple(entry["aliases"]),
+        licence=entry["licence"],
+        kind=entry["kind"],
+        num_parameters=entry["num_parameters"],
+        config_text=config_text,
+    )
 
 
 @cache
@@ -121,16 +139,18 @@ def gpu_catalog() -> Mapping[str, GpuEntry]:
                 else {}
             ),
         )
-        for stem, entry in _documents("gpus").items()
+        for stem, entry in ((stem, read_yaml(text)) for stem, text in _texts("gpus").items())
     }
 
 
 def find_model(name: str) -> ModelEntry | None:
     """The catalogued model of that name, alias or Hub id, in any case; None if there is none."""
     wanted = name.casefold()
-    for entry in model_catalog().values():
-        if wanted in (entry.name, entry.hub_id.casefold(), *entry.aliases):
-            return entry
+    for text in _texts("models").values():
+        if wanted in text.casefold():  # to parse every file takes longer than an estimate may
+            entry = _model_entry(text)
+            if wanted in (entry.name, entry.hub_id.casefold(), *entry.aliases):
+                return entry
     return None
 
 

@@ -33,26 +33,127 @@ _SHAPE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-_GPT2_SHAPE = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 128}
-_TOKEN_IDS = {"bos_token_id": None, "eos_token_id": None}
+_TOKEN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+_GPT2_SHAPE = {
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 128,
+    **_TOKEN_IDS,
+}
+# What families without groups of heads have, under the usual names.
+_PLAIN_SHAPE = {name: size for name, size in _SHAPE.items() if name != "num_key_value_heads"}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_LATENT_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_VISION_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "baichuan": _PLAIN_SHAPE,
+    "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, **_TOKEN_IDS},
+    "chatglm": {
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "kv_channels": 16,
+        "multi_query_attention": True,
+        "multi_query_group_num": 2,
+        "add_qkv_bias": True,
+        "padded_vocab_size": 128,
+        "seq_length": 64,
+    },
+    "cohere": _SHAPE,
+    "deepseek_v2": {**_SHAPE, **_LATENT_EXPERTS},
+    "deepseek_v3": {**_SHAPE, **_LATENT_EXPERTS},
+    "falcon": {**_PLAIN_SHAPE, "ffn_hidden_size": 96},
+    "gemma": {**_SHAPE, "head_dim": 24},
     "gemma2": {**_SHAPE, "head_dim": 24},
-    "gpt2": {**_GPT2_SHAPE, **_TOKEN_IDS},
+    "gemma3": {
+        "text_config": {**_SHAPE, "model_type": "gemma3_text", "sliding_window_pattern": 2},
+        "vision_config": {
+            **_VISION_SHAPE,
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+        },
+        "mm_tokens_per_image": 4,
+    },
+    "gemma3_text": {**_SHAPE, "head_dim": 24, "sliding_window_pattern": 2},
+    "glm": {**_SHAPE, "head_dim": 16},
+    "glm4": {**_SHAPE, "head_dim": 16},
+    "gpt2": _GPT2_SHAPE,
+    "gpt_bigcode": _GPT2_SHAPE,
+    "gpt_neo": {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "max_position_embeddings": 64,
+        "vocab_size": 128,
+        **_TOKEN_IDS,
+    },
+    "gpt_neox": _PLAIN_SHAPE,
+    "gpt_oss": {**_SHAPE, **_LOCAL_EXPERTS, "head_dim": 16},
+    "gptj": {**_GPT2_SHAPE, "rotary_dim": 8},
+    "granite": _SHAPE,
+    "granitemoe": {**_SHAPE, **_LOCAL_EXPERTS},
+    "internlm2": _SHAPE,
     "llama": _SHAPE,
+    "llama4": {
+        "text_config": {**_SHAPE, "model_type": "llama4_text", "head_dim": 16},
+        "vision_config": {"model_type": "llama4_vision_model"},
+    },
+    "llama4_text": {
+        **_SHAPE,
+        **_LOCAL_EXPERTS,
+        "head_dim": 16,
+        "intermediate_size_mlp": 160,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 3,
+    },
     "mistral": _SHAPE,
-    "mixtral": {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mistral3": {
+        "text_config": {**_SHAPE, "model_type": "mistral"},
+        "vision_config": {**_VISION_SHAPE, "model_type": "pixtral"},
+    },
+    "mixtral": {**_SHAPE, **_LOCAL_EXPERTS},
+    "olmo": _SHAPE,
+    "olmo2": _SHAPE,
+    "olmoe": {**_SHAPE, "num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {**_PLAIN_SHAPE, "ffn_dim": 96},
     "phi": _SHAPE,
     "phi3": _SHAPE,
+    "phimoe": {**_SHAPE, **_LOCAL_EXPERTS},
+    "qwen": {**_PLAIN_SHAPE, "kv_channels": 16},
     "qwen2": _SHAPE,
+    "qwen2_moe": {**_SHAPE, **_EXPERTS, "shared_expert_intermediate_size": 80},
     "qwen3": {**_SHAPE, "head_dim": 32},
-    "qwen3_moe": {
-        **_SHAPE,
-        "head_dim": 32,
-        "moe_intermediate_size": 48,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-    },
+    "qwen3_moe": {**_SHAPE, **_EXPERTS, "head_dim": 32},
+    "smollm3": {**_SHAPE, "no_rope_layer_interval": 2},
+    "stablelm": _SHAPE,
+    "starcoder2": _SHAPE,
 }
 
 

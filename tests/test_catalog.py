@@ -12,6 +12,8 @@ import pytest
 from ftplan import profiles
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.families import FAMILIES, spec_from_config
+from ftplan.planner.families.remote import REMOTE
+from tests.meta_models import build
 
 FOLDER = Path(__file__).parents[1] / "profiles"
 MODEL_FILES = sorted((FOLDER / "models").glob("*.yaml"))
@@ -50,22 +52,48 @@ def test_a_model_has_its_exact_count(path: Path) -> None:
     assert spec_from_config(entry["config"], path.stem).num_parameters == entry["num_parameters"]
 
 
-@pytest.mark.parametrize("path", MODEL_FILES, ids=stem)
-def test_a_model_cut_to_two_layers_counts_as_transformers_builds_it(path: Path) -> None:
+DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def cut(config: dict[str, Any], depth: int) -> dict[str, Any]:
+    """The same model with fewer layers, in the dtype of the class."""
+    shallow = {key: value for key, value in config.items() if key != "torch_dtype"}
+    if "text_config" in config:
+        return {**shallow, "text_config": cut(config["text_config"], depth)}
+    if "attention_types" in config:
+        shallow["attention_types"] = [[["global", "local"], depth // 2]]
+    return {**shallow, **{field: depth for field in DEPTH_FIELDS if field in config}}
+
+
+def depth_of_every_kind(config: dict[str, Any]) -> int:
+    """Layers until each kind has come up, two at least."""
+    layers = spec_from_config(config, "whole").layers
+    return max(2, *(layers.index(kind) + 1 for kind in set(layers)))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in MODEL_FILES if read(p)["config"]["model_type"] not in REMOTE],
+    ids=stem,
+)
+def test_a_model_cut_to_its_kinds_of_layers_counts_as_transformers_builds_it(path: Path) -> None:
     """At full width, on the meta device, where nothing is allocated."""
-    torch = pytest.importorskip("torch", reason="counts come from torch modules")
-    transformers = pytest.importorskip("transformers", reason="the reference is transformers")
-    config = read(path)["config"]
-    depth = "n_layer" if "n_layer" in config else "num_hidden_layers"
-    config = {**config, depth: 2}
-    del config["torch_dtype"]
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(**config)
-        )
-    built = sum(parameter.numel() for parameter in model.parameters())
-    assert spec_from_config(config, path.stem).num_parameters == built
-    assert config["architectures"] == [type(model).__name__]
+    whole = read(path)["config"]
+    config = cut(whole, depth_of_every_kind(whole))
+    model, spec = build(config), spec_from_config(config, path.stem)
+    assert set(spec.layers) == set(spec_from_config(whole, path.stem).layers)
+    assert spec.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert spec.architecture == type(model).__name__
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODEL_FILES if read(p)["config"]["model_type"] in REMOTE], ids=stem
+)
+def test_a_model_of_its_repositorys_own_code_says_so(path: Path) -> None:
+    """Its count is the published one, which no library at hand can rebuild."""
+    entry = read(path)
+    assert spec_from_config(entry["config"], path.stem).code == "remote"
+    assert "own code" in entry["source"]
 
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=stem)
@@ -78,6 +106,46 @@ def test_a_model_is_filed_under_its_name(path: Path) -> None:
     assert entry["source"].strip()
 
 
+@pytest.mark.parametrize("path", MODEL_FILES, ids=stem)
+def test_a_model_is_read_as_its_file_has_it(path: Path) -> None:
+    """Parsed in two parts, the second when it is asked for."""
+    entry, found = read(path), profiles.require_model(path.stem)
+    for field in ("name", "hub_id", "licence", "kind", "num_parameters", "config"):
+        assert getattr(found, field) == entry[field], field
+    assert found.aliases == tuple(entry["aliases"])
+
+
+# Counts that others publish: the Hub for safetensors files, print-outs of the loaded model.
+PUBLISHED = {
+    "THUDM/chatglm3-6b": 6_243_584_000,
+    "Qwen/Qwen-7B-Chat": 7_721_324_544,
+    "Qwen/Qwen-72B-Chat": 72_287_920_128,
+    "internlm/internlm2-1_8b": 1_889_110_016,
+    "internlm/internlm2_5-7b-chat": 7_737_708_544,
+    "internlm/internlm2-20b": 19_861_149_696,
+    "google/gemma-3-4b-it": 4_300_079_472,
+    "google/gemma-3-27b-it": 27_432_406_640,
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": 24_011_361_280,
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
+    "deepseek-ai/DeepSeek-V2-Lite": 15_706_484_224,
+    "openai/gpt-oss-20b": 20_914_757_184,
+    "openai/gpt-oss-120b": 116_829_156_672,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "allenai/OLMoE-1B-7B-0924": 6_919_161_856,
+    "stabilityai/stablelm-2-12b": 12_143_185_920,
+    "bigcode/starcoder2-15b": 15_957_889_024,
+    "EleutherAI/gpt-neox-20b": 20_554_567_680,
+    "bigscience/bloom": 176_247_271_424,
+    "facebook/opt-350m": 331_196_416,
+    "openai-community/gpt2-xl": 1_557_611_200,
+}
+
+
+@pytest.mark.parametrize("hub_id", sorted(PUBLISHED))
+def test_counts_are_the_published_ones(hub_id: str) -> None:
+    assert profiles.require_model(hub_id).spec.num_parameters == PUBLISHED[hub_id]
+
+
 def test_no_two_models_share_a_name() -> None:
     names: Counter[str] = Counter()
     for path in MODEL_FILES:
@@ -88,7 +156,37 @@ def test_no_two_models_share_a_name() -> None:
 
 
 def test_every_family_has_a_model() -> None:
-    assert {read(path)["config"]["model_type"] for path in MODEL_FILES} == set(FAMILIES)
+    """The text part of a multimodal model stands for its own family."""
+    configs = [read(path)["config"] for path in MODEL_FILES]
+    texts = [config["text_config"] for config in configs if "text_config" in config]
+    assert {config["model_type"] for config in (*configs, *texts)} == set(FAMILIES)
+
+
+def test_the_catalog_holds_what_people_train() -> None:
+    assert len(MODEL_FILES) >= 100
+    for name in (
+        "llama3-8b",
+        "qwen2.5-7b",
+        "r1-distill-qwen-7b",
+        "mistral-7b",
+        "gemma3-4b",
+        "phi-4-mini",
+        "gpt-oss-20b",
+        "deepseek-v3",
+        "santacoder",
+        "smollm3",
+    ):
+        assert profiles.find_model(name) is not None, name
+
+
+def test_an_alias_without_a_size_means_what_people_mean_by_it() -> None:
+    """An alias without a size means the model that people mean by it."""
+    for name, hub_id in (
+        ("tinyllama", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+        ("mistral-nemo", "mistralai/Mistral-Nemo-Base-2407"),
+        ("r1", "deepseek-ai/DeepSeek-R1"),
+    ):
+        assert profiles.require_model(name).hub_id == hub_id
 
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=stem)

@@ -42,7 +42,7 @@ SMALL = {
     "waveft": ("n_frequency=64",),
 }
 DEEP_LLAMA = {**LLAMA, "num_hidden_layers": 6}
-PEFT_METHODS = [name for name, method in METHODS.items() if method.peft_type]
+PEFT_METHODS = [name for name, method in METHODS.items() if method.peft_type and method.has_trainer]
 ADAPTERS: dict[str, Any] = {
     **{"lora_rank": 4, "lora_alpha": 8},
     "target_modules": ("q_proj", "down_proj"),
@@ -83,6 +83,9 @@ def test_a_method_takes_what_it_takes_for_real(name: str, tmp_path: Path) -> Non
         ),
         pytest.param({"method": "oft", "quantization": "nf4"}, id="OFT on nf4"),
         pytest.param({"method": "bitfit", "config": GPT2}, id="biases alone"),
+        pytest.param(
+            {"method": "freeze", "trainable_modules": ("q_proj", "lm_head")}, id="named modules"
+        ),
     ],
 )
 def test_what_is_trained_beside_adapters(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ class TestTrainConfig:
             "target_modules": ("q_proj",),
             "modules_to_save": ("lm_head",),
             "peft_config": ("bias=all",),
+            "trainable_modules": ("q_proj",),
             "autocast_adapter_dtype": False,
             "optim": "sgd",
             "gradient_checkpointing": False,
@@ -174,13 +175,16 @@ class TestTrainConfig:
             config = emit.train_config(plan, GPU, **FILES)
             return json.dumps([config, emit.accelerate_config(plan, GPU)])
 
-        dpo = ON_CPU.replace(objective="dpo")
+        bases = {
+            "precompute_ref_log_probs": ON_CPU.replace(objective="dpo"),
+            "trainable_modules": ON_CPU.replace(method="freeze"),
+        }
         # Such plans are not launched (test_sharding).
         refused = ("sharding", "offload", "packing")
         for item in dataclasses.fields(TrainingPlan):
             if item.name in refused:
                 continue
-            base = dpo if item.name == "precompute_ref_log_probs" else ON_CPU
+            base = bases.get(item.name, ON_CPU)
             value = getattr(base, item.name)
             changed = other[item.name] if item.name in other else type(value)(value / 2 + 0.5)
             if changed == value:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from itertools import groupby
+
+from rich.text import Text
 
 from ftplan.launcher.ui import Ui, table
 from ftplan.planner.units import format_count
-from ftplan.profiles import model_catalog
+from ftplan.profiles import ModelEntry, model_catalog
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +22,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     found = [
         entry
         for entry in sorted(model_catalog().values(), key=lambda e: e.num_parameters)
-        if wanted in entry.name or wanted in entry.hub_id.casefold()
+        if any(wanted in name for name in (entry.name, entry.hub_id.casefold(), *entry.aliases))
     ]
     ui.json(
         {
@@ -35,8 +39,21 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
             ],
         }
     )
-    rows = [[e.name, format_count(e.num_parameters), e.kind, e.licence, e.hub_id] for e in found]
-    ui.show(table("", ("name", ">parameters", "kind", "licence", "Hub id"), rows))
+    ui.show(table("", ("name", ">parameters", "kind", "licence"), list(_rows(found))))
     if not found:
         ui.say(f"no model of the catalog has `{arguments.pattern}` in its name")
     return 0
+
+
+def _rows(found: list[ModelEntry]) -> Iterable[list[str | Text]]:
+    """A line for each publisher, its models below it from small to large: both make the Hub id."""
+    by_publisher = sorted(found, key=lambda e: _publisher(e).casefold())
+    for publisher, entries in groupby(by_publisher, key=_publisher):
+        yield [Text(f"{publisher}/", style="bold"), "", "", ""]
+        for e in entries:
+            name = e.hub_id.removeprefix(f"{publisher}/")
+            yield [f"  {name}", format_count(e.num_parameters), e.kind, e.licence]
+
+
+def _publisher(entry: ModelEntry) -> str:
+    return entry.hub_id.split("/")[0]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
@@ -15,6 +14,8 @@ from torch import nn
 from ftplan.launcher.training.objectives import TRAININGS
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import Method
+from ftplan.planner.peft_options import read_options
+from ftplan.planner.prompt_counts import ADAPTION_PROMPT_LAYERS
 from ftplan.planner.trained import ALL_LINEAR
 
 # Tuners that ask which task a row belongs to. Rows here have no tasks: all are of the first.
@@ -23,9 +24,6 @@ _MULTI_TASK = (PeftType.MULTITASK_PROMPT_TUNING, PeftType.POLY)
 # AdaLoRA plans its ranks over the steps of a run. How many decides nothing about its memory, and a
 # run of it is not launched yet; PEFT asks for some number.
 _ADALORA_STEPS = 1000
-
-# Of LLaMA's 32 layers the topmost 30 have prompts (Zhang et al. 2023, arXiv 2303.16199).
-_ADAPTION_PROMPT_LAYERS = 30
 
 
 def peft_config_of(
@@ -47,7 +45,7 @@ def peft_config_of(
     options |= {
         **_derived(method, model),
         **method.peft_options,
-        **_given(settings["peft_config"]),
+        **read_options(settings["peft_config"]),
     }
     for name in options:
         if name not in known:
@@ -59,25 +57,13 @@ def peft_config_of(
         raise refused(method, error) from error
 
 
-def _given(texts: list[str]) -> dict[str, Any]:
-    """`name=value`, the value as YAML reads it."""
-    pairs = (text.partition("=") for text in texts)
-    try:
-        return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
-    except yaml.YAMLError:
-        raise InputError(
-            f"`--peft-config {','.join(texts)}` cannot be read",
-            "values are written as in YAML: `true`, `8`, `all`, `[q_proj, v_proj]`",
-        ) from None
-
-
 def _derived(method: Method, model: nn.Module) -> dict[str, Any]:
     """Options that PEFT has no default for, which follow from the model."""
     if method.peft_type == "ADALORA":
         return {"total_step": _ADALORA_STEPS}
     if method.peft_type == "ADAPTION_PROMPT":
         config: Any = model.config
-        return {"adapter_layers": min(_ADAPTION_PROMPT_LAYERS, config.num_hidden_layers)}
+        return {"adapter_layers": min(ADAPTION_PROMPT_LAYERS, config.num_hidden_layers)}
     return {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ftplan.launcher.training.adapters import peft_config_of
 from ftplan.launcher.training.objectives import TRAININGS, check_model_class
-from ftplan.planner.errors import InputError
+from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import resolve_method
 
 Settings = Mapping[str, Any]
@@ -93,7 +93,7 @@ def quantization_config(settings: Settings) -> BitsAndBytesConfig | None:
 def apply_method(model: PreTrainedModel, method: str, settings: Settings) -> PeftConfig | None:
     """Prepare `model` in place; the PEFT configuration the trainer adds, None without one."""
     if method == "freeze":
-        freeze_all_but_last(model, settings["num_trainable_layers"])
+        freeze_all_but_last(model, settings["num_trainable_layers"], settings["trainable_modules"])
     if method == "bitfit":
         train_biases_only(model)
     return peft_config_of(resolve_method(method), settings, model)
@@ -112,11 +112,33 @@ def train_biases_only(model: nn.Module) -> None:
         bias.requires_grad_(True)
 
 
-def freeze_all_but_last(model: nn.Module, num_layers: int) -> None:
-    """Freeze every parameter outside the last `num_layers` decoder layers."""
+def freeze_all_but_last(model: nn.Module, num_layers: int, modules: Sequence[str] = ()) -> None:
+    """Freeze every parameter outside the last `num_layers` decoder layers.
+
+    With `modules`, all but those of these names, in these layers and outside of the layers.
+    Raises UnknownNameError for a name that no module has.
+    """
     model.requires_grad_(False)
-    for layer in decoder_layers(model)[-num_layers:]:
-        layer.requires_grad_(True)
+    path, layers = decoder_layer_list(model)
+    last = list(layers)[-num_layers:]
+    if not modules:
+        for layer in last:
+            layer.requires_grad_(True)
+        return
+    found = [found for layer in last for found in layer.named_modules() if found[0]]
+    found += [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and not path.startswith(name) and not name.startswith(f"{path}.")
+    ]
+    by_name: dict[str, list[nn.Module]] = {}
+    for name, module in found:
+        by_name.setdefault(name.rpartition(".")[2], []).append(module)
+    for name in modules:
+        if name not in by_name:
+            raise UnknownNameError("module to train", name, by_name)
+        for module in by_name[name]:
+            module.requires_grad_(True)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
