@@ -79,6 +79,19 @@ CATALOG_MODELS = (
     "phi-3-mini-4k-instruct",
     "phi-4",
     "gpt2",
+    "gemma-3-1b-it",
+    "deepseek-v2-lite",
+    "olmo-2-1124-7b",
+    "granite-3.1-2b-instruct",
+    "pythia-1.4b",
+    "starcoder2-3b",
+    "stablelm-2-1_6b",
+    "smollm3-3b",
+    "falcon-7b",
+    "bloom-1b7",
+    "opt-1.3b",
+    "gpt-oss-20b",
+    "glm-4-9b-0414",
 )
 
 Weights = Mapping[Any, float]
@@ -90,13 +103,17 @@ def _weighted(names: Any, rest: float, **common: float) -> Weights:
     return {**common, **dict.fromkeys(others, rest / max(1, len(others)))}
 
 
+_TRAINED_METHODS = tuple(name for name, method in METHODS.items() if method.has_trainer)
+
 # The modules of an axis are words here, and the model's own names in the configuration.
 _ATTENTION, _HEAD, _ENDS = "attention", "head", "embeddings and head"
 _LM_HEAD = "lm_head"
 
 # Values that go with few others weigh more here than they are to have in the draw.
 AXES: Mapping[str, Weights] = {
-    "method": _weighted(METHODS, 0.2, lora=0.13, qlora=0.25, full=0.2, freeze=0.12, dora=0.1),
+    "method": _weighted(
+        _TRAINED_METHODS, 0.2, lora=0.13, qlora=0.25, full=0.2, freeze=0.12, dora=0.1
+    ),
     "quantization": _weighted(QUANTIZATIONS, 0, none=0.6, nf4=0.2, fp4=0.08, int8=0.12),
     "double_quant": {True: 1, False: 1},
     "dtype": _weighted(DTYPES, 0, bfloat16=0.6, float32=0.3, float16=0.1),

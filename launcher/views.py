@@ -3,7 +3,7 @@ but shares and differences of what is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -28,8 +28,10 @@ from ftplan.planner.units import (
 )
 
 if TYPE_CHECKING:
+    from ftplan.launcher.commands.estimate import ComparedMethod
     from ftplan.launcher.planning import Planned
     from ftplan.planner.data_profile import DataProfile
+    from ftplan.planner.explain import Term
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.plan import ReasonedPlan
     from ftplan.planner.search import Evaluated, Rejection
@@ -198,6 +200,49 @@ def rule_table(num_parameters: int, memory: MemoryEstimate) -> Table:
         ("part", ">rule, B/param", ">by the rule", ">computed", ">B/param"),
         rows,
     )
+
+
+def explain_table(terms: Iterable[Term]) -> Table:
+    """Each component's summands, with the equations of docs/memory-model.md."""
+    rows: list[list[RenderableType]] = []
+    before = None
+    for term in terms:
+        name = "" if term.component == before else COMPONENTS[term.component]
+        rows.append([name, format_bytes(term.num_bytes), f"({term.equation})", term.formula])
+        before = term.component
+    return table(
+        "Where it comes from (equations of docs/memory-model.md)",
+        ("component", ">size", ">eq.", "formula"),
+        rows,
+    )
+
+
+def compare_table(compared: Sequence[ComparedMethod], device: Device | None) -> Table:
+    """Methods side by side: components of each one's peak, and its totals."""
+    peaks = [row.memory.peak_phase.components for row in compared]
+
+    def sizes(title: str, of: Callable[[ComparedMethod], int]) -> list[RenderableType]:
+        return [title, *(format_bytes(of(row)) for row in compared)]
+
+    rows: list[list[RenderableType]] = [
+        ["trained", *(format_count(row.num_trainable_parameters) for row in compared)]
+    ]
+    for name, title in COMPONENTS.items():
+        if any(peak[name] for peak in peaks):
+            rows.append([title, *(format_bytes(peak[name]) for peak in peaks)])
+    rows += [
+        ["in", *(row.memory.peak_phase.name for row in compared)],
+        sizes("allocated", lambda row: row.memory.allocated_peak_bytes),
+        sizes("device", lambda row: row.memory.device_peak_bytes),
+        sizes("required", lambda row: row.memory.required_bytes),
+    ]
+    if device is None:
+        rows.append(["fits on", *(row.card for row in compared)])
+    else:
+        verdicts = ("yes" if fits(row.memory, device) else "no" for row in compared)
+        rows.append([f"fits {device.name}", *verdicts])
+    columns = ("", *(f">{row.method}" for row in compared))
+    return table("Memory at the peak by method", columns, rows)
 
 
 def methods_table(rows: Iterable[tuple[str, int, int, str]]) -> Table:

@@ -252,10 +252,13 @@ def weight_memory_bytes(model: ModelSpec, plan: TrainingPlan, stack: Stack = OWN
             if linear.quantizable
         )
         return quantized + rows * FLOAT32_BYTES + rest_bytes
-    return round(quantized * _bytes_per_4bit_weight(plan)) + rest_bytes
+    return round(quantized * quantized_bytes_per_weight(plan)) + rest_bytes
 
 
-def _bytes_per_4bit_weight(plan: TrainingPlan) -> float:
+def quantized_bytes_per_weight(plan: TrainingPlan) -> float:
+    """Bytes of one weight of a quantized base, its share of 4 bits' scales included."""
+    if plan.quantization == "int8":
+        return 1
     return _DOUBLE_QUANT_BYTES if plan.double_quant else _SINGLE_QUANT_BYTES
 
 
@@ -308,7 +311,8 @@ def compiled_step(
 class CompiledStep:
     """The highest moments of each phase as sums linear in the micro-batch.
 
-    `trace`: what they were made of. A phase is (name, what is held throughout it by component, moments).
+    `trace`: what they were made of. A phase is (name, what is held throughout it by component,
+    moments).
     """
 
     def __init__(
@@ -338,11 +342,23 @@ class CompiledStep:
     def phases(self, rows: int, length: int) -> tuple[Phase, ...]:
         """Each phase at its highest moment."""
         return tuple(
-            _phase(
-                name, held, max(moments, key=lambda m: value(m.total, rows, length)), rows, length
-            )
+            _phase(name, held, _highest(moments, rows, length), rows, length)
             for name, held, moments in self._phases
         )
+
+    def peak(self, rows: int, length: int) -> tuple[str, Mapping[str, int], Moment]:
+        """The highest moment of all: its phase, and what is held throughout that."""
+
+        def height(phase: tuple[str, Mapping[str, int], Moment]) -> int:
+            return sum(phase[1].values()) + value(phase[2].total, rows, length)
+
+        return max(
+            ((name, held, _highest(m, rows, length)) for name, held, m in self._phases), key=height
+        )
+
+
+def _highest(moments: Sequence[Moment], rows: int, length: int) -> Moment:
+    return max(moments, key=lambda moment: value(moment.total, rows, length))
 
 
 def _highest_sums(sums: Iterable[Form]) -> list[Form]:
@@ -426,7 +442,7 @@ def _held_of_shares(
     on_gpu = 0 if spread.offloads else 1
     scales = 0
     if plan.quantization != "none":
-        scales = round(model.quantizable_weights * (_bytes_per_4bit_weight(plan) - 0.5))
+        scales = round(model.quantizable_weights * (quantized_bytes_per_weight(plan) - 0.5))
     return _Held(
         weights=whole.weights + scales,
         adapters=whole.adapters,

@@ -25,11 +25,11 @@ class Numerics:
 
     `weights`, `norms`, `adapters`: bytes a parameter. `residual`: of the hidden state. `compute`:
     what 4-bit bases compute in when fed with fp16. `quantization`: how linear modules are held.
-    `trained`: names of the layer's own parameters that are trained. `adapted`: which linear modules carry an
-    adapter. `rank`, `dropout`: of adapters. `fused_kernels`: norms, rotary embeddings and dropout
-    of a quantized base's adapters are fms-acceleration's. `repeats_key_value`: grouped heads are
-    repeated before the kernel. `padded`: some rows are shorter, `masked_windows`: sliding windows
-    that a row is longer than; either needs a mask.
+    `trained`: names of the layer's own parameters that are trained. `adapted`: which linear modules
+    carry an adapter. `rank`, `dropout`: of adapters. `fused_kernels`: norms, rotary embeddings and
+    dropout of a quantized base's adapters are fms-acceleration's. `repeats_key_value`: grouped
+    heads are repeated before the kernel. `padded`: some rows are shorter, `masked_windows`: sliding
+    windows that a row is longer than; either needs a mask.
     """
 
     weights: int

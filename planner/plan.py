@@ -111,6 +111,7 @@ class TrainingPlan:
     def __post_init__(self) -> None:
         for name in SETTING_NAMES:
             check_setting(name, getattr(self, name))
+        _check_precision(self)
         _check_method(self)
         _check_packing(self)
         check_objective(self)
@@ -273,6 +274,17 @@ def _check_method(plan: TrainingPlan) -> None:
         )
     if plan.dtype == "float16" and plan.mixed_precision == "fp16":
         _check_trained_in_float32(plan, method)
+
+
+def _check_precision(plan: TrainingPlan) -> None:
+    """Raises InputError for 16-bit weights under autocast to the other 16 bits."""
+    autocast = AUTOCAST_DTYPE[plan.mixed_precision]
+    if autocast is not None and plan.dtype not in ("float32", autocast):
+        raise InputError(
+            f"`--dtype {plan.dtype}` under `--mixed-precision {plan.mixed_precision}`: torch's "
+            "autocast does not join tensors of both 16-bit dtypes",
+            f"use `--dtype {autocast}`, or `--dtype float32`",
+        )
 
 
 def _check_trained_in_float32(plan: TrainingPlan, method: Method) -> None:

@@ -81,8 +81,13 @@ def step_settings(
         trained_outside=frozenset(
             p.name for p in trained.own if p.name in {o.name for o in model.outer_parameters}
         ),
+        # Checkpointing asks for it (`_activation_checkpointing_enable` of transformers 5); formerly
+        # for adapters alone.
         input_learns=trained.trains_embeddings
-        or (plan.gradient_checkpointing and plan.resolved_method.adapter),
+        or (
+            plan.gradient_checkpointing
+            and (plan.resolved_method.adapter or stack.transformers_version is None)
+        ),
         autocast=plan.compute_bytes if autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
         on_cuda=kind == "cuda",
@@ -106,11 +111,18 @@ def step_settings(
 
 
 def _computing_in(settings: StepSettings, width: int) -> StepSettings:
-    """All parameters but quantized ones are gathered in that width."""
+    """All parameters but quantized ones are gathered in that width, and there is no autocast."""
     numerics = dataclasses.replace(
         settings.numerics, weights=width, residual=width, norms=width, adapters=width
     )
-    return dataclasses.replace(settings, numerics=numerics, embedding_width=width, head_width=width)
+    return dataclasses.replace(
+        settings,
+        numerics=numerics,
+        autocast=None,
+        returns_fp32=False,
+        embedding_width=width,
+        head_width=width,
+    )
 
 
 def spread_of(plan: TrainingPlan) -> Spread | None:

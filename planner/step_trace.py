@@ -43,12 +43,12 @@ class StepSettings:
     """All that a step's trace depends on beside the model: a trace serves every plan that agrees
     in these.
 
-    `numerics`: of a layer without adapters whose own parameters are frozen. `trained_names`: of
-    the parameters that are trained in the last `trained_layers` layers; `adapted`: names of the
-    linear modules that carry an adapter, for each layer that has some. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
-    for it). `trained_outside`: names of trained parameters outside of
-    the layers. `embedding_width`, `head_width`: bytes a parameter. `spread`: how several GPUs
-    divide parameters, if they do.
+    `numerics`: of a layer without adapters whose own parameters are frozen. `trained_names`: of the
+    parameters that are trained in the last `trained_layers` layers; `adapted`: names of the linear
+    modules that carry an adapter, for each layer that has some. `trained_outside`: names of trained
+    parameters outside of the layers. `input_learns`: the embeddings' result needs a gradient (they
+    are trained, or a hook asks for it). `embedding_width`, `head_width`: bytes a parameter. `spread`: how
+    several GPUs divide parameters, if they do.
     """
 
     numerics: Numerics

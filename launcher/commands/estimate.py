@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from ftplan.launcher.model_source import find_source
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
+from ftplan.planner.explain import Term, explain
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
-from ftplan.planner.methods import COMPARED_METHODS
+from ftplan.planner.methods import COMPARED_METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
@@ -41,6 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exact", action="store_true", help="by a dry run of the real training step: seconds"
     )
     parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="the formula of each component, with its numbers put in",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="METHODS",
+        help="put these methods side by side, such as full,lora,qlora",
+    )
+    parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="with --exact: the memory curve as PNG"
     )
     add_setting_flags(parser)
@@ -52,6 +64,10 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     device = named_device(arguments.gpu, arguments.free_memory)
     if arguments.plot and not arguments.exact:
         raise InputError("`--plot` draws a dry run", "add `--exact`")
+    if arguments.exact and (arguments.explain or arguments.compare):
+        raise InputError(
+            "`--explain` and `--compare` are of the closed form", "leave out `--exact`"
+        )
     source = find_source(arguments.model, any_architecture=arguments.exact)
     model = source.spec
     reasoned = estimate_recipe(model, device, given)
@@ -65,9 +81,21 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         with shown_dry_runs(ui) as runner:
             dry_run = runner.run(case_of(source, reasoned.plan, device))
         memory = memory_of(dry_run, source, reasoned.plan, device)
-    ui.json(estimate_to_dict(model, reasoned, memory, device, warnings, dry_run=dry_run))
-    if not ui.as_json:
-        _show(ui, model, reasoned, memory, device, given, dry_run)
+    terms = explain(model, reasoned.plan, device) if arguments.explain else None
+    compared = _compared(arguments.compare, model, device, given) if arguments.compare else None
+    ui.json(
+        {
+            **estimate_to_dict(model, reasoned, memory, device, warnings, dry_run=dry_run),
+            **({"explain": [term.to_dict() for term in terms]} if terms else {}),
+            **({"compare": [row.to_dict() for row in compared]} if compared else {}),
+        }
+    )
+    if not ui.as_json and compared:
+        from ftplan.launcher import views
+
+        ui.show(views.compare_table(compared, device))
+    elif not ui.as_json:
+        _show(ui, model, reasoned, memory, device, given, dry_run, terms)
         for warning in warnings:
             ui.warn(warning)
     if dry_run and arguments.plot:
@@ -155,6 +183,7 @@ def _show(
     device: Device | None,
     given: Mapping[str, Any],
     dry_run: DryRunSummary | None,
+    terms: Sequence[Term] | None,
 ) -> None:
     from ftplan.launcher import views
 
@@ -175,6 +204,9 @@ def _show(
 
         ui.show(*dry_run_views.tables(dry_run))
         return
+    if terms is not None:
+        ui.show(views.explain_table(terms))
+        return
     if plan.method == "full":
         ui.show(views.rule_table(model.num_parameters, memory), "", views.RULE_NOTE, "")
     others = [
@@ -183,6 +215,47 @@ def _show(
         if name != plan.method
     ]
     ui.show(views.methods_table(others))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedMethod:
+    """A method beside others on the same model: its memory, and what it trains."""
+
+    method: str
+    num_trainable_parameters: int
+    memory: MemoryEstimate
+    card: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "num_trainable_parameters": self.num_trainable_parameters,
+            "per_gpu": self.memory.to_dict(),
+        }
+
+
+def _compared(
+    methods: str, model: ModelSpec, device: Device | None, given: Mapping[str, Any]
+) -> list[ComparedMethod]:
+    """Each method of a comma-separated list, all other given settings kept."""
+    kept = {key: value for key, value in given.items() if key not in _METHOD_BOUND}
+    rows = []
+    for name in dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()):
+        method = resolve_method(name)
+        plan = estimate_recipe(model, device, {**kept, "method": method.name}).plan
+        memory = estimate_memory(model, plan, device=device)
+        trained = method.count(model, plan.method_settings)
+        rows.append(
+            ComparedMethod(
+                method=method.name,
+                num_trainable_parameters=trained.num_trainable_parameters,
+                memory=memory,
+                card=smallest_card(needed_bytes(memory)),
+            )
+        )
+    if not rows:
+        raise InputError("`--compare` names no method", "for example `--compare full,lora,qlora`")
+    return rows
 
 
 def _configuration(reasoned: ReasonedPlan) -> str:

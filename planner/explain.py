@@ -1,0 +1,125 @@
+"""The formula behind each component of the peak, with its numbers put in.
+
+Equations carry the numbers of docs/memory-model.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.memory import COMPONENTS, compiled_step, quantized_bytes_per_weight
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.stack import OWN_STACK, Stack
+from ftplan.planner.step_settings import trained_widths
+from ftplan.planner.tape import Form, value
+from ftplan.planner.trained import num_elements
+
+# The equation of each component's part that is there throughout, and of all that comes and goes.
+_EQUATIONS = {
+    "weights": 1,
+    "adapters": 2,
+    "gradients": 3,
+    "optimizer_states": 4,
+    "communication": 11,
+    "reference_model": 1,
+    "temporaries": 5,
+}
+_STEP_EQUATION = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One summand of a component: `formula` in words and numbers, and what it comes to."""
+
+    component: str
+    equation: int
+    formula: str
+    num_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def explain(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    device: Device | None = None,
+    stack: Stack = OWN_STACK,
+) -> list[Term]:
+    """The terms of the peak, the largest component first; they sum to the allocated peak.
+
+    Raises InputError for what the closed form does not model.
+    """
+    rows, length = plan.per_device_train_batch_size, plan.max_length
+    step = compiled_step(model, plan, rows, length, device, stack)
+    _, held, moment = step.peak(rows, length)
+    formulas = _held_formulas(model, plan)
+    terms = [
+        Term(
+            component=name,
+            equation=_EQUATIONS.get(name, _STEP_EQUATION),
+            formula=formulas.get(name, "held throughout"),
+            num_bytes=size,
+        )
+        for name, size in held.items()
+        if size
+    ]
+    for name, form in moment.components.items():
+        size = value(form, rows, length)
+        if size:
+            formula = _spelled(form, rows, length)
+            terms.append(
+                Term(component=name, equation=_STEP_EQUATION, formula=formula, num_bytes=size)
+            )
+    totals = dict.fromkeys(COMPONENTS, 0)
+    for term in terms:
+        totals[term.component] += term.num_bytes
+    return sorted(terms, key=lambda term: (-totals[term.component], term.equation))
+
+
+def _spelled(form: Form, rows: int, length: int) -> str:
+    """`8,192 B x 2,048 tokens + ...` of a form's parts that are not 0."""
+    units = (
+        (1, ""),
+        (rows, "rows"),
+        (length, "places in a row"),
+        (rows * length, "tokens"),
+        (rows * length * length, "pairs of tokens"),
+    )
+    parts = [
+        f"{number:,} B x {amount:,} {unit}" if unit else f"{number:,} B"
+        for number, (amount, unit) in zip(form, units, strict=True)
+        if number
+    ]
+    return " + ".join(reversed(parts)).replace("+ -", "- ")
+
+
+def _held_formulas(model: ModelSpec, plan: TrainingPlan) -> Mapping[str, str]:
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    widths = [
+        (num_elements(parameters), width)
+        for parameters, width in trained_widths(plan, trained)
+        if parameters
+    ]
+    each = " + ".join(f"{count:,} x {width} B" for count, width in widths)
+    return {
+        "weights": " + ".join(_weight_terms(model, plan)),
+        "adapters": " + ".join(f"{c:,} x {w} B" for c, w in widths if trained.added_parameters),
+        "gradients": f"one for each trained parameter: {each}",
+        "optimizer_states": f"{plan.optim} for each trained parameter: {each} trained",
+        "temporaries": "workspaces of cuBLAS, one for each direction",
+        "communication": f"copies of gradients, or gathered parameters: {each}",
+    }
+
+
+def _weight_terms(model: ModelSpec, plan: TrainingPlan) -> Iterator[str]:
+    if plan.quantization == "none":
+        yield f"{model.num_parameters:,} parameters x {plan.weight_bytes} B"
+        return
+    quantized = model.quantizable_weights
+    yield f"{quantized:,} {plan.quantization} weights x {quantized_bytes_per_weight(plan):.4g} B"
+    yield f"{model.num_parameters - quantized:,} others x {plan.weight_bytes} B"
