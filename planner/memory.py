@@ -383,7 +383,8 @@ def _phase(name: str, held: Mapping[str, int], moment: Moment, rows: int, length
 class _Held:
     """What a GPU holds from beginning to end, whatever the batch.
 
-    `carried`: gradients that wait for further micro-batches. `trained`, `all_states`: weights and
+    `carried`: gradients that wait for further micro-batches. `gathered`: parameters of all GPUs,
+    from the beginning of forward to the end of backward. `trained`, `all_states`: weights and
     states on all GPUs and the host, as they are saved.
     """
 
@@ -393,7 +394,8 @@ class _Held:
     carried: int
     optimizer_states: int
     step_temporaries: int
-    communication: int
+    communication: int = 0
+    gathered: int = 0
     trained: int
     all_states: int
 
@@ -450,7 +452,7 @@ def _held_of_shares(
         carried=whole.gradients,
         optimizer_states=on_gpu * states,
         step_temporaries=on_gpu * sum(optimizer.step_temporary_bytes(*pair) for pair in widths),
-        communication=units.root.gathered,
+        gathered=(units.outside if spread.kind == "fsdp1" else units.root).gathered,
         trained=plan.num_gpus * whole.reduced,
         all_states=plan.num_gpus * states,
     )
@@ -479,7 +481,11 @@ def _compile(
         "communication": held.communication,
         "temporaries": 2 * workspace,  # one of the forward pass's thread, one of backward's
     }
-    running = {**resident, "gradients": held.carried if workload.accumulates else 0}
+    running = {
+        **resident,
+        "gradients": held.carried if workload.accumulates else 0,
+        "communication": held.communication + held.gathered,
+    }
     stepping = {
         **resident,
         "gradients": held.gradients,

@@ -1,4 +1,4 @@
-"""What several GPUs divide: units of parameters that are gathered together, and each GPU's share."""
+"""What several GPUs divide: units of parameters gathered together, and each GPU's share of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Spread:
 
     `kind`: whose code divides them. Bytes of a parameter at rest: `frozen`, `trained` (of the model
     itself), `adapters`; `gathered`: of any while it is computed with, None for as at rest.
-    `offloads`: shares wait in the host's memory.
+    `offloads`: shares wait in the host's memory. `checkpointed_around`: checkpointing is around
+    what gathers a layer, not within.
     """
 
     kind: str
@@ -28,7 +29,8 @@ class Spread:
     trained: int
     adapters: int
     gathered: int | None
-    offloads: bool
+    offloads: bool = False
+    checkpointed_around: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,8 @@ NO_UNIT = Unit()
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """The units of a model: embeddings, each layer, final norm and head (with tied embeddings, whose
-    unit is then empty), and the rest."""
+    """The units of a model: embeddings, each layer, final norm and head, and the rest. Tied
+    embeddings are with the head; their own unit is then empty."""
 
     embedding: Unit
     layers: tuple[Unit, ...]
@@ -72,14 +74,19 @@ class Units:
     root: Unit
 
     @property
+    def outside(self) -> Unit:
+        """All but the layers."""
+        return self.embedding + self.tail + self.root
+
+    @property
     def whole(self) -> Unit:
-        return sum((self.embedding, *self.layers, self.tail, self.root), NO_UNIT)
+        return sum(self.layers, self.outside)
 
 
 def units_of(
     model: ModelSpec, spread: Spread, numerics: Sequence[Numerics], trained_outside: Collection[str]
 ) -> Units:
-    """The units that accelerate makes under FSDP2 (`fsdp2_prepare_model` of accelerate 1.15).
+    """The units of a model.
 
     `numerics`: of each layer. `trained_outside`: names of trained parameters outside of the layers.
     """
@@ -125,8 +132,9 @@ def _base_parameters(layer: Layer, spread: Spread, numerics: Numerics) -> Iterat
     if numerics.quantization == "none":
         yield from layer.parameters()
         return
-    matrices = {f"{linear.name}.weight" for linear in layer.linears}
-    for linear in layer.linears:
+    quantized = [linear for linear in layer.linears if linear.quantizable]
+    matrices = {f"{linear.name}.weight" for linear in quantized}
+    for linear in quantized:
         numbers = -(-linear.num_weights // (2 * spread.frozen))
         yield Parameter(name=f"{linear.name}.weight", shape=(numbers, 1))
     for parameter in layer.parameters():
@@ -151,18 +159,20 @@ def _unit(parameters: Iterable[Parameter], spread: Spread, trained: Collection[s
 
 
 def _part(parameter: Parameter, spread: Spread, trained: int | None, *, added: bool) -> Unit:
-    """One parameter, as FSDP2 divides it. `trained`: bytes each at rest, if it is trained; `added`:
-    it is an adapter's."""
+    """One parameter. `trained`: bytes each at rest, if it is trained; `added`: it is an adapter's,
+    which FSDP1 gathers by itself."""
     stored = trained or spread.frozen
     gathered = spread.gathered or stored
-    share = _share(parameter, spread.num_gpus)
+    share = _share(parameter, spread)
+    alone = added and spread.kind == "fsdp1"
+    copied = spread.offloads or gathered != stored
     at_rest = 0 if spread.offloads else share * stored
     sent, reduced = (share * gathered, share * stored) if trained else (0, 0)
     return Unit(
         weights=0 if added else at_rest,
         adapters=at_rest if added else 0,
-        gathered=share * spread.num_gpus * gathered,
-        cast=share * gathered if spread.offloads or gathered != stored else 0,
+        gathered=0 if alone else share * spread.num_gpus * gathered,
+        cast=share * gathered if copied and not alone else 0,
         gradients=sent * spread.num_gpus,
         gradient_share=sent,
         reduced=reduced,
@@ -170,7 +180,7 @@ def _part(parameter: Parameter, spread: Spread, trained: int | None, *, added: b
     )
 
 
-def _share(parameter: Parameter, num_gpus: int) -> int:
-    """Elements of a GPU's share: of the first dimension, rounded up."""
-    rows, *rest = parameter.shape
-    return parameter.count * -(-rows // num_gpus) * math.prod(rest)
+def _share(parameter: Parameter, spread: Spread) -> int:
+    """Elements of a GPU's share: FSDP2 divides the first dimension, FSDP1 all that is flat."""
+    rows, *rest = (parameter.size,) if spread.kind == "fsdp1" else parameter.shape
+    return parameter.count * -(-rows // spread.num_gpus) * math.prod(rest)

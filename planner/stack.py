@@ -16,6 +16,11 @@ _SHIFTS_LABELS_SINCE = (4, 50)
 _ATTENTION_SHARED_SINCE = (4, 48)
 _REPEAT_FOR_FLASH = ("mistral", "phi3", "qwen2", "starcoder2")
 
+# Until then models put gradient checkpointing around what FSDP1 had put around a layer, and
+# reentrant by default (`_gradient_checkpointing_func` in transformers 4.51's modeling_llama.py);
+# from then on layers do it themselves (4.52's modeling_layers.py).
+_CHECKPOINTS_WITHIN_SINCE = (4, 52)
+
 # Of a GPU that is not named: Ampere and later have the kernels that matter.
 DEFAULT_CAPABILITY = (8, 0)
 
@@ -45,6 +50,12 @@ class Stack:
         """Whether the stock loss shifts logits; the installed release's does not."""
         version = self.transformers_version
         return version is not None and version < _SHIFTS_LABELS_SINCE
+
+    @property
+    def checkpoints_around(self) -> bool:
+        """Whether checkpointing is around what FSDP1 put around a layer."""
+        version = self.transformers_version
+        return version is not None and version < _CHECKPOINTS_WITHIN_SINCE
 
     def repeats_heads(self, model_type: str, attn_implementation: str) -> bool:
         """Whether grouped heads are repeated before the attention kernel."""

@@ -51,7 +51,7 @@ def step_settings(
 ) -> StepSettings:
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
-    spread = spread_of(plan)
+    spread = spread_of(plan, stack)
     settings = StepSettings(
         numerics=Numerics(
             weights=plan.weight_bytes,
@@ -107,41 +107,43 @@ def step_settings(
     )
     if spread is None or spread.gathered is None:
         return settings
-    return _computing_in(settings, spread.gathered)
+    return _computing_in(settings, spread, spread.gathered)
 
 
-def _computing_in(settings: StepSettings, width: int) -> StepSettings:
-    """All parameters but quantized ones are gathered in that width, and there is no autocast."""
+def _computing_in(settings: StepSettings, spread: Spread, width: int) -> StepSettings:
+    """All parameters but quantized ones are gathered in that width. Under FSDP2 there is no autocast
+    then (accelerate's `_prepare_fsdp2`); FSDP1 hides the width of adapters, units of their own."""
     numerics = dataclasses.replace(
         settings.numerics, weights=width, residual=width, norms=width, adapters=width
     )
-    return dataclasses.replace(
-        settings,
-        numerics=numerics,
-        autocast=None,
-        returns_fp32=False,
-        embedding_width=width,
-        head_width=width,
+    settings = dataclasses.replace(
+        settings, numerics=numerics, embedding_width=width, head_width=width
     )
+    if spread.kind == "fsdp2":
+        return dataclasses.replace(settings, autocast=None, returns_fp32=False)
+    numerics = dataclasses.replace(numerics, adapter_input=spread.adapters)
+    return dataclasses.replace(settings, numerics=numerics)
 
 
-def spread_of(plan: TrainingPlan) -> Spread | None:
+def spread_of(plan: TrainingPlan, stack: Stack) -> Spread | None:
     """How several GPUs divide the parameters; None where each holds all of them.
 
-    Under mixed precision accelerate holds what is trained in fp32, unless the base is quantized
-    (`fsdp2_prepare_model` of accelerate 1.15).
+    Under mixed precision accelerate holds what is trained in fp32; not under FSDP2 if the base is
+    quantized (`fsdp2_prepare_model` and `prepare_model` of accelerate 1.15).
     """
     if plan.sharding != "fsdp":
         return None
-    masters = plan.autocast and plan.quantization == "none"
+    first = stack.fsdp_version == 1
+    masters = plan.autocast and (first or plan.quantization == "none")
     return Spread(
-        kind="fsdp2",
+        kind="fsdp1" if first else "fsdp2",
         num_gpus=plan.num_gpus,
         frozen=plan.weight_bytes,
         trained=FLOAT32_BYTES if masters else plan.weight_bytes,
         adapters=FLOAT32_BYTES if masters else adapter_weight_bytes(plan),
         gathered=plan.compute_bytes if plan.autocast else None,
         offloads=plan.offload == "parameters",
+        checkpointed_around=first and plan.gradient_checkpointing and stack.checkpoints_around,
     )
 
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ftplan.planner import functions as f
-from ftplan.planner.fsdp import Exchange, Fsdp2, Neighbours, fsdp2_neighbours
+from ftplan.planner.exchange import Exchange, Neighbours
+from ftplan.planner.fsdp1 import Fsdp1, Fsdp1Checkpointed, fsdp1_neighbours
+from ftplan.planner.fsdp2 import Fsdp2, fsdp2_neighbours
 from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, ModelSpec
 from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
@@ -197,7 +199,7 @@ class _StepTracer:
             width = segments[-1].result_width
             key = (id(layer), numerics, learns, width, near[place + 1])
             if key not in known:
-                exchange = self._exchange(near[place + 1])
+                exchange = self._layer_exchange(near[place + 1])
                 known[key] = self._layer(layer, numerics, learns, width, exchange)
             segments.append(known[key])
             found.append(key)
@@ -210,14 +212,30 @@ class _StepTracer:
         """Of each segment, what it exchanges with other GPUs."""
         if self.settings.spread is None:
             return [None] * (len(self.model.layers) + 2)
-        units = step_units(self.model, self.settings)
-        return [*fsdp2_neighbours(units, accumulates=self.settings.accumulates)]
+        settings, spread = self.settings, self.settings.spread
+        units = step_units(self.model, settings)
+        if spread.kind == "fsdp2":
+            return [*fsdp2_neighbours(units, accumulates=settings.accumulates)]
+        return [
+            *fsdp1_neighbours(
+                units,
+                accumulates=settings.accumulates,
+                checkpoints=settings.gradient_checkpointing,
+                around=spread.checkpointed_around,
+            )
+        ]
 
     def _exchange(self, near: Neighbours | None) -> Exchange:
         spread = self.settings.spread
         if near is None or spread is None:
             return Exchange()
-        return Fsdp2(near, spread.num_gpus, offloads=spread.offloads)
+        return Fsdp2(near, spread) if spread.kind == "fsdp2" else Fsdp1(near, spread)
+
+    def _layer_exchange(self, near: Neighbours | None) -> Exchange:
+        spread = self.settings.spread
+        if near is not None and spread is not None and spread.checkpointed_around:
+            return Fsdp1Checkpointed(near, spread)
+        return self._exchange(near)
 
     def _tape(self) -> Tape:
         s = self.settings
@@ -286,8 +304,10 @@ class _StepTracer:
             if not settings.gradient_checkpointing:
                 return module(tape, given[0])
 
+            layer = exchange.around(module)
+
             def call(hidden: Tensor) -> Tensor:
-                return module(tape, hidden)
+                return layer(tape, hidden)
 
             run = tape.checkpoint_reentrant if settings.use_reentrant else tape.checkpoint
             return run(call, given)
@@ -366,8 +386,8 @@ class _StepTracer:
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:
-            incoming: list[Tensor | None] = [tape.like(result)]
-            exchange.before_backward(tape)
+            incoming = [tape.like(result)]
+            exchange.before_backward(tape, incoming[0])
             roots = [result]
             del result
             tape.backward(roots, incoming)

@@ -1,0 +1,119 @@
+"""FSDP2 on a tape: a unit's parameters are gathered into a buffer and copied out of it, the next
+unit's buffer is filled meanwhile.
+
+Source: torch/distributed/fsdp/_fully_shard (`_fsdp_param_group.py`, `_fsdp_collectives.py`) of torch
+2.13; the units are those that accelerate 1.15 makes (`fsdp2_prepare_model`).
+"""
+
+from __future__ import annotations
+
+from ftplan.planner.exchange import Exchange, Neighbours, buffer, watched
+from ftplan.planner.sharded import NO_UNIT, Spread, Unit, Units
+from ftplan.planner.tape import Tape, Tensor
+
+
+def fsdp2_neighbours(units: Units, *, accumulates: bool) -> list[Neighbours]:
+    """Of each segment: embeddings, layers, loss. Tied embeddings are gathered with the final norm
+    before the first layer, and reduced last."""
+    first, *_ = layers = list(units.layers)
+    tied = units.embedding == NO_UNIT
+
+    def met(unit: Unit) -> int:
+        return unit.gradients if accumulates else 0
+
+    near = [
+        Neighbours(
+            unit=units.tail if tied else units.embedding,
+            reduced_after=first,
+            stays=tied,
+            met_gradients=units.tail.gradients if tied else met(units.embedding),
+        )
+    ]
+    gathered = [units.tail if tied else units.embedding, *layers]
+    reduced = [*layers[1:], NO_UNIT if tied else units.tail]
+    for place, unit in enumerate(layers):
+        near.append(
+            Neighbours(
+                unit=unit,
+                gathered_before=gathered[place],
+                fetched_ahead=NO_UNIT if tied and not place else gathered[place],
+                reduced_after=reduced[place],
+                met_gradients=met(unit),
+            )
+        )
+    tail = Neighbours(
+        unit=NO_UNIT if tied else units.tail,
+        gathered_before=layers[-1],
+        fetched_ahead=layers[-1],
+        stays=True,
+        met_gradients=0 if tied else met(units.tail),
+    )
+    return [*near, tail]
+
+
+class Fsdp2(Exchange):
+    def __init__(self, neighbours: Neighbours, spread: Spread) -> None:
+        self.near, self.unit = neighbours, neighbours.unit
+        self.num_gpus, self.offloads = spread.num_gpus, spread.offloads
+        self.taken_over = neighbours.met_gradients
+        self.is_watching = False
+        self.buffer: Tensor | None = None
+        self.parameters: Tensor | None = None
+        self.sending: Tensor | None = None
+        self.earlier: Tensor | None = None
+        self.reduced: Tensor | None = None
+
+    def before_forward(self, tape: Tape) -> None:
+        before = buffer(tape, self.near.gathered_before.gathered)
+        if self.unit == NO_UNIT:
+            self.buffer = before
+            return
+        self.buffer = self._gather(tape, self.unit)
+        self.parameters = buffer(tape, self.unit.gathered)
+        del before
+
+    def after_forward(self, tape: Tape) -> None:
+        if not self.near.stays:
+            self.parameters = None
+
+    def hand_on(self) -> None:
+        self.buffer = self.sending = None
+
+    def watch(self, tape: Tape, result: Tensor) -> Tensor:
+        self.is_watching = tape.differentiates(result)
+        return watched(tape, result, self._fetch)
+
+    def before_backward(self, tape: Tape, incoming: Tensor) -> None:
+        if not self.is_watching:
+            self._fetch(tape)
+
+    def _fetch(self, tape: Tape) -> None:
+        self.sending = buffer(tape, self.near.reduced_after.gradients)
+        self.earlier = buffer(tape, self.taken_over, "gradients")
+        if self.parameters is None:
+            self.buffer = buffer(tape, self.unit.gathered)
+            self.parameters = buffer(tape, self.unit.gathered)
+        self.buffer = self._gather(tape, self.near.fetched_ahead)
+
+    def after_backward(self, tape: Tape) -> None:
+        if self.unit == NO_UNIT:
+            return
+        self.parameters = self.sending = None
+        if self.near.met_gradients:
+            tape.release_gradients()
+        self.sending = buffer(tape, self.unit.gradients)
+        tape.release_gradients()
+        self.earlier = None
+        share = buffer(tape, self.unit.gradient_share)
+        if self.unit.reduced != self.unit.gradient_share:
+            share = buffer(tape, self.unit.reduced)
+        tape.relabel(share, "gradients")
+        if not self.offloads:
+            self.reduced = share
+
+    def _gather(self, tape: Tape, unit: Unit) -> Tensor:
+        """The buffer that a unit is gathered in; on one GPU none is."""
+        share = buffer(tape, unit.cast)
+        whole = buffer(tape, unit.gathered if self.num_gpus > 1 else 0)
+        del share
+        return whole
