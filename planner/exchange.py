@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ftplan.planner.sharded import NO_UNIT, Unit
@@ -35,10 +35,11 @@ class Neighbours:
 class Exchange:
     """What a segment does with other GPUs: nothing, where each holds the whole model.
 
-    `taken_over`: bytes of gradients that later segments left and this one's trace counts.
+    `taken_over`: bytes, by component, that are there without it and that its trace counts from the
+    beginning of backward, since it gives them back.
     """
 
-    taken_over = 0
+    taken_over: Mapping[str, int] = {}
 
     def before_forward(self, tape: Tape) -> None:
         """Gather."""

@@ -9,8 +9,6 @@ left out beside the layers.
 
 from __future__ import annotations
 
-import dataclasses
-
 from ftplan.planner.exchange import Call, Exchange, Neighbours, buffer, watched
 from ftplan.planner.sharded import NO_UNIT, Spread, Unit, Units
 from ftplan.planner.tape import Tape, Tensor
@@ -40,7 +38,8 @@ def fsdp1_neighbours(
             )
         )
     root = Neighbours(
-        unit=dataclasses.replace(outside, gathered=0, cast=0),
+        unit=outside,
+        stays=True,
         met_gradients=(outside if accumulates else units.tail).gradients,
     )
     loss = Neighbours(unit=NO_UNIT, fetched_ahead=NO_UNIT if around else units.layers[-1])
@@ -50,14 +49,17 @@ def fsdp1_neighbours(
 class Fsdp1(Exchange):
     def __init__(self, neighbours: Neighbours, spread: Spread) -> None:
         self.near, self.unit = neighbours, neighbours.unit
-        self.taken_over = neighbours.met_gradients
+        self.taken_over = {"gradients": neighbours.met_gradients}
+        if neighbours.stays:
+            self.taken_over["communication"] = self.unit.gathered
         self.parameters: Tensor | None = None
         self.ahead: Tensor | None = None
         self.earlier: Tensor | None = None
         self.reduced: Tensor | None = None
 
     def before_forward(self, tape: Tape) -> None:
-        self.parameters = _gather(tape, self.unit)
+        if not self.near.stays:
+            self.parameters = _gather(tape, self.unit)
 
     def after_forward(self, tape: Tape) -> None:
         self.parameters = None
@@ -66,7 +68,7 @@ class Fsdp1(Exchange):
         self.ahead = None
 
     def before_backward(self, tape: Tape, incoming: Tensor) -> None:
-        self.earlier = buffer(tape, self.taken_over, "gradients")
+        self.earlier = buffer(tape, self.near.met_gradients, "gradients")
         self.parameters = buffer(tape, self.unit.gathered)
         self.ahead = _gather(tape, self.near.fetched_ahead)
 
@@ -119,7 +121,7 @@ class Fsdp1Checkpointed(Fsdp1):
         """Within what is checkpointed."""
 
     def before_backward(self, tape: Tape, incoming: Tensor) -> None:
-        self.earlier = buffer(tape, self.taken_over, "gradients")
+        self.earlier = buffer(tape, self.near.met_gradients, "gradients")
         if self.is_frozen and not self.near.is_last:
             self.held.append(Tensor(incoming.storage, incoming.elements, incoming.width))
 

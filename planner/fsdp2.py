@@ -55,7 +55,7 @@ class Fsdp2(Exchange):
     def __init__(self, neighbours: Neighbours, spread: Spread) -> None:
         self.near, self.unit = neighbours, neighbours.unit
         self.num_gpus, self.offloads = spread.num_gpus, spread.offloads
-        self.taken_over = neighbours.met_gradients
+        self.taken_over = {"gradients": neighbours.met_gradients}
         self.is_watching = False
         self.buffer: Tensor | None = None
         self.parameters: Tensor | None = None
@@ -89,10 +89,11 @@ class Fsdp2(Exchange):
 
     def _fetch(self, tape: Tape) -> None:
         self.sending = buffer(tape, self.near.reduced_after.gradients)
-        self.earlier = buffer(tape, self.taken_over, "gradients")
+        self.earlier = buffer(tape, self.near.met_gradients, "gradients")
         if self.parameters is None:
-            self.buffer = buffer(tape, self.unit.gathered)
+            own = buffer(tape, self.unit.gathered)
             self.parameters = buffer(tape, self.unit.gathered)
+            del own
         self.buffer = self._gather(tape, self.near.fetched_ahead)
 
     def after_backward(self, tape: Tape) -> None:

@@ -96,7 +96,7 @@ class Segment:
     `result_width`: bytes an element of what it hands on.
     `kept_forward`: what it leaves behind until forward ends, its result not counted;
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
-    `taken_over`: of what later segments left, what it counts itself.
+    `taken_over`: of what is there without it, what its backward counts itself.
     """
 
     forward: tuple[Moment, ...]
@@ -395,6 +395,7 @@ class _StepTracer:
             backward_moments = tape.moments()
         exchange.hand_on()
         gradient.clear()
+        taken_over = {part: constant(size) for part, size in exchange.taken_over.items()}
         return Segment(
             forward=forward_moments,
             backward=backward_moments,
@@ -402,7 +403,7 @@ class _StepTracer:
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_moments else {},
-            taken_over={"gradients": constant(exchange.taken_over)} if backward_moments else {},
+            taken_over=taken_over if backward_moments else {},
             forward_flops=forward_flops,
             backward_flops=subtract_forms(tape.flops, forward_flops),
             forward_moved=forward_moved,
