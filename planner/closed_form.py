@@ -6,7 +6,7 @@ from ftplan.planner.errors import InputError
 from ftplan.planner.methods import METHODS
 from ftplan.planner.plan import TrainingPlan, flag_name
 
-MODELLED_SHARDINGS = ("none", "fsdp")
+MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form models; what they train and add is counted for all of them.
 MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))
 

@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
-from ftplan.planner.sharded import NO_UNIT, Unit
 from ftplan.planner.tape import Tape, Tensor, constant
 
 Call = Callable[[Tape, Tensor], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Neighbours:
-    """A segment's unit and those whose buffers it meets.
-
-    `gathered_before`: whose buffer is alive until the unit's own copies are made. `fetched_ahead`:
-    the one that backward gathers besides, `fetched_late`: at its end. `reduced_after`: whose
-    gradients are being sent when backward begins. `stays`: it remains gathered from forward to
-    backward. `met_gradients`: bytes of gradients that are there before its backward, from another
-    use of its parameters or from an earlier micro-batch. `is_last`: of the layers.
-    """
-
-    unit: Unit
-    gathered_before: Unit = NO_UNIT
-    fetched_ahead: Unit = NO_UNIT
-    fetched_late: Unit = NO_UNIT
-    reduced_after: Unit = NO_UNIT
-    stays: bool = False
-    met_gradients: int = 0
-    is_last: bool = False
 
 
 class Exchange:
@@ -63,6 +42,21 @@ class Exchange:
 
     def after_backward(self, tape: Tape) -> None:
         """Free and reduce."""
+
+
+class Place(Protocol):
+    """A segment among the others, as far as its trace depends on it; equal ones have equal traces."""
+
+    def exchange(self) -> Exchange:
+        """What it does with other GPUs."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Where every GPU holds the whole model."""
+
+    def exchange(self) -> Exchange:
+        return Exchange()
 
 
 def watched(tape: Tape, x: Tensor, callback: Callable[[Tape], None]) -> Tensor:

@@ -9,14 +9,38 @@ left out beside the layers.
 
 from __future__ import annotations
 
-from ftplan.planner.exchange import Call, Exchange, Neighbours, buffer, watched
-from ftplan.planner.sharded import NO_UNIT, Spread, Unit, Units
+from dataclasses import dataclass
+
+from ftplan.planner.exchange import Call, Exchange, buffer, watched
+from ftplan.planner.sharded import NO_UNIT, Unit, Units
 from ftplan.planner.tape import Tape, Tensor
 
 
-def fsdp1_neighbours(
+@dataclass(frozen=True, kw_only=True)
+class Fsdp1Place:
+    """A segment's unit and those whose buffers it meets.
+
+    `fetched_ahead`: the unit that backward gathers besides, `fetched_late`: at its end. `stays`: it
+    is gathered throughout. `met_gradients`: bytes of gradients that are there before its backward,
+    from another segment or from an earlier micro-batch. `is_last`: of the layers; `around`:
+    checkpointing is around its unit.
+    """
+
+    unit: Unit
+    fetched_ahead: Unit = NO_UNIT
+    fetched_late: Unit = NO_UNIT
+    stays: bool = False
+    met_gradients: int = 0
+    is_last: bool = False
+    around: bool = False
+
+    def exchange(self) -> Exchange:
+        return _Checkpointed(self) if self.around else _Fsdp1(self)
+
+
+def fsdp1_places(
     units: Units, *, accumulates: bool, checkpoints: bool, around: bool
-) -> list[Neighbours]:
+) -> list[Fsdp1Place]:
     """Of each segment: embeddings, layers, loss. The root is reduced with the embeddings.
 
     Backward gathers a layer ahead; adapters' units come between layers: the layer before is fetched
@@ -29,28 +53,29 @@ def fsdp1_neighbours(
     for place, (unit, earlier) in enumerate(zip(units.layers, before, strict=True)):
         adapted = bool(unit.reduced_adapters)
         layers.append(
-            Neighbours(
+            Fsdp1Place(
                 unit=unit,
                 fetched_ahead=NO_UNIT if adapted or around else earlier,
                 fetched_late=earlier if adapted and not checkpoints else NO_UNIT,
                 met_gradients=unit.gradients if accumulates else 0,
                 is_last=place == len(units.layers) - 1,
+                around=around,
             )
         )
-    root = Neighbours(
+    root = Fsdp1Place(
         unit=outside,
         stays=True,
         met_gradients=(outside if accumulates else units.tail).gradients,
     )
-    loss = Neighbours(unit=NO_UNIT, fetched_ahead=NO_UNIT if around else units.layers[-1])
+    loss = Fsdp1Place(unit=NO_UNIT, fetched_ahead=NO_UNIT if around else units.layers[-1])
     return [root, *layers, loss]
 
 
-class Fsdp1(Exchange):
-    def __init__(self, neighbours: Neighbours, spread: Spread) -> None:
-        self.near, self.unit = neighbours, neighbours.unit
-        self.taken_over = {"gradients": neighbours.met_gradients}
-        if neighbours.stays:
+class _Fsdp1(Exchange):
+    def __init__(self, near: Fsdp1Place) -> None:
+        self.near, self.unit = near, near.unit
+        self.taken_over = {"gradients": near.met_gradients}
+        if near.stays:
             self.taken_over["communication"] = self.unit.gathered
         self.parameters: Tensor | None = None
         self.ahead: Tensor | None = None
@@ -88,7 +113,7 @@ class Fsdp1(Exchange):
         del flat
 
 
-class Fsdp1Checkpointed(Fsdp1):
+class _Checkpointed(_Fsdp1):
     """A layer whose unit checkpointing is around: what is computed again gathers, frees, and gathers
     once more for backward.
 
@@ -96,8 +121,8 @@ class Fsdp1Checkpointed(Fsdp1):
     end of backward (`_register_post_backward_reshard_only_hook`).
     """
 
-    def __init__(self, neighbours: Neighbours, spread: Spread) -> None:
-        super().__init__(neighbours, spread)
+    def __init__(self, near: Fsdp1Place) -> None:
+        super().__init__(near)
         self.is_frozen = self.unit.reduced == self.unit.reduced_adapters
         self.held: list[Tensor] = []
 
@@ -106,9 +131,7 @@ class Fsdp1Checkpointed(Fsdp1):
             if self.is_frozen and tape.differentiates(hidden):
                 self.held.append(Tensor(hidden.storage, hidden.elements, hidden.width))
             self.parameters = _gather(tape, self.unit)
-            result = call(
-                tape, watched(tape, hidden, super(Fsdp1Checkpointed, self).after_backward)
-            )
+            result = call(tape, watched(tape, hidden, super(_Checkpointed, self).after_backward))
             self.parameters = None
             return watched(tape, result, self._gather_again)
 

@@ -7,12 +7,37 @@ Source: torch/distributed/fsdp/_fully_shard (`_fsdp_param_group.py`, `_fsdp_coll
 
 from __future__ import annotations
 
-from ftplan.planner.exchange import Exchange, Neighbours, buffer, watched
+from dataclasses import dataclass
+
+from ftplan.planner.exchange import Exchange, buffer, watched
 from ftplan.planner.sharded import NO_UNIT, Spread, Unit, Units
 from ftplan.planner.tape import Tape, Tensor
 
 
-def fsdp2_neighbours(units: Units, *, accumulates: bool) -> list[Neighbours]:
+@dataclass(frozen=True, kw_only=True)
+class Fsdp2Place:
+    """A segment's unit and those whose buffers it meets.
+
+    `gathered_before`: whose buffer is alive until the unit's own copies are made. `fetched_ahead`:
+    the one that backward gathers besides. `reduced_after`: whose gradients are being sent when
+    backward begins. `stays`: it remains gathered from forward to backward. `met_gradients`: bytes
+    of gradients that are there before its backward, from another use of its parameters or from an
+    earlier micro-batch.
+    """
+
+    spread: Spread
+    unit: Unit
+    gathered_before: Unit = NO_UNIT
+    fetched_ahead: Unit = NO_UNIT
+    reduced_after: Unit = NO_UNIT
+    stays: bool = False
+    met_gradients: int = 0
+
+    def exchange(self) -> Exchange:
+        return _Fsdp2(self)
+
+
+def fsdp2_places(units: Units, spread: Spread, *, accumulates: bool) -> list[Fsdp2Place]:
     """Of each segment: embeddings, layers, loss. Tied embeddings are gathered with the final norm
     before the first layer, and reduced last."""
     first, *_ = layers = list(units.layers)
@@ -22,7 +47,8 @@ def fsdp2_neighbours(units: Units, *, accumulates: bool) -> list[Neighbours]:
         return unit.gradients if accumulates else 0
 
     near = [
-        Neighbours(
+        Fsdp2Place(
+            spread=spread,
             unit=units.tail if tied else units.embedding,
             reduced_after=first,
             stays=tied,
@@ -33,7 +59,8 @@ def fsdp2_neighbours(units: Units, *, accumulates: bool) -> list[Neighbours]:
     reduced = [*layers[1:], NO_UNIT if tied else units.tail]
     for place, unit in enumerate(layers):
         near.append(
-            Neighbours(
+            Fsdp2Place(
+                spread=spread,
                 unit=unit,
                 gathered_before=gathered[place],
                 fetched_ahead=NO_UNIT if tied and not place else gathered[place],
@@ -41,7 +68,8 @@ def fsdp2_neighbours(units: Units, *, accumulates: bool) -> list[Neighbours]:
                 met_gradients=met(unit),
             )
         )
-    tail = Neighbours(
+    tail = Fsdp2Place(
+        spread=spread,
         unit=NO_UNIT if tied else units.tail,
         gathered_before=layers[-1],
         fetched_ahead=layers[-1],
@@ -51,11 +79,10 @@ def fsdp2_neighbours(units: Units, *, accumulates: bool) -> list[Neighbours]:
     return [*near, tail]
 
 
-class Fsdp2(Exchange):
-    def __init__(self, neighbours: Neighbours, spread: Spread) -> None:
-        self.near, self.unit = neighbours, neighbours.unit
-        self.num_gpus, self.offloads = spread.num_gpus, spread.offloads
-        self.taken_over = {"gradients": neighbours.met_gradients}
+class _Fsdp2(Exchange):
+    def __init__(self, near: Fsdp2Place) -> None:
+        self.near, self.unit, self.spread = near, near.unit, near.spread
+        self.taken_over = {"gradients": near.met_gradients}
         self.is_watching = False
         self.buffer: Tensor | None = None
         self.parameters: Tensor | None = None
@@ -109,12 +136,12 @@ class Fsdp2(Exchange):
         if self.unit.reduced != self.unit.gradient_share:
             share = buffer(tape, self.unit.reduced)
         tape.relabel(share, "gradients")
-        if not self.offloads:
+        if not self.spread.offloads:
             self.reduced = share
 
     def _gather(self, tape: Tape, unit: Unit) -> Tensor:
         """The buffer that a unit is gathered in; on one GPU none is."""
         share = buffer(tape, unit.cast)
-        whole = buffer(tape, unit.gathered if self.num_gpus > 1 else 0)
+        whole = buffer(tape, unit.gathered if self.spread.num_gpus > 1 else 0)
         del share
         return whole

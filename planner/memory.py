@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 from ftplan.planner.closed_form import check_closed_form
+from ftplan.planner.held import Held, StepHeld, held_of_shares, held_under_zero
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -25,7 +26,6 @@ from ftplan.planner.hardware_spec import (
 )
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
-from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
     Workload,
@@ -231,14 +231,17 @@ def fits(memory: MemoryEstimate, device: Device) -> bool:
     return needed_bytes(memory) <= device.free_bytes
 
 
-def weight_memory_bytes(model: ModelSpec, plan: TrainingPlan, stack: Stack = OWN_STACK) -> int:
-    """Bytes of the loaded model, eq. (1): quantized matrices, the rest in `dtype`; in fp32 after
-    k-bit preparation."""
+def weight_memory_bytes(
+    model: ModelSpec, plan: TrainingPlan, stack: Stack = OWN_STACK, width: int | None = None
+) -> int:
+    """Bytes of the loaded model, eq. (1): quantized matrices, the rest in `dtype` or `width` bytes;
+    in fp32 after k-bit preparation."""
+    width = width or plan.weight_bytes
     if plan.quantization == "none":
-        return model.num_parameters * plan.weight_bytes
+        return model.num_parameters * width
     quantized = model.quantizable_weights
     rest = model.num_parameters - quantized
-    rest_bytes = rest * plan.weight_bytes
+    rest_bytes = rest * width
     if stack.kbit_prepare:
         outer = 2 * model.embedding_parameters if not model.tie_word_embeddings else 0
         rest_bytes = rest * FLOAT32_BYTES
@@ -286,6 +289,10 @@ _decisive = attrgetter(
         if not item.metadata["recipe"] and item.name not in _MEASURES
     )
 )
+
+
+# Of what backward leaves, what is counted by itself or is gone when the optimizer steps.
+_GIVEN_BACK = ("gradients", "communication", "activations")
 
 
 def compiled_step(
@@ -379,30 +386,23 @@ def _phase(name: str, held: Mapping[str, int], moment: Moment, rows: int, length
     return Phase(name=name, components=components)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Held:
-    """What a GPU holds from beginning to end, whatever the batch.
-
-    `carried`: gradients that wait for further micro-batches. `gathered`: parameters of all GPUs,
-    from the beginning of forward to the end of backward. `trained`, `all_states`: weights and
-    states on all GPUs and the host, as they are saved.
-    """
-
-    weights: int
-    adapters: int
-    gradients: int
-    carried: int
-    optimizer_states: int
-    step_temporaries: int
-    communication: int = 0
-    gathered: int = 0
-    trained: int
-    all_states: int
+def _held(
+    model: ModelSpec, plan: TrainingPlan, stack: Stack, trained: Trained, settings: StepSettings
+) -> Held:
+    if settings.spread is not None:
+        scales = 0
+        if plan.quantization != "none":
+            scales = round(model.quantizable_weights * (quantized_bytes_per_weight(plan) - 0.5))
+        return held_of_shares(step_units(model, settings), plan, settings.spread, scales)
+    if settings.reduction is not None:
+        weights = weight_memory_bytes(model, plan, stack, settings.numerics.weights)
+        return held_under_zero(weights, plan, trained, settings.reduction)
+    return _held_whole(model, plan, stack, trained, settings)
 
 
 def _held_whole(
     model: ModelSpec, plan: TrainingPlan, stack: Stack, trained: Trained, settings: StepSettings
-) -> _Held:
+) -> Held:
     """Every GPU holds all. DDP's buckets repeat the gradients."""
     optimizer = plan.optimizer
     widths = [
@@ -413,48 +413,21 @@ def _held_whole(
     states = sum(
         optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
     )
-    return _Held(
+    return Held(
         weights=weight_memory_bytes(model, plan, stack),
         adapters=num_elements(trained.adapters) * settings.numerics.adapters
         + num_elements(trained.held_as_base) * plan.weight_bytes
         + trained.frozen_parameters * FLOAT32_BYTES
         + trained.index_bytes,
-        gradients=gradients,
         carried=gradients,
         optimizer_states=states,
-        step_temporaries=sum(optimizer.step_temporary_bytes(*pair) for pair in widths),
         communication=gradients if plan.num_gpus > 1 else 0,
-        trained=gradients,
-        all_states=states,
-    )
-
-
-def _held_of_shares(
-    model: ModelSpec, plan: TrainingPlan, settings: StepSettings, spread: Spread
-) -> _Held:
-    """What one GPU holds of what several divide. Scales of 4-bit weights are not divided; what is
-    gathered with no layer is there throughout."""
-    units, optimizer = step_units(model, settings), plan.optimizer
-    whole = units.whole
-    widths = [
-        ((whole.reduced - whole.reduced_adapters) // spread.trained, spread.trained),
-        (whole.reduced_adapters // spread.adapters, spread.adapters),
-    ]
-    states = sum(optimizer.state_bytes(*pair) for pair in widths)
-    on_gpu = 0 if spread.offloads else 1
-    scales = 0
-    if plan.quantization != "none":
-        scales = round(model.quantizable_weights * (quantized_bytes_per_weight(plan) - 0.5))
-    return _Held(
-        weights=whole.weights + scales,
-        adapters=whole.adapters,
-        gradients=on_gpu * whole.reduced,
-        carried=whole.gradients,
-        optimizer_states=on_gpu * states,
-        step_temporaries=on_gpu * sum(optimizer.step_temporary_bytes(*pair) for pair in widths),
-        gathered=(units.outside if spread.kind == "fsdp1" else units.root).gathered,
-        trained=plan.num_gpus * whole.reduced,
-        all_states=plan.num_gpus * states,
+        stepping=StepHeld(
+            gradients=gradients,
+            temporaries=sum(optimizer.step_temporary_bytes(*pair) for pair in widths),
+        ),
+        saved_weights=gradients,
+        saved_states=states,
     )
 
 
@@ -469,10 +442,7 @@ def _compile(
     trained = plan.resolved_method.count(model, plan.method_settings)
     settings = step_settings(model, plan, workload, kind, capability, stack, trained)
     trace = trace_step(model, settings)
-    if settings.spread is None:
-        held = _held_whole(model, plan, stack, trained, settings)
-    else:
-        held = _held_of_shares(model, plan, settings, settings.spread)
+    held = _held(model, plan, stack, trained, settings)
     workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
     loaded = {"weights": held.weights, "adapters": held.adapters}
     resident = {
@@ -484,24 +454,28 @@ def _compile(
     running = {
         **resident,
         "gradients": held.carried if workload.accumulates else 0,
-        "communication": held.communication + held.gathered,
+        "communication": held.communication + held.exchanged,
     }
     stepping = {
         **resident,
-        "gradients": held.gradients,
-        "temporaries": resident["temporaries"] + held.step_temporaries,
+        "gradients": held.stepping.gradients,
+        "temporaries": resident["temporaries"] + held.stepping.temporaries,
     }
     nothing = (Moment(ZERO, {}),)
-    left = {**trace.after_backward, "gradients": ZERO}
+    left = {part: form for part, form in trace.after_backward.items() if part not in _GIVEN_BACK}
     after = (Moment(added(left.values()), left),)
+    phases = dict(trace.phases)
+    if held.reducing is not None:
+        reducing = {**left, **{part: constant(size) for part, size in held.reducing.items()}}
+        phases["backward"] = (*phases["backward"], Moment(added(reducing.values()), reducing))
     return CompiledStep(
         trace,
         [
             ("load", loaded, nothing),
-            *((name, running, moments) for name, moments in trace.phases.items()),
+            *((name, running, moments) for name, moments in phases.items()),
             ("optimizer step", stepping, after),
             ("save", resident, nothing),
         ],
         host_bytes=host_loading_bytes(model, plan),
-        disk_bytes=checkpoint_disk_bytes(held.trained, held.all_states),
+        disk_bytes=checkpoint_disk_bytes(held.saved_weights, held.saved_states),
     )

@@ -14,6 +14,7 @@ from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings
 from ftplan.planner.trained import Trained
+from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 
 FLOAT32_BYTES = 4
 
@@ -104,25 +105,43 @@ def step_settings(
         embedding_width=outer,
         head_width=outer,
         spread=spread,
+        reduction=_reduction(plan, trained),
     )
+    if settings.reduction is not None:
+        return _without_autocast(_computing_in(settings, plan.compute_bytes))
     if spread is None or spread.gathered is None:
         return settings
-    return _computing_in(settings, spread, spread.gathered)
+    computing = _computing_in(settings, spread.gathered)
+    if spread.kind == "fsdp2":
+        return _without_autocast(computing)  # `_prepare_fsdp2` of accelerate 1.15
+    # Adapters are units of their own, which hide the width that they compute in.
+    numerics = dataclasses.replace(computing.numerics, adapter_input=spread.adapters)
+    return dataclasses.replace(computing, numerics=numerics)
 
 
-def _computing_in(settings: StepSettings, spread: Spread, width: int) -> StepSettings:
-    """All parameters but quantized ones are gathered in that width. Under FSDP2 there is no autocast
-    then (accelerate's `_prepare_fsdp2`); FSDP1 hides the width of adapters, units of their own."""
+def _computing_in(settings: StepSettings, width: int) -> StepSettings:
+    """All parameters but quantized ones are of that width when they are computed with."""
     numerics = dataclasses.replace(
         settings.numerics, weights=width, residual=width, norms=width, adapters=width
     )
-    settings = dataclasses.replace(
-        settings, numerics=numerics, embedding_width=width, head_width=width
+    return dataclasses.replace(settings, numerics=numerics, embedding_width=width, head_width=width)
+
+
+def _without_autocast(settings: StepSettings) -> StepSettings:
+    return dataclasses.replace(settings, autocast=None, returns_fp32=False)
+
+
+def _reduction(plan: TrainingPlan, trained: Trained) -> Reduction | None:
+    """How ZeRO-1 or ZeRO-2 reduces gradients, which have the engine's dtype."""
+    if plan.sharding not in ("zero1", "zero2"):
+        return None
+    share = share_elements((*trained.own, *trained.added), plan.num_gpus)
+    return Reduction(
+        bucket=REDUCE_BUCKET_SIZE * plan.compute_bytes,
+        share=0 if plan.offload == "optimizer" else share * plan.compute_bytes,
+        partitions=plan.sharding == "zero2",
+        accumulates=plan.gradient_accumulation_steps > 1,
     )
-    if spread.kind == "fsdp2":
-        return dataclasses.replace(settings, autocast=None, returns_fp32=False)
-    numerics = dataclasses.replace(numerics, adapter_input=spread.adapters)
-    return dataclasses.replace(settings, numerics=numerics)
 
 
 def spread_of(plan: TrainingPlan, stack: Stack) -> Spread | None:

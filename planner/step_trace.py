@@ -9,13 +9,13 @@ are those of its first and last one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ftplan.planner import functions as f
-from ftplan.planner.exchange import Exchange, Neighbours
-from ftplan.planner.fsdp1 import Fsdp1, Fsdp1Checkpointed, fsdp1_neighbours
-from ftplan.planner.fsdp2 import Fsdp2, fsdp2_neighbours
+from ftplan.planner.exchange import Alone, Exchange, Place
+from ftplan.planner.fsdp1 import fsdp1_places
+from ftplan.planner.fsdp2 import fsdp2_places
 from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, ModelSpec
 from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
@@ -36,6 +36,7 @@ from ftplan.planner.tape import (
     per_token,
     subtract_forms,
 )
+from ftplan.planner.zero import Reduction, zero_places
 
 Parts = dict[str, Form]
 
@@ -50,7 +51,8 @@ class StepSettings:
     modules that carry an adapter, for each layer that has some. `trained_outside`: names of trained
     parameters outside of the layers. `input_learns`: the embeddings' result needs a gradient (they
     are trained, or a hook asks for it). `embedding_width`, `head_width`: bytes a parameter. `spread`: how
-    several GPUs divide parameters, if they do.
+    several GPUs divide parameters, if they do;
+    `reduction`: how they divide gradients alone.
     """
 
     numerics: Numerics
@@ -77,6 +79,7 @@ class StepSettings:
     embedding_width: int
     head_width: int
     spread: Spread | None = None
+    reduction: Reduction | None = None
 
     def numerics_of(self, model: ModelSpec, place: int) -> Numerics:
         """Of the layer at that place."""
@@ -189,53 +192,44 @@ class _StepTracer:
     def _segments(self) -> tuple[list[Segment], list[object]]:
         """The segments in forward order, and of what kind each is."""
         settings, model = self.settings, self.model
-        near = self._neighbours()
-        segments, labels = [self._embedding(self._exchange(near[0]))], ["embedding"]
+        places = self._places()
+        segments, labels = [self._embedding(places[0].exchange())], ["embedding"]
         known: dict[object, Segment] = {}
         learns = settings.input_learns
         found: list[object] = list(labels)
         for place, layer in enumerate(model.layers):
             numerics = settings.numerics_of(model, place)
             width = segments[-1].result_width
-            key = (id(layer), numerics, learns, width, near[place + 1])
+            key = (id(layer), numerics, learns, width, places[place + 1])
             if key not in known:
-                exchange = self._layer_exchange(near[place + 1])
+                exchange = places[place + 1].exchange()
                 known[key] = self._layer(layer, numerics, learns, width, exchange)
             segments.append(known[key])
             found.append(key)
             learns = learns or bool(numerics.trained or numerics.adapted)
-        segments.append(self._loss(learns, segments[-1].result_width, self._exchange(near[-1])))
+        segments.append(self._loss(learns, segments[-1].result_width, places[-1].exchange()))
         found.append("loss")
         return segments, found
 
-    def _neighbours(self) -> list[Neighbours | None]:
-        """Of each segment, what it exchanges with other GPUs."""
-        if self.settings.spread is None:
-            return [None] * (len(self.model.layers) + 2)
-        settings, spread = self.settings, self.settings.spread
-        units = step_units(self.model, settings)
+    def _places(self) -> Sequence[Place]:
+        """Of each segment, where it is among the others."""
+        settings, model = self.settings, self.model
+        if settings.reduction is not None:
+            learn = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
+            trains = [bool(numerics.trained or numerics.adapted) for numerics in learn]
+            outside = (settings.trains_embeddings, settings.trains_head)
+            return zero_places(settings.reduction, [outside[0], *trains, outside[1]])
+        if settings.spread is None:
+            return [Alone()] * (model.num_hidden_layers + 2)
+        units, spread = step_units(model, settings), settings.spread
         if spread.kind == "fsdp2":
-            return [*fsdp2_neighbours(units, accumulates=settings.accumulates)]
-        return [
-            *fsdp1_neighbours(
-                units,
-                accumulates=settings.accumulates,
-                checkpoints=settings.gradient_checkpointing,
-                around=spread.checkpointed_around,
-            )
-        ]
-
-    def _exchange(self, near: Neighbours | None) -> Exchange:
-        spread = self.settings.spread
-        if near is None or spread is None:
-            return Exchange()
-        return Fsdp2(near, spread) if spread.kind == "fsdp2" else Fsdp1(near, spread)
-
-    def _layer_exchange(self, near: Neighbours | None) -> Exchange:
-        spread = self.settings.spread
-        if near is not None and spread is not None and spread.checkpointed_around:
-            return Fsdp1Checkpointed(near, spread)
-        return self._exchange(near)
+            return fsdp2_places(units, spread, accumulates=settings.accumulates)
+        return fsdp1_places(
+            units,
+            accumulates=settings.accumulates,
+            checkpoints=settings.gradient_checkpointing,
+            around=spread.checkpointed_around,
+        )
 
     def _tape(self) -> Tape:
         s = self.settings
@@ -244,7 +238,7 @@ class _StepTracer:
             on_cuda=s.on_cuda,
             capability=s.capability,
             is_fp16=s.is_fp16,
-            accumulates=s.accumulates,
+            accumulates=s.accumulates or (s.reduction is not None and s.reduction.partitions),
             residual=s.embedding_width,
             single_row=s.single_row,
         )
@@ -322,6 +316,7 @@ class _StepTracer:
         weight = Weight(
             model.embedding_parameters, settings.head_width, trained=settings.trains_head
         )
+        weight.waits = model.tie_word_embeddings
         head = Head(
             vocab_size=model.vocab_size,
             hidden_size=model.embedding_width or model.hidden_size,
