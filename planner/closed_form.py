@@ -6,6 +6,7 @@ from ftplan.planner.errors import InputError
 from ftplan.planner.methods import METHODS
 from ftplan.planner.plan import TrainingPlan, flag_name
 
+MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form models; what they train and add is counted for all of them.
 MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))
 
@@ -13,7 +14,9 @@ MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "ful
 def unmodelled(plan: TrainingPlan) -> str | None:
     """What the closed form does not model of `plan`, as the command line spells it; None where it
     models all."""
-    if plan.sharding != "none":
+    if plan.objective != "sft":
+        return _spelled(plan, "objective")
+    if plan.sharding not in MODELLED_SHARDINGS:
         return _spelled(plan, "sharding")
     if plan.method not in MODELLED_METHODS:
         return _spelled(plan, "method")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ftplan.planner import functions as f
@@ -78,11 +79,12 @@ class StockLoss:
         lets_logits_go: bool = False,
         in_16_bits: bool = False,
         in_place: bool = False,
+        watch: Callable[[Tape, Tensor], Tensor],
     ) -> None:
         """`lets_logits_go`: the fp32 logits take the name of the 16-bit ones; `in_16_bits`: there
-        are none. `in_place`: the
-        cross-entropy writes its gradient over the logits (Unsloth's, in fms-acceleration)."""
-        self.head, self.weight, self.bias = head, weight, bias
+        are none. `in_place`: the cross-entropy writes its gradient over the logits (Unsloth's, in
+        fms-acceleration). `watch` gets the output projection's result, and returns it."""
+        self.head, self.weight, self.bias, self.watch = head, weight, bias, watch
         self.shifts_logits, self.returns_fp32 = shifts_logits, returns_fp32
         self.lets_logits_go, self.in_16_bits = lets_logits_go, in_16_bits
         self.in_place = in_place
@@ -103,6 +105,7 @@ class StockLoss:
         hidden = f.to_product(tape, hidden)
         weight = tape.cast_weight(self.weight)
         logits = f.product(tape, hidden, weight, head.hidden_size, head.vocab_size, self.bias)
+        logits = self.watch(tape, logits)
         if head.scaled:
             logits = f.scale(tape, logits)
         if head.softcapped:

@@ -23,6 +23,7 @@ from ftplan.planner.hardware_spec import (
     Device,
     DeviceKind,
 )
+from ftplan.planner.held import Held, StepHeld, held_of_shares, held_under_zero
 from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.objectives import keeps_reference, trained_model
 from ftplan.planner.plan import TrainingPlan
@@ -38,7 +39,9 @@ from ftplan.planner.step_settings import (
 from ftplan.planner.step_trace import (
     EVALUATION_PHASE,
     REFERENCE_PHASE,
+    StepSettings,
     StepTrace,
+    step_units,
     trace_step,
 )
 from ftplan.planner.tape import ZERO, Form, Moment, add_forms, added, constant, covers, value
@@ -241,15 +244,18 @@ def fits(memory: MemoryEstimate, device: Device) -> bool:
     return needed_bytes(memory) <= device.free_bytes
 
 
-def weight_memory_bytes(model: ModelSpec, plan: TrainingPlan, stack: Stack = OWN_STACK) -> int:
-    """Bytes of the loaded model, eq. (1): quantized matrices, the rest in `dtype`; in fp32 after
-    k-bit preparation."""
+def weight_memory_bytes(
+    model: ModelSpec, plan: TrainingPlan, stack: Stack = OWN_STACK, width: int | None = None
+) -> int:
+    """Bytes of the loaded model, eq. (1): quantized matrices, the rest in `dtype` or `width` bytes;
+    in fp32 after k-bit preparation."""
+    width = width or plan.weight_bytes
     if plan.quantization == "none":
         return model.num_parameters * plan.weight_bytes
     linears = list(_quantized_linears(model, stack))
     quantized = sum(count * linear.num_weights for count, linear in linears)
     rest = model.num_parameters - quantized
-    rest_bytes = rest * plan.weight_bytes
+    rest_bytes = rest * width
     if stack.kbit_prepare:
         outer = 2 * model.embedding_parameters if not model.tie_word_embeddings else 0
         rest_bytes = rest * FLOAT32_BYTES
@@ -310,6 +316,10 @@ _decisive = attrgetter(
         if not item.metadata["recipe"] and item.name not in _MEASURES
     )
 )
+
+
+# Of what backward leaves, what is counted by itself or is gone when the optimizer steps.
+_GIVEN_BACK = ("gradients", "communication", "activations")
 
 
 def compiled_step(
@@ -407,6 +417,51 @@ def _phase(name: str, held: Mapping[str, int], moment: Moment, rows: int, length
     return Phase(name=name, components=components)
 
 
+def _held(
+    model: ModelSpec, plan: TrainingPlan, stack: Stack, trained: Trained, settings: StepSettings
+) -> Held:
+    if settings.spread is not None:
+        scales = 0
+        if plan.quantization != "none":
+            scales = round(model.quantizable_weights * (quantized_bytes_per_weight(plan) - 0.5))
+        return held_of_shares(step_units(model, settings), plan, settings.spread, scales)
+    if settings.reduction is not None:
+        weights = weight_memory_bytes(model, plan, stack, settings.numerics.weights)
+        return held_under_zero(weights, plan, trained, settings.reduction)
+    return _held_whole(model, plan, stack, trained, settings)
+
+
+def _held_whole(
+    model: ModelSpec, plan: TrainingPlan, stack: Stack, trained: Trained, settings: StepSettings
+) -> Held:
+    """Every GPU holds all. DDP's buckets repeat the gradients."""
+    optimizer, kind = plan.optimizer, "cuda" if settings.on_cuda else "cpu"
+    widths = [
+        (num_elements(parameters), width) for parameters, width in trained_widths(plan, trained)
+    ]
+    embeddings = model.embedding_parameters if trained.trains_embeddings else 0
+    gradients = sum(count * width for count, width in widths)
+    states = sum(
+        optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
+    )
+    return Held(
+        weights=weight_memory_bytes(model, plan, stack),
+        adapters=num_elements(trained.adapters) * settings.numerics.adapters
+        + num_elements(trained.held_as_base) * plan.weight_bytes
+        + trained.frozen_parameters * FLOAT32_BYTES
+        + trained.index_bytes,
+        carried=gradients,
+        optimizer_states=states,
+        communication=gradients if plan.num_gpus > 1 else 0,
+        stepping=StepHeld(
+            gradients=gradients,
+            temporaries=_step_temporary_bytes(plan, trained, kind),
+        ),
+        saved_weights=gradients,
+        saved_states=states,
+    )
+
+
 def _compile(
     model: ModelSpec,
     plan: TrainingPlan,
@@ -416,46 +471,43 @@ def _compile(
     stack: Stack,
 ) -> CompiledStep:
     trained = plan.resolved_method.count(model, plan.method_settings)
-    optimizer = plan.optimizer
-    widths = [
-        (num_elements(parameters), width) for parameters, width in trained_widths(plan, trained)
-    ]
-    embeddings = model.embedding_parameters if trained.trains_embeddings else 0
-    gradients = sum(count * width for count, width in widths)
-    states = sum(
-        optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
-    )
-    temporaries = _step_temporary_bytes(plan, trained, kind)
     settings = step_settings(model, plan, workload, kind, capability, stack, trained)
     trace = trace_step(model, settings)
+    held = _held(model, plan, stack, trained, settings)
     workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
-    weights = weight_memory_bytes(model, plan, stack)
     loaded = {
-        "weights": weights,
-        "reference_model": weights if keeps_reference(plan) else 0,
-        "adapters": num_elements(trained.adapters) * settings.numerics.adapters
-        + num_elements(trained.held_as_base) * plan.weight_bytes
-        + trained.frozen_parameters * FLOAT32_BYTES
-        + trained.index_bytes,
+        "weights": held.weights,
+        "reference_model": held.weights if keeps_reference(plan) else 0,
+        "adapters": held.adapters,
     }
     resident = {
         **loaded,
-        "optimizer_states": states,
-        "communication": gradients if plan.num_gpus > 1 else 0,
+        "optimizer_states": held.optimizer_states,
+        "communication": held.communication,
         "temporaries": 2 * workspace,  # one of the forward pass's thread, one of backward's
     }
-    running = {**resident, "gradients": gradients if workload.accumulates else 0}
-    stepping = {**resident, "gradients": gradients}
-    within = {**stepping, "temporaries": resident["temporaries"] + temporaries}
+    running = {
+        **resident,
+        "gradients": held.carried if workload.accumulates else 0,
+        "communication": held.communication + held.exchanged,
+    }
+    stepping = {**resident, "gradients": held.stepping.gradients}
+    temporaries = resident["temporaries"] + held.stepping.temporaries
+    within = {**stepping, "temporaries": temporaries}
     # A loop of one's own lets go of gradients at the beginning of the next step.
-    behind = {**resident, "gradients": gradients if plan.trainer == "loop" else 0}
+    behind = {**resident, "gradients": held.carried if plan.trainer == "loop" else 0}
     held_in = {REFERENCE_PHASE: {**loaded, "temporaries": workspace}, EVALUATION_PHASE: behind}
-    left = {**trace.after_backward, "gradients": ZERO}
+    left = {part: form for part, form in trace.after_backward.items() if part not in _GIVEN_BACK}
+    moments = dict(trace.phases)
+    if held.reducing is not None:
+        reducing = {**left, **{part: constant(size) for part, size in held.reducing.items()}}
+        moments["backward"] = (*moments["backward"], Moment(added(reducing.values()), reducing))
     phases = [
-        (name, held_in.get(name, running), moments)
+        (name, held_in.get(name, running), moments[name])
         for name in (REFERENCE_PHASE, *STEP_PHASES)
-        if (moments := trace.phases.get(name))
+        if name in moments
     ]
+    evaluating = {**behind, "communication": running["communication"]}
     return CompiledStep(
         trace,
         [
@@ -464,18 +516,18 @@ def _compile(
             # At its beginning what backward leaves is there.
             ("optimizer step", stepping, (Moment(added(left.values()), left),)),
             ("optimizer step", within, (Moment(added(trace.inputs.values()), trace.inputs),)),
-            (EVALUATION_PHASE, behind, trace.phases[EVALUATION_PHASE]),
+            (EVALUATION_PHASE, evaluating, moments[EVALUATION_PHASE]),
             ("save", behind, (_NOTHING,)),
         ],
         host_bytes=host_loading_bytes(model, plan),
-        disk_bytes=checkpoint_disk_bytes(gradients, states),
+        disk_bytes=checkpoint_disk_bytes(held.saved_weights, held.saved_states),
     )
 
 
 _NOTHING = Moment(ZERO, {})
 
 
-def _step_temporary_bytes(plan: TrainingPlan, trained: Trained, kind: DeviceKind) -> int:
+def _step_temporary_bytes(plan: TrainingPlan, trained: Trained, kind: str) -> int:
     """What exists only while the optimizer steps; on the processor of one tensor at a time."""
     optimizer, widths = plan.optimizer, trained_widths(plan, trained)
     if kind == "cpu" and optimizer.tensor_copies is not None:

@@ -47,6 +47,7 @@ class Numerics:
     trained: frozenset[str] = frozenset()
     adapted: frozenset[str] = frozenset()
     rank: int = 0
+    adapter_input: int | None = None
     dropout: float = 0.0
     attn_implementation: str = "sdpa"
     fused_kernels: bool = False
@@ -181,7 +182,7 @@ class LoraLinear:
         up = Linear(name="lora_B", in_features=rank, out_features=linear.out_features)
         self.lora_a = PlainLinear(down, width, ("lora_A.weight",))
         self.lora_b = PlainLinear(up, width, ("lora_B.weight",))
-        self.width, self.dropout = width, numerics.dropout
+        self.width, self.dropout = numerics.adapter_input or width, numerics.dropout
         self.quantization = numerics.quantization
         self.fused_dropout = numerics.fused_kernels and numerics.quantization != "none"
 

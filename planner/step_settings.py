@@ -11,9 +11,11 @@ from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.objectives import keeps_reference
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings
 from ftplan.planner.trained import Trained
+from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 
 FLOAT32_BYTES = 4
 NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
@@ -61,6 +63,7 @@ def step_settings(
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
     objective = plan.resolved_objective
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
+    spread = spread_of(plan, stack)
     settings = StepSettings(
         numerics=Numerics(
             weights=plan.weight_bytes,
@@ -91,8 +94,13 @@ def step_settings(
         trained_outside=frozenset(
             p.name for p in trained.own if p.name in {o.name for o in model.outer_parameters}
         ),
-        # `gradient_checkpointing_enable` also asks for it (transformers.modeling_utils).
-        input_learns=trained.trains_embeddings or plan.gradient_checkpointing,
+        # Checkpointing asks for it (`_activation_checkpointing_enable` of transformers 5); formerly
+        # for adapters alone.
+        input_learns=trained.trains_embeddings
+        or (
+            plan.gradient_checkpointing
+            and (plan.resolved_method.adapter or stack.transformers_version is None)
+        ),
         autocast=plan.compute_bytes if autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
         on_cuda=kind == "cuda",
@@ -113,7 +121,10 @@ def step_settings(
         input_bytes=NUMBER_BYTES * objective.batch_numbers,
         scores=objective.scores,
         finds_top1=objective.finds_top1,
+        spread=spread,
+        reduction=_reduction(plan, trained),
     )
+    settings = _spread_out(settings, plan)
     if not objective.has_reference:
         return settings
     return dataclasses.replace(
@@ -138,6 +149,68 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
         trains_embeddings=True,
         trains_head=True,
         finds_top1=False,
+    )
+
+
+def _spread_out(settings: StepSettings, plan: TrainingPlan) -> StepSettings:
+    """In which widths several GPUs that divide the model's state compute."""
+    spread = settings.spread
+    if settings.reduction is not None:
+        return _without_autocast(_computing_in(settings, plan.compute_bytes))
+    if spread is None or spread.gathered is None:
+        return settings
+    computing = _computing_in(settings, spread.gathered)
+    if spread.kind == "fsdp2":
+        return _without_autocast(computing)  # `_prepare_fsdp2` of accelerate 1.15
+    # Adapters are units of their own, which hide the width that they compute in.
+    numerics = dataclasses.replace(computing.numerics, adapter_input=spread.adapters)
+    return dataclasses.replace(computing, numerics=numerics)
+
+
+def _computing_in(settings: StepSettings, width: int) -> StepSettings:
+    """All parameters but quantized ones are of that width when they are computed with."""
+    numerics = dataclasses.replace(
+        settings.numerics, weights=width, residual=width, norms=width, adapters=width
+    )
+    return dataclasses.replace(settings, numerics=numerics, embedding_width=width, head_width=width)
+
+
+def _without_autocast(settings: StepSettings) -> StepSettings:
+    return dataclasses.replace(settings, autocast=None, returns_fp32=False)
+
+
+def _reduction(plan: TrainingPlan, trained: Trained) -> Reduction | None:
+    """How ZeRO-1 or ZeRO-2 reduces gradients, which have the engine's dtype."""
+    if plan.sharding not in ("zero1", "zero2"):
+        return None
+    share = share_elements((*trained.own, *trained.added), plan.num_gpus)
+    return Reduction(
+        bucket=REDUCE_BUCKET_SIZE * plan.compute_bytes,
+        share=0 if plan.offload == "optimizer" else share * plan.compute_bytes,
+        partitions=plan.sharding == "zero2",
+        accumulates=plan.gradient_accumulation_steps > 1,
+    )
+
+
+def spread_of(plan: TrainingPlan, stack: Stack) -> Spread | None:
+    """How several GPUs divide the parameters; None where each holds all of them.
+
+    Under mixed precision accelerate holds what is trained in fp32; not under FSDP2 if the base is
+    quantized (`fsdp2_prepare_model` and `prepare_model` of accelerate 1.15).
+    """
+    if plan.sharding != "fsdp":
+        return None
+    first = stack.fsdp_version == 1
+    masters = plan.autocast and (first or plan.quantization == "none")
+    return Spread(
+        kind="fsdp1" if first else "fsdp2",
+        num_gpus=plan.num_gpus,
+        frozen=plan.weight_bytes,
+        trained=FLOAT32_BYTES if masters else plan.weight_bytes,
+        adapters=FLOAT32_BYTES if masters else adapter_weight_bytes(plan),
+        gathered=plan.compute_bytes if plan.autocast else None,
+        offloads=plan.offload == "parameters",
+        checkpointed_around=first and plan.gradient_checkpointing and stack.checkpoints_around,
     )
 
 

@@ -9,14 +9,19 @@ are those of its first and last one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ftplan.planner import functions as f
+from ftplan.planner.exchange import Alone, Exchange, Place
+from ftplan.planner.fsdp1 import fsdp1_places
+from ftplan.planner.fsdp2 import fsdp2_places
 from ftplan.planner.losses import Head, LigerLoss, LossShape, Score, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, ModelSpec
 from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
+from ftplan.planner.sharded import Spread, Units, units_of
 from ftplan.planner.tape import (
+    ZERO,
     Form,
     Moment,
     Tape,
@@ -24,6 +29,7 @@ from ftplan.planner.tape import (
     Weight,
     add_forms,
     added,
+    constant,
     covers,
     per_pair,
     per_position,
@@ -31,6 +37,7 @@ from ftplan.planner.tape import (
     subtract_forms,
     times,
 )
+from ftplan.planner.zero import Reduction, zero_places
 
 Parts = dict[str, Form]
 
@@ -53,6 +60,8 @@ class StepSettings:
     logits. `finds_top1`: the loss also tells whether each target is the most probable token.
     `reference`: of the model that a preference is measured against, whose pass comes behind; with
     `asks_before` it comes before training instead.
+    `spread`: how several GPUs divide parameters, if they do; `reduction`: how they divide
+    gradients alone.
     """
 
     numerics: Numerics
@@ -92,6 +101,18 @@ class StepSettings:
         numerics = dataclasses.replace(self.numerics, dropout=0.0)
         return dataclasses.replace(self, numerics=numerics)
 
+    spread: Spread | None = None
+    reduction: Reduction | None = None
+
+    def numerics_of(self, model: ModelSpec, place: int) -> Numerics:
+        """Of the layer at that place."""
+        first_trained = model.num_hidden_layers - self.trained_layers
+        return dataclasses.replace(
+            self.numerics,
+            trained=self.trained_names if place >= first_trained else frozenset(),
+            adapted=self.adapted.get(place, frozenset()),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -102,6 +123,7 @@ class Segment:
     `keeps_input`: its backward needs its input as it came.
     `kept_forward`: what it leaves behind until forward ends, its result not counted;
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
+    `taken_over`: of what is there without it, what its backward counts itself.
     """
 
     forward: tuple[Moment, ...]
@@ -111,6 +133,7 @@ class Segment:
     kept_forward: Parts
     kept: Parts
     left: Parts
+    taken_over: Parts
     forward_flops: Form
     backward_flops: Form
     forward_moved: Form
@@ -135,6 +158,13 @@ class StepTrace:
     backward_flops: Form
     forward_moved: Form
     backward_moved: Form
+
+
+def step_units(model: ModelSpec, settings: StepSettings) -> Units:
+    """What several GPUs divide."""
+    assert settings.spread is not None
+    numerics = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
+    return units_of(model, settings.spread, numerics, settings.trained_outside)
 
 
 def trace_step(model: ModelSpec, settings: StepSettings) -> StepTrace:
@@ -167,6 +197,7 @@ class _StepTracer:
         places, left = _extremes(labels), Parts()
         for index in reversed(range(len(segments))):
             segment = segments[index]
+            left = _less(left, segment.taken_over)
             if index in places and segment.backward:
                 phase = "loss" if index == len(segments) - 1 else "backward"
                 self._add(phase, segment.backward, _sum(bases[index], left))
@@ -272,25 +303,44 @@ class _StepTracer:
     def _segments(self) -> tuple[list[Segment], list[object]]:
         """The segments in forward order, and of what kind each is."""
         settings, model = self.settings, self.model
-        segments, labels = [self._embedding()], ["embedding"]
+        places = self._places()
+        segments, labels = [self._embedding(places[0].exchange())], ["embedding"]
         known: dict[object, Segment] = {}
-        first_trained = model.num_hidden_layers - settings.trained_layers
         learns = settings.input_learns
         found: list[object] = list(labels)
         for place, layer in enumerate(model.layers):
-            trained = settings.trained_names if place >= first_trained else frozenset[str]()
-            adapted = settings.adapted.get(place, frozenset())
+            numerics = settings.numerics_of(model, place)
             width = segments[-1].result_width
-            key = (id(layer), bool(trained), adapted, learns, width)
+            key = (id(layer), numerics, learns, width, places[place + 1])
             if key not in known:
-                numerics = dataclasses.replace(settings.numerics, trained=trained, adapted=adapted)
-                known[key] = self._layer(layer, numerics, learns, width)
+                exchange = places[place + 1].exchange()
+                known[key] = self._layer(layer, numerics, learns, width, exchange)
             segments.append(known[key])
             found.append(key)
-            learns = learns or bool(trained) or bool(adapted)
-        segments.append(self._loss(learns, segments[-1].result_width))
+            learns = learns or bool(numerics.trained or numerics.adapted)
+        segments.append(self._loss(learns, segments[-1].result_width, places[-1].exchange()))
         found.append("loss")
         return segments, found
+
+    def _places(self) -> Sequence[Place]:
+        """Of each segment, where it is among the others."""
+        settings, model = self.settings, self.model
+        if settings.reduction is not None:
+            learn = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
+            trains = [bool(numerics.trained or numerics.adapted) for numerics in learn]
+            outside = (settings.trains_embeddings, settings.trains_head)
+            return zero_places(settings.reduction, [outside[0], *trains, outside[1]])
+        if settings.spread is None:
+            return [Alone()] * (model.num_hidden_layers + 2)
+        units, spread = step_units(model, settings), settings.spread
+        if spread.kind == "fsdp2":
+            return fsdp2_places(units, spread, accumulates=settings.accumulates)
+        return fsdp1_places(
+            units,
+            accumulates=settings.accumulates,
+            checkpoints=settings.gradient_checkpointing,
+            around=spread.checkpointed_around,
+        )
 
     def _tape(self) -> Tape:
         s = self.settings
@@ -299,7 +349,7 @@ class _StepTracer:
             on_cuda=s.on_cuda,
             capability=s.capability,
             is_fp16=s.is_fp16,
-            accumulates=s.accumulates,
+            accumulates=s.accumulates or (s.reduction is not None and s.reduction.partitions),
             residual=s.embedding_width,
             single_row=s.single_row,
         )
@@ -315,7 +365,7 @@ class _StepTracer:
             return {}
         return {"temporaries": per_position(2 * rotary * self.settings.embedding_width + 8)}
 
-    def _embedding(self) -> Segment:
+    def _embedding(self, exchange: Exchange) -> Segment:
         model, settings = self.model, self.settings
         weight = Weight(
             model.embedding_parameters,
@@ -340,9 +390,11 @@ class _StepTracer:
                 del place
             return hidden if norm is None else norm(tape, hidden)
 
-        return self._segment(forward, None, learns=settings.trains_embeddings)
+        return self._segment(forward, None, exchange, learns=settings.trains_embeddings)
 
-    def _layer(self, layer: Layer, numerics: Numerics, learns: bool, width: int) -> Segment:
+    def _layer(
+        self, layer: Layer, numerics: Numerics, learns: bool, width: int, exchange: Exchange
+    ) -> Segment:
         settings = self.settings
         module = DecoderLayer(layer, numerics)
 
@@ -350,28 +402,32 @@ class _StepTracer:
             if not (settings.gradient_checkpointing and self.with_gradients):
                 return module(tape, given[0])
 
+            layer = exchange.around(module)
+
             def call(hidden: Tensor) -> Tensor:
-                return module(tape, hidden)
+                return layer(tape, hidden)
 
             run = tape.checkpoint_reentrant if settings.use_reentrant else tape.checkpoint
             return run(call, given)
 
-        return self._segment(forward, (per_token(self.model.hidden_size), width), learns=learns)
+        size = per_token(self.model.hidden_size), width
+        return self._segment(forward, size, exchange, learns=learns)
 
-    def _loss(self, learns: bool, width: int) -> Segment:
+    def _loss(self, learns: bool, width: int, exchange: Exchange) -> Segment:
         model, settings = self.model, self.settings
         numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
         norm = norm_module(model.final_norm, numerics) if model.final_norm else None
         weight = Weight(
             model.embedding_parameters, settings.head_width, trained=settings.trains_head
         )
+        weight.waits = model.tie_word_embeddings
         head = Head(
             vocab_size=model.vocab_size,
             hidden_size=model.embedding_width or model.hidden_size,
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
         )
-        loss = self._score() if settings.scores else self._loss_module(head, weight)
+        loss = self._score() if settings.scores else self._loss_module(head, weight, exchange)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             hidden = norm(tape, given[0]) if norm is not None else given[0]
@@ -383,17 +439,18 @@ class _StepTracer:
             return result
 
         self.held: list[Tensor] = []
-        return self._segment(forward, (per_token(model.hidden_size), width), learns=learns)
+        size = per_token(model.hidden_size), width
+        return self._segment(forward, size, exchange, learns=learns)
 
     def _score(self) -> Score:
         """PEFT trains a copy of it beside adapters."""
         settings, hidden_size = self.settings, self.model.hidden_size
-        adapted = bool(settings.numerics.adapted)
+        adapted = bool(settings.adapted)
         width = settings.numerics.adapters if adapted else settings.head_width
         trained = settings.trains_head or adapted
         return Score(hidden_size, Weight(hidden_size, width, trained=trained))
 
-    def _loss_module(self, head: Head, weight: Weight) -> Callable[..., Tensor]:
+    def _loss_module(self, head: Head, weight: Weight, exchange: Exchange) -> Callable[..., Tensor]:
         settings = self.settings
         if settings.loss == "liger":
             return LigerLoss(head, weight, settings.loss_shape)
@@ -408,12 +465,14 @@ class _StepTracer:
             lets_logits_go=settings.lets_logits_go,
             in_16_bits=settings.loses_in_16_bits,
             in_place=settings.loss == "triton_ce",
+            watch=exchange.watch,
         )
 
     def _segment(
         self,
         forward: Callable[[Tape, list[Tensor]], Tensor],
         input_size: tuple[Form, int] | None,
+        exchange: Exchange,
         *,
         learns: bool,
     ) -> Segment:
@@ -425,24 +484,31 @@ class _StepTracer:
             given = [tape.empty(*input_size)]
             if learns and self.with_gradients:
                 gradient = tape.leaf(given[0])
+        exchange.before_forward(tape)
         result = forward(tape, given)
+        exchange.after_forward(tape)
         before = tape.state()
         given.clear()
         keeps_input = tape.state() == before
         result_width = result.width
         forward_moments = tape.moments()
         forward_flops, forward_moved = tape.flops, tape.moved
+        exchange.hand_on()
         kept_forward = _without(tape.state(), result)
         tape.end_autocast()
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:
-            incoming: list[Tensor | None] = [tape.like(result)]
+            incoming = [tape.like(result)]
+            exchange.before_backward(tape, incoming[0])
             roots = [result]
             del result
             tape.backward(roots, incoming)
+            exchange.after_backward(tape)
             backward_moments = tape.moments()
+        exchange.hand_on()
         gradient.clear()
+        taken_over = {part: constant(size) for part, size in exchange.taken_over.items()}
         return Segment(
             forward=forward_moments,
             backward=backward_moments,
@@ -451,6 +517,7 @@ class _StepTracer:
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_moments else {},
+            taken_over=taken_over if backward_moments else {},
             forward_flops=forward_flops,
             backward_flops=subtract_forms(tape.flops, forward_flops),
             forward_moved=forward_moved,
@@ -479,6 +546,13 @@ def _sum(left: Parts, right: Parts) -> Parts:
     result = dict(left)
     for name, form in right.items():
         result[name] = add_forms(result[name], form) if name in result else form
+    return result
+
+
+def _less(left: Parts, right: Parts) -> Parts:
+    result = dict(left)
+    for name, form in right.items():
+        result[name] = subtract_forms(result.get(name, ZERO), form)
     return result
 
 

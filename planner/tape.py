@@ -143,14 +143,18 @@ class Tensor:
 
 
 class Weight(Tensor):
-    """A parameter. Its own memory is counted elsewhere; its gradient's and its copies' here."""
+    """A parameter. Its own memory is counted elsewhere; its gradient's and its copies' here.
 
-    __slots__ = ("gradient",)
+    `waits`: it has another use, whose gradient is added before its own counts as there.
+    """
+
+    __slots__ = ("gradient", "waits")
 
     def __init__(self, num_elements: int, width: int, *, trained: bool) -> None:
         super().__init__(None, constant(num_elements), width)
         self.requires_grad = trained
         self.gradient: Tensor | None = None
+        self.waits = False
 
 
 Backward = Callable[["Tape", list["Tensor | None"], list["Tensor"]], "list[Tensor | None]"]
@@ -243,6 +247,8 @@ class Tape:
         self._cycles: list[Frame] = []
         self._held: list[Tensor] = []
         self._held_again: list[Tensor] = []
+        self._with_gradients: list[Weight] = []
+        self.at_first_gradient: Callable[[Tape], None] | None = None
 
     # What is alive.
 
@@ -473,6 +479,7 @@ class Tape:
                     continue
                 if isinstance(edge.to, Weight):
                     self._accumulate(edge.to, gradient)
+                    gradient = None
                     continue
                 if edge.to.order not in seen:
                     seen.add(edge.to.order)
@@ -524,9 +531,23 @@ class Tape:
 
     def _accumulate(self, weight: Weight, gradient: Tensor) -> None:
         """The first gradient of a parameter is kept as it is, later ones are added to it."""
+        if weight.waits:
+            self.relabel(gradient, "gradients")
+            weight.gradient = gradient
+            return
+        begin, self.at_first_gradient = self.at_first_gradient, None
+        if begin is not None:
+            begin(self)
         if weight.gradient is None and not self.accumulates:
             self.relabel(gradient, "gradients")
             weight.gradient = gradient
+            self._with_gradients.append(weight)
+
+    def release_gradients(self) -> None:
+        """Let go of the gradients of all parameters."""
+        for weight in self._with_gradients:
+            weight.gradient = None
+        self._with_gradients.clear()
 
     def _sum_up(self, edge: Edge, gradient: Tensor) -> None:
         """Into the first gradient where no one else refers to it, else into a new tensor."""

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from ftplan.launcher.dry_run.fsdp import enable, group_of
 from ftplan.launcher.dry_run.recorder import local_tensor
 from ftplan.launcher.dry_run.step import dry_run
-from ftplan.launcher.dry_run.zero import REDUCE_BUCKET_SIZE
 from ftplan.launcher.training.measure import storage_sizes
 from ftplan.planner.memory_record import MemoryRecord
+from ftplan.planner.zero import REDUCE_BUCKET_SIZE
 from tests.dry_runs import (
     GENERATOR_STATE_BYTES,
     LLAMA,

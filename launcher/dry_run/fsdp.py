@@ -46,10 +46,6 @@ _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_
 # How DTensor finds out what an operation returns: on tensors of the unsharded shapes.
 _WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
 _ATTACH_QUANT_STATE = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module"
-# Until then models put gradient checkpointing around what FSDP1 had put around a layer, and
-# reentrant by default (`_gradient_checkpointing_func` in transformers 4.51's modeling_llama.py);
-# from then on layers do it themselves (4.52's modeling_layers.py).
-_CHECKPOINTS_WITHIN = (4, 52)
 
 Adopt = Callable[..., None]
 
@@ -71,7 +67,7 @@ def fully_sharded(
         recorder.on_host = False
         for model in trainer.accelerator._models:
             _place_wrappers(recorder, model)
-            if (case.transformers_version or _CHECKPOINTS_WITHIN) < _CHECKPOINTS_WITHIN:
+            if case.checkpoints_around:
                 _checkpoint_around(model)
             if not offloads:
                 _adopt_flat(recorder, model)

@@ -18,9 +18,7 @@ from torch import nn
 
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
-
-# `reduce_bucket_size`: elements of the buffer in which gradients wait to be reduced.
-REDUCE_BUCKET_SIZE = 500_000_000
+from ftplan.planner.zero import REDUCE_BUCKET_SIZE
 
 Adopt = Callable[..., None]
 

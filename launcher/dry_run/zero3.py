@@ -15,7 +15,6 @@ from torch import nn
 
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.zero import (
-    REDUCE_BUCKET_SIZE,
     Adopt,
     engine_dtype,
     have_divided,
@@ -23,6 +22,7 @@ from ftplan.launcher.dry_run.zero import (
 )
 from ftplan.launcher.dry_run.zero3_parameters import PartitionedParameters, ZeroParameter
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.zero import REDUCE_BUCKET_SIZE
 
 # Elements of the share that the optimizer steps on at once.
 SUB_GROUP_SIZE = 1_000_000_000

@@ -1,0 +1,147 @@
+"""FSDP2 on a tape: a unit's parameters are gathered into a buffer and copied out of it, the next
+unit's buffer is filled meanwhile.
+
+Source: torch/distributed/fsdp/_fully_shard (`_fsdp_param_group.py`, `_fsdp_collectives.py`) of
+torch 2.13; the units are those that accelerate 1.15 makes (`fsdp2_prepare_model`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftplan.planner.exchange import Exchange, buffer, watched
+from ftplan.planner.sharded import NO_UNIT, Spread, Unit, Units
+from ftplan.planner.tape import Tape, Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsdp2Place:
+    """A segment's unit and those whose buffers it meets.
+
+    `gathered_before`: whose buffer is alive until the unit's own copies are made. `fetched_ahead`:
+    the one that backward gathers besides. `reduced_after`: whose gradients are being sent when
+    backward begins. `stays`: it remains gathered from forward to backward. `met_gradients`: bytes
+    of gradients that are there before its backward, from another use of its parameters or from an
+    earlier micro-batch.
+    """
+
+    spread: Spread
+    unit: Unit
+    gathered_before: Unit = NO_UNIT
+    fetched_ahead: Unit = NO_UNIT
+    reduced_after: Unit = NO_UNIT
+    stays: bool = False
+    met_gradients: int = 0
+
+    def exchange(self) -> Exchange:
+        return _Fsdp2(self)
+
+
+def fsdp2_places(units: Units, spread: Spread, *, accumulates: bool) -> list[Fsdp2Place]:
+    """Of each segment: embeddings, layers, loss. Tied embeddings are gathered with the final norm
+    before the first layer, and reduced last."""
+    first, *_ = layers = list(units.layers)
+    tied = units.embedding == NO_UNIT
+
+    def met(unit: Unit) -> int:
+        return unit.gradients if accumulates else 0
+
+    near = [
+        Fsdp2Place(
+            spread=spread,
+            unit=units.tail if tied else units.embedding,
+            reduced_after=first,
+            stays=tied,
+            met_gradients=units.tail.gradients if tied else met(units.embedding),
+        )
+    ]
+    gathered = [units.tail if tied else units.embedding, *layers]
+    reduced = [*layers[1:], NO_UNIT if tied else units.tail]
+    for place, unit in enumerate(layers):
+        near.append(
+            Fsdp2Place(
+                spread=spread,
+                unit=unit,
+                gathered_before=gathered[place],
+                fetched_ahead=NO_UNIT if tied and not place else gathered[place],
+                reduced_after=reduced[place],
+                met_gradients=met(unit),
+            )
+        )
+    tail = Fsdp2Place(
+        spread=spread,
+        unit=NO_UNIT if tied else units.tail,
+        gathered_before=layers[-1],
+        fetched_ahead=layers[-1],
+        stays=True,
+        met_gradients=0 if tied else met(units.tail),
+    )
+    return [*near, tail]
+
+
+class _Fsdp2(Exchange):
+    def __init__(self, near: Fsdp2Place) -> None:
+        self.near, self.unit, self.spread = near, near.unit, near.spread
+        self.taken_over = {"gradients": near.met_gradients}
+        self.is_watching = False
+        self.buffer: Tensor | None = None
+        self.parameters: Tensor | None = None
+        self.sending: Tensor | None = None
+        self.earlier: Tensor | None = None
+        self.reduced: Tensor | None = None
+
+    def before_forward(self, tape: Tape) -> None:
+        before = buffer(tape, self.near.gathered_before.gathered)
+        if self.unit == NO_UNIT:
+            self.buffer = before
+            return
+        self.buffer = self._gather(tape, self.unit)
+        self.parameters = buffer(tape, self.unit.gathered)
+        del before
+
+    def after_forward(self, tape: Tape) -> None:
+        if not self.near.stays:
+            self.parameters = None
+
+    def hand_on(self) -> None:
+        self.buffer = self.sending = None
+
+    def watch(self, tape: Tape, result: Tensor) -> Tensor:
+        self.is_watching = tape.differentiates(result)
+        return watched(tape, result, self._fetch)
+
+    def before_backward(self, tape: Tape, incoming: Tensor) -> None:
+        if not self.is_watching:
+            self._fetch(tape)
+
+    def _fetch(self, tape: Tape) -> None:
+        self.sending = buffer(tape, self.near.reduced_after.gradients)
+        self.earlier = buffer(tape, self.near.met_gradients, "gradients")
+        if self.parameters is None:
+            own = buffer(tape, self.unit.gathered)
+            self.parameters = buffer(tape, self.unit.gathered)
+            del own
+        self.buffer = self._gather(tape, self.near.fetched_ahead)
+
+    def after_backward(self, tape: Tape) -> None:
+        if self.unit == NO_UNIT:
+            return
+        self.parameters = self.sending = None
+        if self.near.met_gradients:
+            tape.release_gradients()
+        self.sending = buffer(tape, self.unit.gradients)
+        tape.release_gradients()
+        self.earlier = None
+        share = buffer(tape, self.unit.gradient_share)
+        if self.unit.reduced != self.unit.gradient_share:
+            share = buffer(tape, self.unit.reduced)
+        tape.relabel(share, "gradients")
+        if not self.spread.offloads:
+            self.reduced = share
+
+    def _gather(self, tape: Tape, unit: Unit) -> Tensor:
+        """The buffer that a unit is gathered in; on one GPU none is."""
+        share = buffer(tape, unit.cast)
+        whole = buffer(tape, unit.gathered if self.spread.num_gpus > 1 else 0)
+        del share
+        return whole

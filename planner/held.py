@@ -1,0 +1,114 @@
+"""What a GPU holds from step to step where several divide it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.sharded import Spread, Units
+from ftplan.planner.trained import Trained, num_elements
+from ftplan.planner.zero import Reduction, share_elements
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepHeld:
+    """Bytes at the highest moment of the optimizer's step, beside weights and states."""
+
+    gradients: int
+    temporaries: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.gradients + self.temporaries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a GPU holds whatever the batch, in bytes.
+
+    `carried`: gradients that wait for further micro-batches. `communication`: buffers that are
+    there all the time, `exchanged`: from the beginning of forward to the end of backward.
+    `reducing`: gradients and buffers, beside those carried, where more than backward itself needs
+    is there at its end. `saved_weights`, `saved_states`: what a checkpoint holds, of all GPUs and
+    the host.
+    """
+
+    weights: int
+    adapters: int
+    carried: int
+    optimizer_states: int
+    stepping: StepHeld
+    communication: int = 0
+    exchanged: int = 0
+    reducing: Mapping[str, int] | None = None
+    saved_weights: int
+    saved_states: int
+
+
+def held_of_shares(units: Units, plan: TrainingPlan, spread: Spread, scale_bytes: int) -> Held:
+    """Under FSDP. The scales of 4-bit weights, of `scale_bytes`, are not divided."""
+    whole, optimizer = units.whole, plan.optimizer
+    widths = [
+        ((whole.reduced - whole.reduced_adapters) // spread.trained, spread.trained),
+        (whole.reduced_adapters // spread.adapters, spread.adapters),
+    ]
+    states = sum(optimizer.state_bytes(*pair) for pair in widths)
+    temporaries = sum(optimizer.step_temporary_bytes(*pair) for pair in widths)
+    on_gpu = 0 if spread.offloads else 1
+    return Held(
+        weights=whole.weights + scale_bytes,
+        adapters=whole.adapters,
+        carried=whole.gradients,
+        optimizer_states=on_gpu * states,
+        stepping=StepHeld(gradients=on_gpu * whole.reduced, temporaries=on_gpu * temporaries),
+        exchanged=(units.outside if spread.kind == "fsdp1" else units.root).gathered,
+        saved_weights=plan.num_gpus * whole.reduced,
+        saved_states=plan.num_gpus * states,
+    )
+
+
+def held_under_zero(
+    weights: int, plan: TrainingPlan, trained: Trained, reduction: Reduction
+) -> Held:
+    """Under ZeRO-1 and ZeRO-2: weights as the engine computes with them, fp32 masters and states
+    of a share.
+
+    The step makes one flat copy of the share's gradients and from it one in fp32
+    (`scaled_global_norm` and `step`); with ZeRO-1 the shares are made beside all gradients.
+    """
+    width, offloads = plan.compute_bytes, plan.offload == "optimizer"
+    lists = (trained.own, trained.adapters, trained.held_as_base)
+    share = sum(share_elements(parameters, plan.num_gpus) for parameters in lists)
+    gradients = width * trained.num_trainable_parameters
+    states = share * FLOAT32_BYTES + plan.optimizer.state_bytes(share, FLOAT32_BYTES)
+    handing_over = StepHeld(gradients=share * (width + FLOAT32_BYTES), temporaries=share * width)
+    updating = StepHeld(
+        gradients=share * FLOAT32_BYTES,
+        temporaries=plan.optimizer.step_temporary_bytes(share, FLOAT32_BYTES),
+    )
+    on_host = StepHeld(gradients=0, temporaries=0)
+    carries = plan.gradient_accumulation_steps > 1
+    reducing = {
+        "gradients": reduction.share + (0 if carries else gradients),
+        "communication": 0 if carries else reduction.bucket,
+    }
+    waiting = reduction.bucket if carries and not reduction.partitions else 0
+    largest = max(p.size for parameters in lists for p in parameters)
+    adapters = width * (num_elements(trained.added) + trained.frozen_parameters)
+    return Held(
+        weights=weights,
+        adapters=adapters + trained.index_bytes,
+        carried=reduction.share if reduction.partitions else gradients,
+        optimizer_states=0 if offloads else states,
+        stepping=on_host
+        if offloads
+        else max(handing_over, updating, key=lambda moment: moment.num_bytes),
+        communication=largest * width if offloads else 0,
+        exchanged=waiting,
+        reducing=None if reduction.partitions else reducing,
+        saved_weights=gradients,
+        saved_states=plan.num_gpus * states,
+    )

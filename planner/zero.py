@@ -1,0 +1,70 @@
+"""ZeRO-1 and ZeRO-2 as DeepSpeed 0.18 allocates (deepspeed/runtime/zero/stage_1_and_2.py), with the
+settings that accelerate leaves at DeepSpeed's defaults (zero/config.py).
+
+Every GPU holds all weights, in the engine's dtype; masters, states and reduced gradients are
+divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ftplan.planner.exchange import Exchange, buffer
+from ftplan.planner.model_spec import Parameter
+from ftplan.planner.tape import Tape, Tensor
+
+# `reduce_bucket_size`: elements of the buffer in which gradients wait to be reduced.
+REDUCE_BUCKET_SIZE = 500_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """What the gradients' reduction holds, in bytes: the bucket, and a GPU's share of gradients.
+
+    `partitions`: gradients go as they come (ZeRO-2); else they stay to the end of the last
+    backward, when the shares are made, and so does the bucket, from the first one on.
+    `accumulates`: there are several micro-batches.
+    """
+
+    bucket: int
+    share: int
+    partitions: bool
+    accumulates: bool
+
+
+def share_elements(parameters: Iterable[Parameter], num_gpus: int) -> int:
+    """Elements of a GPU's share of the parameters, each divided by itself."""
+    return sum(p.count * -(-p.size // num_gpus) for p in parameters)
+
+
+@dataclass(frozen=True)
+class ZeroPlace:
+    """A segment; `begins`: the one whose backward makes the first gradient, None for others."""
+
+    begins: Reduction | None
+
+    def exchange(self) -> Exchange:
+        return _Zero(self.begins) if self.begins else Exchange()
+
+
+def zero_places(reduction: Reduction, trains: list[bool]) -> list[ZeroPlace]:
+    """Of each segment, of which `trains` says whether it has trained parameters."""
+    first = max(place for place, some in enumerate(trains) if some)
+    return [ZeroPlace(reduction if place == first else None) for place in range(len(trains))]
+
+
+class _Zero(Exchange):
+    def __init__(self, reduction: Reduction) -> None:
+        self.reduction = reduction
+        self.made: list[Tensor] = []
+
+    def before_backward(self, tape: Tape, incoming: Tensor) -> None:
+        tape.at_first_gradient = self._begin
+
+    def _begin(self, tape: Tape) -> None:
+        reduction = self.reduction
+        if reduction.partitions or not reduction.accumulates:
+            self.made.append(buffer(tape, reduction.bucket))
+        if reduction.partitions:
+            self.made.append(buffer(tape, reduction.share, "gradients"))
