@@ -26,14 +26,11 @@ from ftplan.planner.hardware_spec import (
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
-from ftplan.planner.step_settings import (
-    Workload,
-    step_settings,
-    trained_widths,
-)
-from ftplan.planner.step_trace import StepTrace, trace_step
-from ftplan.planner.tape import ZERO, Form, Moment, add_forms, added, constant, covers, value
+from ftplan.planner.step_settings import Workload, step_settings
+from ftplan.planner.step_trace import StepTrace, trace_step, with_parts
+from ftplan.planner.tape import ZERO, Form, Moment, add_forms, constant, covers, value
 from ftplan.planner.trained import num_elements
+from ftplan.planner.updated import frozen_parameters, updated_parameters
 
 FLOAT32_BYTES = 4
 
@@ -369,15 +366,13 @@ def _compile(
 ) -> CompiledStep:
     trained = plan.resolved_method.count(model, plan.method_settings)
     optimizer = plan.optimizer
-    widths = [
-        (num_elements(parameters), width) for parameters, width in trained_widths(plan, trained)
-    ]
-    embeddings = model.embedding_parameters if trained.trains_embeddings else 0
-    gradients = sum(count * width for count, width in widths)
-    states = sum(
-        optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
-    )
-    temporaries = sum(optimizer.step_temporary_bytes(count, width) for count, width in widths)
+    updated = updated_parameters(model, plan, trained)
+    gradients = sum(p.count * p.num_bytes for p in updated)
+    with_states = list(updated)
+    if optimizer.keeps_frozen:
+        with_states += frozen_parameters(model, plan, trained)
+    states = optimizer.state_bytes(with_states, kind)
+    host_states = optimizer.host_state_bytes(with_states) if kind == "cuda" else 0
     settings = step_settings(model, plan, workload, kind, capability, stack, trained)
     trace = trace_step(model, settings)
     workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
@@ -394,23 +389,21 @@ def _compile(
         "communication": gradients if plan.num_gpus > 1 else 0,
         "temporaries": 2 * workspace,  # one of the forward pass's thread, one of backward's
     }
-    running = {**resident, "gradients": gradients if workload.accumulates else 0}
-    stepping = {
-        **resident,
-        "gradients": gradients,
-        "temporaries": resident["temporaries"] + temporaries,
-    }
+    running = {**resident, "gradients": gradients if settings.accumulates else 0}
     nothing = (Moment(ZERO, {}),)
     left = {**trace.after_backward, "gradients": ZERO}
-    after = (Moment(added(left.values()), left),)
+    stepping = [
+        with_parts(moment, left)
+        for moment in optimizer.step_moments(updated, kind, by_trainer=plan.trainer != "loop")
+    ]
     return CompiledStep(
         trace,
         [
             ("load", loaded, nothing),
             *((name, running, moments) for name, moments in trace.phases.items()),
-            ("optimizer step", stepping, after),
+            ("optimizer step", resident, stepping),
             ("save", resident, nothing),
         ],
-        host_bytes=host_loading_bytes(model, plan),
-        disk_bytes=checkpoint_disk_bytes(gradients, states),
+        host_bytes=host_loading_bytes(model, plan) + host_states,
+        disk_bytes=checkpoint_disk_bytes(gradients, states + host_states),
     )

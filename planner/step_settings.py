@@ -86,7 +86,7 @@ def step_settings(
         capability=capability,
         gradient_checkpointing=plan.gradient_checkpointing,
         use_reentrant=plan.use_reentrant,
-        accumulates=workload.accumulates,
+        accumulates=workload.accumulates and not plan.optimizer.steps_in_backward,
         single_row=workload.single_row,
         loss=plan.loss,
         loss_shape=workload.loss_shape,
@@ -95,6 +95,7 @@ def step_settings(
         returns_fp32=autocast,
         embedding_width=outer,
         head_width=outer,
+        update=plan.optimizer.update(),
     )
 
 

@@ -22,6 +22,7 @@ from ftplan.planner.tape import (
     Moment,
     Tape,
     Tensor,
+    Update,
     Weight,
     add_forms,
     added,
@@ -44,7 +45,8 @@ class StepSettings:
     the parameters that are trained in the last `trained_layers` layers; `adapted`: names of the
     linear modules that carry an adapter, for each layer that has some. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
     for it). `trained_outside`: names of trained parameters outside of
-    the layers. `embedding_width`, `head_width`: bytes a parameter.
+    the layers. `embedding_width`, `head_width`: bytes a parameter. `update`: of an optimizer that
+    steps within backward.
     """
 
     numerics: Numerics
@@ -70,6 +72,7 @@ class StepSettings:
     returns_fp32: bool
     embedding_width: int
     head_width: int
+    update: Update | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,8 @@ class _StepTracer:
         left: Parts = {}
         for index in reversed(range(len(segments))):
             segment = segments[index]
+            if index == 0 and self.settings.update is not None and self._uses_of_embeddings > 1:
+                left = {**left, "gradients": ZERO}  # the head's, which the embedding takes over
             if index in places and segment.backward:
                 phase = "loss" if index == len(segments) - 1 else "backward"
                 self._add(phase, segment.backward, _sum(bases[index], left))
@@ -149,16 +154,21 @@ class _StepTracer:
             backward_moved=added(segment.backward_moved for segment in segments[:-1]),
         )
 
+    @property
+    def _uses_of_embeddings(self) -> int:
+        """Modules that have the embeddings' parameter and train it."""
+        tied = self.model.tie_word_embeddings and self.settings.trains_head
+        return 2 if tied and self.settings.trains_embeddings else 1
+
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
         """Keep moments above `base`, of those that another covers none."""
         highest = self.phases.setdefault(phase, [])
         for moment in moments:
-            parts = _sum(base, moment.components)
-            total = _total(parts)
-            if any(covers(other.total, total) for other in highest):
+            whole = with_parts(moment, base)
+            if any(covers(other.total, whole.total) for other in highest):
                 continue
-            highest[:] = [other for other in highest if not covers(total, other.total)]
-            highest.append(Moment(total, parts))
+            highest[:] = [other for other in highest if not covers(whole.total, other.total)]
+            highest.append(whole)
 
     def _segments(self) -> tuple[list[Segment], list[object]]:
         """The segments in forward order, and of what kind each is."""
@@ -193,6 +203,7 @@ class _StepTracer:
             accumulates=s.accumulates,
             residual=s.embedding_width,
             single_row=s.single_row,
+            update=s.update,
         )
 
     def _inputs(self) -> Parts:
@@ -225,6 +236,8 @@ class _StepTracer:
             model.embedding_parameters,
             settings.embedding_width,
             trained=settings.trains_embeddings,
+            use=self._uses_of_embeddings,
+            uses=self._uses_of_embeddings,
         )
         norm = (
             norm_module(model.embedding_norm, settings.numerics) if model.embedding_norm else None
@@ -261,7 +274,11 @@ class _StepTracer:
         numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
         norm = norm_module(model.final_norm, numerics) if model.final_norm else None
         weight = Weight(
-            model.embedding_parameters, settings.head_width, trained=settings.trains_head
+            model.embedding_parameters,
+            settings.head_width,
+            trained=settings.trains_head,
+            matrix=(model.vocab_size, model.embedding_width or model.hidden_size),
+            uses=self._uses_of_embeddings,
         )
         head = Head(
             vocab_size=model.vocab_size,
@@ -325,6 +342,8 @@ class _StepTracer:
             roots = [result]
             del result
             tape.backward(roots, incoming)
+            if tape.update is not None:
+                tape.update.end(tape)
             backward_moments = tape.moments()
         gradient.clear()
         return Segment(
@@ -365,5 +384,7 @@ def _sum(left: Parts, right: Parts) -> Parts:
     return result
 
 
-def _total(parts: Parts) -> Form:
-    return added(parts.values())
+def with_parts(moment: Moment, parts: Parts) -> Moment:
+    """The moment, with parts alive beside what it holds."""
+    both = _sum(parts, moment.components)
+    return Moment(added(both.values()), both)

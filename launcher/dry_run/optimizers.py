@@ -5,6 +5,7 @@ Each patch says which release it was read from.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,6 +26,12 @@ _RADAM_WARM_STEPS = 5
 
 # GaLore's 8-bit optimizer is made of bitsandbytes' own.
 _WITH_BITSANDBYTES = ("bitsandbytes", "galore_torch")
+
+# Where the classes are that project gradients.
+_PROJECTORS = {
+    "galore_torch": ("galore_torch.galore_projector", "GaLoreProjector"),
+    "apollo_torch": ("apollo_torch.random_projector", "GradientProjector"),
+}
 
 # The blocks that transformers asks torchao for.
 _TORCHAO_BLOCK_SIZE = 256
@@ -122,6 +129,8 @@ def _patches(optimizer: Optimizer, kind: DeviceKind) -> Iterable[tuple[str, Any]
         yield "bitsandbytes.functional.fill", _nothing
         if kind == "cuda":
             yield "bitsandbytes.optim.optimizer.Optimizer8bit.fill_qmap", _fill_maps
+    if module in _PROJECTORS:
+        yield renewing(*_PROJECTORS[module])
     if module == "galore_torch":
         yield "torch.cuda.synchronize", _nothing
         from bitsandbytes.functional import optimizer_update_32bit
@@ -149,6 +158,17 @@ def _patches(optimizer: Optimizer, kind: DeviceKind) -> Iterable[tuple[str, Any]
         yield "grokadamw.GrokAdamW._update_group", staticmethod(_grokadamw_step)
     if optimizer.name == "schedule_free_radam":
         yield "schedulefree.RAdamScheduleFree.add_param_group", _warm_group
+
+
+def renewing(where: str, name: str) -> tuple[str, Any]:
+    """GaLore's and APOLLO's projectors make the projection anew after `update_proj_gap` steps: here
+    in each, so that it is seen beside all states."""
+    project = getattr(importlib.import_module(where), name).project
+
+    def projected(projector: Any, gradient: torch.Tensor, step: int) -> torch.Tensor:
+        return project(projector, gradient, 0)
+
+    return f"{where}.{name}.project", projected
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
