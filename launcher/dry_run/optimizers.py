@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ftplan.planner.hardware_spec import DeviceKind
+from ftplan.planner.optimizer_steps import STATE_BLOCK_SIZE
 from ftplan.planner.optimizers import Optimizer
 
 _aten = torch.ops.aten
@@ -28,13 +29,10 @@ _RADAM_WARM_STEPS = 5
 _WITH_BITSANDBYTES = ("bitsandbytes", "galore_torch")
 
 # Where the classes are that project gradients.
-_PROJECTORS = {
+PROJECTORS = {
     "galore_torch": ("galore_torch.galore_projector", "GaLoreProjector"),
     "apollo_torch": ("apollo_torch.random_projector", "GradientProjector"),
 }
-
-# The blocks that transformers asks torchao for.
-_TORCHAO_BLOCK_SIZE = 256
 
 
 def optimizer_states(optimizer: Any) -> Iterator[torch.Tensor]:
@@ -129,8 +127,8 @@ def _patches(optimizer: Optimizer, kind: DeviceKind) -> Iterable[tuple[str, Any]
         yield "bitsandbytes.functional.fill", _nothing
         if kind == "cuda":
             yield "bitsandbytes.optim.optimizer.Optimizer8bit.fill_qmap", _fill_maps
-    if module in _PROJECTORS:
-        yield renewing(*_PROJECTORS[module])
+    if module in PROJECTORS:
+        yield renewed_projection(module)
     if module == "galore_torch":
         yield "torch.cuda.synchronize", _nothing
         from bitsandbytes.functional import optimizer_update_32bit
@@ -160,9 +158,10 @@ def _patches(optimizer: Optimizer, kind: DeviceKind) -> Iterable[tuple[str, Any]
         yield "schedulefree.RAdamScheduleFree.add_param_group", _warm_group
 
 
-def renewing(where: str, name: str) -> tuple[str, Any]:
+def renewed_projection(module: str) -> tuple[str, Any]:
     """GaLore's and APOLLO's projectors make the projection anew after `update_proj_gap` steps: here
     in each, so that it is seen beside all states."""
+    where, name = PROJECTORS[module]
     project = getattr(importlib.import_module(where), name).project
 
     def projected(projector: Any, gradient: torch.Tensor, step: int) -> torch.Tensor:
@@ -233,7 +232,7 @@ def _torchao_step(
     for _ in range(2):
         if four_bits:
             buffers.append(parameter.new_empty(count, dtype=torch.uint8))
-        scales = parameter.new_empty(count // _TORCHAO_BLOCK_SIZE, dtype=torch.float32)
+        scales = parameter.new_empty(count // STATE_BLOCK_SIZE, dtype=torch.float32)
         buffers += [scales, parameter.new_empty(count, dtype=torch.float32)]
     if four_bits:
         buffers += [parameter.new_empty(count, dtype=torch.int64) for _ in range(2)]
