@@ -135,8 +135,7 @@ def no_shared_states(parameter: Updated) -> int:
 
 
 def like_parameter(number: int, *, counts_steps: bool = False) -> States:
-    """`number` tensors of the parameter's size and dtype; `counts_steps`: and its
-    number of steps.
+    """`number` tensors of the parameter's size and dtype; `counts_steps`: and a number of steps.
 
     Some of torch's optimizers keep the counts on the host: the dry run counts a block for each all
     the same.
@@ -148,17 +147,14 @@ def like_parameter(number: int, *, counts_steps: bool = False) -> States:
     return states
 
 
-def bitsandbytes_states(averages: Sequence[int], bits: int, *, overridden: bool = True) -> States:
+def bitsandbytes_states(averages: Sequence[int], bits: int) -> States:
     """State tensors, each of so many averages (bitsandbytes/optim/optimizer.py `init_state`,
-    ademamix.py): in 8 bits codes of one byte and an fp32 scale a block, else fp32.
-
-    `overridden`: transformers keeps embeddings' in fp32 (`register_module_override`).
-    """
+    ademamix.py): in 8 bits codes of one byte and an fp32 scale a block, else fp32."""
 
     def states(parameter: Updated) -> Iterator[int]:
         elements = parameter.num_elements
         for number in averages:
-            if bits == 8 and in_8_bits(parameter, elements, overridden=overridden):
+            if bits == 8 and _in_8_bits(parameter):
                 yield number * elements
                 yield number * -(-elements // STATE_BLOCK_SIZE) * FLOAT32
             else:
@@ -167,25 +163,30 @@ def bitsandbytes_states(averages: Sequence[int], bits: int, *, overridden: bool 
     return states
 
 
-def bitsandbytes_maps(number: int, *, overridden: bool = True) -> Callable[[Updated], int]:
+def bitsandbytes_maps(number: int) -> Callable[[Updated], int]:
     """So many fp32 maps of 256 codes, which all states in 8 bits share (`name2qmap`)."""
 
     def maps(parameter: Updated) -> int:
-        quantized = in_8_bits(parameter, parameter.num_elements, overridden=overridden)
-        return number * 2**8 * FLOAT32 if quantized else 0
+        return number * 2**8 * FLOAT32 if _in_8_bits(parameter) else 0
 
     return maps
 
 
+def _in_8_bits(parameter: Updated) -> bool:
+    """transformers keeps embeddings' states in fp32 (`register_module_override`)."""
+    return parameter.num_elements >= MIN_QUANTIZED_ELEMENTS and parameter.kind != "embedding"
+
+
 def galore_maps(parameter: Updated) -> int:
-    """The same for the averages that `galore_adamw_8bit_states` has."""
-    elements = parameter.projected[0] if parameter.kind == "linear" else parameter.num_elements
-    return bitsandbytes_maps(2)(Updated(shape=(elements,), width=parameter.width))
+    """The same of GaLore's averages."""
+    return bitsandbytes_maps(2)(_averaged(parameter))
 
 
-def in_8_bits(parameter: Updated, elements: int, *, overridden: bool) -> bool:
-    wide = overridden and parameter.kind == "embedding"
-    return elements >= MIN_QUANTIZED_ELEMENTS and not wide
+def _averaged(parameter: Updated) -> Updated:
+    """What GaLore's 8-bit optimizer has averages of. No one tells it of embeddings."""
+    linear = parameter.kind == "linear"
+    elements = parameter.projected[0] if linear else parameter.num_elements
+    return Updated(shape=(elements,), width=parameter.width)
 
 
 def torchao_states(bits: int) -> States:
@@ -216,7 +217,8 @@ def adafactor_states(parameter: Updated) -> list[int]:
 
 
 def adalomo_states(parameter: Updated) -> list[int]:
-    return _factors(parameter.shape)
+    """fp32 averages of squares, by the first two sizes (lomo_optim/adalomo.py)."""
+    return [size * FLOAT32 for size in parameter.shape[:2]]
 
 
 def _factors(shape: Sequence[int]) -> list[int]:
@@ -237,22 +239,23 @@ def galore_adamw_states(parameter: Updated) -> list[int]:
     """Two averages of the projected gradient, and the projection."""
     if parameter.kind != "linear":
         return [parameter.num_bytes] * 2
-    low, projection, vectors = parameter.projected
-    # In fp32 the projection is a view of all singular vectors.
-    kept = projection if parameter.width < FLOAT32 else vectors
-    return [low * parameter.width] * 2 + [kept * parameter.width]
+    low = parameter.projected[0]
+    return [low * parameter.width] * 2 + [_projection_bytes(parameter)]
+
+
+def _projection_bytes(parameter: Updated) -> int:
+    """In fp32 the projection is a view of all singular vectors."""
+    _, projection, vectors = parameter.projected
+    return (projection if parameter.width < FLOAT32 else vectors) * parameter.width
 
 
 def galore_adamw_8bit_states(parameter: Updated) -> Iterator[int]:
-    """The averages as bitsandbytes keeps them, without regard to embeddings; and the number of a
-    norm that GaLore's class asks for (`max_unorm`)."""
-    elements = parameter.num_elements
-    if parameter.kind == "linear":
-        elements, projection, vectors = parameter.projected
-        yield (projection if parameter.width < FLOAT32 else vectors) * parameter.width
-    averages = Updated(shape=(elements,), width=parameter.width)
-    yield from bitsandbytes_states((1, 1), 8)(averages)
+    """The averages as bitsandbytes keeps them, the projection, and the number of a norm that
+    GaLore's class asks for (`max_unorm`)."""
+    yield from bitsandbytes_states((1, 1), 8)(_averaged(parameter))
     yield FLOAT32
+    if parameter.kind == "linear":
+        yield _projection_bytes(parameter)
 
 
 def galore_adafactor_states(parameter: Updated) -> list[int]:
