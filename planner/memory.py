@@ -23,7 +23,7 @@ from ftplan.planner.hardware_spec import (
     Device,
     DeviceKind,
 )
-from ftplan.planner.held import Held, StepHeld, held_of_shares, held_under_zero
+from ftplan.planner.held import Held, held_of_shares, held_under_zero
 from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.objectives import keeps_reference, trained_model
 from ftplan.planner.plan import TrainingPlan
@@ -34,7 +34,6 @@ from ftplan.planner.step_settings import (
     Workload,
     model_rows,
     step_settings,
-    trained_widths,
 )
 from ftplan.planner.step_trace import (
     EVALUATION_PHASE,
@@ -43,9 +42,11 @@ from ftplan.planner.step_trace import (
     StepTrace,
     step_units,
     trace_step,
+    with_parts,
 )
 from ftplan.planner.tape import ZERO, Form, Moment, add_forms, added, constant, covers, value
 from ftplan.planner.trained import Trained, num_elements
+from ftplan.planner.updated import frozen_parameters, updated_parameters
 
 FLOAT32_BYTES = 4
 
@@ -83,6 +84,8 @@ _SINGLE_QUANT_BYTES = 0.5 + 4 / QUANT_BLOCK_SIZE
 _DOUBLE_QUANT_BYTES = 0.5 + 1 / QUANT_BLOCK_SIZE + 4 / (QUANT_BLOCK_SIZE * QUANT_SCALES_PER_BLOCK)
 
 CHECKPOINTS_KEPT = 2
+
+DEVICE_KINDS: dict[bool, DeviceKind] = {True: "cuda", False: "cpu"}  # by whether it is CUDA
 
 # Phases of a micro-batch, in order.
 STEP_PHASES = ("forward", "loss", "backward")
@@ -435,30 +438,27 @@ def _held_whole(
     model: ModelSpec, plan: TrainingPlan, stack: Stack, trained: Trained, settings: StepSettings
 ) -> Held:
     """Every GPU holds all. DDP's buckets repeat the gradients."""
-    optimizer, kind = plan.optimizer, "cuda" if settings.on_cuda else "cpu"
-    widths = [
-        (num_elements(parameters), width) for parameters, width in trained_widths(plan, trained)
-    ]
-    embeddings = model.embedding_parameters if trained.trains_embeddings else 0
-    gradients = sum(count * width for count, width in widths)
-    states = sum(
-        optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
-    )
+    optimizer, kind = plan.optimizer, DEVICE_KINDS[settings.on_cuda]
+    updated = updated_parameters(model, plan, trained)
+    gradients = sum(p.count * p.num_bytes for p in updated)
+    with_states = list(updated)
+    if optimizer.keeps_frozen:
+        with_states += frozen_parameters(model, plan, trained)
+    states = optimizer.state_bytes(with_states, kind)
+    host_states = optimizer.host_state_bytes(with_states) if kind == "cuda" else 0
     return Held(
         weights=weight_memory_bytes(model, plan, stack),
         adapters=num_elements(trained.adapters) * settings.numerics.adapters
         + num_elements(trained.held_as_base) * plan.weight_bytes
         + trained.frozen_parameters * FLOAT32_BYTES
         + trained.index_bytes,
-        carried=gradients,
+        carried=0 if optimizer.steps_in_backward else gradients,
         optimizer_states=states,
+        host_states=host_states,
         communication=gradients if plan.num_gpus > 1 else 0,
-        stepping=StepHeld(
-            gradients=gradients,
-            temporaries=_step_temporary_bytes(plan, trained, kind),
-        ),
+        stepping=optimizer.step_moments(updated, kind, by_trainer=plan.trainer != "loop"),
         saved_weights=gradients,
-        saved_states=states,
+        saved_states=states + host_states,
     )
 
 
@@ -491,9 +491,8 @@ def _compile(
         "gradients": held.carried if workload.accumulates else 0,
         "communication": held.communication + held.exchanged,
     }
-    stepping = {**resident, "gradients": held.stepping.gradients}
-    temporaries = resident["temporaries"] + held.stepping.temporaries
-    within = {**stepping, "temporaries": temporaries}
+    stepping = [with_parts(moment, trace.inputs) for moment in held.stepping]
+    before_step = {**resident, "gradients": held.carried}
     # A loop of one's own lets go of gradients at the beginning of the next step.
     behind = {**resident, "gradients": held.carried if plan.trainer == "loop" else 0}
     held_in = {REFERENCE_PHASE: {**loaded, "temporaries": workspace}, EVALUATION_PHASE: behind}
@@ -514,26 +513,14 @@ def _compile(
             ("load", loaded, (_NOTHING,)),
             *phases,
             # At its beginning what backward leaves is there.
-            ("optimizer step", stepping, (Moment(added(left.values()), left),)),
-            ("optimizer step", within, (Moment(added(trace.inputs.values()), trace.inputs),)),
+            ("optimizer step", before_step, (Moment(added(left.values()), left),)),
+            ("optimizer step", resident, stepping),
             (EVALUATION_PHASE, evaluating, moments[EVALUATION_PHASE]),
             ("save", behind, (_NOTHING,)),
         ],
-        host_bytes=host_loading_bytes(model, plan),
+        host_bytes=host_loading_bytes(model, plan) + held.host_states,
         disk_bytes=checkpoint_disk_bytes(held.saved_weights, held.saved_states),
     )
 
 
 _NOTHING = Moment(ZERO, {})
-
-
-def _step_temporary_bytes(plan: TrainingPlan, trained: Trained, kind: str) -> int:
-    """What exists only while the optimizer steps; on the processor of one tensor at a time."""
-    optimizer, widths = plan.optimizer, trained_widths(plan, trained)
-    if kind == "cpu" and optimizer.tensor_copies is not None:
-        sizes = (p.size * width for parameters, width in widths for p in parameters)
-        return optimizer.tensor_copies * max(sizes, default=0)
-    return sum(
-        optimizer.step_temporary_bytes(num_elements(parameters), width)
-        for parameters, width in widths
-    )

@@ -64,7 +64,8 @@ class PlainLinear:
         """`trained`: names of parameters, this module's among them if it is trained."""
         self.linear = linear
         weight, bias = f"{linear.name}.weight" in trained, f"{linear.name}.bias" in trained
-        self.weight = Weight(linear.num_weights, width, trained=weight)
+        matrix = None if linear.transposed else linear.weight_shape
+        self.weight = Weight(linear.num_weights, width, trained=weight, matrix=matrix)
         self.bias = Weight(linear.out_features, width, trained=bias) if linear.bias else None
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:

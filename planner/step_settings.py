@@ -107,7 +107,7 @@ def step_settings(
         capability=capability,
         gradient_checkpointing=plan.gradient_checkpointing,
         use_reentrant=plan.use_reentrant,
-        accumulates=workload.accumulates,
+        accumulates=workload.accumulates and not plan.optimizer.steps_in_backward,
         single_row=workload.single_row,
         loss=plan.loss,
         loss_shape=workload.loss_shape,
@@ -123,6 +123,7 @@ def step_settings(
         finds_top1=objective.finds_top1,
         spread=spread,
         reduction=_reduction(plan, trained),
+        update=plan.optimizer.update(),
     )
     settings = _spread_out(settings, plan)
     if not objective.has_reference:

@@ -26,6 +26,7 @@ from ftplan.planner.tape import (
     Moment,
     Tape,
     Tensor,
+    Update,
     Weight,
     add_forms,
     added,
@@ -61,7 +62,7 @@ class StepSettings:
     `reference`: of the model that a preference is measured against, whose pass comes behind; with
     `asks_before` it comes before training instead.
     `spread`: how several GPUs divide parameters, if they do; `reduction`: how they divide
-    gradients alone.
+    gradients alone. `update`: of an optimizer that steps within backward.
     """
 
     numerics: Numerics
@@ -103,6 +104,7 @@ class StepSettings:
 
     spread: Spread | None = None
     reduction: Reduction | None = None
+    update: Update | None = None
 
     def numerics_of(self, model: ModelSpec, place: int) -> Numerics:
         """Of the layer at that place."""
@@ -198,6 +200,8 @@ class _StepTracer:
         for index in reversed(range(len(segments))):
             segment = segments[index]
             left = _less(left, segment.taken_over)
+            if index == 0 and self.settings.update is not None and self._uses_of_embeddings > 1:
+                left = {**left, "gradients": ZERO}  # the head's, which the embedding takes over
             if index in places and segment.backward:
                 phase = "loss" if index == len(segments) - 1 else "backward"
                 self._add(phase, segment.backward, _sum(bases[index], left))
@@ -289,16 +293,21 @@ class _StepTracer:
             elements = add_forms(elements, per_position(self.model.hidden_size))
         return {"temporaries": times(elements, embedding.result_width)}
 
+    @property
+    def _uses_of_embeddings(self) -> int:
+        """Modules that have the embeddings' parameter and train it."""
+        tied = self.model.tie_word_embeddings and self.settings.trains_head
+        return 2 if tied and self.settings.trains_embeddings else 1
+
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
         """Keep moments above `base`, of those that another covers none."""
         highest = self.phases.setdefault(phase, [])
         for moment in moments:
-            parts = _sum(base, moment.components)
-            total = _total(parts)
-            if any(covers(other.total, total) for other in highest):
+            whole = with_parts(moment, base)
+            if any(covers(other.total, whole.total) for other in highest):
                 continue
-            highest[:] = [other for other in highest if not covers(total, other.total)]
-            highest.append(Moment(total, parts))
+            highest[:] = [other for other in highest if not covers(whole.total, other.total)]
+            highest.append(whole)
 
     def _segments(self) -> tuple[list[Segment], list[object]]:
         """The segments in forward order, and of what kind each is."""
@@ -352,6 +361,7 @@ class _StepTracer:
             accumulates=s.accumulates or (s.reduction is not None and s.reduction.partitions),
             residual=s.embedding_width,
             single_row=s.single_row,
+            update=s.update,
         )
 
     def _inputs(self) -> Parts:
@@ -371,6 +381,8 @@ class _StepTracer:
             model.embedding_parameters,
             settings.embedding_width,
             trained=settings.trains_embeddings,
+            use=self._uses_of_embeddings,
+            uses=self._uses_of_embeddings,
         )
         norm = None
         if model.embedding_norm is not None:
@@ -418,9 +430,12 @@ class _StepTracer:
         numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
         norm = norm_module(model.final_norm, numerics) if model.final_norm else None
         weight = Weight(
-            model.embedding_parameters, settings.head_width, trained=settings.trains_head
+            model.embedding_parameters,
+            settings.head_width,
+            trained=settings.trains_head,
+            matrix=(model.vocab_size, model.embedding_width or model.hidden_size),
+            uses=self._uses_of_embeddings,
         )
-        weight.waits = model.tie_word_embeddings
         head = Head(
             vocab_size=model.vocab_size,
             hidden_size=model.embedding_width or model.hidden_size,
@@ -505,6 +520,8 @@ class _StepTracer:
             del result
             tape.backward(roots, incoming)
             exchange.after_backward(tape)
+            if tape.update is not None:
+                tape.update.end(tape)
             backward_moments = tape.moments()
         exchange.hand_on()
         gradient.clear()
@@ -558,3 +575,9 @@ def _less(left: Parts, right: Parts) -> Parts:
 
 def _total(parts: Parts) -> Form:
     return added(parts.values())
+
+
+def with_parts(moment: Moment, parts: Parts) -> Moment:
+    """The moment, with parts alive beside what it holds."""
+    both = _sum(parts, moment.components)
+    return Moment(added(both.values()), both)

@@ -19,7 +19,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 # A number of bytes or elements: coefficients of 1, rows, row length, tokens, and tokens times row
 # length, where tokens = rows x length.
@@ -145,16 +145,31 @@ class Tensor:
 class Weight(Tensor):
     """A parameter. Its own memory is counted elsewhere; its gradient's and its copies' here.
 
-    `waits`: it has another use, whose gradient is added before its own counts as there.
+    `matrix`: its shape, where it is the weight of a torch.nn.Linear. `uses`: how many modules
+    share it, and `use`: which of them it is here, in the order of backward.
     """
 
-    __slots__ = ("gradient", "waits")
+    __slots__ = ("gradient", "matrix", "use", "uses")
 
-    def __init__(self, num_elements: int, width: int, *, trained: bool) -> None:
+    def __init__(
+        self,
+        num_elements: int,
+        width: int,
+        *,
+        trained: bool,
+        matrix: tuple[int, int] | None = None,
+        use: int = 1,
+        uses: int = 1,
+    ) -> None:
         super().__init__(None, constant(num_elements), width)
         self.requires_grad = trained
         self.gradient: Tensor | None = None
-        self.waits = False
+        self.matrix, self.use, self.uses = matrix, use, uses
+
+    @property
+    def waits(self) -> bool:
+        """Whether another use's gradient is added before this one counts as there."""
+        return self.use < self.uses
 
 
 Backward = Callable[["Tape", list["Tensor | None"], list["Tensor"]], "list[Tensor | None]"]
@@ -205,6 +220,15 @@ class Frame:
     again: dict[int, Tensor] | None = None
 
 
+class Update(Protocol):
+    """An optimizer that steps within backward: it is called once a parameter's gradient is there,
+    and at the end."""
+
+    def __call__(self, tape: Tape, weight: Weight) -> None: ...
+
+    def end(self, tape: Tape) -> None: ...
+
+
 class _AllSaved(Exception):
     """What backward needs has been computed again; the rest need not be."""
 
@@ -215,7 +239,8 @@ class Tape:
     `autocast`: width in bytes of the autocast dtype, None without. `on_cuda`, `capability`: which
     operations autocast casts, and which kernels run. `is_fp16`: 16-bit values are fp16, not bf16.
     `accumulates`: gradients of an earlier micro-batch are there already. `residual`: width of
-    embeddings, and so of masks. `single_row`: the micro-batch is one row.
+    embeddings, and so of masks. `single_row`: the micro-batch is one row. `update`: what an
+    optimizer does with each gradient within backward.
     """
 
     def __init__(
@@ -228,7 +253,9 @@ class Tape:
         accumulates: bool = False,
         residual: int = 2,
         single_row: bool = False,
+        update: Update | None = None,
     ) -> None:
+        self.update = update
         self.autocast, self.on_cuda, self.capability = autocast, on_cuda, capability
         self.is_fp16, self.accumulates = is_fp16, accumulates
         self.residual, self.single_row = residual, single_row
@@ -480,6 +507,7 @@ class Tape:
                 if isinstance(edge.to, Weight):
                     self._accumulate(edge.to, gradient)
                     gradient = None
+                    self._step(edge.to)
                     continue
                 if edge.to.order not in seen:
                     seen.add(edge.to.order)
@@ -548,6 +576,15 @@ class Tape:
         for weight in self._with_gradients:
             weight.gradient = None
         self._with_gradients.clear()
+
+    def _step(self, weight: Weight) -> None:
+        """The turn of an optimizer that steps within backward, once all uses of the parameter have
+        added to its gradient (which is here the sum, where another segment made the first part)."""
+        if self.update is None or weight.use < weight.uses:
+            return
+        if weight.use > 1 and weight.gradient is not None:
+            self.like(weight.gradient)
+        self.update(self, weight)
 
     def _sum_up(self, edge: Edge, gradient: Tensor) -> None:
         """Into the first gradient where no one else refers to it, else into a new tensor."""
