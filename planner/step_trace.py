@@ -139,8 +139,8 @@ class _StepTracer:
         left: Parts = {}
         for index in reversed(range(len(segments))):
             segment = segments[index]
-            if index == 0 and self.settings.update is not None and self._uses_of_embeddings > 1:
-                left = {**left, "gradients": ZERO}  # the head's, which the embedding takes over
+            if index == 0 and self._tied and self.settings.update is not None:
+                left = {**left, "gradients": ZERO}  # the head's: the embedding has it `beside`
             if index in places and segment.backward:
                 phase = "loss" if index == len(segments) - 1 else "backward"
                 self._add(phase, segment.backward, _sum(bases[index], left))
@@ -155,10 +155,10 @@ class _StepTracer:
         )
 
     @property
-    def _uses_of_embeddings(self) -> int:
-        """Modules that have the embeddings' parameter and train it."""
-        tied = self.model.tie_word_embeddings and self.settings.trains_head
-        return 2 if tied and self.settings.trains_embeddings else 1
+    def _tied(self) -> bool:
+        """Whether embeddings and head train one parameter."""
+        both = self.settings.trains_head and self.settings.trains_embeddings
+        return self.model.tie_word_embeddings and both
 
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
         """Keep moments above `base`, of those that another covers none."""
@@ -191,6 +191,10 @@ class _StepTracer:
             learns = learns or bool(trained) or bool(adapted)
         segments.append(self._loss(learns, segments[-1].result_width))
         found.append("loss")
+        if self._tied:
+            # A sum is put in the head's gradient where that is no view.
+            beside = self.head_weight.gradient_is_view + (settings.update is not None)
+            segments[0] = self._embedding(beside)
         return segments, found
 
     def _tape(self) -> Tape:
@@ -230,14 +234,13 @@ class _StepTracer:
         eager = numerics.attn_implementation == "eager"
         return per_pair(len(kinds) * (self.settings.embedding_width if eager else 1))
 
-    def _embedding(self) -> Segment:
+    def _embedding(self, beside: int = 0) -> Segment:
         model, settings = self.model, self.settings
         weight = Weight(
             model.embedding_parameters,
             settings.embedding_width,
             trained=settings.trains_embeddings,
-            use=self._uses_of_embeddings,
-            uses=self._uses_of_embeddings,
+            beside=beside,
         )
         norm = (
             norm_module(model.embedding_norm, settings.numerics) if model.embedding_norm else None
@@ -278,7 +281,7 @@ class _StepTracer:
             settings.head_width,
             trained=settings.trains_head,
             matrix=(model.vocab_size, model.embedding_width or model.hidden_size),
-            uses=self._uses_of_embeddings,
+            waits=self._tied,
         )
         head = Head(
             vocab_size=model.vocab_size,
@@ -286,6 +289,7 @@ class _StepTracer:
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
         )
+        self.head_weight = weight
         loss = self._loss_module(head, weight)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
