@@ -230,6 +230,8 @@ def product(
         grads = [tape.empty(*size) if size else None for size in sizes]
         if grads[0] is not None:
             grads[0].is_view = True  # rows of all batches, seen as a batch of rows
+        if grads[1] is not None:
+            grads[1].is_view = True  # transposed
         return grads
 
     tape.attach([result], inputs, saved, backward)

@@ -200,8 +200,8 @@ class _StepTracer:
         for index in reversed(range(len(segments))):
             segment = segments[index]
             left = _less(left, segment.taken_over)
-            if index == 0 and self.settings.update is not None and self._uses_of_embeddings > 1:
-                left = {**left, "gradients": ZERO}  # the head's, which the embedding takes over
+            if index == 0 and self._tied and self.settings.update is not None:
+                left = {**left, "gradients": ZERO}  # the head's: the embedding has it `beside`
             if index in places and segment.backward:
                 phase = "loss" if index == len(segments) - 1 else "backward"
                 self._add(phase, segment.backward, _sum(bases[index], left))
@@ -294,10 +294,10 @@ class _StepTracer:
         return {"temporaries": times(elements, embedding.result_width)}
 
     @property
-    def _uses_of_embeddings(self) -> int:
-        """Modules that have the embeddings' parameter and train it."""
-        tied = self.model.tie_word_embeddings and self.settings.trains_head
-        return 2 if tied and self.settings.trains_embeddings else 1
+    def _tied(self) -> bool:
+        """Whether embeddings and head train one parameter."""
+        both = self.settings.trains_head and self.settings.trains_embeddings
+        return self.model.tie_word_embeddings and both
 
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
         """Keep moments above `base`, of those that another covers none."""
@@ -329,6 +329,10 @@ class _StepTracer:
             learns = learns or bool(numerics.trained or numerics.adapted)
         segments.append(self._loss(learns, segments[-1].result_width, places[-1].exchange()))
         found.append("loss")
+        if self._tied:
+            # A sum is put in the head's gradient where that is no view.
+            beside = self.head_weight.gradient_is_view + (settings.update is not None)
+            segments[0] = self._embedding(places[0].exchange(), beside)
         return segments, found
 
     def _places(self) -> Sequence[Place]:
@@ -375,14 +379,13 @@ class _StepTracer:
             return {}
         return {"temporaries": per_position(2 * rotary * self.settings.embedding_width + 8)}
 
-    def _embedding(self, exchange: Exchange) -> Segment:
+    def _embedding(self, exchange: Exchange, beside: int = 0) -> Segment:
         model, settings = self.model, self.settings
         weight = Weight(
             model.embedding_parameters,
             settings.embedding_width,
             trained=settings.trains_embeddings,
-            use=self._uses_of_embeddings,
-            uses=self._uses_of_embeddings,
+            beside=beside,
         )
         norm = None
         if model.embedding_norm is not None:
@@ -434,7 +437,7 @@ class _StepTracer:
             settings.head_width,
             trained=settings.trains_head,
             matrix=(model.vocab_size, model.embedding_width or model.hidden_size),
-            uses=self._uses_of_embeddings,
+            waits=self._tied,
         )
         head = Head(
             vocab_size=model.vocab_size,
@@ -442,6 +445,7 @@ class _StepTracer:
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
         )
+        self.head_weight = weight
         loss = self._score() if settings.scores else self._loss_module(head, weight, exchange)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:

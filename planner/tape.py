@@ -145,11 +145,12 @@ class Tensor:
 class Weight(Tensor):
     """A parameter. Its own memory is counted elsewhere; its gradient's and its copies' here.
 
-    `matrix`: its shape, where it is the weight of a torch.nn.Linear. `uses`: how many modules
-    share it, and `use`: which of them it is here, in the order of backward.
+    `matrix`: its shape, where it is the weight of a torch.nn.Linear. Of a parameter that two
+    modules share, the one that backward meets first `waits` for the other; the other's gradient is
+    summed with the first while so many tensors of its size live `beside` it.
     """
 
-    __slots__ = ("gradient", "matrix", "use", "uses")
+    __slots__ = ("beside", "gradient", "gradient_is_view", "matrix", "waits")
 
     def __init__(
         self,
@@ -158,18 +159,14 @@ class Weight(Tensor):
         *,
         trained: bool,
         matrix: tuple[int, int] | None = None,
-        use: int = 1,
-        uses: int = 1,
+        waits: bool = False,
+        beside: int = 0,
     ) -> None:
         super().__init__(None, constant(num_elements), width)
         self.requires_grad = trained
         self.gradient: Tensor | None = None
-        self.matrix, self.use, self.uses = matrix, use, uses
-
-    @property
-    def waits(self) -> bool:
-        """Whether another use's gradient is added before this one counts as there."""
-        return self.use < self.uses
+        self.gradient_is_view = False
+        self.matrix, self.waits, self.beside = matrix, waits, beside
 
 
 Backward = Callable[["Tape", list["Tensor | None"], list["Tensor"]], "list[Tensor | None]"]
@@ -507,7 +504,8 @@ class Tape:
                 if isinstance(edge.to, Weight):
                     self._accumulate(edge.to, gradient)
                     gradient = None
-                    self._step(edge.to)
+                    if self.update is not None and not edge.to.waits:
+                        self.update(self, edge.to)
                     continue
                 if edge.to.order not in seen:
                     seen.add(edge.to.order)
@@ -559,6 +557,9 @@ class Tape:
 
     def _accumulate(self, weight: Weight, gradient: Tensor) -> None:
         """The first gradient of a parameter is kept as it is, later ones are added to it."""
+        weight.gradient_is_view = gradient.is_view
+        beside = [self.like(gradient) for _ in range(weight.beside)]
+        beside.clear()
         if weight.waits:
             self.relabel(gradient, "gradients")
             weight.gradient = gradient
@@ -576,15 +577,6 @@ class Tape:
         for weight in self._with_gradients:
             weight.gradient = None
         self._with_gradients.clear()
-
-    def _step(self, weight: Weight) -> None:
-        """The turn of an optimizer that steps within backward, once all uses of the parameter have
-        added to its gradient (which is here the sum, where another segment made the first part)."""
-        if self.update is None or weight.use < weight.uses:
-            return
-        if weight.use > 1 and weight.gradient is not None:
-            self.like(weight.gradient)
-        self.update(self, weight)
 
     def _sum_up(self, edge: Edge, gradient: Tensor) -> None:
         """Into the first gradient where no one else refers to it, else into a new tensor."""
