@@ -15,7 +15,7 @@ from ftplan.planner.memory_record import MemoryRecord
 CURVE_POINTS = 2000
 # How much too high, relatively, `required` may be: finer steps take a replay each.
 _REQUIRED_TOLERANCE = 0.005
-_TENSORS_SHOWN = 80
+_TENSORS_SHOWN = 12
 _MODULES_SHOWN = 12
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 

@@ -518,9 +518,11 @@ class _StepTracer:
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:
-            incoming = [tape.like(result)]
-            exchange.before_backward(tape, incoming[0])
+            above = tape.like(result)
+            exchange.before_backward(tape, above)
+            incoming: list[Tensor | None] = [above]
             roots = [result]
+            del above
             del result
             tape.backward(roots, incoming)
             exchange.after_backward(tape)

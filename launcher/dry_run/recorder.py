@@ -299,7 +299,7 @@ def _sums_gradients(first: Any, second: Any, *args: Any, **kwargs: Any) -> bool:
     if not both or first.shape != second.shape or first.dtype != second.dtype:
         return False
     storage = first.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) == _USES_OF_OWN_STORAGE
+    return bool(torch._C._storage_Use_Count(storage._cdata) == _USES_OF_OWN_STORAGE)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
