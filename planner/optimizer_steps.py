@@ -330,6 +330,14 @@ def schedule_free_step(tape: Tape, groups: Groups) -> None:
             held["denom"] = _all(tape, group)
 
 
+def stable_adamw_step(tape: Tape, groups: Groups) -> None:
+    """torch-optimi's Triton kernels write in place; on the processor the gradient's square is
+    divided by the largest squares so far (`_single_param_stableadamw`)."""
+    if not tape.on_cuda:
+        for p in itertools.chain(*groups):
+            _twice(tape, p.of.num_elements, p.of.width)
+
+
 def _foreach(tape: Tape, group: Sequence[Stepped]) -> list[list[Stepped]]:
     """What torch works on at once: lists of one dtype; on the processor single parameters."""
     if not tape.on_cuda:
@@ -503,7 +511,7 @@ def _in_float32(tape: Tape, parameter: Updated) -> Tensor | None:
 
 
 def _twice(tape: Tape, num_elements: int, width: int) -> Tensor:
-    """What is made of another tensor of its size, which then goes."""
+    """A tensor beside another of its size, which then goes."""
     first = hold(tape, num_elements, width)
     result = hold(tape, num_elements, width)
     del first

@@ -47,6 +47,7 @@ from ftplan.planner.optimizer_steps import (
     rounded,
     schedule_free_step,
     stable_adamw_states,
+    stable_adamw_step,
     torchao_states,
     torchao_step,
 )
@@ -271,6 +272,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         Optimizer(
             name="stable_adamw",
             states=stable_adamw_states,
+            step=stable_adamw_step,
             module="optimi",
             source="torch-optimi 0.3.3 (triton): exp_avg, exp_avg_sq and, in 16 bits, the Kahan "
             "compensation; kernels that write in place",
