@@ -22,7 +22,7 @@ from ftplan.planner.hardware_spec import (
     DeviceKind,
 )
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.objectives import keeps_reference, trained_model
+from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.processor_step import one_by_one_bytes
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
@@ -168,7 +168,7 @@ def estimate_memory(
     model = trained_model(model, plan)
     kind: DeviceKind = device.kind if device else "cuda"
     capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
-    trained = plan.resolved_method.count(model, plan.method_settings)
+    trained = trained_part(model, plan)
     length = min(plan.max_length, longest_row or plan.max_length)
     workload = largest_micro_batch(plan, length)
     phases = _phases(model, plan, workload, kind, capability, stack)
@@ -279,7 +279,7 @@ class _Held:
 
 @lru_cache(maxsize=1024)
 def _held(model: ModelSpec, plan: TrainingPlan, kind: DeviceKind, stack: Stack) -> _Held:
-    trained = plan.resolved_method.count(model, plan.method_settings)
+    trained = trained_part(model, plan)
     optimizer, widths = plan.optimizer, trained_widths(plan, trained)
     embeddings = model.embedding_parameters if trained.trains_embeddings else 0
     weights = weight_memory_bytes(model, plan, stack)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import ModelSpec, Parameter
+from ftplan.planner.trained import Trained
 
 if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan
@@ -114,6 +115,15 @@ def with_score(model: ModelSpec) -> ModelSpec:
 def trained_model(model: ModelSpec, plan: TrainingPlan) -> ModelSpec:
     """The model that the plan's objective trains."""
     return with_score(model) if plan.resolved_objective.scores else model
+
+
+def trained_part(model: ModelSpec, plan: TrainingPlan) -> Trained:
+    """What the plan trains of that model: PEFT trains a copy of the score beside adapters."""
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    if not (plan.resolved_objective.scores and trained.adapted):
+        return trained
+    added = trained.added_parameters + model.hidden_size
+    return dataclasses.replace(trained, added_parameters=added)
 
 
 def keeps_reference(plan: TrainingPlan) -> bool:
