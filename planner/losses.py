@@ -142,8 +142,7 @@ class TrlFusedLoss:
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
             tile = fold(tape, shape, size[1], compute, backward_bytes)
             grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
-            both = of_weight is not None and weight_size is not None
-            grads.append(f.cast(tape, of_weight, weight_size[1]) if both else None)
+            grads.append(f.cast(tape, of_weight, weight.width) if of_weight else None)
             del tile
             return grads
 

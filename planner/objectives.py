@@ -24,12 +24,12 @@ class Objective:
 
     `each_row`: what a row of the data holds, where it is more than one text, and
     `sequences_per_row` how many of them go through the model together. `batch_numbers`: numbers of
-    64 bits that a micro-batch has for each token of those. `only_loss`: the one
-    loss kernel that its trainer has, for the reason `why_only_loss`; None: any. `has_reference`:
-    the loss compares with the model as it was before training. `scores`: the model has one score a
-    row instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it reports how often the target is the most
-    probable token. `min_batch_size`: rows that a
-    micro-batch must have.
+    64 bits that a micro-batch has for each token of those. `only_loss`: the one loss kernel that
+    its trainer has, for the reason `why_only_loss`; None: any. `has_reference`: the loss compares
+    with the model as it was before training. `pairs_rows`: prompts with other rows' completions
+    are read too, in passes of their own without gradients. `scores`: the model has one score a row
+    instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it reports how often the
+    target is the most probable token. `min_batch_size`: rows that a micro-batch must have.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Objective:
     only_loss: str | None = None
     why_only_loss: str = ""
     has_reference: bool = False
+    pairs_rows: bool = False
     scores: bool = False
     has_dropout: bool = False
     finds_top1: bool = False
@@ -80,6 +81,7 @@ OBJECTIVES: dict[str, Objective] = {
             only_loss="trl-fused",
             why_only_loss=_TILES,
             has_reference=True,
+            pairs_rows=True,
             min_batch_size=2,
         ),
         Objective(

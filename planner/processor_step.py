@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.plan import TrainingPlan
@@ -14,8 +15,7 @@ def one_by_one_bytes(model: ModelSpec, plan: TrainingPlan, trained: Trained, cop
     """Bytes of the largest tensor's `copies`, beside the last one of the tensor before it, which
     its name still holds (torch.optim, `_single_tensor_*`)."""
     sizes = [0, *_tensor_bytes(model, plan, trained)]
-    pairs = zip(sizes, sizes[1:], strict=False)
-    return max((before + copies * size for before, size in pairs), default=0)
+    return max((before + copies * size for before, size in pairwise(sizes)), default=0)
 
 
 def _tensor_bytes(model: ModelSpec, plan: TrainingPlan, trained: Trained) -> Iterator[int]:

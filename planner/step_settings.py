@@ -81,6 +81,7 @@ def step_settings(
         input_bytes=NUMBER_BYTES * objective.batch_numbers,
         scores=objective.scores,
         finds_top1=objective.finds_top1,
+        pairs_rows=objective.pairs_rows,
     )
     if not objective.has_reference:
         return settings
