@@ -9,6 +9,7 @@ from ftplan.planner.closed_form import unmodelled
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.rule_of_thumb import rule_to_dict
 from ftplan.planner.step_time import estimate_step_time
@@ -62,7 +63,8 @@ def parameter_counts(
     """(all, trained) parameters: the dry run's own count where there is one."""
     if dry_run:
         return dry_run.num_parameters, dry_run.num_trainable_parameters
-    trained = plan.resolved_method.count(model, plan.method_settings)
+    model = trained_model(model, plan)
+    trained = trained_part(model, plan)
     return model.num_parameters, trained.num_trainable_parameters
 
 
@@ -77,7 +79,8 @@ def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> di
     plan = reasoned.plan
     if device is None or unmodelled(plan):
         return {"step_seconds": None, "tokens_per_second_per_gpu": None, "bound_by": None}
-    tokens = plan.per_device_train_batch_size * plan.max_length
+    rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
+    tokens = rows * plan.max_length
     step = estimate_step_time(
         model, plan, device, tokens_per_micro_batch=tokens, mean_length=plan.max_length
     )

@@ -99,7 +99,7 @@ def _spelled(form: Form, rows: int, length: int) -> str:
 
 
 def _held_formulas(model: ModelSpec, plan: TrainingPlan) -> Mapping[str, str]:
-    trained = plan.resolved_method.count(model, plan.method_settings)
+    trained = trained_part(model, plan)
     widths = [
         (num_elements(parameters), width)
         for parameters, width in trained_widths(plan, trained)

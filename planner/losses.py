@@ -157,10 +157,7 @@ class TrlFusedLoss:
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
             tile = fold(tape, shape, size[1], compute, backward_bytes)
             grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
-            if of_weight is None or weight_size is None:
-                grads.append(None)
-            else:
-                grads.append(f.cast(tape, of_weight, weight_size[1]))
+            grads.append(f.cast(tape, of_weight, weight.width) if of_weight else None)
             del tile
             return grads
 

@@ -25,7 +25,7 @@ from ftplan.planner.hardware_spec import (
 )
 from ftplan.planner.held import Held, held_of_shares, held_under_zero
 from ftplan.planner.model_spec import Linear, ModelSpec
-from ftplan.planner.objectives import keeps_reference, trained_model
+from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
 from ftplan.planner.separate_experts import expert_linears
@@ -470,7 +470,7 @@ def _compile(
     capability: tuple[int, int],
     stack: Stack,
 ) -> CompiledStep:
-    trained = plan.resolved_method.count(model, plan.method_settings)
+    trained = trained_part(model, plan)
     settings = step_settings(model, plan, workload, kind, capability, stack, trained)
     trace = trace_step(model, settings)
     held = _held(model, plan, stack, trained, settings)

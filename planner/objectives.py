@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import ModelSpec, Parameter
+from ftplan.planner.trained import Trained
 
 if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan
@@ -23,11 +24,12 @@ class Objective:
 
     `each_row`: what a row of the data holds, where it is more than one text, and
     `sequences_per_row` how many of them go through the model together. `batch_numbers`: numbers of
-    64 bits that a micro-batch has for each token of those. `only_loss`: the one
-    loss kernel that its trainer has, for the reason `why_only_loss`; None: any. `has_reference`:
-    the loss compares with the model as it was before training. `scores`: the model has one score a
-    row instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it reports how often
-    the target is the most probable token. `min_batch_size`: rows that a micro-batch must have.
+    64 bits that a micro-batch has for each token of those. `only_loss`: the one loss kernel that
+    its trainer has, for the reason `why_only_loss`; None: any. `has_reference`: the loss compares
+    with the model as it was before training. `pairs_rows`: prompts with other rows' completions
+    are read too, in passes of their own without gradients. `scores`: the model has one score a row
+    instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it reports how often the
+    target is the most probable token. `min_batch_size`: rows that a micro-batch must have.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Objective:
     only_loss: str | None = None
     why_only_loss: str = ""
     has_reference: bool = False
+    pairs_rows: bool = False
     scores: bool = False
     has_dropout: bool = False
     finds_top1: bool = False
@@ -78,6 +81,7 @@ OBJECTIVES: dict[str, Objective] = {
             only_loss="trl-fused",
             why_only_loss=_TILES,
             has_reference=True,
+            pairs_rows=True,
             min_batch_size=2,
         ),
         Objective(
@@ -113,6 +117,15 @@ def with_score(model: ModelSpec) -> ModelSpec:
 def trained_model(model: ModelSpec, plan: TrainingPlan) -> ModelSpec:
     """The model that the plan's objective trains."""
     return with_score(model) if plan.resolved_objective.scores else model
+
+
+def trained_part(model: ModelSpec, plan: TrainingPlan) -> Trained:
+    """What the plan trains of that model: PEFT trains a copy of the score beside adapters."""
+    trained = plan.resolved_method.count(model, plan.method_settings)
+    if not (plan.resolved_objective.scores and trained.adapted):
+        return trained
+    copy = Parameter(name="score.modules_to_save.weight", shape=(1, model.hidden_size))
+    return dataclasses.replace(trained, held_as_base=(*trained.held_as_base, copy))
 
 
 def keeps_reference(plan: TrainingPlan) -> bool:

@@ -124,6 +124,7 @@ def step_settings(
         spread=spread,
         reduction=_reduction(plan, trained),
         update=plan.optimizer.update(),
+        pairs_rows=objective.pairs_rows,
     )
     settings = _spread_out(settings, plan)
     if not objective.has_reference:

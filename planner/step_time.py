@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.memory import compiled_step, weight_memory_bytes
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
 from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_settings import (
@@ -41,6 +42,8 @@ SHARE_OF_TRAFFIC: dict[DeviceKind, float] = {"cuda": 0.5, "cpu": 1.0}
 # forward, 26.5 in backward (trl.kernels.chunked_logprob, `_forward_tile`, `_backward_tile`).
 PASSES_OVER_LOGITS = {"stock": 8, "trl-fused": 6, "liger": 6, "triton_ce": 7}
 PASSES_OVER_LOGITS_WITHOUT_KERNEL = 47
+# Of these, in a pass without gradients.
+FORWARD_PASSES_OVER_LOGITS: dict[DeviceKind, float] = {"cuda": 2, "cpu": 20.5}
 
 Bound = Literal["arithmetic", "memory bandwidth"]
 
@@ -80,7 +83,7 @@ def estimate_step_time(
     `tokens_per_micro_batch`: padded tokens of the mean micro-batch, `mean_length`: of its rows.
     An arithmetic and a memory bound added, since on one stream they seldom overlap.
     """
-    trained = plan.resolved_method.count(model, plan.method_settings)
+    trained = trained_part(model, plan)
     tokens, length = tokens_per_micro_batch, mean_length
     forward = forward_flops(model, plan, tokens, length, device)
     step = micro_batch_flops(model, plan, tokens, length, device)
@@ -148,11 +151,15 @@ def _micro_batch_bytes(
     """
     trace, rows, length = _trace(model, plan, device, tokens, length)
     moved = value(trace.forward_moved, rows, length) + value(trace.backward_moved, rows, length)
-    layers = SHARE_OF_TRAFFIC[device.kind] * moved
+    model = trained_model(model, plan)
+    kind: DeviceKind = device.kind
+    layers = SHARE_OF_TRAFFIC[kind] * moved
     forwards = 2 if plan.gradient_checkpointing else 1
-    logits = passes_over_logits(plan, device.kind) * tokens * model.vocab_size * FLOAT32_BYTES
+    further = trace.num_passes - 1
+    over_logits = passes_over_logits(plan, kind) + further * FORWARD_PASSES_OVER_LOGITS[kind]
+    logits = over_logits * tokens * model.vocab_size * FLOAT32_BYTES
     backwards = trained.reached_layers(model) / model.num_hidden_layers
-    passes_over_weights = 1 + forwards * backwards
+    passes_over_weights = trace.num_passes + forwards * backwards
     weights = passes_over_weights * weight_memory_bytes(model, plan)
     expanded = _expanded_bytes(model, plan, passes_over_weights, backwards)
     return layers + logits + weights + expanded
@@ -160,6 +167,8 @@ def _micro_batch_bytes(
 
 def passes_over_logits(plan: TrainingPlan, kind: DeviceKind) -> int:
     """How often each logit is moved, as fp32."""
+    if plan.resolved_objective.scores:
+        return 0
     if plan.loss == "trl-fused" and kind == "cpu":
         return PASSES_OVER_LOGITS_WITHOUT_KERNEL
     return PASSES_OVER_LOGITS[plan.loss]

@@ -95,6 +95,7 @@ class StepSettings:
     finds_top1: bool = False
     reference: StepSettings | None = None
     asks_before: bool = False
+    pairs_rows: bool = False
 
     @property
     def in_evaluation(self) -> StepSettings:
@@ -148,6 +149,7 @@ class StepTrace:
     the segments that they are sums of: embeddings, layers, loss.
 
     `inputs`: what the model is given; `after_backward`: all that is left until the step is over.
+    `num_passes`: forward, those without gradients included.
     FLOPs, and bytes read and written besides parameters and outside of the loss, of one
     micro-batch. Forward's hold the reference's pass, backward's what is computed again.
     """
@@ -156,6 +158,7 @@ class StepTrace:
     segments: tuple[Segment, ...]
     inputs: Parts
     after_backward: Parts
+    num_passes: int
     forward_flops: Form
     backward_flops: Form
     forward_moved: Form
@@ -187,15 +190,13 @@ class _StepTracer:
             reference = None
         segments, labels = self._segments()
         self._add_forward(segments, labels, self._inputs(), "forward", "loss")
-        forward = list(segments)
         base, bases = _sum(self._inputs(), self._tables()), []
         if self.settings.gradient_checkpointing:  # which holds what layers are given
             base = _sum(base, self._mask())
         for segment in segments:
             bases.append(base)
             base = _sum(base, segment.kept)
-        if reference is not None:
-            forward += self._pass_forward(reference, base, "forward", "loss")
+        passes = [segments, *self._further_passes(reference, base)]
         places, left = _extremes(labels), Parts()
         for index in reversed(range(len(segments))):
             segment = segments[index]
@@ -212,11 +213,23 @@ class _StepTracer:
             segments=tuple(segments),
             inputs=self._inputs(),
             after_backward=_sum(_sum(self._inputs(), left), self._first_input(segments[0])),
-            forward_flops=added(segment.forward_flops for segment in forward),
+            num_passes=len(passes),
+            forward_flops=added(s.forward_flops for one in passes for s in one),
             backward_flops=added(segment.backward_flops for segment in segments),
-            forward_moved=added(s.forward_moved for s in forward if s is not segments[-1]),
+            forward_moved=added(s.forward_moved for one in passes for s in one[:-1]),
             backward_moved=added(segment.backward_moved for segment in segments[:-1]),
         )
+
+    def _further_passes(self, reference: StepSettings | None, base: Parts) -> list[list[Segment]]:
+        """The segments of each of a step's passes without gradients. A pass over other rows holds
+        no more than the same model's over its own."""
+        passes = []
+        if reference is not None:
+            passes.append(self._pass_forward(reference, base, "forward", "loss"))
+        if self.settings.pairs_rows:
+            own = self._pass_forward(self.settings, self._inputs(), "forward", "loss")
+            passes += [*passes, own]
+        return passes
 
     def _evaluate(self, reference: StepSettings | None) -> None:
         """An evaluation's pass, and the reference's where it comes along."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftplan.planner.families import FAMILIES, spec_from_config
+from ftplan.planner.families import FAMILIES
 from ftplan.planner.hardware_spec import (
     CPU_HEAP_HOLES,
     CPU_PROCESS_BYTES,

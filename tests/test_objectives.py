@@ -8,7 +8,6 @@ import pytest
 
 from ftplan.launcher.cli import main
 from ftplan.planner.errors import InputError
-from ftplan.planner.memory import estimate_memory
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import TrainingPlan
@@ -72,15 +71,6 @@ def test_an_unknown_objective_is_answered_with_the_nearest(small_llama: ModelSpe
     with pytest.raises(InputError, match="unknown objective `dpoo`") as raised:
         estimate_recipe(small_llama, None, {"objective": "dpoo"})
     assert "`dpo`" in str(raised.value.hint)
-
-
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "sft"])
-def test_the_closed_form_refuses_what_it_does_not_model(
-    objective: str, small_llama: ModelSpec
-) -> None:
-    with pytest.raises(InputError, match=f"does not model `--objective {objective}`") as raised:
-        estimate_memory(small_llama, plan(objective))
-    assert "--exact" in str(raised.value.hint)
 
 
 @pytest.mark.parametrize("words", [["plan", "rows.jsonl"], ["auto", "rows.jsonl", "--yes"]])

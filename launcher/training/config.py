@@ -53,7 +53,7 @@ def checked_objective(objective: str) -> str:
     if objective != "sft":
         raise InputError(
             f"runs are launched for plain fine-tuning; `--objective {objective}` is for estimates",
-            "leave `--objective` out, or ask `ftplan estimate MODEL --exact` about it",
+            "leave `--objective` out, or ask `ftplan estimate MODEL` about it",
         )
     return objective
 
