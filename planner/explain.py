@@ -12,6 +12,7 @@ from typing import Any
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import COMPONENTS, compiled_step, quantized_bytes_per_weight
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import trained_part
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_settings import model_rows, trained_widths

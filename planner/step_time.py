@@ -150,7 +150,9 @@ def _micro_batch_bytes(
     Layers below the first trained one are computed forward only.
     """
     trace, rows, length = _trace(model, plan, device, tokens, length)
-    moved = value(trace.forward_moved, rows, length) + value(trace.backward_moved, rows, length)
+    # What is there for any micro-batch are copies of weights, which are counted below.
+    (_, *forward), (_, *backward) = trace.forward_moved, trace.backward_moved
+    moved = value((0, *forward), rows, length) + value((0, *backward), rows, length)
     model = trained_model(model, plan)
     kind: DeviceKind = device.kind
     layers = SHARE_OF_TRAFFIC[kind] * moved

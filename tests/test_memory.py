@@ -363,8 +363,8 @@ def test_trl_holds_the_adapters_of_a_quantized_base_in_bf16(llama_2_7b: ModelSpe
 
 
 def test_stock_logits_by_hand(llama_2_7b: ModelSpec) -> None:
-    """4 x 4096 tokens x 32000 entries: bf16 logits, their fp32 copy and log-softmax in forward; then
-    the log-softmax, gradients on both sides of it, and the logits in fp32 that accelerate's
+    """4 x 4096 tokens x 32000 entries: bf16 logits, their fp32 copy and log-softmax in forward;
+    then the log-softmax, gradients on both sides of it, and the logits in fp32 that accelerate's
     autocast hands back are gone: 12 bytes."""
     plan = TrainingPlan(
         loss="stock", trainer="transformers", per_device_train_batch_size=4, max_length=4096
