@@ -28,7 +28,7 @@ from ftplan.planner.plan import (
 )
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.sharding import OFFLOADS, SHARDINGS
-from ftplan.profiles import find_gpu
+from ftplan.profiles import find_gpu, find_model
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,6 +60,8 @@ OPTIONAL_FIELDS = (
     "gradient_accumulation_steps",
     "num_trainable_layers",
 )
+# Names of quantizations that a case may give otherwise than a plan.
+QUANTIZATION_OF_CASE = {"gptq-int4": "gptq", "awq-int4": "awq"}
 # Absent or null means none.
 SPREADING_FIELDS = ("sharding", "offload")
 # A case's `sharding` as a plan's, and which FSDP it is: `full_shard` is a word of the first one.
@@ -88,8 +90,9 @@ STACK_OF_SOURCE: dict[str, dict[str, str]] = {
 # `lora_dropout` of scripts/benchmarks/refs/a100_80gb.csv and a100_80gb_liger.csv, and the same in
 # their scenarios.yaml. It counts where a row does not say it itself.
 DROPOUT_OF_SOURCE = {"foundation-model-stack/fms-acceleration": 0.1}
-# Whose rows with Liger's loss fuse norms and rotary embeddings too: framework configurations
-# `*-foak-fast-kernels-liger` and `*-foak-liger` of its scenarios-liger.yaml.
+# Whose rows with Liger's or Unsloth's loss fuse norms and rotary embeddings too: framework
+# configurations `*-foak-fast-kernels-liger`, `*-foak-liger`, `foak-fast-kernels` and `*-foak` of
+# its scenarios-liger.yaml and scenarios.yaml.
 FUSED_WITH_LIGER = ("foundation-model-stack/fms-acceleration",)
 
 LENGTH_KINDS = ("exact", "cap")
@@ -228,7 +231,7 @@ def _case(
         packing=config["packing"],
         length_is=config["length_is"],
         repeats_key_value=bool(stack),
-        fused_kernels=name in FUSED_WITH_LIGER and config["loss_kernel"] == "liger",
+        fused_kernels=name in FUSED_WITH_LIGER and config["loss_kernel"] in ("liger", "triton_ce"),
         fsdp_version=SHARDING_OF_CASE[config.get("sharding") or "none"][1],
     )
 
@@ -296,6 +299,8 @@ def _settings(config: Mapping[str, Any], attempt: _Attempts) -> dict[str, Any]:
     }
     assert set(fields.values()) <= set(SETTING_NAMES)
     given = {name: config[field] for field, name in fields.items() if config.get(field) is not None}
+    if given.get("quantization") in QUANTIZATION_OF_CASE:
+        given["quantization"] = QUANTIZATION_OF_CASE[given["quantization"]]
     return {name: attempt(_setting, name, value) for name, value in given.items()}
 
 
@@ -372,13 +377,19 @@ class _ModelFinder:
 
     def _find(self, name: str) -> ModelSource | InputError:
         try:
-            source = find_source(name, self.environ)
+            source = find_source(_base_of_quantized(name), self.environ)
         except InputError as error:
             at_hand = os.path.isdir(name) or cached_folder(name, self.environ)
             return error if at_hand else InputError(f"unknown model `{name}`")
         if source.spec.approximate:
             return InputError(f"model `{name}` is a size, not a model")
         return source
+
+
+def _base_of_quantized(name: str) -> str:
+    """`org/Model-GPTQ` has the shape of the catalog's `Model`."""
+    base = re.sub(r"-(GPTQ|AWQ)$", "", name.rpartition("/")[2], flags=re.IGNORECASE)
+    return base if base != name.rpartition("/")[2] and find_model(base) is not None else name
 
 
 def _plan(model: ModelSource, gpu: Device | None, settings: Mapping[str, Any]) -> TrainingPlan:

@@ -12,13 +12,19 @@ from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device, DeviceKind
-from ftplan.planner.plan import TrainingPlan, flag_name
+from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
+from ftplan.planner.prequantized import PREQUANTIZED
 from ftplan.planner.trained import ALL_LINEAR
 
 TRAIN_MODULE = "ftplan.launcher.train"
 
-# Settings of which runs are launched with this value only.
-_LAUNCHED = {"sharding": "none", "packing": False}
+# Settings of which runs are launched with these values only.
+_LAUNCHED: dict[str, tuple[Any, ...]] = {
+    "sharding": ("none",),
+    "packing": (False,),
+    "quantization": tuple(q for q in QUANTIZATIONS if q not in PREQUANTIZED),
+    "loss": tuple(loss for loss in LOSSES if loss != "triton_ce"),
+}
 
 
 def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
@@ -44,13 +50,12 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
 def check_launched(settings: Mapping[str, Any]) -> None:
     """Raises InputError for what ftplan predicts and does not launch."""
     for name, launched in _LAUNCHED.items():
-        value = settings.get(name, launched)
-        if value != launched:
+        value = settings.get(name, launched[0])
+        if value not in launched:
             shown = flag_name(name) + ("" if value is True else f" {value}")
             raise InputError(
                 f"ftplan does not launch runs with `{shown}`",
-                f"`ftplan estimate MODEL --exact` predicts them; leave out `{flag_name(name)}` to "
-                "launch",
+                f"`ftplan estimate MODEL` predicts them; leave out `{flag_name(name)}` to launch",
             )
 
 

@@ -403,6 +403,7 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
     """log-softmax, which is kept, and a sum of its entries. Backward makes a gradient on each side
     of the log-softmax."""
     tape.read(logits)
+    logits = in_float32(tape, logits)
     log_softmax = _each_value(tape, logits, saves_input=False, saves_result=True)
     loss = tape.empty(constant(1), FLOAT32)
     if tape.differentiates(log_softmax):
@@ -463,3 +464,32 @@ def fused_dropout(tape: Tape, x: Tensor) -> Tensor:
 
         tape.attach([result], [x], tape.save(x, result), backward)
     return result
+
+
+def add_in_place(tape: Tape, total: Tensor, part: Tensor) -> Tensor:
+    """`total` with a part added to some of its rows (`index_add_`). Backward hands `total`'s
+    gradient on, and picks the part's rows out of it."""
+    tape.read(part)
+    result = Tensor(total.storage, total.elements, total.width)
+    if tape.differentiates(total, part):
+        size = _size(part)
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            return [gradients[0], tape.empty(*size)]
+
+        tape.attach([result], [total, part], [], backward)
+    return result
+
+
+def cross_entropy_in_place(tape: Tape, logits: Tensor) -> Tensor:
+    """Keeps the logits, over which backward writes its gradient (Unsloth's Triton kernel,
+    `Fast_CrossEntropyLoss` in kernels/cross_entropy_loss.py)."""
+    tape.read(logits)
+    loss = tape.empty(constant(1), FLOAT32)
+    if tape.differentiates(logits):
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            return [saved[0]]
+
+        tape.attach([loss], [logits], tape.save(logits), backward)
+    return loss

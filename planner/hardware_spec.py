@@ -28,10 +28,13 @@ CPU_WORST_HEAP_HOLES = 0.9
 
 # The least compute capability for training beside a quantized base (bitsandbytes' installation
 # guide, "CUDA"): its 4-bit kernels, and LLM.int8, which needs the integer tensor cores of Turing.
+# GPTQ's and AWQ's dequantization is Triton, which needs Volta (Triton's README).
 QUANTIZATION_CAPABILITY: dict[str, tuple[int, int]] = {
     "nf4": (6, 0),
     "fp4": (6, 0),
     "int8": (7, 5),
+    "gptq": (7, 0),
+    "awq": (7, 0),
 }
 
 

@@ -75,14 +75,23 @@ class StockLoss:
         shifts_logits: bool,
         returns_fp32: bool,
         watch: Callable[[Tape, Tensor], Tensor],
+        lets_logits_go: bool = False,
+        in_16_bits: bool = False,
+        in_place: bool = False,
     ) -> None:
-        """`watch` gets the output projection's result, and returns it."""
+        """`watch` gets the output projection's result, and returns it. `lets_logits_go`: the fp32
+        logits take the name of the 16-bit ones; `in_16_bits`: there are none. `in_place`: the
+        cross-entropy writes its gradient over the logits (Unsloth's, in fms-acceleration)."""
         self.head, self.weight, self.bias, self.watch = head, weight, bias, watch
         self.shifts_logits, self.returns_fp32 = shifts_logits, returns_fp32
+        self.lets_logits_go, self.in_16_bits = lets_logits_go, in_16_bits
+        self.in_place = in_place
 
     def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
         """The loss. `held` gets the logits as the model returns them."""
         logits = self._logits(tape, hidden)
+        if self.lets_logits_go and not self.in_16_bits:
+            logits = f.cast(tape, logits, FLOAT32)
         loss = self._cross_entropy(tape, logits)
         if self.returns_fp32:  # accelerate's autocast converts what the model returns
             logits = f.cast(tape, logits, FLOAT32)
@@ -104,11 +113,13 @@ class StockLoss:
         return logits
 
     def _cross_entropy(self, tape: Tape, logits: Tensor) -> Tensor:
-        logits = f.cast(tape, logits, FLOAT32)
+        if not self.in_16_bits:
+            logits = f.cast(tape, logits, FLOAT32)
+        cross_entropy = f.cross_entropy_in_place if self.in_place else f.cross_entropy
         if not self.shifts_logits:
-            return f.cross_entropy(tape, logits)
+            return cross_entropy(tape, logits)
         shifted = f.part_copied(tape, logits, times(PREDICTING, self.head.vocab_size))
-        return f.cross_entropy(tape, shifted)
+        return cross_entropy(tape, shifted)
 
 
 class TrlFusedLoss:

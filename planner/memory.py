@@ -8,7 +8,7 @@ which the run survives. Equations are numbered in docs/memory-model.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import attrgetter
@@ -24,8 +24,10 @@ from ftplan.planner.hardware_spec import (
     Device,
     DeviceKind,
 )
-from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
+from ftplan.planner.separate_experts import expert_linears
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
     Workload,
@@ -239,7 +241,8 @@ def weight_memory_bytes(
     width = width or plan.weight_bytes
     if plan.quantization == "none":
         return model.num_parameters * width
-    quantized = model.quantizable_weights
+    linears = list(_quantized_linears(model, stack))
+    quantized = sum(count * linear.num_weights for count, linear in linears)
     rest = model.num_parameters - quantized
     rest_bytes = rest * width
     if stack.kbit_prepare:
@@ -247,15 +250,28 @@ def weight_memory_bytes(
         rest_bytes = rest * FLOAT32_BYTES
         if stack.casts_back:
             rest_bytes -= outer * (FLOAT32_BYTES - 2)
+    if plan.quantization in PREQUANTIZED:
+        sizes = (count * prequantized_bytes(linear, plan.quantization) for count, linear in linears)
+        return sum(sizes) + rest_bytes
     if plan.quantization == "int8":
-        rows = sum(
-            count * linear.out_features
-            for layer, count in model.layer_counts.items()
-            for linear in layer.linears
-            if linear.quantizable
-        )
+        rows = sum(count * linear.out_features for count, linear in linears)
         return quantized + rows * FLOAT32_BYTES + rest_bytes
     return round(quantized * quantized_bytes_per_weight(plan)) + rest_bytes
+
+
+def _quantized_linears(model: ModelSpec, stack: Stack) -> Iterator[tuple[int, Linear]]:
+    """The modules that are held quantized, how many of each."""
+    for layer, count in model.layer_counts.items():
+        for linear in layer.linears:
+            if linear.quantizable:
+                yield count, linear
+        experts = layer.feed_forward.experts
+        if experts is not None and stack.separates_experts:
+            for linear in expert_linears(layer.feed_forward):
+                yield count * experts.num_experts, linear
+    for linear in (*model.embedding_linears, *model.other_linears):
+        if linear.quantizable:
+            yield 1, linear
 
 
 def quantized_bytes_per_weight(plan: TrainingPlan) -> float:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import partial
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
 from ftplan.planner.model_spec import Attention, FeedForward, Layer, Linear, Norm
+from ftplan.planner.prequantized import PREQUANTIZED, PrequantizedLinear
+from ftplan.planner.separate_experts import SeparateExperts
 from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant, per_token, scaled, times
 
 FLOAT32 = f.FLOAT32
@@ -28,8 +31,9 @@ class Numerics:
     `trained`: names of the layer's own parameters that are trained. `adapted`: which linear modules
     carry an adapter. `rank`, `dropout`: of adapters. `fused_kernels`: norms, rotary embeddings and
     dropout of a quantized base's adapters are fms-acceleration's. `repeats_key_value`: grouped
-    heads are repeated before the kernel. `padded`: some rows are shorter, `masked_windows`: sliding
-    windows that a row is longer than; either needs a mask.
+    heads are repeated before the kernel. `separate_experts`: experts are modules. `padded`: some
+    rows are shorter, `masked_windows`: sliding windows that a row is longer than; either needs a
+    mask.
     """
 
     weights: int
@@ -48,6 +52,7 @@ class Numerics:
     attn_implementation: str = "sdpa"
     fused_kernels: bool = False
     repeats_key_value: bool = False
+    separate_experts: bool = False
     padded: bool = False
     masked_windows: frozenset[int] = frozenset()
 
@@ -195,7 +200,7 @@ class LoraLinear:
 
     def _on_quantized(self, tape: Tape, x: Tensor) -> Tensor:
         result = self.base(tape, x)
-        if self.quantization != "int8":
+        if self.quantization in ("nf4", "fp4"):
             result = f.clone(tape, result)
         before = result.width
         if tape.autocast is None:
@@ -223,6 +228,8 @@ def base_linear(linear: Linear, numerics: Numerics) -> Module:
         return Linear4bit(linear, numerics)
     if numerics.quantization == "int8":
         return Linear8bit(linear)
+    if numerics.quantization in PREQUANTIZED:
+        return PrequantizedLinear(linear)
     return PlainLinear(linear, numerics.weights, numerics.trained)
 
 
@@ -452,6 +459,9 @@ class MixtureOfExperts:
 
 
 def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
+    if block.experts is not None and numerics.separate_experts:
+        router = PlainLinear(block.experts.router, numerics.weights, numerics.trained)
+        return SeparateExperts(block, router, partial(base_linear, numerics=numerics))
     return MixtureOfExperts(block, numerics) if block.experts else Mlp(block, numerics)
 
 

@@ -24,11 +24,11 @@ from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
 
 Origin = Literal["given", "derived", "default"]
 
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "gptq", "awq")
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
-LOSSES = ("stock", "trl-fused", "liger")
+LOSSES = ("stock", "trl-fused", "liger", "triton_ce")
 TRAINERS = ("trl", "transformers", "loop")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -112,6 +112,7 @@ class TrainingPlan:
         for name in SETTING_NAMES:
             check_setting(name, getattr(self, name))
         _check_precision(self)
+        _check_loss(self)
         _check_method(self)
         _check_packing(self)
         check_objective(self)
@@ -274,6 +275,16 @@ def _check_method(plan: TrainingPlan) -> None:
         )
     if plan.dtype == "float16" and plan.mixed_precision == "fp16":
         _check_trained_in_float32(plan, method)
+
+
+def _check_loss(plan: TrainingPlan) -> None:
+    """Raises InputError for fms-acceleration's loss in another stack than its own."""
+    if plan.loss == "triton_ce" and plan.trainer != "transformers":
+        raise InputError(
+            f"`--loss triton_ce` is fms-acceleration's, for transformers' trainer: "
+            f"`--trainer {plan.trainer}` has it not",
+            "use `--trainer transformers`, or `--loss liger`",
+        )
 
 
 def _check_precision(plan: TrainingPlan) -> None:

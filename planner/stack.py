@@ -10,6 +10,13 @@ from ftplan.planner.units import KIB, MIB
 # (https://github.com/huggingface/transformers/pull/35646).
 _SHIFTS_LABELS_SINCE = (4, 50)
 
+# Until then these models took the cross-entropy of their 16-bit logits (`forward` in
+# modeling_*.py of 4.45.2 and 4.48.1).
+_LOSS_IN_16_BITS_BEFORE = (4, 49)
+_LOSS_IN_16_BITS = frozenset(
+    ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "stablelm")
+)
+
 # From this release on models share their attention functions; before, these (of those without
 # experts) had a class of their own for FlashAttention-2 that called `repeat_kv` first, unlike
 # Llama's (`*FlashAttention2` in models/*/modeling_*.py of transformers 4.45.2).
@@ -20,6 +27,11 @@ _REPEAT_FOR_FLASH = ("mistral", "phi3", "qwen2", "starcoder2")
 # reentrant by default (`_gradient_checkpointing_func` in transformers 4.51's modeling_llama.py);
 # from then on layers do it themselves (4.52's modeling_layers.py).
 _CHECKPOINTS_WITHIN_SINCE = (4, 52)
+# From this release on experts are stacked parameters (transformers.integrations.moe).
+_STACKS_EXPERTS_SINCE = (5,)
+# From this release on models call a loss function of transformers.loss; before, each computed its
+# own with torch.nn.CrossEntropyLoss (`forward` in modeling_llama.py of 4.45.2 and 4.48.1).
+_LOSS_FUNCTIONS_SINCE = (4, 46)
 
 # Of a GPU that is not named: Ampere and later have the kernels that matter.
 DEFAULT_CAPABILITY = (8, 0)
@@ -56,6 +68,25 @@ class Stack:
         """Whether checkpointing is around what FSDP1 put around a layer."""
         version = self.transformers_version
         return version is not None and version < _CHECKPOINTS_WITHIN_SINCE
+
+    def loses_in_16_bits(self, model_type: str) -> bool:
+        """Whether the model takes the cross-entropy of logits that are not fp32."""
+        version = self.transformers_version
+        old = version is not None and version < _LOSS_IN_16_BITS_BEFORE
+        return old and model_type in _LOSS_IN_16_BITS
+
+    @property
+    def separates_experts(self) -> bool:
+        """Whether a mixture's experts are modules of their own."""
+        version = self.transformers_version
+        return version is not None and version < _STACKS_EXPERTS_SINCE
+
+    @property
+    def lets_logits_go(self) -> bool:
+        """Whether a model's own loss turns the logits into fp32 under their own name, so that the
+        16-bit ones go; the loss functions that came after do not."""
+        version = self.transformers_version
+        return version is not None and version < _LOSS_FUNCTIONS_SINCE
 
     def repeats_heads(self, model_type: str, attn_implementation: str) -> bool:
         """Whether grouped heads are repeated before the attention kernel."""

@@ -34,11 +34,12 @@ ACHIEVED_SHARE_OF_PEAK = 0.55
 SHARE_OF_TRAFFIC: dict[DeviceKind, float] = {"cuda": 0.5, "cpu": 1.0}
 
 # How often the loss moves each logit. `stock`: written, log-softmax read and written, both read and
-# the gradient's source and result written in backward, read by the product. A fused kernel writes
+# the gradient's source and result written in backward, read by the product; `triton_ce` has no
+# log-softmax, and writes its gradient over the logits. A fused kernel writes
 # and reads a tile in each direction and turns it into its gradient in place. Without a kernel TRL's
 # tiles pass through chains of torch operations, whose reads and writes were counted: 20.5 in
 # forward, 26.5 in backward (trl.kernels.chunked_logprob, `_forward_tile`, `_backward_tile`).
-PASSES_OVER_LOGITS = {"stock": 8, "trl-fused": 6, "liger": 6}
+PASSES_OVER_LOGITS = {"stock": 8, "trl-fused": 6, "liger": 6, "triton_ce": 7}
 PASSES_OVER_LOGITS_WITHOUT_KERNEL = 47
 
 Bound = Literal["arithmetic", "memory bandwidth"]

@@ -76,6 +76,8 @@ class StepSettings:
     shifts_logits: bool
     holds_logits: bool
     returns_fp32: bool
+    lets_logits_go: bool
+    loses_in_16_bits: bool
     embedding_width: int
     head_width: int
     spread: Spread | None = None
@@ -117,13 +119,15 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTrace:
-    """The highest moments of each phase, without what is there all the time (weights, states).
+    """The highest moments of each phase, without what is there all the time (weights, states), and
+    the segments that they are sums of: embeddings, layers, loss.
 
     FLOPs, and bytes read and written besides parameters and outside of the loss, of one
     micro-batch. Backward's hold what is computed again.
     """
 
     phases: Mapping[str, tuple[Moment, ...]]
+    segments: tuple[Segment, ...]
     after_backward: Parts
     forward_flops: Form
     backward_flops: Form
@@ -171,6 +175,7 @@ class _StepTracer:
             left = _sum(left, segment.left)
         return StepTrace(
             phases={name: tuple(moments) for name, moments in self.phases.items()},
+            segments=tuple(segments),
             after_backward=_sum(self._inputs(), left),
             forward_flops=added(segment.forward_flops for segment in segments),
             backward_flops=added(segment.backward_flops for segment in segments),
@@ -351,6 +356,9 @@ class _StepTracer:
             shifts_logits=settings.shifts_logits,
             returns_fp32=settings.returns_fp32,
             watch=exchange.watch,
+            lets_logits_go=settings.lets_logits_go,
+            in_16_bits=settings.loses_in_16_bits,
+            in_place=settings.loss == "triton_ce",
         )
 
     def _segment(
