@@ -45,7 +45,7 @@ class Exchange:
 
 
 class Place(Protocol):
-    """A segment among the others, as far as its trace depends on it; equal ones have equal traces."""
+    """A segment among the others, as far as its trace depends on that."""
 
     def exchange(self) -> Exchange:
         """What it does with other GPUs."""

@@ -1,5 +1,5 @@
-"""FSDP1 on a tape: a layer's parameters are one flat one, gathered as a whole; embeddings, final norm
-and head are the root's, which stays gathered from the first forward to the end of backward.
+"""FSDP1 on a tape: a layer's parameters are one flat one, gathered as a whole; embeddings, final
+norm and head are the root's, which stays gathered from forward to the end of backward.
 
 Source: torch/distributed/fsdp (`_flat_param.py`, `_runtime_utils.py`) of torch 2.13, with
 `use_orig_params`, as `accelerate launch` sets it. Adapters are units of their own, each gathered
@@ -114,8 +114,8 @@ class _Fsdp1(Exchange):
 
 
 class _Checkpointed(_Fsdp1):
-    """A layer whose unit checkpointing is around: what is computed again gathers, frees, and gathers
-    once more for backward.
+    """A layer whose unit checkpointing is around: what is computed again gathers, frees, and
+    gathers once more for backward.
 
     If the layer's own parameters are frozen, hooks on its input hold that and its gradient to the
     end of backward (`_register_post_backward_reshard_only_hook`).

@@ -30,9 +30,10 @@ class Held:
     """What a GPU holds whatever the batch, in bytes.
 
     `carried`: gradients that wait for further micro-batches. `communication`: buffers that are
-    there all the time, `exchanged`: from the beginning of forward to the end of backward. `reducing`: gradients and buffers, beside those carried, where more than backward
-    itself needs is there at its end. `saved_weights`, `saved_states`: what a checkpoint holds, of
-    all GPUs and the host.
+    there all the time, `exchanged`: from the beginning of forward to the end of backward.
+    `reducing`: gradients and buffers, beside those carried, where more than backward itself needs
+    is there at its end. `saved_weights`, `saved_states`: what a checkpoint holds, of all GPUs and
+    the host.
     """
 
     weights: int

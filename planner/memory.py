@@ -15,7 +15,6 @@ from operator import attrgetter
 from typing import Any
 
 from ftplan.planner.closed_form import check_closed_form
-from ftplan.planner.held import Held, StepHeld, held_of_shares, held_under_zero
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -24,6 +23,7 @@ from ftplan.planner.hardware_spec import (
     Device,
     DeviceKind,
 )
+from ftplan.planner.held import Held, StepHeld, held_of_shares, held_under_zero
 from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes

@@ -109,7 +109,9 @@ def units_of(
 def _outside(model: ModelSpec) -> tuple[list[Parameter], list[Parameter], list[Parameter]]:
     """Parameters outside of the layers: embeddings, final norm and head, the rest."""
     norm = set(model.final_norm.parameters()) if model.final_norm else set()
-    embedding, tail, rest = [], [], []
+    embedding: list[Parameter] = []
+    tail: list[Parameter] = []
+    rest: list[Parameter] = []
     for parameter in model.outer_parameters:
         if parameter.name == "embed_tokens.weight":
             (tail if model.tie_word_embeddings else embedding).append(parameter)

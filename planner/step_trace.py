@@ -50,9 +50,9 @@ class StepSettings:
     parameters that are trained in the last `trained_layers` layers; `adapted`: names of the linear
     modules that carry an adapter, for each layer that has some. `trained_outside`: names of trained
     parameters outside of the layers. `input_learns`: the embeddings' result needs a gradient (they
-    are trained, or a hook asks for it). `embedding_width`, `head_width`: bytes a parameter. `spread`: how
-    several GPUs divide parameters, if they do;
-    `reduction`: how they divide gradients alone.
+    are trained, or a hook asks for it). `embedding_width`, `head_width`: bytes a parameter.
+    `spread`: how several GPUs divide parameters, `reduction`: how they divide gradients alone; None
+    where they do not.
     """
 
     numerics: Numerics
@@ -228,7 +228,7 @@ class _StepTracer:
             return [Alone()] * (model.num_hidden_layers + 2)
         units, spread = step_units(model, settings), settings.spread
         if spread.kind == "fsdp2":
-            return fsdp2_places(units, spread, accumulates=settings.accumulates)
+            return fsdp2_places(units, spread, accumulates=settings.accumulates, loss=settings.loss)
         return fsdp1_places(
             units,
             accumulates=settings.accumulates,
@@ -389,8 +389,10 @@ class _StepTracer:
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:
-            incoming = [tape.like(result)]
-            exchange.before_backward(tape, incoming[0])
+            of_result = tape.like(result)
+            exchange.before_backward(tape, of_result)
+            incoming: list[Tensor | None] = [of_result]
+            del of_result
             roots = [result]
             del result
             tape.backward(roots, incoming)

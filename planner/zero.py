@@ -1,7 +1,8 @@
 """ZeRO-1 and ZeRO-2 as DeepSpeed 0.18 allocates (deepspeed/runtime/zero/stage_1_and_2.py), with the
 settings that accelerate leaves at DeepSpeed's defaults (zero/config.py).
 
-Every GPU holds all weights, in the engine's dtype; masters, states and reduced gradients are divided.
+Every GPU holds all weights, in the engine's dtype; fp32 masters, states and reduced gradients are
+divided.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ REDUCE_BUCKET_SIZE = 500_000_000
 class Reduction:
     """What the gradients' reduction holds, in bytes: the bucket, and a GPU's share of gradients.
 
-    `partitions`: gradients go as they come (ZeRO-2); else they stay to the end of the last backward,
-    when the shares are made, and so does the bucket, from the first one on. `accumulates`: there
-    are several micro-batches.
+    `partitions`: gradients go as they come (ZeRO-2); else they stay to the end of the last
+    backward, when the shares are made, and so does the bucket, from the first one on.
+    `accumulates`: there are several micro-batches.
     """
 
     bucket: int
