@@ -25,11 +25,13 @@ class AttentionKernel:
         attention: Attention,
         implementation: str,
         *,
+        mask_width: int,
         repeats_key_value: bool = False,
         masked: bool = False,
     ) -> None:
         self.attention, self.implementation = attention, implementation
-        self.repeats_key_value, self.masked = repeats_key_value, masked
+        self.mask_width, self.repeats_key_value = mask_width, repeats_key_value
+        self.masked = masked
 
     def __call__(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.implementation == "eager":
@@ -41,6 +43,8 @@ class AttentionKernel:
         flash_2 = self.implementation == "flash_attention_2"
         if self.repeats_key_value or (self.masked and not flash_2):
             key, value = self._repeat_both(tape, key, value)
+        if not tape.on_cuda and self._has_one_head_dim() and not self.masked:
+            return self._flash_on_processor(tape, query, key, value)
         if flash_2 or self._takes_flash(tape, width):
             return self._flash(tape, query, key, value)
         if self._takes_math(tape, query, key):
@@ -53,10 +57,30 @@ class AttentionKernel:
         return key.elements != query.elements or bf16_on_old
 
     def _takes_flash(self, tape: Tape, width: int) -> bool:
+        modern = tape.capability >= FLASH_CAPABILITY
+        fits = self._has_one_head_dim() and self.attention.head_dim <= FLASH_MAX_HEAD_DIM
+        return width == 2 and modern and fits and not self.masked
+
+    def _has_one_head_dim(self) -> bool:
+        return self.attention.value_head_dim in (None, self.attention.head_dim)
+
+    def _flash_on_processor(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keeps what FlashAttention-2 keeps, in any dtype, and allocates the gradients alone. The
+        result has the query's order of dimensions, and is copied where that is by heads
+        (ATen/native/transformers/attention.cpp, `_scaled_dot_product_flash_attention_for_cpu`)."""
         a = self.attention
-        same = a.value_head_dim in (None, a.head_dim)
-        fits = tape.capability >= FLASH_CAPABILITY and a.head_dim <= FLASH_MAX_HEAD_DIM
-        return width == 2 and same and fits and not self.masked
+        result = tape.empty(per_token(a.result_width), query.width)
+        sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
+        self._count(tape)
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))
+            return [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
+
+        if tape.differentiates(query, key, value):
+            saved = tape.save(query, key, value, result, sums)
+            tape.attach([result], [query, key, value], saved, backward)
+        return f.clone(tape, result) if a.rotary_joins else result
 
     def _flash(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keeps query, key, value, the result and one fp32 log-sum a head (arXiv 2307.08691)."""
@@ -126,9 +150,9 @@ class AttentionKernel:
         scores = f.scale(tape, self._products(tape, query, key, per_pair(a.num_heads)))
         if a.softcapped:
             scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
-        scores = f.add_mask(tape, scores, tape.residual)
-        weights = f.softmax_in_float32(tape, scores)
-        weights = f.cast(tape, weights, query.width)
+        scores = f.add_mask(tape, scores, self.mask_width)
+        weights = f.cast(tape, f.softmax_in_float32(tape, scores), query.width)
+        del scores
         mixed = self._products(tape, weights, value, per_token(a.result_width))
         return f.clone(tape, mixed)
 

@@ -20,8 +20,6 @@ def unmodelled(plan: TrainingPlan) -> str | None:
         return _spelled(plan, "sharding")
     if plan.method not in MODELLED_METHODS:
         return _spelled(plan, "method")
-    if plan.optimizer.exact_only:
-        return f"{_spelled(plan, 'optim')} ({plan.optimizer.exact_only})"
     for setting in ("modules_to_save", "peft_config", "trainable_modules"):
         if getattr(plan, setting):
             return _spelled(plan, setting)

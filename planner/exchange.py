@@ -45,7 +45,7 @@ class Exchange:
 
 
 class Place(Protocol):
-    """A segment among the others, as far as its trace depends on that."""
+    """A segment among the others, as far as its trace depends on it: equal ones trace alike."""
 
     def exchange(self) -> Exchange:
         """What it does with other GPUs."""

@@ -14,7 +14,7 @@ from ftplan.planner.memory import COMPONENTS, compiled_step, quantized_bytes_per
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import OWN_STACK, Stack
-from ftplan.planner.step_settings import trained_widths
+from ftplan.planner.step_settings import model_rows, trained_widths
 from ftplan.planner.tape import Form, value
 from ftplan.planner.trained import num_elements
 
@@ -54,7 +54,7 @@ def explain(
 
     Raises InputError for what the closed form does not model.
     """
-    rows, length = plan.per_device_train_batch_size, plan.max_length
+    rows, length = model_rows(plan, plan.max_length)
     step = compiled_step(model, plan, rows, length, device, stack)
     _, held, moment = step.peak(rows, length)
     formulas = _held_formulas(model, plan)

@@ -1,5 +1,5 @@
 """FSDP1 on a tape: a layer's parameters are one flat one, gathered as a whole; embeddings, final
-norm and head are the root's, which stays gathered from forward to the end of backward.
+norm and head are the root's, which stays gathered from the first forward to the end of backward.
 
 Source: torch/distributed/fsdp (`_flat_param.py`, `_runtime_utils.py`) of torch 2.13, with
 `use_orig_params`, as `accelerate launch` sets it. Adapters are units of their own, each gathered

@@ -114,9 +114,10 @@ def _gelu_in_python(tape: Tape, x: Tensor) -> Tensor:
     """tanh-GELU written out: half of x times (1 + tanh(c (x + 0.0447 x^3)))
     (transformers.activations.NewGELUActivation)."""
     half = scale(tape, x)
-    cube = power(tape, x)
-    inner = scale(tape, add(tape, x, scale(tape, cube)))
-    del cube
+    scaled_cube = scale(tape, power(tape, x))
+    inner = add(tape, x, scaled_cube)
+    del scaled_cube
+    inner = scale(tape, inner)
     tanh = _each_value(tape, inner, saves_input=False, saves_result=True)
     del inner
     one_more = _each_value(tape, tanh, saves_input=False)
@@ -229,6 +230,8 @@ def product(
         grads = [tape.empty(*size) if size else None for size in sizes]
         if grads[0] is not None:
             grads[0].is_view = True  # rows of all batches, seen as a batch of rows
+        if grads[1] is not None:
+            grads[1].is_view = True  # transposed
         return grads
 
     tape.attach([result], inputs, saved, backward)
@@ -273,11 +276,12 @@ def join(tape: Tape, parts: list[Tensor]) -> Tensor:
 
 
 def dropout(tape: Tape, x: Tensor, rate: float) -> Tensor:
-    """Keeps a mask of one byte a value."""
+    """Keeps a mask of one byte a value; on a processor what each value is multiplied with
+    (ATen/native/Dropout.cpp)."""
     tape.read(x)
     if not rate:
         return x
-    result, mask = tape.like(x), tape.empty(x.elements, 1)
+    result, mask = tape.like(x), tape.empty(x.elements, 1 if tape.on_cuda else x.width)
     if tape.differentiates(x):
         tape.attach([result], [x], tape.save(mask), _new(_size(x)))
     return result
@@ -312,10 +316,10 @@ def tanh(tape: Tape, x: Tensor) -> Tensor:
     return _each_value(tape, x, saves_input=False, saves_result=True)
 
 
-def add_mask(tape: Tape, scores: Tensor, mask_width: int) -> Tensor:
-    """Scores and a mask that all layers share."""
+def add_mask(tape: Tape, scores: Tensor, width: int) -> Tensor:
+    """Scores and a mask of that width, which all layers share."""
     tape.read(scores)
-    result = tape.like(scores, max(scores.width, mask_width))
+    result = tape.like(scores, max(scores.width, width))
     if tape.differentiates(scores):
         tape.attach([result], [scores], [], _pass_on)
     return result
@@ -323,8 +327,8 @@ def add_mask(tape: Tape, scores: Tensor, mask_width: int) -> Tensor:
 
 def softmax_in_float32(tape: Tape, x: Tensor) -> Tensor:
     """Saves its result. CUDA turns fp16 scores into fp32 probabilities in one kernel, others are
-    cast first; its backward holds the product of both inputs beside the result
-    (ATen/native/SoftMax.cpp, ATen/native/cuda/SoftMax.cu)."""
+    cast first; its backward holds the product of both inputs beside the result, unlike the
+    processor's (ATen/native/SoftMax.cpp, ATen/native/cuda/SoftMax.cu)."""
     tape.read(x)
     before = x.width
     fused = tape.on_cuda and tape.is_fp16 and before == 2
@@ -335,7 +339,7 @@ def softmax_in_float32(tape: Tape, x: Tensor) -> Tensor:
         size = (x.elements, x.width)
 
         def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
-            product = tape.like(saved[0])
+            product = tape.like(saved[0]) if tape.on_cuda else None
             gradient = tape.empty(*size)
             gradient.by_heads = True
             del product

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ftplan.planner.optimizer_steps import Updated
+from ftplan.planner.optimizers import Optimizer
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.sharded import Spread, Units
+from ftplan.planner.tape import Moment, constant
 from ftplan.planner.trained import Trained, num_elements
 from ftplan.planner.zero import Reduction, share_elements
 
 FLOAT32_BYTES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepHeld:
-    """Bytes at the highest moment of the optimizer's step, beside weights and states."""
+def _stepping(gradients: int, temporaries: int) -> Moment:
+    """The highest moment of the optimizer's step, beside weights and states."""
+    parts = {"gradients": constant(gradients), "temporaries": constant(temporaries)}
+    return Moment(constant(gradients + temporaries), parts)
 
-    gradients: int
-    temporaries: int
 
-    @property
-    def num_bytes(self) -> int:
-        return self.gradients + self.temporaries
+def _share(num_elements: int, width: int) -> list[Updated]:
+    """A flat share of parameters, as an optimizer is given it."""
+    return [Updated(shape=(num_elements,), width=width)] if num_elements else []
+
+
+def _step_of_share(optimizer: Optimizer, shares: Sequence[Updated]) -> Moment:
+    """The highest moment of the optimizer's step on such shares."""
+    moments = optimizer.step_moments(shares, "cuda", by_trainer=False)
+    return max(moments, key=lambda moment: moment.total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +40,17 @@ class Held:
     `carried`: gradients that wait for further micro-batches. `communication`: buffers that are
     there all the time, `exchanged`: from the beginning of forward to the end of backward.
     `reducing`: gradients and buffers, beside those carried, where more than backward itself needs
-    is there at its end. `saved_weights`, `saved_states`: what a checkpoint holds, of all GPUs and
-    the host.
+    is there at its end. `stepping`: moments of the optimizer's step, gradients included.
+    `host_states`: optimizer states that the host has. `saved_weights`, `saved_states`: what a
+    checkpoint holds, of all GPUs and the host.
     """
 
     weights: int
     adapters: int
     carried: int
     optimizer_states: int
-    stepping: StepHeld
+    stepping: Sequence[Moment]
+    host_states: int = 0
     communication: int = 0
     exchanged: int = 0
     reducing: Mapping[str, int] | None = None
@@ -51,19 +61,19 @@ class Held:
 def held_of_shares(units: Units, plan: TrainingPlan, spread: Spread, scale_bytes: int) -> Held:
     """Under FSDP. The scales of 4-bit weights, of `scale_bytes`, are not divided."""
     whole, optimizer = units.whole, plan.optimizer
-    widths = [
-        ((whole.reduced - whole.reduced_adapters) // spread.trained, spread.trained),
-        (whole.reduced_adapters // spread.adapters, spread.adapters),
+    shares = [
+        *_share((whole.reduced - whole.reduced_adapters) // spread.trained, spread.trained),
+        *_share(whole.reduced_adapters // spread.adapters, spread.adapters),
     ]
-    states = sum(optimizer.state_bytes(*pair) for pair in widths)
-    temporaries = sum(optimizer.step_temporary_bytes(*pair) for pair in widths)
-    on_gpu = 0 if spread.offloads else 1
+    states = optimizer.state_bytes(shares)
+    on_host = spread.offloads
     return Held(
         weights=whole.weights + scale_bytes,
         adapters=whole.adapters,
         carried=whole.gradients,
-        optimizer_states=on_gpu * states,
-        stepping=StepHeld(gradients=on_gpu * whole.reduced, temporaries=on_gpu * temporaries),
+        optimizer_states=0 if on_host else states,
+        host_states=plan.num_gpus * states if on_host else 0,
+        stepping=[_stepping(0, 0) if on_host else _step_of_share(optimizer, shares)],
         exchanged=(units.outside if spread.kind == "fsdp1" else units.root).gathered,
         saved_weights=plan.num_gpus * whole.reduced,
         saved_states=plan.num_gpus * states,
@@ -83,13 +93,10 @@ def held_under_zero(
     lists = (trained.own, trained.adapters, trained.held_as_base)
     share = sum(share_elements(parameters, plan.num_gpus) for parameters in lists)
     gradients = width * trained.num_trainable_parameters
-    states = share * FLOAT32_BYTES + plan.optimizer.state_bytes(share, FLOAT32_BYTES)
-    handing_over = StepHeld(gradients=share * (width + FLOAT32_BYTES), temporaries=share * width)
-    updating = StepHeld(
-        gradients=share * FLOAT32_BYTES,
-        temporaries=plan.optimizer.step_temporary_bytes(share, FLOAT32_BYTES),
-    )
-    on_host = StepHeld(gradients=0, temporaries=0)
+    masters = _share(share, FLOAT32_BYTES)
+    states = share * FLOAT32_BYTES + plan.optimizer.state_bytes(masters)
+    handing_over = _stepping(share * (width + FLOAT32_BYTES), share * width)
+    updating = _step_of_share(plan.optimizer, masters)
     carries = plan.gradient_accumulation_steps > 1
     reducing = {
         "gradients": reduction.share + (0 if carries else gradients),
@@ -103,9 +110,8 @@ def held_under_zero(
         adapters=adapters + trained.index_bytes,
         carried=reduction.share if reduction.partitions else gradients,
         optimizer_states=0 if offloads else states,
-        stepping=on_host
-        if offloads
-        else max(handing_over, updating, key=lambda moment: moment.num_bytes),
+        host_states=plan.num_gpus * states if offloads else 0,
+        stepping=[_stepping(0, 0)] if offloads else [handing_over, updating],
         communication=largest * width if offloads else 0,
         exchanged=waiting,
         reducing=None if reduction.partitions else reducing,

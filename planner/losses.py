@@ -25,10 +25,12 @@ FLOAT32 = f.FLOAT32
 TILE_TOKENS = 4096
 TILE_VOCABULARY = 32768
 # Without Triton a tile is folded by a chain of torch operations. Alive at once beside the buffer,
-# in fp32: scaled logits, their difference from the maximum and its exponential in forward; scaled
-# logits twice, log-probabilities, probabilities, gradient, the one-hot difference and its product,
-# and a bool array, in backward.
+# in fp32: scaled logits, their difference from the maximum and its exponential in forward, and a
+# bool array where it is asked whether the target comes first; scaled logits twice,
+# log-probabilities, probabilities, gradient, the one-hot difference and its product, and a bool
+# array, in backward, and a softcap's tanh.
 _TILE_FORWARD_BYTES = 3 * FLOAT32
+_TILE_TOP1_BYTES = 1
 _TILE_BACKWARD_BYTES = 7 * FLOAT32 + 1
 
 
@@ -74,14 +76,14 @@ class StockLoss:
         *,
         shifts_logits: bool,
         returns_fp32: bool,
-        watch: Callable[[Tape, Tensor], Tensor],
         lets_logits_go: bool = False,
         in_16_bits: bool = False,
         in_place: bool = False,
+        watch: Callable[[Tape, Tensor], Tensor],
     ) -> None:
-        """`watch` gets the output projection's result, and returns it. `lets_logits_go`: the fp32
-        logits take the name of the 16-bit ones; `in_16_bits`: there are none. `in_place`: the
-        cross-entropy writes its gradient over the logits (Unsloth's, in fms-acceleration)."""
+        """`lets_logits_go`: the fp32 logits take the name of the 16-bit ones; `in_16_bits`: there
+        are none. `in_place`: the cross-entropy writes its gradient over the logits (Unsloth's, in
+        fms-acceleration). `watch` gets the output projection's result, and returns it."""
         self.head, self.weight, self.bias, self.watch = head, weight, bias, watch
         self.shifts_logits, self.returns_fp32 = shifts_logits, returns_fp32
         self.lets_logits_go, self.in_16_bits = lets_logits_go, in_16_bits
@@ -123,10 +125,14 @@ class StockLoss:
 
 
 class TrlFusedLoss:
-    """TRL's `ChunkedLogProbFunction`: log-probabilities tile by tile, gradients in fp32."""
+    """TRL's `ChunkedLogProbFunction`: log-probabilities tile by tile, gradients in fp32.
 
-    def __init__(self, head: Head, weight: Weight, shape: LossShape) -> None:
+    `finds_top1`: it also tells whether the target is the most probable token.
+    """
+
+    def __init__(self, head: Head, weight: Weight, shape: LossShape, *, finds_top1: bool) -> None:
         self.head, self.weight, self.shape = head, weight, shape
+        self.forward_bytes = _TILE_FORWARD_BYTES + finds_top1 * _TILE_TOP1_BYTES
 
     def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
         predicting = f.part_copied(tape, hidden, times(PREDICTING, self.head.hidden_size))
@@ -134,7 +140,7 @@ class TrlFusedLoss:
         head, weight, shape = self.head, self.weight, self.shape
         compute = tape.autocast or predicting.width
         tape.count(times(PREDICTING, 2 * head.hidden_size * head.vocab_size))
-        self._fold(tape, shape, compute, _TILE_FORWARD_BYTES)
+        self._fold(tape, shape, predicting.width, compute, self.forward_bytes)
         loss = tape.empty(PREDICTING, FLOAT32)
         if not tape.differentiates(predicting, weight):
             return loss
@@ -142,37 +148,55 @@ class TrlFusedLoss:
         size = (predicting.elements, predicting.width)
         weight_size = (weight.elements, weight.width) if weight.requires_grad else None
         fold = self._fold
+        backward_bytes = _TILE_BACKWARD_BYTES + head.softcapped * FLOAT32
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
             flops = times(PREDICTING, 2 * head.hidden_size * head.vocab_size)
             tape.count(times(flops, 3 if weight_size else 2))
             of_hidden = tape.empty(size[0], FLOAT32)
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
-            tile = fold(tape, shape, compute, _TILE_BACKWARD_BYTES)
+            tile = fold(tape, shape, size[1], compute, backward_bytes)
             grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
-            grads.append(f.cast(tape, of_weight, weight_size[1]) if weight_size else None)
-            del tile  # lives as long as the function
+            both = of_weight is not None and weight_size is not None
+            grads.append(f.cast(tape, of_weight, weight_size[1]) if both else None)
+            del tile
             return grads
 
         tape.attach([loss], [predicting, weight], saved, backward)
         return loss
 
-    def _fold(self, tape: Tape, shape: LossShape, compute: int, torch_bytes: int) -> list[Tensor]:
+    def _fold(
+        self, tape: Tape, shape: LossShape, width: int, compute: int, torch_bytes: int
+    ) -> list[Tensor]:
         """The buffer for a tile of logits, as wide as a tile may be, and the copies that its
-        product reads; without Triton also what torch's operations make."""
+        product reads, which live until the function returns; without Triton also what torch's
+        operations make."""
         tokens = constant(TILE_TOKENS) if shape.tile_is_full else PREDICTING
         head, entries = self.head, min(self.head.vocab_size, TILE_VOCABULARY)
-        buffer = tape.empty(times(tokens, TILE_VOCABULARY), compute)
-        copies = [buffer]
+        held = [tape.empty(times(tokens, TILE_VOCABULARY), compute)]
+        if compute != width:
+            held.append(tape.empty(times(tokens, head.hidden_size), compute))
         if compute != self.weight.width:
-            copies.append(tape.empty(times(tokens, head.hidden_size), compute))
-            copies.append(
+            held.append(
                 tape.empty(constant(entries * head.hidden_size), compute, "autocast_copies")
             )
         if not tape.on_cuda:
-            torch_operations = tape.empty(times(tokens, entries), torch_bytes)
-            del torch_operations
-        return copies
+            tape.empty(times(tokens, entries), torch_bytes)
+        return held
+
+
+class Score:
+    """A reward model's head: one number for each token, of which each row's last is its score. What
+    follows works on a number a row."""
+
+    def __init__(self, hidden_size: int, weight: Weight) -> None:
+        self.hidden_size, self.weight = hidden_size, weight
+
+    def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
+        hidden = f.to_product(tape, hidden)
+        weight = tape.cast_weight(self.weight)
+        scores = f.product(tape, hidden, weight, self.hidden_size, 1)
+        return f.part_copied(tape, scores, per_row(1))
 
 
 class LigerLoss:

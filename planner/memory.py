@@ -23,20 +23,30 @@ from ftplan.planner.hardware_spec import (
     Device,
     DeviceKind,
 )
-from ftplan.planner.held import Held, StepHeld, held_of_shares, held_under_zero
+from ftplan.planner.held import Held, held_of_shares, held_under_zero
 from ftplan.planner.model_spec import Linear, ModelSpec
+from ftplan.planner.objectives import keeps_reference, trained_model
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
 from ftplan.planner.separate_experts import expert_linears
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
     Workload,
+    model_rows,
     step_settings,
-    trained_widths,
 )
-from ftplan.planner.step_trace import StepSettings, StepTrace, step_units, trace_step
+from ftplan.planner.step_trace import (
+    EVALUATION_PHASE,
+    REFERENCE_PHASE,
+    StepSettings,
+    StepTrace,
+    step_units,
+    trace_step,
+    with_parts,
+)
 from ftplan.planner.tape import ZERO, Form, Moment, add_forms, added, constant, covers, value
 from ftplan.planner.trained import Trained, num_elements
+from ftplan.planner.updated import frozen_parameters, updated_parameters
 
 FLOAT32_BYTES = 4
 
@@ -74,6 +84,11 @@ _SINGLE_QUANT_BYTES = 0.5 + 4 / QUANT_BLOCK_SIZE
 _DOUBLE_QUANT_BYTES = 0.5 + 1 / QUANT_BLOCK_SIZE + 4 / (QUANT_BLOCK_SIZE * QUANT_SCALES_PER_BLOCK)
 
 CHECKPOINTS_KEPT = 2
+
+DEVICE_KINDS: dict[bool, DeviceKind] = {True: "cuda", False: "cpu"}  # by whether it is CUDA
+
+# Phases of a micro-batch, in order.
+STEP_PHASES = ("forward", "loss", "backward")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,8 +160,7 @@ def estimate_memory(
     `stack`: what a training stack does beyond the plan's settings.
     Raises InputError for what only a dry run knows (`planner.closed_form`).
     """
-    rows = plan.per_device_train_batch_size
-    length = min(plan.max_length, longest_row or plan.max_length)
+    rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
     step = compiled_step(model, plan, rows, length, device, stack)
     return _with_surroundings(
         step.peak_bytes(rows, length),
@@ -327,7 +341,8 @@ def compiled_step(
     known = model.compiled.get(key)
     if known is None:
         check_closed_form(plan)
-        known = model.compiled[key] = _compile(model, plan, workload, kind, capability, stack)
+        trained = trained_model(model, plan)
+        known = model.compiled[key] = _compile(trained, plan, workload, kind, capability, stack)
     return known
 
 
@@ -364,10 +379,13 @@ class CompiledStep:
 
     def phases(self, rows: int, length: int) -> tuple[Phase, ...]:
         """Each phase at its highest moment."""
-        return tuple(
-            _phase(name, held, _highest(moments, rows, length), rows, length)
-            for name, held, moments in self._phases
-        )
+        highest: dict[str, Phase] = {}
+        for name, held, moments in self._phases:
+            phase = _phase(name, held, _highest(moments, rows, length), rows, length)
+            before = highest.get(name)
+            if before is None or phase.allocated_peak_bytes > before.allocated_peak_bytes:
+                highest[name] = phase
+        return tuple(highest.values())
 
     def peak(self, rows: int, length: int) -> tuple[str, Mapping[str, int], Moment]:
         """The highest moment of all: its phase, and what is held throughout that."""
@@ -420,30 +438,27 @@ def _held_whole(
     model: ModelSpec, plan: TrainingPlan, stack: Stack, trained: Trained, settings: StepSettings
 ) -> Held:
     """Every GPU holds all. DDP's buckets repeat the gradients."""
-    optimizer = plan.optimizer
-    widths = [
-        (num_elements(parameters), width) for parameters, width in trained_widths(plan, trained)
-    ]
-    embeddings = model.embedding_parameters if trained.trains_embeddings else 0
-    gradients = sum(count * width for count, width in widths)
-    states = sum(
-        optimizer.state_bytes(count, width, min(count, embeddings)) for count, width in widths
-    )
+    optimizer, kind = plan.optimizer, DEVICE_KINDS[settings.on_cuda]
+    updated = updated_parameters(model, plan, trained)
+    gradients = sum(p.count * p.num_bytes for p in updated)
+    with_states = list(updated)
+    if optimizer.keeps_frozen:
+        with_states += frozen_parameters(model, plan, trained)
+    states = optimizer.state_bytes(with_states, kind)
+    host_states = optimizer.host_state_bytes(with_states) if kind == "cuda" else 0
     return Held(
         weights=weight_memory_bytes(model, plan, stack),
         adapters=num_elements(trained.adapters) * settings.numerics.adapters
         + num_elements(trained.held_as_base) * plan.weight_bytes
         + trained.frozen_parameters * FLOAT32_BYTES
         + trained.index_bytes,
-        carried=gradients,
+        carried=0 if optimizer.steps_in_backward else gradients,
         optimizer_states=states,
+        host_states=host_states,
         communication=gradients if plan.num_gpus > 1 else 0,
-        stepping=StepHeld(
-            gradients=gradients,
-            temporaries=sum(optimizer.step_temporary_bytes(*pair) for pair in widths),
-        ),
+        stepping=optimizer.step_moments(updated, kind, by_trainer=plan.trainer != "loop"),
         saved_weights=gradients,
-        saved_states=states,
+        saved_states=states + host_states,
     )
 
 
@@ -460,7 +475,11 @@ def _compile(
     trace = trace_step(model, settings)
     held = _held(model, plan, stack, trained, settings)
     workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
-    loaded = {"weights": held.weights, "adapters": held.adapters}
+    loaded = {
+        "weights": held.weights,
+        "reference_model": held.weights if keeps_reference(plan) else 0,
+        "adapters": held.adapters,
+    }
     resident = {
         **loaded,
         "optimizer_states": held.optimizer_states,
@@ -472,26 +491,36 @@ def _compile(
         "gradients": held.carried if workload.accumulates else 0,
         "communication": held.communication + held.exchanged,
     }
-    stepping = {
-        **resident,
-        "gradients": held.stepping.gradients,
-        "temporaries": resident["temporaries"] + held.stepping.temporaries,
-    }
-    nothing = (Moment(ZERO, {}),)
+    stepping = [with_parts(moment, trace.inputs) for moment in held.stepping]
+    before_step = {**resident, "gradients": held.carried}
+    # A loop of one's own lets go of gradients at the beginning of the next step.
+    behind = {**resident, "gradients": held.carried if plan.trainer == "loop" else 0}
+    held_in = {REFERENCE_PHASE: {**loaded, "temporaries": workspace}, EVALUATION_PHASE: behind}
     left = {part: form for part, form in trace.after_backward.items() if part not in _GIVEN_BACK}
-    after = (Moment(added(left.values()), left),)
-    phases = dict(trace.phases)
+    moments = dict(trace.phases)
     if held.reducing is not None:
         reducing = {**left, **{part: constant(size) for part, size in held.reducing.items()}}
-        phases["backward"] = (*phases["backward"], Moment(added(reducing.values()), reducing))
+        moments["backward"] = (*moments["backward"], Moment(added(reducing.values()), reducing))
+    phases = [
+        (name, held_in.get(name, running), moments[name])
+        for name in (REFERENCE_PHASE, *STEP_PHASES)
+        if name in moments
+    ]
+    evaluating = {**behind, "communication": running["communication"]}
     return CompiledStep(
         trace,
         [
-            ("load", loaded, nothing),
-            *((name, running, moments) for name, moments in phases.items()),
-            ("optimizer step", stepping, after),
-            ("save", resident, nothing),
+            ("load", loaded, (_NOTHING,)),
+            *phases,
+            # At its beginning what backward leaves is there.
+            ("optimizer step", before_step, (Moment(added(left.values()), left),)),
+            ("optimizer step", resident, stepping),
+            (EVALUATION_PHASE, evaluating, moments[EVALUATION_PHASE]),
+            ("save", behind, (_NOTHING,)),
         ],
-        host_bytes=host_loading_bytes(model, plan),
+        host_bytes=host_loading_bytes(model, plan) + held.host_states,
         disk_bytes=checkpoint_disk_bytes(held.saved_weights, held.saved_states),
     )
+
+
+_NOTHING = Moment(ZERO, {})

@@ -171,6 +171,12 @@ class Attention:
     dropout: float = 0.0
 
     @property
+    def rotary_joins(self) -> bool:
+        """Rotation joins a turned part of each head and the rest to new tensors."""
+        partial = 0 < self.rotary_dim < self.head_dim
+        return partial or self.rotary_concatenates
+
+    @property
     def is_fused(self) -> bool:
         """Query, key and value are views of one product's result."""
         return len(self.inputs) == 1 and not self.latents

@@ -64,7 +64,8 @@ class PlainLinear:
         """`trained`: names of parameters, this module's among them if it is trained."""
         self.linear = linear
         weight, bias = f"{linear.name}.weight" in trained, f"{linear.name}.bias" in trained
-        self.weight = Weight(linear.num_weights, width, trained=weight)
+        matrix = None if linear.transposed else linear.weight_shape
+        self.weight = Weight(linear.num_weights, width, trained=weight, matrix=matrix)
         self.bias = Weight(linear.out_features, width, trained=bias) if linear.bias else None
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
@@ -305,6 +306,7 @@ class SelfAttention:
         self.kernel = AttentionKernel(
             attention,
             numerics.attn_implementation,
+            mask_width=numerics.residual,
             repeats_key_value=numerics.repeats_key_value,
             masked=numerics.padded or attention.sliding_window in numerics.masked_windows,
         )
@@ -336,7 +338,7 @@ class SelfAttention:
     def _rotate(self, tape: Tape, x: Tensor) -> Tensor:
         """The first `rotary_dim` values of each head; the rest is joined on."""
         head_dim, rotary_dim = self.attention.head_dim, self.attention.rotary_dim
-        if rotary_dim == head_dim and not self.attention.rotary_concatenates:
+        if not self.attention.rotary_joins:
             return self._turn(tape, x)
         turned = scaled(x.elements, rotary_dim, head_dim)
         rest = scaled(x.elements, head_dim - rotary_dim, head_dim)

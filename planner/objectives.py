@@ -5,10 +5,13 @@ Names are those of TRL's trainers; `launcher/training/objectives.py` has one of 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ftplan.planner.errors import InputError
+from ftplan.planner.model_spec import ModelSpec, Parameter
 
 if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan
@@ -18,19 +21,27 @@ if TYPE_CHECKING:
 class Objective:
     """A training objective, as TRL 1.16 carries it out.
 
-    `each_row`: what a row of the data holds, where it is more than one text. `only_loss`: the one
+    `each_row`: what a row of the data holds, where it is more than one text, and
+    `sequences_per_row` how many of them go through the model together. `batch_numbers`: numbers of
+    64 bits that a micro-batch has for each token of those. `only_loss`: the one
     loss kernel that its trainer has, for the reason `why_only_loss`; None: any. `has_reference`:
-    the loss compares with the model as it was before training. `min_batch_size`: rows that a
-    micro-batch must have.
+    the loss compares with the model as it was before training. `scores`: the model has one score a
+    row instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it reports how often
+    the target is the most probable token. `min_batch_size`: rows that a micro-batch must have.
     """
 
     name: str
     title: str
     source: str
+    batch_numbers: int
     each_row: str = ""
+    sequences_per_row: int = 1
     only_loss: str | None = None
     why_only_loss: str = ""
     has_reference: bool = False
+    scores: bool = False
+    has_dropout: bool = False
+    finds_top1: bool = False
     min_batch_size: int = 1
 
 
@@ -39,20 +50,31 @@ _TILES = "it takes log-probabilities in tiles, whole logits never exist"
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        Objective(name="sft", title="supervised fine-tuning", source="trl.SFTTrainer"),
+        Objective(
+            name="sft",
+            title="supervised fine-tuning",
+            source="trl.SFTTrainer",
+            batch_numbers=3,  # tokens, labels, attention mask
+            has_dropout=True,
+            finds_top1=True,
+        ),
         Objective(
             name="dpo",
             title="direct preference optimization",
             source="Rafailov et al. 2023, arXiv 2305.18290; trl.DPOTrainer",
+            batch_numbers=4,  # tokens, attention mask, completion mask, labels
             each_row="chosen and rejected",
+            sequences_per_row=2,
             only_loss="trl-fused",
             why_only_loss=_TILES,
             has_reference=True,
+            finds_top1=True,
         ),
         Objective(
             name="kto",
             title="Kahneman-Tversky optimization",
             source="Ethayarajh et al. 2024, arXiv 2402.01306; trl.KTOTrainer",
+            batch_numbers=7,  # those of DPO, and all but labels of other rows' completions
             only_loss="trl-fused",
             why_only_loss=_TILES,
             has_reference=True,
@@ -62,12 +84,42 @@ OBJECTIVES: dict[str, Objective] = {
             name="reward",
             title="reward modelling",
             source="Ouyang et al. 2022, arXiv 2203.02155; trl.RewardTrainer",
+            batch_numbers=2,  # tokens, attention mask
             each_row="chosen and rejected",
+            sequences_per_row=2,
+            scores=True,
             only_loss="stock",
             why_only_loss="the model gives a row one score and has no logits over the vocabulary",
         ),
     )
 }
+
+
+@lru_cache(maxsize=64)
+def with_score(model: ModelSpec) -> ModelSpec:
+    """The model as one for sequence classification: a score in the place of the output
+    projection (transformers.modeling_layers.GenericForSequenceClassification)."""
+    score = Parameter(name="score.weight", shape=(1, model.hidden_size))
+    return dataclasses.replace(
+        model,
+        tie_word_embeddings=True,
+        lm_head_bias=False,
+        scales_logits=False,
+        final_logit_softcapping=False,
+        other_parameters=(*model.other_parameters, score),
+    )
+
+
+def trained_model(model: ModelSpec, plan: TrainingPlan) -> ModelSpec:
+    """The model that the plan's objective trains."""
+    return with_score(model) if plan.resolved_objective.scores else model
+
+
+def keeps_reference(plan: TrainingPlan) -> bool:
+    """Whether a second model is held: not where adapters can be switched off, nor where its
+    log-probabilities are computed before."""
+    has_reference = plan.resolved_objective.has_reference
+    return has_reference and not plan.resolved_method.adapter and not plan.precompute_ref_log_probs
 
 
 def check_objective(plan: TrainingPlan) -> None:

@@ -1,14 +1,56 @@
-"""What an optimizer holds for each trained parameter, and what its step needs besides.
-
-Names are `TrainingArguments.optim`'s. States take the parameter's dtype (torch's optimizers
-use `zeros_like`) unless `state_bytes_per_parameter` says otherwise.
-"""
+"""The optimizers by their names, which are `TrainingArguments.optim`'s: how each keeps states and
+steps. `optimizer_steps.py` has the formulas."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ftplan.planner.errors import UnknownNameError
+from ftplan.planner.hardware_spec import DeviceKind
+from ftplan.planner.optimizer_steps import (
+    FusedStep,
+    FusedUpdate,
+    LayerwiseUpdate,
+    States,
+    Step,
+    Stepped,
+    Updated,
+    adafactor_states,
+    adafactor_step,
+    adagrad_step,
+    adalomo_states,
+    adalomo_step,
+    adam_step,
+    apollo_states,
+    apollo_step,
+    bitsandbytes_maps,
+    bitsandbytes_states,
+    by_group,
+    clip_gradients,
+    decay_groups,
+    galore_adafactor_states,
+    galore_adamw_8bit_states,
+    galore_adamw_8bit_step,
+    galore_adamw_states,
+    galore_adamw_step,
+    galore_maps,
+    grokadamw_step,
+    hold,
+    in_place,
+    like_parameter,
+    lomo_step,
+    low_rank_groups,
+    no_shared_states,
+    no_states,
+    rmsprop_step,
+    rounded,
+    schedule_free_step,
+    stable_adamw_states,
+    torchao_states,
+    torchao_step,
+)
+from ftplan.planner.tape import ZERO, Moment, Tape, Update
 
 # Packages besides torch and transformers that hold optimizers: the module's name, and pip's.
 OPTIMIZER_PACKAGES: dict[str, str] = {
@@ -27,28 +69,28 @@ OPTIMIZER_PACKAGES: dict[str, str] = {
 class Optimizer:
     """Memory of an optimizer.
 
-    `num_states`: states a parameter, each of the parameter's dtype; `num_16bit_states`: further
-    ones of a parameter in 16 bits.
-    `state_bytes_per_parameter`: instead, for states of a fixed width;
-    `embedding_state_bytes`: what an embedding's parameter has where that is another width.
-    `step_copies`: tensors of the parameters' size and dtype that the step holds at once
-    (the foreach implementations work on all parameters together).
+    `states`: bytes of each tensor kept for a parameter; `shared_states`: of those kept besides,
+    once there is one of these parameters. `on_host`: states live there, but on the processor.
+    `needs_whole_parameters`: how it divides with sharded parameters is not modelled.
+    `keeps_frozen`: frozen parameters have states too.
+    `step`: what happens on the groups of parameters; `fused_step`, in its place: on each parameter
+    within backward.
     `paged`: states live in managed memory that can be moved to the host.
     `module`: the one of OPTIMIZER_PACKAGES that it comes from; None for torch and transformers.
-    `exact_only`: why a count of parameters does not tell its memory, where it does not.
     `low_rank`: works on projections of the gradients of linear modules (`optim_target_modules`).
     `steps_in_backward`: each parameter is updated when its gradient is there, which is then freed.
     """
 
     name: str
-    num_states: int = 0
-    num_16bit_states: int = 0
-    state_bytes_per_parameter: float | None = None
-    embedding_state_bytes: float | None = None
-    step_copies: int = 0
+    states: States = no_states
+    shared_states: Callable[[Updated], int] = no_shared_states
+    on_host: bool = False
+    keeps_frozen: bool = False
+    step: Step = in_place
+    fused_step: FusedStep | None = None
     paged: bool = False
     module: str | None = None
-    exact_only: str | None = None
+    needs_whole_parameters: bool = False
     low_rank: bool = False
     steps_in_backward: bool = False
     source: str
@@ -63,182 +105,212 @@ class Optimizer:
         """Whether it is made from a model by transformers' trainer, not from parameters."""
         return self.low_rank or self.steps_in_backward
 
-    def state_bytes(
-        self, num_parameters: int, bytes_per_parameter: int, num_embedding_parameters: int = 0
-    ) -> int:
-        """Bytes of all states for `num_parameters` of `bytes_per_parameter` each.
+    def update(self) -> Update | None:
+        """What it does within backward, if it steps there."""
+        if not self.steps_in_backward:
+            return None
+        return FusedUpdate(self.fused_step) if self.fused_step else LayerwiseUpdate(self.step)
 
-        `num_embedding_parameters`: how many of them are embeddings'. Raises InputError where they
-        do not follow from counts.
+    def state_bytes(self, parameters: Iterable[Updated], kind: DeviceKind = "cuda") -> int:
+        """Bytes of all states on a device of that kind, as its allocator rounds them."""
+        on_cuda = kind == "cuda"
+        return 0 if self.on_host and on_cuda else self._state_bytes(parameters, rounds=on_cuda)
+
+    def host_state_bytes(self, parameters: Iterable[Updated]) -> int:
+        """Bytes of states that the host has for a GPU."""
+        return self._state_bytes(parameters, rounds=False) if self.on_host else 0
+
+    def _state_bytes(self, parameters: Iterable[Updated], *, rounds: bool) -> int:
+        total = shared = 0
+        for p in parameters:
+            own = self.shared_states(p)
+            states = [*self.states(p), *([own] if self.layerwise else [])]
+            total += p.count * sum(map(rounded, states) if rounds else states)
+            shared = max(shared, own)
+        return total if self.layerwise else total + shared
+
+    def step_moments(
+        self, parameters: Sequence[Updated], kind: DeviceKind, *, by_trainer: bool
+    ) -> tuple[Moment, ...]:
+        """The highest moments of a step, gradients included.
+
+        `by_trainer`: transformers' trainer makes groups of the parameters, and clips gradients.
         """
-        if self.state_bytes_per_parameter is None:
-            states = self.num_states + (bytes_per_parameter == 2) * self.num_16bit_states
-            return num_parameters * states * bytes_per_parameter
-        wide = num_embedding_parameters if self.embedding_state_bytes is not None else 0
-        return round(
-            (num_parameters - wide) * self.state_bytes_per_parameter
-            + wide * (self.embedding_state_bytes or 0)
-        )
+        tape = Tape(on_cuda=kind == "cuda")
+        if self.steps_in_backward:
+            return (Moment(ZERO, {}),)
+        groups = [
+            [Stepped(p, hold(tape, p.num_elements, p.width, "gradients")) for p in group]
+            for group in self._groups(parameters, by_trainer=by_trainer)
+        ]
+        if by_trainer:
+            clip_gradients(tape, groups)
+        self.step(tape, groups)
+        return tape.moments()
 
-    def step_temporary_bytes(self, num_parameters: int, bytes_per_parameter: int) -> int:
-        """Bytes that exist only while the step runs."""
-        return num_parameters * self.step_copies * bytes_per_parameter
-
-
-# Blockwise 8-bit states: one byte each and an fp32 scale for every block of 256 values
-# (bitsandbytes.optim, `blocksize=256`); tensors under 4096 elements keep fp32 states.
-_EIGHT_BIT_STATE_BYTES = 1 + 4 / 256
-# torchao.optim under transformers, which asks for blocks of 256 for both widths.
-_FOUR_BIT_STATE_BYTES = 0.5 + 4 / 256
-_FLOAT32_STATE_BYTES = 4
+    def _groups(self, parameters: Sequence[Updated], *, by_trainer: bool) -> list[list[Updated]]:
+        if self.low_rank:
+            return low_rank_groups(parameters)
+        groups = decay_groups(parameters)
+        return groups if by_trainer else [[p for group in groups for p in group]]
 
 
-def _bitsandbytes(name: str, num_states: int, bits: int, source: str) -> Optimizer:
-    """One of bitsandbytes'. With 8 bits transformers keeps embeddings' states in fp32
-    (transformers.Trainer.create_optimizer, `register_module_override`)."""
+def _bitsandbytes(name: str, averages: Sequence[int], bits: int, source: str) -> Optimizer:
+    """One of bitsandbytes', with so many averages in each state tensor."""
     return Optimizer(
         name=name,
-        state_bytes_per_parameter=num_states
-        * (_EIGHT_BIT_STATE_BYTES if bits == 8 else _FLOAT32_STATE_BYTES),
-        embedding_state_bytes=num_states * _FLOAT32_STATE_BYTES if bits == 8 else None,
+        states=bitsandbytes_states(averages, bits),
+        shared_states=bitsandbytes_maps(len(averages)) if bits == 8 else no_shared_states,
         paged=name.startswith("paged_"),
         module="bitsandbytes",
         source=source,
     )
 
 
-_ADAM_8BIT = "bitsandbytes AdamW, arXiv 2110.02861; its kernels update in place"
+# Averages in each state tensor.
+_ONE, _TWO, _THREE = (1,), (1, 1), (2, 1)
+_ADAM = "bitsandbytes AdamW, arXiv 2110.02861; its kernels update in place"
 _PAGED = "bitsandbytes AdamW with `is_paged`, arXiv 2305.14314"
 _LION = "bitsandbytes Lion: one momentum, arXiv 2302.06675"
 _ADEMAMIX = "bitsandbytes AdEMAMix: a fast and a slow momentum beside exp_avg_sq, arXiv 2409.03137"
 _RMSPROP = "bitsandbytes RMSprop: the average of squares only"
-_SHAPES = "its states and temporaries depend on the shapes of the matrices"
 _GALORE = "galore-torch 1.0: states of the projected gradient and a projection, arXiv 2403.03507"
 _APOLLO = "apollo-torch 1.0.3: states of the projected gradient, arXiv 2412.05270"
-_FUSED = "it updates weights while backward runs, and gradients do not live together"
 
 OPTIMIZERS: dict[str, Optimizer] = {
     optimizer.name: optimizer
     for optimizer in (
         Optimizer(
             name="adamw_torch_fused",
-            num_states=2,
+            states=like_parameter(2, counts_steps=True),
             source="torch.optim.AdamW(fused=True): exp_avg, exp_avg_sq, updated in place",
         ),
         Optimizer(
             name="adamw_torch",
-            num_states=2,
-            step_copies=1,
+            states=like_parameter(2, counts_steps=True),
+            step=by_group(adam_step),
             source="torch.optim.AdamW(foreach): one list of square roots beside the states; "
             "10.0 bytes a bf16 parameter at the step on A100 (fms-acceleration)",
         ),
-        _bitsandbytes("adamw_8bit", 2, 8, _ADAM_8BIT),
-        _bitsandbytes("adamw_bnb_8bit", 2, 8, _ADAM_8BIT),
-        _bitsandbytes("paged_adamw_8bit", 2, 8, _PAGED),
-        _bitsandbytes("paged_adamw_32bit", 2, 32, _PAGED),
-        _bitsandbytes("lion_8bit", 1, 8, _LION),
-        _bitsandbytes("lion_32bit", 1, 32, _LION),
-        _bitsandbytes("paged_lion_8bit", 1, 8, _LION),
-        _bitsandbytes("paged_lion_32bit", 1, 32, _LION),
-        _bitsandbytes("ademamix_8bit", 3, 8, _ADEMAMIX),
-        _bitsandbytes("ademamix", 3, 32, _ADEMAMIX),
-        _bitsandbytes("paged_ademamix_8bit", 3, 8, _ADEMAMIX),
-        _bitsandbytes("paged_ademamix_32bit", 3, 32, _ADEMAMIX),
-        _bitsandbytes("rmsprop_bnb_8bit", 1, 8, _RMSPROP),
-        _bitsandbytes("rmsprop_bnb", 1, 32, _RMSPROP),
-        _bitsandbytes("rmsprop_bnb_32bit", 1, 32, _RMSPROP),
+        _bitsandbytes("adamw_8bit", _TWO, 8, _ADAM),
+        _bitsandbytes("adamw_bnb_8bit", _TWO, 8, _ADAM),
+        _bitsandbytes("paged_adamw_8bit", _TWO, 8, _PAGED),
+        _bitsandbytes("paged_adamw_32bit", _TWO, 32, _PAGED),
+        _bitsandbytes("lion_8bit", _ONE, 8, _LION),
+        _bitsandbytes("lion_32bit", _ONE, 32, _LION),
+        _bitsandbytes("paged_lion_8bit", _ONE, 8, _LION),
+        _bitsandbytes("paged_lion_32bit", _ONE, 32, _LION),
+        _bitsandbytes("ademamix_8bit", _THREE, 8, _ADEMAMIX),
+        _bitsandbytes("ademamix", _THREE, 32, _ADEMAMIX),
+        _bitsandbytes("paged_ademamix_8bit", _THREE, 8, _ADEMAMIX),
+        _bitsandbytes("paged_ademamix_32bit", _THREE, 32, _ADEMAMIX),
+        _bitsandbytes("rmsprop_bnb_8bit", _ONE, 8, _RMSPROP),
+        _bitsandbytes("rmsprop_bnb", _ONE, 32, _RMSPROP),
+        _bitsandbytes("rmsprop_bnb_32bit", _ONE, 32, _RMSPROP),
         Optimizer(
             name="sgd",
-            step_copies=0,
             source="torch.optim.SGD without momentum, as TrainingArguments makes it",
         ),
         Optimizer(
             name="adagrad",
-            num_states=1,
-            step_copies=2,
+            states=like_parameter(1, counts_steps=True),
+            step=by_group(adagrad_step),
             source="torch.optim.Adagrad(foreach): sums of squares, made with the optimizer; their "
             "roots and the scaled gradients beside them",
         ),
         Optimizer(
             name="rmsprop",
-            num_states=1,
-            step_copies=1,
+            states=like_parameter(1, counts_steps=True),
+            step=by_group(rmsprop_step),
             source="torch.optim.RMSprop(foreach): square_avg; their roots beside them",
         ),
         Optimizer(
             name="adafactor",
-            exact_only=_SHAPES,
+            states=adafactor_states,
+            step=adafactor_step(projects=False),
+            needs_whole_parameters=True,
             source="transformers.optimization.Adafactor: a row and a column of squares a matrix, "
             "fp32 copies of one matrix at a time, arXiv 1804.04235",
         ),
         Optimizer(
             name="adamw_torch_8bit",
+            states=torchao_states(8),
+            step=torchao_step(8),
             module="torchao",
-            exact_only=_SHAPES,
+            needs_whole_parameters=True,
             source="torchao 0.18, optim/adam.py: states of 1 byte, a compiled step for each tensor",
         ),
         Optimizer(
             name="adamw_torch_4bit",
+            states=torchao_states(4),
+            step=torchao_step(4),
             module="torchao",
-            exact_only=_SHAPES,
+            needs_whole_parameters=True,
             source="torchao 0.18, optim/adam.py: two states a byte, a compiled step a tensor",
         ),
         Optimizer(
             name="schedule_free_adamw",
-            num_states=2,
-            step_copies=1,
+            states=like_parameter(2),
+            step=schedule_free_step,
             module="schedulefree",
             source="schedulefree 1.4.1 (foreach): z, exp_avg_sq; a list of denominators",
         ),
         Optimizer(
             name="schedule_free_radam",
-            num_states=2,
-            step_copies=1,
+            states=like_parameter(2),
+            step=schedule_free_step,
             module="schedulefree",
             source="schedulefree 1.4.1 (foreach): z, exp_avg_sq; denominators from the sixth step",
         ),
         Optimizer(
             name="schedule_free_sgd",
-            num_states=1,
+            states=like_parameter(1),
             module="schedulefree",
             source="schedulefree 1.4.1 (foreach): z, updated in place",
         ),
         Optimizer(
             name="stable_adamw",
-            num_states=2,
-            num_16bit_states=1,
+            states=stable_adamw_states,
             module="optimi",
             source="torch-optimi 0.3.3 (triton): exp_avg, exp_avg_sq and, in 16 bits, the Kahan "
             "compensation; kernels that write in place",
         ),
         Optimizer(
             name="grokadamw",
+            states=like_parameter(3),
+            on_host=True,
+            step=by_group(grokadamw_step),
             module="grokadamw",
-            exact_only="its states live on the host and come to the GPU one tensor at a time",
+            needs_whole_parameters=True,
             source="grokadamw 0.1.2: exp_avg, exp_avg_sq, grok_ema on the host",
         ),
         *(
             Optimizer(
                 name=name,
+                states=states,
+                shared_states=galore_maps if "8bit" in name else no_shared_states,
+                step=step,
                 module="galore_torch",
-                exact_only=_SHAPES,
+                needs_whole_parameters=True,
                 low_rank=True,
                 steps_in_backward=name.endswith("_layerwise"),
                 source=_GALORE,
             )
-            for name in (
-                "galore_adamw",
-                "galore_adamw_8bit",
-                "galore_adafactor",
-                "galore_adamw_layerwise",
-                "galore_adamw_8bit_layerwise",
+            for name, states, step in (
+                ("galore_adamw", galore_adamw_states, galore_adamw_step),
+                ("galore_adamw_8bit", galore_adamw_8bit_states, galore_adamw_8bit_step),
+                ("galore_adafactor", galore_adafactor_states, adafactor_step(projects=True)),
+                ("galore_adamw_layerwise", galore_adamw_states, galore_adamw_step),
+                ("galore_adamw_8bit_layerwise", galore_adamw_8bit_states, galore_adamw_8bit_step),
             )
         ),
         *(
             Optimizer(
                 name=name,
+                states=apollo_states,
+                step=apollo_step,
                 module="apollo_torch",
-                exact_only=_SHAPES,
+                needs_whole_parameters=True,
                 low_rank=True,
                 steps_in_backward=name.endswith("_layerwise"),
                 source=_APOLLO,
@@ -247,17 +319,22 @@ OPTIMIZERS: dict[str, Optimizer] = {
         ),
         Optimizer(
             name="lomo",
+            fused_step=lomo_step,
             module="lomo_optim",
-            exact_only=_FUSED,
             steps_in_backward=True,
+            needs_whole_parameters=True,
             source="lomo-optim 0.1.1: no states, arXiv 2306.09782",
         ),
         Optimizer(
             name="adalomo",
+            states=adalomo_states,
+            keeps_frozen=True,
+            fused_step=adalomo_step,
             module="lomo_optim",
-            exact_only=_FUSED,
             steps_in_backward=True,
-            source="lomo-optim 0.1.1: a row and a column of squares a matrix, arXiv 2310.10195",
+            needs_whole_parameters=True,
+            source="lomo-optim 0.1.1: a row and a column of squares of every matrix, trained or "
+            "not, arXiv 2310.10195",
         ),
     )
 }

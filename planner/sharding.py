@@ -64,7 +64,7 @@ def _check_kinds(plan: TrainingPlan) -> None:
             "its states are bitsandbytes' own",
             "use `--optim adamw_torch_fused`",
         )
-    if plan.optimizer.exact_only:
+    if plan.optimizer.needs_whole_parameters:
         raise InputError(
             f"`--optim {plan.optim}` with `--sharding {plan.sharding}` is not modelled",
             "use `--optim adamw_torch_fused`",

@@ -23,15 +23,15 @@ _LOSS_IN_16_BITS = frozenset(
 _ATTENTION_SHARED_SINCE = (4, 48)
 _REPEAT_FOR_FLASH = ("mistral", "phi3", "qwen2", "starcoder2")
 
-# Until then models put gradient checkpointing around what FSDP1 had put around a layer, and
-# reentrant by default (`_gradient_checkpointing_func` in transformers 4.51's modeling_llama.py);
-# from then on layers do it themselves (4.52's modeling_layers.py).
-_CHECKPOINTS_WITHIN_SINCE = (4, 52)
 # From this release on experts are stacked parameters (transformers.integrations.moe).
 _STACKS_EXPERTS_SINCE = (5,)
 # From this release on models call a loss function of transformers.loss; before, each computed its
 # own with torch.nn.CrossEntropyLoss (`forward` in modeling_llama.py of 4.45.2 and 4.48.1).
 _LOSS_FUNCTIONS_SINCE = (4, 46)
+# Until then models put gradient checkpointing around what FSDP1 had put around a layer, and
+# reentrant by default (`_gradient_checkpointing_func` in transformers 4.51's modeling_llama.py);
+# from then on layers do it themselves (4.52's modeling_layers.py).
+_CHECKPOINTS_WITHIN_SINCE = (4, 52)
 
 # Of a GPU that is not named: Ampere and later have the kernels that matter.
 DEFAULT_CAPABILITY = (8, 0)
@@ -63,12 +63,6 @@ class Stack:
         version = self.transformers_version
         return version is not None and version < _SHIFTS_LABELS_SINCE
 
-    @property
-    def checkpoints_around(self) -> bool:
-        """Whether checkpointing is around what FSDP1 put around a layer."""
-        version = self.transformers_version
-        return version is not None and version < _CHECKPOINTS_WITHIN_SINCE
-
     def loses_in_16_bits(self, model_type: str) -> bool:
         """Whether the model takes the cross-entropy of logits that are not fp32."""
         version = self.transformers_version
@@ -87,6 +81,12 @@ class Stack:
         16-bit ones go; the loss functions that came after do not."""
         version = self.transformers_version
         return version is not None and version < _LOSS_FUNCTIONS_SINCE
+
+    @property
+    def checkpoints_around(self) -> bool:
+        """Whether checkpointing is around what FSDP1 put around a layer."""
+        version = self.transformers_version
+        return version is not None and version < _CHECKPOINTS_WITHIN_SINCE
 
     def repeats_heads(self, model_type: str, attn_implementation: str) -> bool:
         """Whether grouped heads are repeated before the attention kernel."""

@@ -9,6 +9,7 @@ from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.losses import LossShape
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
+from ftplan.planner.objectives import keeps_reference
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
@@ -17,6 +18,7 @@ from ftplan.planner.trained import Trained
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 
 FLOAT32_BYTES = 4
+NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,20 @@ class Workload:
 
     @staticmethod
     def of(model: ModelSpec, plan: TrainingPlan, rows: int, length: int) -> Workload:
+        """Of a micro-batch of so many rows, as the model is given them (`model_rows`)."""
         return Workload(
             rows == 1,
             plan.gradient_accumulation_steps > 1,
             LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size),
             frozenset(window for window in model.sliding_windows if window < length),
         )
+
+
+def model_rows(plan: TrainingPlan, length: int) -> tuple[int, int]:
+    """(rows, length) of what goes through the model at once, rows of the data being of that
+    length; packed rows are one."""
+    rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
+    return (1, rows * length) if plan.packing else (rows, length)
 
 
 def step_settings(
@@ -51,6 +61,7 @@ def step_settings(
     trained: Trained,
 ) -> StepSettings:
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
+    objective = plan.resolved_objective
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
     spread = spread_of(plan, stack)
     settings = StepSettings(
@@ -64,7 +75,7 @@ def step_settings(
             quantization=plan.quantization,
             double_quant=plan.double_quant,
             rank=plan.lora_rank,
-            dropout=plan.lora_dropout,
+            dropout=plan.lora_dropout if objective.has_dropout else 0.0,
             attn_implementation=plan.attn_implementation,
             fused_kernels=stack.fused_kernels,
             separate_experts=stack.separates_experts,
@@ -96,7 +107,7 @@ def step_settings(
         capability=capability,
         gradient_checkpointing=plan.gradient_checkpointing,
         use_reentrant=plan.use_reentrant,
-        accumulates=workload.accumulates,
+        accumulates=workload.accumulates and not plan.optimizer.steps_in_backward,
         single_row=workload.single_row,
         loss=plan.loss,
         loss_shape=workload.loss_shape,
@@ -107,9 +118,44 @@ def step_settings(
         loses_in_16_bits=stack.loses_in_16_bits(model.model_type),
         embedding_width=outer,
         head_width=outer,
+        input_bytes=NUMBER_BYTES * objective.batch_numbers,
+        scores=objective.scores,
+        finds_top1=objective.finds_top1,
         spread=spread,
         reduction=_reduction(plan, trained),
+        update=plan.optimizer.update(),
     )
+    settings = _spread_out(settings, plan)
+    if not objective.has_reference:
+        return settings
+    return dataclasses.replace(
+        settings,
+        reference=_of_reference(model, plan, settings),
+        asks_before=plan.precompute_ref_log_probs,
+    )
+
+
+def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) -> StepSettings:
+    """The model as it was: without adapters, or a second one. TRL does not freeze that, so autocast
+    takes its parameters as trained ones."""
+    if not keeps_reference(plan) and plan.resolved_method.adapter:
+        return dataclasses.replace(settings, adapted={})
+    if not keeps_reference(plan):
+        return settings
+    return dataclasses.replace(
+        settings,
+        trained_layers=model.num_hidden_layers,
+        trained_names=frozenset(p.name for layer in model.layer_counts for p in layer.parameters()),
+        trained_outside=frozenset(p.name for p in model.outer_parameters),
+        trains_embeddings=True,
+        trains_head=True,
+        finds_top1=False,
+    )
+
+
+def _spread_out(settings: StepSettings, plan: TrainingPlan) -> StepSettings:
+    """In which widths several GPUs that divide the model's state compute."""
+    spread = settings.spread
     if settings.reduction is not None:
         return _without_autocast(_computing_in(settings, plan.compute_bytes))
     if spread is None or spread.gathered is None:

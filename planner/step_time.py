@@ -18,11 +18,11 @@ from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
 from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_settings import (
     FLOAT32_BYTES,
-    trained_widths,
 )
 from ftplan.planner.step_trace import StepTrace
 from ftplan.planner.tape import value
-from ftplan.planner.trained import Trained, num_elements
+from ftplan.planner.trained import Trained
+from ftplan.planner.updated import updated_parameters
 
 # Share of the dense peak that large matrix products and the work around them reach together.
 # Assumed for every GPU: LoRA and full fine-tuning of 7B models with FlashAttention-2 on an A100
@@ -88,7 +88,8 @@ def estimate_step_time(
     moved = _micro_batch_bytes(model, plan, trained, device, tokens, length)
     memory_seconds = moved / device.memory_bandwidth_bytes_per_second
     micro_batches = plan.gradient_accumulation_steps
-    optimizer_seconds = _optimizer_bytes(plan, trained) / device.memory_bandwidth_bytes_per_second
+    optimizer_bytes = _optimizer_bytes(model, plan, trained)
+    optimizer_seconds = optimizer_bytes / device.memory_bandwidth_bytes_per_second
     seconds = micro_batches * (arithmetic_seconds + memory_seconds) + optimizer_seconds
     return StepTime(
         step_seconds=seconds,
@@ -179,11 +180,9 @@ def _expanded_bytes(model: ModelSpec, plan: TrainingPlan, passes: float, backwar
     return times * 2 * model.quantizable_weights * plan.compute_bytes
 
 
-def _optimizer_bytes(plan: TrainingPlan, trained: Trained) -> float:
+def _optimizer_bytes(model: ModelSpec, plan: TrainingPlan, trained: Trained) -> float:
     """Bytes an optimizer step moves: parameter, gradient and states read; all but the gradient
     written."""
-    moved = 0
-    for parameters, width in trained_widths(plan, trained):
-        count = num_elements(parameters)
-        moved += 3 * count * width + 2 * plan.optimizer.state_bytes(count, width)
-    return moved
+    updated = updated_parameters(model, plan, trained)
+    parameter_bytes = sum(p.count * p.num_bytes for p in updated)
+    return 3 * parameter_bytes + 2 * plan.optimizer.state_bytes(updated)

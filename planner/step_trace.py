@@ -16,7 +16,7 @@ from ftplan.planner import functions as f
 from ftplan.planner.exchange import Alone, Exchange, Place
 from ftplan.planner.fsdp1 import fsdp1_places
 from ftplan.planner.fsdp2 import fsdp2_places
-from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
+from ftplan.planner.losses import Head, LigerLoss, LossShape, Score, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, ModelSpec
 from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
 from ftplan.planner.sharded import Spread, Units, units_of
@@ -26,6 +26,7 @@ from ftplan.planner.tape import (
     Moment,
     Tape,
     Tensor,
+    Update,
     Weight,
     add_forms,
     added,
@@ -35,10 +36,15 @@ from ftplan.planner.tape import (
     per_position,
     per_token,
     subtract_forms,
+    times,
 )
 from ftplan.planner.zero import Reduction, zero_places
 
 Parts = dict[str, Form]
+
+EVALUATION_PHASE = "evaluation"
+# Where a reference's log-probabilities are computed before training.
+REFERENCE_PHASE = "reference log-probabilities"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +57,12 @@ class StepSettings:
     modules that carry an adapter, for each layer that has some. `trained_outside`: names of trained
     parameters outside of the layers. `input_learns`: the embeddings' result needs a gradient (they
     are trained, or a hook asks for it). `embedding_width`, `head_width`: bytes a parameter.
-    `spread`: how several GPUs divide parameters, `reduction`: how they divide gradients alone; None
-    where they do not.
+    `input_bytes`: of what the model is given, a token. `scores`: the model gives scores, not
+    logits. `finds_top1`: the loss also tells whether each target is the most probable token.
+    `reference`: of the model that a preference is measured against, whose pass comes behind; with
+    `asks_before` it comes before training instead.
+    `spread`: how several GPUs divide parameters, if they do; `reduction`: how they divide
+    gradients alone. `update`: of an optimizer that steps within backward.
     """
 
     numerics: Numerics
@@ -80,8 +90,21 @@ class StepSettings:
     loses_in_16_bits: bool
     embedding_width: int
     head_width: int
+    input_bytes: int
+    scores: bool = False
+    finds_top1: bool = False
+    reference: StepSettings | None = None
+    asks_before: bool = False
+
+    @property
+    def in_evaluation(self) -> StepSettings:
+        """Of an evaluation's pass, which has no dropout."""
+        numerics = dataclasses.replace(self.numerics, dropout=0.0)
+        return dataclasses.replace(self, numerics=numerics)
+
     spread: Spread | None = None
     reduction: Reduction | None = None
+    update: Update | None = None
 
     def numerics_of(self, model: ModelSpec, place: int) -> Numerics:
         """Of the layer at that place."""
@@ -99,6 +122,7 @@ class Segment:
 
     Moments are of all that it holds, its input and the gradient that comes back to it included.
     `result_width`: bytes an element of what it hands on.
+    `keeps_input`: its backward needs its input as it came.
     `kept_forward`: what it leaves behind until forward ends, its result not counted;
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
     `taken_over`: of what is there without it, what its backward counts itself.
@@ -107,6 +131,7 @@ class Segment:
     forward: tuple[Moment, ...]
     backward: tuple[Moment, ...]
     result_width: int
+    keeps_input: bool
     kept_forward: Parts
     kept: Parts
     left: Parts
@@ -122,12 +147,14 @@ class StepTrace:
     """The highest moments of each phase, without what is there all the time (weights, states), and
     the segments that they are sums of: embeddings, layers, loss.
 
+    `inputs`: what the model is given; `after_backward`: all that is left until the step is over.
     FLOPs, and bytes read and written besides parameters and outside of the loss, of one
-    micro-batch. Backward's hold what is computed again.
+    micro-batch. Forward's hold the reference's pass, backward's what is computed again.
     """
 
     phases: Mapping[str, tuple[Moment, ...]]
     segments: tuple[Segment, ...]
+    inputs: Parts
     after_backward: Parts
     forward_flops: Form
     backward_flops: Form
@@ -151,48 +178,136 @@ class _StepTracer:
     model: ModelSpec
     settings: StepSettings
     phases: dict[str, list[Moment]] = field(default_factory=dict)
+    with_gradients: bool = True
 
     def trace(self) -> StepTrace:
+        reference = self.settings.reference
+        if reference is not None and self.settings.asks_before:
+            self._pass_forward(reference, self._inputs(), REFERENCE_PHASE, REFERENCE_PHASE)
+            reference = None
         segments, labels = self._segments()
-        forward_base = self._inputs()
-        base = dict(forward_base)
-        places = _extremes(labels)
-        bases = []
-        for index, segment in enumerate(segments):
-            if index in places:
-                phase = "loss" if index == len(segments) - 1 else "forward"
-                self._add(phase, segment.forward, forward_base)
+        self._add_forward(segments, labels, self._inputs(), "forward", "loss")
+        forward = list(segments)
+        base, bases = _sum(self._inputs(), self._tables()), []
+        if self.settings.gradient_checkpointing:  # which holds what layers are given
+            base = _sum(base, self._mask())
+        for segment in segments:
             bases.append(base)
             base = _sum(base, segment.kept)
-            forward_base = _sum(forward_base, segment.kept_forward)
-        left: Parts = {}
+        if reference is not None:
+            forward += self._pass_forward(reference, base, "forward", "loss")
+        places, left = _extremes(labels), Parts()
         for index in reversed(range(len(segments))):
             segment = segments[index]
             left = _less(left, segment.taken_over)
+            if index == 0 and self._tied and self.settings.update is not None:
+                left = {**left, "gradients": ZERO}  # the head's: the embedding has it `beside`
             if index in places and segment.backward:
                 phase = "loss" if index == len(segments) - 1 else "backward"
                 self._add(phase, segment.backward, _sum(bases[index], left))
             left = _sum(left, segment.left)
+        self._evaluate(reference)
         return StepTrace(
             phases={name: tuple(moments) for name, moments in self.phases.items()},
             segments=tuple(segments),
-            after_backward=_sum(self._inputs(), left),
-            forward_flops=added(segment.forward_flops for segment in segments),
+            inputs=self._inputs(),
+            after_backward=_sum(_sum(self._inputs(), left), self._first_input(segments[0])),
+            forward_flops=added(segment.forward_flops for segment in forward),
             backward_flops=added(segment.backward_flops for segment in segments),
-            forward_moved=added(segment.forward_moved for segment in segments[:-1]),
+            forward_moved=added(s.forward_moved for s in forward if s is not segments[-1]),
             backward_moved=added(segment.backward_moved for segment in segments[:-1]),
         )
+
+    def _evaluate(self, reference: StepSettings | None) -> None:
+        """An evaluation's pass, and the reference's where it comes along."""
+        for settings in (self.settings.in_evaluation, reference):
+            if settings is not None:
+                self._pass_forward(settings, self._inputs(), EVALUATION_PHASE, EVALUATION_PHASE)
+
+    def _first_input(self, embedding: Segment) -> Parts:
+        """The gradient of the embeddings' result, where a hook asked for one: the graph holds it
+        until the loss is let go of, and by the older checkpointing the rotary tables."""
+        if not self.settings.input_learns or self.settings.trains_embeddings:
+            return {}
+        size = times(per_token(self.model.hidden_size), embedding.result_width)
+        held = {"temporaries": size}
+        return _sum(held, self._tables()) if self.settings.use_reentrant else held
+
+    def _pass_forward(
+        self, settings: StepSettings, base: Parts, phase: str, loss_phase: str
+    ) -> list[Segment]:
+        """Add a pass without gradients above `base`; its segments. Autocast's copies are gone at
+        its end."""
+        tracer = _StepTracer(self.model, settings, self.phases, with_gradients=False)
+        segments, labels = tracer._segments()
+        tracer._add_forward(segments, labels, base, phase, loss_phase)
+        return segments
+
+    def _add_forward(
+        self,
+        segments: list[Segment],
+        labels: list[object],
+        base: Parts,
+        phase: str,
+        loss_phase: str,
+    ) -> None:
+        """Add the moments of a forward pass above `base`."""
+        places = _extremes(labels)
+        of_model = _sum(self._tables(), self._mask())  # what its forward holds to its end
+        of_graph = of_model if self.settings.gradient_checkpointing else self._tables()
+        embedded = self._embedded(segments[0])
+        learns = self.with_gradients and self.settings.input_learns
+        from_table = self.model.positions > 0 and not learns  # else it is held by its node
+        for index, segment in enumerate(segments):
+            is_loss = index == len(segments) - 1
+            if index in places:
+                under = base if is_loss else _sum(base, of_model)
+                if not is_loss and (from_table or (index > 1 and not segments[1].keeps_input)):
+                    under = _sum(under, embedded)
+                if is_loss and self.with_gradients:
+                    under = _sum(base, of_graph)
+                self._add(loss_phase if is_loss else phase, segment.forward, under)
+            base = _sum(base, segment.kept_forward)
+
+    def _mask(self) -> Parts:
+        """The masks that layers share, one of each kind that some layer needs: eager attention adds
+        one of the hidden state's width, torch's kernels are given one of a byte."""
+        numerics = self.settings.numerics
+        if numerics.attn_implementation == "flash_attention_2":
+            return {}
+        eager, kinds = numerics.attn_implementation == "eager", set()
+        for layer in self.model.layer_counts:
+            window = layer.attention.sliding_window
+            if eager:
+                kinds.add(window)
+            elif window in numerics.masked_windows or numerics.padded:
+                kinds.add(window if window in numerics.masked_windows else None)
+        width = self.settings.embedding_width if eager else 1
+        return {"temporaries": per_pair(len(kinds) * width)} if kinds else {}
+
+    def _embedded(self, embedding: Segment) -> Parts:
+        """What the embeddings gave, which the model's forward holds to its end: the first layer's
+        input, or what a table of positions was added to."""
+        elements = per_token(self.model.hidden_size)
+        if self.model.positions:
+            elements = add_forms(elements, per_position(self.model.hidden_size))
+        return {"temporaries": times(elements, embedding.result_width)}
+
+    @property
+    def _tied(self) -> bool:
+        """Whether embeddings and head train one parameter."""
+        both = self.settings.trains_head and self.settings.trains_embeddings
+        return self.model.tie_word_embeddings and both
 
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
         """Keep moments above `base`, of those that another covers none."""
         highest = self.phases.setdefault(phase, [])
         for moment in moments:
-            parts = _sum(base, moment.components)
-            total = _total(parts)
-            if any(covers(other.total, total) for other in highest):
+            whole = with_parts(moment, base)
+            if any(covers(other.total, whole.total) for other in highest):
                 continue
-            highest[:] = [other for other in highest if not covers(total, other.total)]
-            highest.append(Moment(total, parts))
+            highest[:] = [other for other in highest if not covers(whole.total, other.total)]
+            highest.append(whole)
 
     def _segments(self) -> tuple[list[Segment], list[object]]:
         """The segments in forward order, and of what kind each is."""
@@ -214,6 +329,10 @@ class _StepTracer:
             learns = learns or bool(numerics.trained or numerics.adapted)
         segments.append(self._loss(learns, segments[-1].result_width, places[-1].exchange()))
         found.append("loss")
+        if self._tied:
+            # A sum is put in the head's gradient where that is no view.
+            beside = self.head_weight.gradient_is_view + (settings.update is not None)
+            segments[0] = self._embedding(places[0].exchange(), beside)
         return segments, found
 
     def _places(self) -> Sequence[Place]:
@@ -246,49 +365,44 @@ class _StepTracer:
             accumulates=s.accumulates or (s.reduction is not None and s.reduction.partitions),
             residual=s.embedding_width,
             single_row=s.single_row,
+            update=s.update,
         )
 
     def _inputs(self) -> Parts:
-        """Token numbers, labels and mask, 8 bytes each; rotary cosines and sines; the masks that
-        layers share."""
-        settings, model = self.settings, self.model
-        total = add_forms(per_token(3 * 8), self._masks())
-        rotary = max(layer.attention.rotary_dim for layer in model.layer_counts)
-        if rotary:
-            total = add_forms(total, per_position(2 * rotary * settings.embedding_width + 8))
-        return {"temporaries": total}
+        """What the model is given."""
+        return {"temporaries": per_token(self.settings.input_bytes)}
 
-    def _masks(self) -> Form:
-        """Of each kind that some layer needs: eager attention adds one of the hidden state's
-        width, torch's kernels are given one of a byte."""
-        numerics, kinds = self.settings.numerics, set()
-        for layer in self.model.layer_counts:
-            window = layer.attention.sliding_window
-            masked = window in numerics.masked_windows
-            if numerics.attn_implementation == "eager" or masked or numerics.padded:
-                kinds.add(window if masked else None)
-        if numerics.attn_implementation == "flash_attention_2":
-            return ZERO
-        eager = numerics.attn_implementation == "eager"
-        return per_pair(len(kinds) * (self.settings.embedding_width if eager else 1))
+    def _tables(self) -> Parts:
+        """Rotary cosines and sines, and the numbers of positions."""
+        rotary = max(layer.attention.rotary_dim for layer in self.model.layer_counts)
+        if not rotary:
+            return {}
+        return {"temporaries": per_position(2 * rotary * self.settings.embedding_width + 8)}
 
-    def _embedding(self, exchange: Exchange) -> Segment:
+    def _embedding(self, exchange: Exchange, beside: int = 0) -> Segment:
         model, settings = self.model, self.settings
         weight = Weight(
             model.embedding_parameters,
             settings.embedding_width,
             trained=settings.trains_embeddings,
+            beside=beside,
         )
-        norm = (
-            norm_module(model.embedding_norm, settings.numerics) if model.embedding_norm else None
-        )
+        norm = None
+        if model.embedding_norm is not None:
+            outside = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
+            norm = norm_module(model.embedding_norm, outside)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             hidden = f.look_up(tape, weight, per_token(model.hidden_size))
-            if settings.input_learns and not hidden.requires_grad:
-                tape.leaf(hidden)
             if model.scales_embeddings:
                 hidden = f.scale(tape, hidden)
+            if settings.input_learns and self.with_gradients and not hidden.requires_grad:
+                tape.leaf(hidden)
+                tape.hold(hidden)  # by the node that gathers its gradient
+            if model.positions:
+                place = tape.empty(per_position(model.hidden_size), settings.embedding_width)
+                hidden = f.add(tape, hidden, place)
+                del place
             return hidden if norm is None else norm(tape, hidden)
 
         return self._segment(forward, None, exchange, learns=settings.trains_embeddings)
@@ -300,7 +414,7 @@ class _StepTracer:
         module = DecoderLayer(layer, numerics)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
-            if not settings.gradient_checkpointing:
+            if not (settings.gradient_checkpointing and self.with_gradients):
                 return module(tape, given[0])
 
             layer = exchange.around(module)
@@ -319,16 +433,20 @@ class _StepTracer:
         numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
         norm = norm_module(model.final_norm, numerics) if model.final_norm else None
         weight = Weight(
-            model.embedding_parameters, settings.head_width, trained=settings.trains_head
+            model.embedding_parameters,
+            settings.head_width,
+            trained=settings.trains_head,
+            matrix=(model.vocab_size, model.embedding_width or model.hidden_size),
+            waits=self._tied,
         )
-        weight.waits = model.tie_word_embeddings
         head = Head(
             vocab_size=model.vocab_size,
             hidden_size=model.embedding_width or model.hidden_size,
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
         )
-        loss = self._loss_module(head, weight, exchange)
+        self.head_weight = weight
+        loss = self._score() if settings.scores else self._loss_module(head, weight, exchange)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             hidden = norm(tape, given[0]) if norm is not None else given[0]
@@ -343,22 +461,30 @@ class _StepTracer:
         size = per_token(model.hidden_size), width
         return self._segment(forward, size, exchange, learns=learns)
 
+    def _score(self) -> Score:
+        """PEFT trains a copy of it beside adapters."""
+        settings, hidden_size = self.settings, self.model.hidden_size
+        adapted = bool(settings.adapted)
+        width = settings.numerics.adapters if adapted else settings.head_width
+        trained = settings.trains_head or adapted
+        return Score(hidden_size, Weight(hidden_size, width, trained=trained))
+
     def _loss_module(self, head: Head, weight: Weight, exchange: Exchange) -> Callable[..., Tensor]:
         settings = self.settings
         if settings.loss == "liger":
             return LigerLoss(head, weight, settings.loss_shape)
         if settings.loss == "trl-fused":
-            return TrlFusedLoss(head, weight, settings.loss_shape)
+            return TrlFusedLoss(head, weight, settings.loss_shape, finds_top1=settings.finds_top1)
         return StockLoss(
             head,
             weight,
             None,
             shifts_logits=settings.shifts_logits,
             returns_fp32=settings.returns_fp32,
-            watch=exchange.watch,
             lets_logits_go=settings.lets_logits_go,
             in_16_bits=settings.loses_in_16_bits,
             in_place=settings.loss == "triton_ce",
+            watch=exchange.watch,
         )
 
     def _segment(
@@ -370,16 +496,19 @@ class _StepTracer:
         learns: bool,
     ) -> Segment:
         tape = self._tape()
+        tape.grad_enabled = self.with_gradients
         given: list[Tensor] = []
         gradient: list[Tensor | None] = []
         if input_size is not None:
             given = [tape.empty(*input_size)]
-            if learns:
+            if learns and self.with_gradients:
                 gradient = tape.leaf(given[0])
         exchange.before_forward(tape)
         result = forward(tape, given)
         exchange.after_forward(tape)
+        before = tape.state()
         given.clear()
+        keeps_input = tape.state() == before
         result_width = result.width
         forward_moments = tape.moments()
         forward_flops, forward_moved = tape.flops, tape.moved
@@ -397,6 +526,8 @@ class _StepTracer:
             del result
             tape.backward(roots, incoming)
             exchange.after_backward(tape)
+            if tape.update is not None:
+                tape.update.end(tape)
             backward_moments = tape.moments()
         exchange.hand_on()
         gradient.clear()
@@ -405,6 +536,7 @@ class _StepTracer:
             forward=forward_moments,
             backward=backward_moments,
             result_width=result_width,
+            keeps_input=keeps_input,
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_moments else {},
@@ -449,3 +581,9 @@ def _less(left: Parts, right: Parts) -> Parts:
 
 def _total(parts: Parts) -> Form:
     return added(parts.values())
+
+
+def with_parts(moment: Moment, parts: Parts) -> Moment:
+    """The moment, with parts alive beside what it holds."""
+    both = _sum(parts, moment.components)
+    return Moment(added(both.values()), both)

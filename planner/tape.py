@@ -19,7 +19,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 # A number of bytes or elements: coefficients of 1, rows, row length, tokens, and tokens times row
 # length, where tokens = rows x length.
@@ -145,16 +145,28 @@ class Tensor:
 class Weight(Tensor):
     """A parameter. Its own memory is counted elsewhere; its gradient's and its copies' here.
 
-    `waits`: it has another use, whose gradient is added before its own counts as there.
+    `matrix`: its shape, where it is the weight of a torch.nn.Linear. Of a parameter that two
+    modules share, the one that backward meets first `waits` for the other; the other's gradient is
+    summed with the first while so many tensors of its size live `beside` it.
     """
 
-    __slots__ = ("gradient", "waits")
+    __slots__ = ("beside", "gradient", "gradient_is_view", "matrix", "waits")
 
-    def __init__(self, num_elements: int, width: int, *, trained: bool) -> None:
+    def __init__(
+        self,
+        num_elements: int,
+        width: int,
+        *,
+        trained: bool,
+        matrix: tuple[int, int] | None = None,
+        waits: bool = False,
+        beside: int = 0,
+    ) -> None:
         super().__init__(None, constant(num_elements), width)
         self.requires_grad = trained
         self.gradient: Tensor | None = None
-        self.waits = False
+        self.gradient_is_view = False
+        self.matrix, self.waits, self.beside = matrix, waits, beside
 
 
 Backward = Callable[["Tape", list["Tensor | None"], list["Tensor"]], "list[Tensor | None]"]
@@ -205,6 +217,15 @@ class Frame:
     again: dict[int, Tensor] | None = None
 
 
+class Update(Protocol):
+    """An optimizer that steps within backward: it is called once a parameter's gradient is there,
+    and at the end."""
+
+    def __call__(self, tape: Tape, weight: Weight) -> None: ...
+
+    def end(self, tape: Tape) -> None: ...
+
+
 class _AllSaved(Exception):
     """What backward needs has been computed again; the rest need not be."""
 
@@ -215,7 +236,8 @@ class Tape:
     `autocast`: width in bytes of the autocast dtype, None without. `on_cuda`, `capability`: which
     operations autocast casts, and which kernels run. `is_fp16`: 16-bit values are fp16, not bf16.
     `accumulates`: gradients of an earlier micro-batch are there already. `residual`: width of
-    embeddings, and so of masks. `single_row`: the micro-batch is one row.
+    embeddings, and so of masks. `single_row`: the micro-batch is one row. `update`: what an
+    optimizer does with each gradient within backward.
     """
 
     def __init__(
@@ -228,7 +250,9 @@ class Tape:
         accumulates: bool = False,
         residual: int = 2,
         single_row: bool = False,
+        update: Update | None = None,
     ) -> None:
+        self.update = update
         self.autocast, self.on_cuda, self.capability = autocast, on_cuda, capability
         self.is_fp16, self.accumulates = is_fp16, accumulates
         self.residual, self.single_row = residual, single_row
@@ -375,17 +399,19 @@ class Tape:
 
     def cast_weight(self, weight: Weight) -> Tensor:
         """The parameter as a product under autocast reads it. Copies of trained fp32 parameters
-        are cached until autocast ends."""
+        are cached until autocast ends, and made as if gradients were asked for
+        (ATen/autocast_mode.cpp, `cached_cast`)."""
         if self.autocast is None or weight.width == self.autocast:
             return weight
         cached = self._copies.get(id(weight))
         if cached is not None:
             return cached
         copy = self.empty(weight.elements, self.autocast, "autocast_copies")
-        if self.differentiates(weight):
+        is_cached = weight.requires_grad and weight.width == 4
+        if is_cached:
+            self._copies[id(weight)] = copy
+        if is_cached or self.differentiates(weight):
             self.attach([copy], [weight], [], _hand_on)
-            if weight.width == 4:
-                self._copies[id(weight)] = copy
         return copy
 
     def end_autocast(self) -> None:
@@ -478,6 +504,8 @@ class Tape:
                 if isinstance(edge.to, Weight):
                     self._accumulate(edge.to, gradient)
                     gradient = None
+                    if self.update is not None and not edge.to.waits:
+                        self.update(self, edge.to)
                     continue
                 if edge.to.order not in seen:
                     seen.add(edge.to.order)
@@ -492,7 +520,7 @@ class Tape:
         saved = [self._unpacked(item) for item in node.saved]
         self.read(*saved, *(gradient for gradient in gradients if gradient is not None))
         results = node.backward(self, gradients, saved)
-        gradients.clear()
+        saved.clear()  # what was computed again is gone; what was not, the node holds
         for number, edge in enumerate(node.inputs[: len(results)]):
             if edge is None:
                 continue
@@ -502,6 +530,7 @@ class Tape:
             if result is not None and result.width != edge.width:
                 result = results[number] = self.like(result, edge.width)
             del result
+        gradients.clear()
         node.saved = []
         return results
 
@@ -528,6 +557,9 @@ class Tape:
 
     def _accumulate(self, weight: Weight, gradient: Tensor) -> None:
         """The first gradient of a parameter is kept as it is, later ones are added to it."""
+        weight.gradient_is_view = gradient.is_view
+        beside = [self.like(gradient) for _ in range(weight.beside)]
+        beside.clear()
         if weight.waits:
             self.relabel(gradient, "gradients")
             weight.gradient = gradient

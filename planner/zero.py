@@ -1,7 +1,7 @@
 """ZeRO-1 and ZeRO-2 as DeepSpeed 0.18 allocates (deepspeed/runtime/zero/stage_1_and_2.py), with the
 settings that accelerate leaves at DeepSpeed's defaults (zero/config.py).
 
-Every GPU holds all weights, in the engine's dtype; fp32 masters, states and reduced gradients are
+Every GPU holds all weights, in the engine's dtype; masters, states and reduced gradients are
 divided.
 """
 

@@ -19,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from ftplan.launcher.dry_run.case import DryRunCase
-from ftplan.launcher.dry_run.draft import REFERENCE_PHASE
 from ftplan.launcher.dry_run.step import dry_run
 from ftplan.launcher.dry_run.trainers import blank_tokenizer
 from ftplan.launcher.emit import method_settings, training_arguments
@@ -27,6 +26,7 @@ from ftplan.launcher.training.build import apply_method, count_trainable, load_m
 from ftplan.launcher.training.measure import live_bytes, storage_sizes
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
 from ftplan.planner.errors import InputError
+from ftplan.planner.step_trace import REFERENCE_PHASE
 from tests.dry_runs import (
     BF16,
     GENERATOR_STATE_BYTES,

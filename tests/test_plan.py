@@ -33,7 +33,6 @@ from ftplan.planner.plan import (
     parse_setting,
 )
 from ftplan.planner.sharding import OFFLOADS, SHARDINGS
-from ftplan.planner.units import GIB
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -379,39 +378,10 @@ def test_parse_setting_reads_what_a_person_copies_from_a_plan(plan: TrainingPlan
 # --- optimizers
 
 
-@pytest.mark.parametrize(
-    ("optim", "bytes_per_parameter"),
-    [
-        ("adamw_torch", 8.0),  # two fp32 states
-        ("adamw_torch_fused", 8.0),
-        ("adamw_8bit", 2.03125),  # two of one byte, and an fp32 scale for each 256
-        ("paged_adamw_8bit", 2.03125),
-        ("paged_adamw_32bit", 8.0),
-        ("lion_32bit", 4.0),
-        ("lion_8bit", 1.015625),
-        ("ademamix", 12.0),  # two momenta and the squares
-        ("ademamix_8bit", 3.046875),
-        ("rmsprop_bnb", 4.0),
-        ("rmsprop", 4.0),
-        ("adagrad", 4.0),
-        ("schedule_free_adamw", 8.0),
-        ("schedule_free_sgd", 4.0),
-        ("stable_adamw", 8.0),
-        ("sgd", 0.0),
-    ],
-)
-def test_optimizer_states_of_an_fp32_parameter(optim: str, bytes_per_parameter: float) -> None:
-    assert OPTIMIZERS[optim].state_bytes(GIB, 4) == round(bytes_per_parameter * GIB)
-
-
 def test_reentrant_checkpointing_would_leave_frozen_layers_neighbours_untrained() -> None:
     with pytest.raises(InputError, match="hands no gradients"):
         TrainingPlan(method="freeze", use_reentrant=True)
     TrainingPlan(method="freeze", use_reentrant=True, gradient_checkpointing=False)
-
-
-def test_a_16_bit_parameter_has_a_state_more_in_stable_adamw() -> None:
-    assert OPTIMIZERS["stable_adamw"].state_bytes(GIB, 2) == 6 * GIB
 
 
 @pytest.mark.parametrize(

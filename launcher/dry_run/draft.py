@@ -7,11 +7,10 @@ from typing import Any
 
 from ftplan.planner.memory_record import MemoryRecord, Storage
 from ftplan.planner.repeat_layers import Run, TracedRecord, repeat_layers
+from ftplan.planner.step_trace import EVALUATION_PHASE, REFERENCE_PHASE
 
-# Where the reference model of a preference objective lies, and the phase in which its
-# log-probabilities are computed before training.
+# Where the reference model of a preference objective lies.
 REFERENCE_PATH = "ref_model"
-REFERENCE_PHASE = "reference log-probabilities"
 
 # Phases whose products run in one thread.
 _THREADS = ((REFERENCE_PHASE, "forward"), ("backward",))
@@ -159,7 +158,7 @@ class Draft:
                 self.components[index] = self._component(index, *spans[at])
 
     def _component(self, index: int, phase: str, phase_end: int) -> str:
-        if phase not in (REFERENCE_PHASE, "forward", "backward", "evaluation"):
+        if phase not in (REFERENCE_PHASE, "forward", "backward", EVALUATION_PHASE):
             return "temporaries"
         if not self._in_decoder.match(self.paths[index]):
             return "logits_and_loss"

@@ -12,7 +12,6 @@ from datasets import Dataset
 from torch import nn
 
 from ftplan.launcher.dry_run.cuda import autocast
-from ftplan.launcher.dry_run.draft import REFERENCE_PHASE
 from ftplan.launcher.dry_run.trainers import Dry
 from ftplan.launcher.training.objectives import (
     PlannedDPOTrainer,
@@ -20,7 +19,7 @@ from ftplan.launcher.training.objectives import (
     PlannedRewardTrainer,
 )
 from ftplan.planner.hardware_spec import DeviceKind
-from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.step_trace import REFERENCE_PHASE
 
 # Trainers that keep a reference model take it from there.
 _WITH_REFERENCE = ("trl.trainer.dpo_trainer", "trl.trainer.kto_trainer")
@@ -85,14 +84,6 @@ def preference_rows(objective: str, count: int, length: int) -> Dataset:
         for number, one in enumerate(rows):
             one["label"] = number % 2 == 0
     return Dataset.from_list(rows)
-
-
-def keeps_reference(plan: TrainingPlan) -> bool:
-    """Whether a second model is held: not where adapters can be switched off, nor where its
-    log-probabilities are computed before."""
-    objective = plan.resolved_objective
-    adapter = plan.resolved_method.adapter
-    return objective.has_reference and not adapter and not plan.precompute_ref_log_probs
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Each patch says which release it was read from.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ftplan.planner.hardware_spec import DeviceKind
+from ftplan.planner.optimizer_steps import STATE_BLOCK_SIZE
 from ftplan.planner.optimizers import Optimizer
 
 _aten = torch.ops.aten
@@ -26,8 +28,11 @@ _RADAM_WARM_STEPS = 5
 # GaLore's 8-bit optimizer is made of bitsandbytes' own.
 _WITH_BITSANDBYTES = ("bitsandbytes", "galore_torch")
 
-# The blocks that transformers asks torchao for.
-_TORCHAO_BLOCK_SIZE = 256
+# Where the classes are that project gradients.
+PROJECTORS = {
+    "galore_torch": ("galore_torch.galore_projector", "GaLoreProjector"),
+    "apollo_torch": ("apollo_torch.random_projector", "GradientProjector"),
+}
 
 
 def optimizer_states(optimizer: Any) -> Iterator[torch.Tensor]:
@@ -122,6 +127,8 @@ def _patches(optimizer: Optimizer, kind: DeviceKind) -> Iterable[tuple[str, Any]
         yield "bitsandbytes.functional.fill", _nothing
         if kind == "cuda":
             yield "bitsandbytes.optim.optimizer.Optimizer8bit.fill_qmap", _fill_maps
+    if module in PROJECTORS:
+        yield renewed_projection(module)
     if module == "galore_torch":
         yield "torch.cuda.synchronize", _nothing
         from bitsandbytes.functional import optimizer_update_32bit
@@ -149,6 +156,18 @@ def _patches(optimizer: Optimizer, kind: DeviceKind) -> Iterable[tuple[str, Any]
         yield "grokadamw.GrokAdamW._update_group", staticmethod(_grokadamw_step)
     if optimizer.name == "schedule_free_radam":
         yield "schedulefree.RAdamScheduleFree.add_param_group", _warm_group
+
+
+def renewed_projection(module: str) -> tuple[str, Any]:
+    """GaLore's and APOLLO's projectors make the projection anew after `update_proj_gap` steps: here
+    in each, so that it is seen beside all states."""
+    where, name = PROJECTORS[module]
+    project = getattr(importlib.import_module(where), name).project
+
+    def projected(projector: Any, gradient: torch.Tensor, step: int) -> torch.Tensor:
+        return project(projector, gradient, 0)
+
+    return f"{where}.{name}.project", projected
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -213,7 +232,7 @@ def _torchao_step(
     for _ in range(2):
         if four_bits:
             buffers.append(parameter.new_empty(count, dtype=torch.uint8))
-        scales = parameter.new_empty(count // _TORCHAO_BLOCK_SIZE, dtype=torch.float32)
+        scales = parameter.new_empty(count // STATE_BLOCK_SIZE, dtype=torch.float32)
         buffers += [scales, parameter.new_empty(count, dtype=torch.float32)]
     if four_bits:
         buffers += [parameter.new_empty(count, dtype=torch.int64) for _ in range(2)]

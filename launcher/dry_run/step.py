@@ -19,10 +19,7 @@ from ftplan.launcher.dry_run.cuda import CUDA_KERNELS
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantize_blank
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
-from ftplan.launcher.dry_run.objectives import (
-    keeps_reference,
-    trainer_construction,
-)
+from ftplan.launcher.dry_run.objectives import trainer_construction
 from ftplan.launcher.dry_run.operations import REPLACED
 from ftplan.launcher.dry_run.optimizers import optimizer_kernels
 from ftplan.launcher.dry_run.quantized import quantized_kernels
@@ -42,6 +39,7 @@ from ftplan.launcher.training.build import (
 )
 from ftplan.planner.allocator import BLOCK_BYTES
 from ftplan.planner.memory_record import MemoryRecord
+from ftplan.planner.objectives import keeps_reference
 from ftplan.planner.repeat_layers import NotRepeating
 from ftplan.planner.sharding import ZERO
 from ftplan.planner.stack import cublas_workspace_bytes
