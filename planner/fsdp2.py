@@ -22,7 +22,7 @@ class Fsdp2Place:
     the one that backward gathers besides. `reduced_after`: whose gradients are being sent when
     backward begins. `stays`: it remains gathered from forward to backward. `met_gradients`: bytes
     of gradients that are there before its backward, from another use of its parameters or from an
-    earlier micro-batch.
+    earlier micro-batch. `gathered_by_loss`: not by FSDP, and not through a buffer.
     """
 
     spread: Spread
@@ -32,14 +32,20 @@ class Fsdp2Place:
     reduced_after: Unit = NO_UNIT
     stays: bool = False
     met_gradients: int = 0
+    gathered_by_loss: bool = False
 
     def exchange(self) -> Exchange:
         return _Fsdp2(self)
 
 
-def fsdp2_places(units: Units, spread: Spread, *, accumulates: bool) -> list[Fsdp2Place]:
+def fsdp2_places(units: Units, spread: Spread, *, accumulates: bool, loss: str) -> list[Fsdp2Place]:
     """Of each segment: embeddings, layers, loss. Tied embeddings are gathered with the final norm
-    before the first layer, and reduced last."""
+    before the first layer, and reduced last.
+
+    TRL's fused loss calls no head: beside PEFT's wrapper, in which accelerate does not find the
+    final norm that would gather the head as well, it asks for the whole weight itself
+    (`full_tensor` in trl.trainer.utils).
+    """
     first, *_ = layers = list(units.layers)
     tied = units.embedding == NO_UNIT
 
@@ -75,6 +81,7 @@ def fsdp2_places(units: Units, spread: Spread, *, accumulates: bool) -> list[Fsd
         fetched_ahead=layers[-1],
         stays=True,
         met_gradients=0 if tied else met(units.tail),
+        gathered_by_loss=loss == "trl-fused" and not tied and bool(first.reduced_adapters),
     )
     return [*near, tail]
 
@@ -92,8 +99,9 @@ class _Fsdp2(Exchange):
 
     def before_forward(self, tape: Tape) -> None:
         before = buffer(tape, self.near.gathered_before.gathered)
-        if self.unit == NO_UNIT:
+        if self.unit == NO_UNIT or self.near.gathered_by_loss:
             self.buffer = before
+            self.parameters = buffer(tape, self.unit.gathered)
             return
         self.buffer = self._gather(tape, self.unit)
         self.parameters = buffer(tape, self.unit.gathered)

@@ -37,7 +37,8 @@ def _step_of_share(optimizer: Optimizer, shares: Sequence[Updated]) -> Moment:
 class Held:
     """What a GPU holds whatever the batch, in bytes.
 
-    `carried`: gradients that wait for further micro-batches. `communication`: buffers that are
+    `carried`: gradients that wait for further micro-batches; `reduced`: those that the optimizer's
+    step begins with. `communication`: buffers that are
     there all the time, `exchanged`: from the beginning of forward to the end of backward.
     `reducing`: gradients and buffers, beside those carried, where more than backward itself needs
     is there at its end. `stepping`: moments of the optimizer's step, gradients included.
@@ -48,6 +49,7 @@ class Held:
     weights: int
     adapters: int
     carried: int
+    reduced: int
     optimizer_states: int
     stepping: Sequence[Moment]
     host_states: int = 0
@@ -71,6 +73,7 @@ def held_of_shares(units: Units, plan: TrainingPlan, spread: Spread, scale_bytes
         weights=whole.weights + scale_bytes,
         adapters=whole.adapters,
         carried=whole.gradients,
+        reduced=0 if on_host else whole.reduced,
         optimizer_states=0 if on_host else states,
         host_states=plan.num_gpus * states if on_host else 0,
         stepping=[_stepping(0, 0) if on_host else _step_of_share(optimizer, shares)],
@@ -109,6 +112,7 @@ def held_under_zero(
         weights=weights,
         adapters=adapters + trained.index_bytes,
         carried=reduction.share if reduction.partitions else gradients,
+        reduced=reduction.share,
         optimizer_states=0 if offloads else states,
         host_states=plan.num_gpus * states if offloads else 0,
         stepping=[_stepping(0, 0)] if offloads else [handing_over, updating],

@@ -254,7 +254,7 @@ def weight_memory_bytes(
     in fp32 after k-bit preparation."""
     width = width or plan.weight_bytes
     if plan.quantization == "none":
-        return model.num_parameters * plan.weight_bytes
+        return model.num_parameters * width
     linears = list(_quantized_linears(model, stack))
     quantized = sum(count * linear.num_weights for count, linear in linears)
     rest = model.num_parameters - quantized
@@ -446,13 +446,15 @@ def _held_whole(
         with_states += frozen_parameters(model, plan, trained)
     states = optimizer.state_bytes(with_states, kind)
     host_states = optimizer.host_state_bytes(with_states) if kind == "cuda" else 0
+    kept = 0 if optimizer.steps_in_backward else gradients
     return Held(
         weights=weight_memory_bytes(model, plan, stack),
         adapters=num_elements(trained.adapters) * settings.numerics.adapters
         + num_elements(trained.held_as_base) * plan.weight_bytes
         + trained.frozen_parameters * FLOAT32_BYTES
         + trained.index_bytes,
-        carried=0 if optimizer.steps_in_backward else gradients,
+        carried=kept,
+        reduced=kept,
         optimizer_states=states,
         host_states=host_states,
         communication=gradients if plan.num_gpus > 1 else 0,
@@ -492,7 +494,7 @@ def _compile(
         "communication": held.communication + held.exchanged,
     }
     stepping = [with_parts(moment, trace.inputs) for moment in held.stepping]
-    before_step = {**resident, "gradients": held.carried}
+    before_step = {**resident, "gradients": held.reduced}
     # A loop of one's own lets go of gradients at the beginning of the next step.
     behind = {**resident, "gradients": held.carried if plan.trainer == "loop" else 0}
     held_in = {REFERENCE_PHASE: {**loaded, "temporaries": workspace}, EVALUATION_PHASE: behind}

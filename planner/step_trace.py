@@ -360,7 +360,7 @@ class _StepTracer:
             return [Alone()] * (model.num_hidden_layers + 2)
         units, spread = step_units(model, settings), settings.spread
         if spread.kind == "fsdp2":
-            return fsdp2_places(units, spread, accumulates=settings.accumulates)
+            return fsdp2_places(units, spread, accumulates=settings.accumulates, loss=settings.loss)
         return fsdp1_places(
             units,
             accumulates=settings.accumulates,
@@ -531,11 +531,11 @@ class _StepTracer:
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:
-            above = tape.like(result)
-            exchange.before_backward(tape, above)
-            incoming: list[Tensor | None] = [above]
+            of_result = tape.like(result)
+            exchange.before_backward(tape, of_result)
+            incoming: list[Tensor | None] = [of_result]
+            del of_result
             roots = [result]
-            del above
             del result
             tape.backward(roots, incoming)
             exchange.after_backward(tape)

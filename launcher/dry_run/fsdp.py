@@ -42,6 +42,9 @@ _COMMUNICATING: tuple[tuple[Any, str], ...] = (
 )
 
 
+# Gives back what it waited for (torch/csrc/distributed/c10d/Functional.cpp); on fakes it makes a
+# tensor of its own (`_wait_tensor_meta`).
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh"
 # How DTensor finds out what an operation returns: on tensors of the unsharded shapes.
 _WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
@@ -91,6 +94,7 @@ def fully_sharded(
                 stack.enter_context(mock.patch.object(owner, name, replacement))
         whole_shapes = _unrecorded(getattr(ShardingPropagator, _WHOLE_SHAPES))
         stack.enter_context(mock.patch.object(ShardingPropagator, _WHOLE_SHAPES, whole_shapes))
+        recorder.decompositions[_WAIT] = _waited
         for owner, name in _COMMUNICATING:
             communicating = _as_communication(recorder, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, communicating))
@@ -107,6 +111,10 @@ def _as_quantized(case: DryRunCase, trainer: Any) -> Iterator[None]:
         state._mixed_precision = "no"
     yield
     state._mixed_precision = before
+
+
+def _waited(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _attach_quant_state(module: Any) -> None:
