@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
@@ -123,7 +123,7 @@ class MemoryEstimate:
     required_bytes: int
     host_ram_peak_bytes: int
     disk_bytes: int
-    list_phases: Callable[[], tuple[Phase, ...]]
+    list_phases: Callable[[], tuple[Phase, ...]] = field(compare=False, repr=False)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
