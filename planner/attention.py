@@ -128,7 +128,7 @@ class AttentionKernel:
             scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
         scores = f.add_mask(tape, scores, tape.residual)
         weights = f.softmax_in_float32(tape, scores)
-        weights = f.cast(tape, weights, query.width)
+        weights = f.dropout(tape, f.cast(tape, weights, query.width), a.dropout)
         mixed = self._products(tape, weights, value, per_token(a.result_width))
         return f.clone(tape, mixed)
 

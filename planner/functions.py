@@ -173,14 +173,32 @@ def larger(left: Form, right: Form) -> Form:
     return max(left, right, key=lambda form: form[::-1])
 
 
-def mean_of_squares(tape: Tape, x: Tensor, width: int) -> Tensor:
+def subtract(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    """x - y, one of which may be broadcast. The gradient of y is a new tensor: the negative."""
+    tape.read(x, y)
+    result = tape.empty(larger(x.elements, y.elements), max(x.width, y.width))
+    if tape.differentiates(x, y):
+        size = _size(result) if tape.differentiates(y) else None
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            return [gradients[0], tape.empty(*size) if size else None]
+
+        tape.attach([result], [x, y], [], backward)
+    return result
+
+
+def mean(tape: Tape, x: Tensor, width: int) -> Tensor:
     """The mean over each vector of `width` values."""
     tape.read(x)
-    square = power(tape, x)
-    result = tape.empty(scaled(x.elements, 1, width), square.width)
-    if tape.differentiates(square):
-        tape.attach([result], [square], [], _new(_size(square)))
+    result = tape.empty(scaled(x.elements, 1, width), x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _new(_size(x)))
     return result
+
+
+def mean_of_squares(tape: Tape, x: Tensor, width: int) -> Tensor:
+    """The mean over each vector of `width` values."""
+    return mean(tape, power(tape, x), width)
 
 
 def reciprocal_root(tape: Tape, x: Tensor) -> Tensor:
@@ -292,19 +310,22 @@ def times_table(tape: Tape, x: Tensor, table_width: int) -> Tensor:
     return result
 
 
-def layer_norm(tape: Tape, x: Tensor, width: int, weight: Weight, bias: Weight) -> Tensor:
+def layer_norm(
+    tape: Tape, x: Tensor, width: int, weight: Weight | None, bias: Weight | None
+) -> Tensor:
     """Saves its input, mean and reciprocal deviation."""
     tape.read(x)
     x = in_float32(tape, x)
     vectors = scaled(x.elements, 1, width)
-    if not tape.differentiates(x, weight, bias):
+    inputs = [x, *(own for own in (weight, bias) if own is not None)]
+    if not tape.differentiates(*inputs):
         return tape.like(x)
     saved = tape.save(x)
     result = tape.like(x)
     saved += tape.save(tape.empty(vectors, FLOAT32), tape.empty(vectors, FLOAT32))
-    learns = tape.differentiates(weight)
-    small = (constant(width), x.width) if learns else None
-    tape.attach([result], [x, weight, bias], saved, _new(_size(x), small, small))
+    small = (constant(width), x.width)
+    sizes = [small if tape.differentiates(own) else None for own in inputs[1:]]
+    tape.attach([result], inputs, saved, _new(_size(x), *sizes))
     return result
 
 

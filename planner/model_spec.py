@@ -368,7 +368,8 @@ class ModelSpec:
     """Everything about a model's shape that memory and time depend on.
 
     `layers`, first to last; equal ones are best the same object. `positions`: rows of a learned
-    position table. `embedding_norm` follows the embeddings (BLOOM). `embedding_linears` stand
+    position table; `counts_positions`: each row's tokens are counted to look them up (OPT), not
+    one row for all. `embedding_norm` follows the embeddings (BLOOM). `embedding_linears` stand
     between embeddings and layers or layers and head (opt-350m's projections).
     `embedding_dropout`: of what enters the first layer.
     `scales_embeddings`, `scales_logits`: multiplied by a constant. `final_logit_softcapping`:
@@ -398,6 +399,7 @@ class ModelSpec:
     scales_embeddings: bool = False
     scales_logits: bool = False
     positions: int = 0
+    counts_positions: bool = False
     supports_sdpa: bool = True
     final_logit_softcapping: bool = False
     other_linears: tuple[Linear, ...] = ()

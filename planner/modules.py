@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
 from ftplan.planner.model_spec import Attention, FeedForward, Layer, Linear, Norm
+from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
+from ftplan.planner.rotary import Rotary
 from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant, per_token, scaled, times
 
 FLOAT32 = f.FLOAT32
@@ -218,9 +220,9 @@ class LoraLinear:
 
 def base_linear(linear: Linear, numerics: Numerics) -> Module:
     """The linear module as it is held, without an adapter."""
-    if numerics.quantization in ("nf4", "fp4"):
+    if linear.quantizable and numerics.quantization in ("nf4", "fp4"):
         return Linear4bit(linear, numerics)
-    if numerics.quantization == "int8":
+    if linear.quantizable and numerics.quantization == "int8":
         return Linear8bit(linear)
     return PlainLinear(linear, numerics.weights, numerics.trained)
 
@@ -262,7 +264,7 @@ class LayerNorm:
         self.norm = norm
         weight, bias = (f"{norm.name}.{kind}" in numerics.trained for kind in ("weight", "bias"))
         self.weight = Weight(norm.width, numerics.norms, trained=weight)
-        self.bias = Weight(norm.width, numerics.norms, trained=bias)
+        self.bias = Weight(norm.width, numerics.norms, trained=bias) if norm.bias else None
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         return f.layer_norm(tape, x, self.norm.width, self.weight, self.bias)
@@ -280,9 +282,13 @@ class FusedRmsNorm:
 
 
 def norm_module(norm: Norm, numerics: Numerics) -> Module:
-    if norm.kind == "rms" and numerics.fused_kernels:
-        return FusedRmsNorm(norm)
-    return RmsNorm(norm, numerics) if norm.kind == "rms" else LayerNorm(norm, numerics)
+    if norm.kind == "rms":
+        return FusedRmsNorm(norm) if numerics.fused_kernels else RmsNorm(norm, numerics)
+    if norm.kind == "centered":
+        return CenteredNorm(norm, numerics)
+    if norm.copies > 1:
+        return NormOfEachHead(norm, numerics)
+    return Float32LayerNorm(norm) if norm.computes_in_float32 else LayerNorm(norm, numerics)
 
 
 class SelfAttention:
@@ -301,18 +307,24 @@ class SelfAttention:
             masked=numerics.padded or attention.sliding_window in numerics.masked_windows,
         )
         self.turns_in_place = numerics.fused_kernels
-        # Rotary tables are of the hidden state's width.
-        self.table_width = numerics.residual
+        self.rotary = Rotary(attention, attention.head_dim, numerics.residual)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         query, key, value = self._project(tape, x)
-        if self.query_norm is not None and self.key_norm is not None:
-            query = self.query_norm(tape, query)
-            key = self.key_norm(tape, key)
+        if not self.attention.normalizes_after_rotation:
+            query, key = self._normalize(tape, query, key)
         if self.attention.rotary_dim and not self.turns_in_place:
-            query, key = self._rotate_both(tape, query, key)
+            query, key = self.rotary(tape, query, key)
+        if self.attention.normalizes_after_rotation:
+            query, key = self._normalize(tape, query, key)
         result = self.kernel(tape, query, key, value)
         return self.output(tape, result)
+
+    def _normalize(self, tape: Tape, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        query = self.query_norm(tape, query)
+        return query, self.key_norm(tape, key)
 
     def _project(self, tape: Tape, x: Tensor) -> list[Tensor]:
         if not self.attention.is_fused:
@@ -321,27 +333,6 @@ class SelfAttention:
         a = self.attention
         widths = (a.query_width, a.key_width, a.value_width)
         return f.split(tape, whole, [per_token(width) for width in widths])
-
-    def _rotate_both(self, tape: Tape, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rotate(tape, query), self._rotate(tape, key)
-
-    def _rotate(self, tape: Tape, x: Tensor) -> Tensor:
-        """The first `rotary_dim` values of each head; the rest is joined on."""
-        head_dim, rotary_dim = self.attention.head_dim, self.attention.rotary_dim
-        if rotary_dim == head_dim and not self.attention.rotary_concatenates:
-            return self._turn(tape, x)
-        turned = scaled(x.elements, rotary_dim, head_dim)
-        rest = scaled(x.elements, head_dim - rotary_dim, head_dim)
-        parts = [self._turn(tape, f.part(tape, x, turned)), f.part(tape, x, rest)]
-        return f.join(tape, parts)
-
-    def _turn(self, tape: Tape, x: Tensor) -> Tensor:
-        """x cos + rotate_half(x) sin (transformers' `apply_rotary_pos_emb`)."""
-        straight = f.times_table(tape, x, self.table_width)
-        half = scaled(x.elements, 1, 2)
-        parts = [f.scale(tape, f.part(tape, x, half)), f.part(tape, x, half)]
-        crossed = f.times_table(tape, f.join(tape, parts), self.table_width)
-        return f.add(tape, straight, crossed)
 
 
 class Mlp:
@@ -487,7 +478,10 @@ class DecoderLayer:
         residual = hidden
         if before is not None:
             hidden = before(tape, hidden)
-        hidden = block(tape, hidden)
+        hidden = f.dropout(tape, block(tape, hidden), self.layer.dropout)
+        if self.layer.normalizes_sums:
+            hidden = f.add(tape, residual, hidden)
+            return hidden if behind is None else behind(tape, hidden)
         if behind is not None:
             hidden = behind(tape, hidden)
         if self.layer.scales_residual:
@@ -498,8 +492,8 @@ class DecoderLayer:
         residual = hidden
         before, _, before_second, _ = self.norms
         normalized = before(tape, hidden) if before else hidden
-        attended = self.attention(tape, normalized)
+        attended = f.dropout(tape, self.attention(tape, normalized), self.layer.dropout)
         if before_second is not None:
             normalized = before_second(tape, hidden)
-        fed = self.feed_forward(tape, normalized)
+        fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
         return f.add(tape, f.add(tape, attended, fed), residual)

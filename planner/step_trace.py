@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ftplan.planner import functions as f
+from ftplan.planner.embeddings import Embeddings
 from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, ModelSpec
-from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
+from ftplan.planner.modules import DecoderLayer, Module, Numerics, linear_module, norm_module
+from ftplan.planner.rotary import table_bytes
 from ftplan.planner.tape import (
     ZERO,
     Form,
@@ -78,6 +80,8 @@ class Segment:
 
     Moments are of all that it holds, its input and the gradient that comes back to it included.
     `result_width`: bytes an element of what it hands on.
+    `held`: what the model's forward pass holds on to while later layers run; with `holds_result`
+    what it hands on, too.
     `kept_forward`: what it leaves behind until forward ends, its result not counted;
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
     """
@@ -85,6 +89,8 @@ class Segment:
     forward: tuple[Moment, ...]
     backward: tuple[Moment, ...]
     result_width: int
+    holds_result: bool
+    held: Parts
     kept_forward: Parts
     kept: Parts
     left: Parts
@@ -126,10 +132,14 @@ class _StepTracer:
         base = dict(forward_base)
         places = _extremes(labels)
         bases = []
+        held: Parts = {}
         for index, segment in enumerate(segments):
             if index in places:
-                phase = "loss" if index == len(segments) - 1 else "forward"
-                self._add(phase, segment.forward, forward_base)
+                if index == len(segments) - 1:
+                    self._add("loss", segment.forward, forward_base)
+                else:
+                    self._add("forward", segment.forward, _sum(forward_base, held))
+            held = _sum(held, segment.held)
             bases.append(base)
             base = _sum(base, segment.kept)
             forward_base = _sum(forward_base, segment.kept_forward)
@@ -172,10 +182,11 @@ class _StepTracer:
             trained = settings.trained_names if place >= first_trained else frozenset[str]()
             adapted = settings.adapted.get(place, frozenset())
             width = segments[-1].result_width
-            key = (id(layer), bool(trained), adapted, learns, width)
+            holds_input = place == 0 and segments[0].holds_result
+            key = (id(layer), bool(trained), adapted, learns, width, holds_input)
             if key not in known:
                 numerics = dataclasses.replace(settings.numerics, trained=trained, adapted=adapted)
-                known[key] = self._layer(layer, numerics, learns, width)
+                known[key] = self._layer(layer, numerics, learns, width, holds_input)
             segments.append(known[key])
             found.append(key)
             learns = learns or bool(trained) or bool(adapted)
@@ -200,10 +211,9 @@ class _StepTracer:
         layers share."""
         settings, model = self.settings, self.model
         total = add_forms(per_token(3 * 8), self._masks())
-        rotary = max(layer.attention.rotary_dim for layer in model.layer_counts)
-        if rotary:
-            total = add_forms(total, per_position(2 * rotary * settings.embedding_width + 8))
-        return {"temporaries": total}
+        width = settings.embedding_width
+        tables = max(table_bytes(layer.attention, width) for layer in model.layer_counts)
+        return {"temporaries": add_forms(total, per_position(tables))}
 
     def _masks(self) -> Form:
         """Of each kind that some layer needs: eager attention adds one of the hidden state's
@@ -221,30 +231,30 @@ class _StepTracer:
 
     def _embedding(self) -> Segment:
         model, settings = self.model, self.settings
-        weight = Weight(
-            model.embedding_parameters,
+        module = Embeddings(
+            model,
+            dataclasses.replace(settings.numerics, trained=settings.trained_outside),
             settings.embedding_width,
-            trained=settings.trains_embeddings,
+            trains=settings.trains_embeddings,
+            input_learns=settings.input_learns,
         )
-        norm = (
-            norm_module(model.embedding_norm, settings.numerics) if model.embedding_norm else None
-        )
+        held: list[Tensor] = []
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
-            hidden = f.look_up(tape, weight, per_token(model.hidden_size))
-            if settings.input_learns and not hidden.requires_grad:
-                tape.leaf(hidden)
-            if model.scales_embeddings:
-                hidden = f.scale(tape, hidden)
-            return hidden if norm is None else norm(tape, hidden)
+            return module(tape, held)
 
-        return self._segment(forward, None, learns=settings.trains_embeddings)
+        return self._segment(forward, None, learns=settings.trains_embeddings, held=held)
 
-    def _layer(self, layer: Layer, numerics: Numerics, learns: bool, width: int) -> Segment:
+    def _layer(
+        self, layer: Layer, numerics: Numerics, learns: bool, width: int, holds_input: bool
+    ) -> Segment:
         settings = self.settings
         module = DecoderLayer(layer, numerics)
+        held: list[Tensor] = []
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
+            if holds_input:
+                held.append(given[0])
             if not settings.gradient_checkpointing:
                 return module(tape, given[0])
 
@@ -254,26 +264,36 @@ class _StepTracer:
             run = tape.checkpoint_reentrant if settings.use_reentrant else tape.checkpoint
             return run(call, given)
 
-        return self._segment(forward, (per_token(self.model.hidden_size), width), learns=learns)
+        size = (per_token(self.model.hidden_size), width)
+        return self._segment(forward, size, learns=learns, held=held)
 
     def _loss(self, learns: bool, width: int) -> Segment:
         model, settings = self.model, self.settings
         numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
-        norm = norm_module(model.final_norm, numerics) if model.final_norm else None
+        behind: list[Module] = []
+        if model.final_norm is not None:
+            behind.append(norm_module(model.final_norm, numerics))
+        if model.embedding_linears:
+            behind.append(linear_module(model.embedding_linears[-1], numerics))
         weight = Weight(
             model.embedding_parameters, settings.head_width, trained=settings.trains_head
         )
+        bias = None
+        if model.lm_head_bias:
+            trained = "lm_head.bias" in settings.trained_outside
+            bias = Weight(model.vocab_size, settings.head_width, trained=trained)
         head = Head(
             vocab_size=model.vocab_size,
             hidden_size=model.embedding_width or model.hidden_size,
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
         )
-        loss = self._loss_module(head, weight)
+        loss = self._loss_module(head, weight, bias)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
-            hidden = norm(tape, given[0]) if norm is not None else given[0]
-            given.clear()
+            hidden = given.pop()
+            for module in behind:
+                hidden = module(tape, hidden)
             tape.component = "logits_and_loss"
             result = loss(tape, hidden, self.held)
             if not settings.holds_logits:
@@ -283,7 +303,9 @@ class _StepTracer:
         self.held: list[Tensor] = []
         return self._segment(forward, (per_token(model.hidden_size), width), learns=learns)
 
-    def _loss_module(self, head: Head, weight: Weight) -> Callable[..., Tensor]:
+    def _loss_module(
+        self, head: Head, weight: Weight, bias: Weight | None
+    ) -> Callable[..., Tensor]:
         settings = self.settings
         if settings.loss == "liger":
             return LigerLoss(head, weight, settings.loss_shape)
@@ -292,7 +314,7 @@ class _StepTracer:
         return StockLoss(
             head,
             weight,
-            None,
+            bias,
             shifts_logits=settings.shifts_logits,
             returns_fp32=settings.returns_fp32,
         )
@@ -303,7 +325,10 @@ class _StepTracer:
         input_size: tuple[Form, int] | None,
         *,
         learns: bool,
+        held: list[Tensor] | None = None,
     ) -> Segment:
+        """`held` is what the model's forward pass holds on to, once `forward` has run."""
+        held = [] if held is None else held
         tape = self._tape()
         given: list[Tensor] = []
         gradient: list[Tensor | None] = []
@@ -316,7 +341,11 @@ class _StepTracer:
         result_width = result.width
         forward_moments = tape.moments()
         forward_flops, forward_moved = tape.flops, tape.moved
-        kept_forward = _without(tape.state(), result)
+        holds_result = any(tensor.storage is result.storage for tensor in held)
+        with_held = tape.state()
+        held.clear()
+        without_held = tape.state()
+        kept_forward = _without(without_held, result)
         tape.end_autocast()
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
@@ -331,6 +360,8 @@ class _StepTracer:
             forward=forward_moments,
             backward=backward_moments,
             result_width=result_width,
+            holds_result=holds_result,
+            held=_difference(with_held, without_held),
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_moments else {},
@@ -363,6 +394,11 @@ def _sum(left: Parts, right: Parts) -> Parts:
     for name, form in right.items():
         result[name] = add_forms(result[name], form) if name in result else form
     return result
+
+
+def _difference(left: Parts, right: Parts) -> Parts:
+    """What `left` has beyond `right`, which is a part of it."""
+    return {name: subtract_forms(form, right.get(name, ZERO)) for name, form in left.items()}
 
 
 def _total(parts: Parts) -> Form:

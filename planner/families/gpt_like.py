@@ -325,6 +325,7 @@ def opt(config: Config, name: str) -> ModelSpec:
         embedding_linears=_opt_projections(hidden, width) if width and is_projected else (),
         # The table begins with two rows that no token uses.
         positions=count(config, "max_position_embeddings") + 2,
+        counts_positions=True,
     )
 
 
