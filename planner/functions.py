@@ -315,16 +315,15 @@ def layer_norm(
 ) -> Tensor:
     """Saves its input, mean and reciprocal deviation."""
     tape.read(x)
-    x = in_float32(tape, x)
+    x, *own = inputs = [in_float32(tape, t) for t in (x, weight, bias) if t is not None]
     vectors = scaled(x.elements, 1, width)
-    inputs = [x, *(own for own in (weight, bias) if own is not None)]
     if not tape.differentiates(*inputs):
         return tape.like(x)
-    saved = tape.save(x)
+    saved = tape.save(*inputs)
     result = tape.like(x)
     saved += tape.save(tape.empty(vectors, FLOAT32), tape.empty(vectors, FLOAT32))
     small = (constant(width), x.width)
-    sizes = [small if tape.differentiates(own) else None for own in inputs[1:]]
+    sizes = [small if tape.differentiates(parameter) else None for parameter in own]
     tape.attach([result], inputs, saved, _new(_size(x), *sizes))
     return result
 
@@ -374,6 +373,32 @@ def expand(tape: Tape, x: Tensor, elements: Form) -> Tensor:
     result.by_heads = True
     if tape.differentiates(x):
         tape.attach([result], [x], [], _pass_on)
+    return result
+
+
+def broadcast(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+    """A view that repeats x. Backward sums up."""
+    result = Tensor(x.storage, elements, x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _pass_on)
+    return result
+
+
+def copy_into(tape: Tape, whole: Tensor, x: Tensor) -> Tensor:
+    """`whole` with x written to a part of it. Backward copies the gradient, and the part once more
+    (torch/csrc/autograd/functions/tensor.cpp, CopySlices)."""
+    tape.read(x)
+    result = Tensor(whole.storage, whole.elements, whole.width)
+    if tape.differentiates(whole, x):
+        size, part_size = _size(whole), (x.elements, whole.width)
+        learns = tape.differentiates(whole)
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            rest = tape.empty(*size)
+            of_part = tape.empty(*part_size)
+            return [rest if learns else None, of_part]
+
+        tape.attach([result], [whole, x], [], backward)
     return result
 
 

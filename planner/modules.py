@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
-from ftplan.planner.model_spec import Attention, FeedForward, Layer, Linear, Norm
+from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm
 from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
 from ftplan.planner.rotary import Rotary
 from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant, per_token, scaled, times
@@ -291,6 +291,15 @@ def norm_module(norm: Norm, numerics: Numerics) -> Module:
     return Float32LayerNorm(norm) if norm.computes_in_float32 else LayerNorm(norm, numerics)
 
 
+def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKernel:
+    return AttentionKernel(
+        attention,
+        numerics.attn_implementation,
+        repeats_key_value=numerics.repeats_key_value,
+        masked=numerics.padded or attention.sliding_window in numerics.masked_windows,
+    )
+
+
 class SelfAttention:
     """Projections, rotation, the kernel, and the output projection."""
 
@@ -300,12 +309,7 @@ class SelfAttention:
         self.output = linear_module(attention.output, numerics)
         norms = (attention.query_norm, attention.key_norm)
         self.query_norm, self.key_norm = (norm_module(n, numerics) if n else None for n in norms)
-        self.kernel = AttentionKernel(
-            attention,
-            numerics.attn_implementation,
-            repeats_key_value=numerics.repeats_key_value,
-            masked=numerics.padded or attention.sliding_window in numerics.masked_windows,
-        )
+        self.kernel = attention_kernel(attention, numerics)
         self.turns_in_place = numerics.fused_kernels
         self.rotary = Rotary(attention, attention.head_dim, numerics.residual)
 
@@ -360,140 +364,3 @@ class Mlp:
         half = scaled(both.elements, 1, 2)
         gate, up = f.split(tape, both, [half, half])
         return f.multiply(tape, up, f.activate(tape, gate, self.block.activation))
-
-
-class MixtureOfExperts:
-    """Router, stacked experts by grouped products, and shared experts beside them
-    (transformers.integrations.moe, `grouped_mm_experts_forward`).
-
-    Autocast leaves grouped products alone: they compute in the dtype of the weights.
-    """
-
-    def __init__(self, block: FeedForward, numerics: Numerics) -> None:
-        assert block.experts is not None
-        self.block, self.experts = block, block.experts
-        self.width, trained = numerics.weights, numerics.trained
-        router = self.experts.router
-        if self.experts.router_is_linear:
-            self.router = linear_module(router, numerics)
-        else:
-            self.router = PlainLinear(router, numerics.weights, trained)
-        num_experts = self.experts.num_experts
-        self.weights = [
-            Weight(num_experts * linear.num_weights, self.width, trained=linear.name in trained)
-            for linear in block.matrices
-        ]
-        self.biases = [
-            Weight(
-                num_experts * linear.out_features,
-                self.width,
-                trained=f"{linear.name}_bias" in trained,
-            )
-            if linear.bias
-            else None
-            for linear in block.matrices
-        ]
-        self.shared = Mlp(self.experts.shared, numerics) if self.experts.shared else None
-        gate = self.experts.shared_gate
-        self.shared_gate = linear_module(gate, numerics) if gate else None
-
-    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
-        scores = self._route(tape, x)
-        mixed = self._mix(tape, x, scores)
-        if self.shared is None:
-            return mixed
-        beside = self.shared(tape, x)
-        if self.shared_gate is not None:
-            open_ = f.activate(tape, self.shared_gate(tape, x), "sigmoid")
-            beside = f.multiply(tape, open_, beside)
-        return f.add(tape, mixed, beside)
-
-    def _route(self, tape: Tape, x: Tensor) -> Tensor:
-        """A weight for each expert that a token goes to."""
-        logits = self.router(tape, x)
-        probabilities = f.softmax_in_float32(tape, logits)
-        chosen = f.part_copied(tape, probabilities, per_token(self.block.active_copies))
-        return f.cast(tape, chosen, logits.width)
-
-    def _mix(self, tape: Tape, x: Tensor, scores: Tensor) -> Tensor:
-        copies, hidden_size = self.block.active_copies, self.block.output.out_features
-        selected = f.part_copied(tape, x, per_token(copies * hidden_size))
-        sorted_scores = f.part_copied(tape, scores, scores.elements)
-        products = list(zip(self.block.matrices, self.weights, self.biases, strict=True))
-        hidden = self._product(tape, selected, *products[0])
-        hidden = self._gate(tape, hidden)
-        hidden = self._product(tape, hidden, *products[-1])
-        weighted = f.multiply(tape, hidden, sorted_scores)
-        del hidden
-        restored = f.part_copied(tape, weighted, weighted.elements)
-        summed = f.sum_groups(tape, restored, per_token(hidden_size))
-        return f.cast(tape, summed, x.width)
-
-    def _product(
-        self, tape: Tape, x: Tensor, linear: Linear, weight: Weight, bias: Weight | None
-    ) -> Tensor:
-        x = f.cast(tape, x, self.width)
-        return f.product(tape, x, weight, linear.in_features, linear.out_features, bias)
-
-    def _gate(self, tape: Tape, both: Tensor) -> Tensor:
-        half = scaled(both.elements, 1, 2)
-        gate, up = f.split(tape, both, [half, half])
-        return f.multiply(tape, f.activate(tape, gate, self.block.activation), up)
-
-
-def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
-    return MixtureOfExperts(block, numerics) if block.experts else Mlp(block, numerics)
-
-
-class DecoderLayer:
-    """One layer, built once and run as often as it is computed."""
-
-    def __init__(self, layer: Layer, numerics: Numerics) -> None:
-        self.layer = layer
-        self.attention = SelfAttention(layer.attention, numerics)
-        self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
-        places = (
-            layer.attention_norm,
-            layer.post_attention_norm,
-            layer.feed_forward_norm,
-            layer.post_feed_forward_norm,
-        )
-        self.norms = [norm_module(norm, numerics) if norm else None for norm in places]
-
-    def __call__(self, tape: Tape, hidden: Tensor) -> Tensor:
-        if self.layer.parallel:
-            return self._in_parallel(tape, hidden)
-        before, behind, before_second, behind_second = self.norms
-        hidden = self._block(tape, hidden, before, self.attention, behind)
-        return self._block(tape, hidden, before_second, self.feed_forward, behind_second)
-
-    def _block(
-        self,
-        tape: Tape,
-        hidden: Tensor,
-        before: Module | None,
-        block: Module,
-        behind: Module | None,
-    ) -> Tensor:
-        residual = hidden
-        if before is not None:
-            hidden = before(tape, hidden)
-        hidden = f.dropout(tape, block(tape, hidden), self.layer.dropout)
-        if self.layer.normalizes_sums:
-            hidden = f.add(tape, residual, hidden)
-            return hidden if behind is None else behind(tape, hidden)
-        if behind is not None:
-            hidden = behind(tape, hidden)
-        if self.layer.scales_residual:
-            hidden = f.scale(tape, hidden)
-        return f.add(tape, residual, hidden)
-
-    def _in_parallel(self, tape: Tape, hidden: Tensor) -> Tensor:
-        residual = hidden
-        before, _, before_second, _ = self.norms
-        normalized = before(tape, hidden) if before else hidden
-        attended = f.dropout(tape, self.attention(tape, normalized), self.layer.dropout)
-        if before_second is not None:
-            normalized = before_second(tape, hidden)
-        fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
-        return f.add(tape, f.add(tape, attended, fed), residual)

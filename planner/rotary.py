@@ -95,5 +95,3 @@ class Rotary:
     def _turn_complex(self, tape: Tape, x: Tensor) -> Tensor:
         """A product of complex numbers, in fp32."""
         return f.times_table(tape, f.cast(tape, x, f.FLOAT32), self.table_width)
-
-

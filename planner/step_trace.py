@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ftplan.planner import functions as f
+from ftplan.planner.decoder_layer import DecoderLayer
 from ftplan.planner.embeddings import Embeddings
 from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, ModelSpec
-from ftplan.planner.modules import DecoderLayer, Module, Numerics, linear_module, norm_module
+from ftplan.planner.modules import Module, Numerics, linear_module, norm_module
 from ftplan.planner.rotary import table_bytes
 from ftplan.planner.tape import (
     ZERO,

@@ -485,7 +485,6 @@ class Tape:
         saved = [self._unpacked(item) for item in node.saved]
         self.read(*saved, *(gradient for gradient in gradients if gradient is not None))
         results = node.backward(self, gradients, saved)
-        gradients.clear()
         for number, edge in enumerate(node.inputs[: len(results)]):
             if edge is None:
                 continue
@@ -495,6 +494,7 @@ class Tape:
             if result is not None and result.width != edge.width:
                 result = results[number] = self.like(result, edge.width)
             del result
+        gradients.clear()
         node.saved = []
         return results
 
