@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ftplan.planner import functions as f
 from ftplan.planner.latent_attention import LatentAttention
-from ftplan.planner.mixtures import MixtureOfExperts
+from ftplan.planner.mixtures import EveryExpert, MixtureOfExperts
 from ftplan.planner.model_spec import Attention, FeedForward, Layer
 from ftplan.planner.modules import Mlp, Module, Numerics, SelfAttention, norm_module
 from ftplan.planner.tape import Tape, Tensor
@@ -16,7 +16,10 @@ def attention_module(attention: Attention, numerics: Numerics) -> Module:
 
 
 def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
-    return MixtureOfExperts(block, numerics) if block.experts else Mlp(block, numerics)
+    if block.experts is None:
+        return Mlp(block, numerics)
+    kind = EveryExpert if block.experts.every_expert else MixtureOfExperts
+    return kind(block, numerics)
 
 
 class DecoderLayer:
@@ -38,8 +41,10 @@ class DecoderLayer:
         if self.layer.parallel:
             return self._in_parallel(tape, hidden)
         before, behind, before_second, behind_second = self.norms
-        hidden = self._block(tape, hidden, before, self.attention, behind)
-        return self._block(tape, hidden, before_second, self.feed_forward, behind_second)
+        held: dict[str, Tensor] = {}
+        hidden = self._block(tape, hidden, before, self.attention, behind, held)
+        held = {name: tensor for name, tensor in held.items() if name in self.layer.holds}
+        return self._block(tape, hidden, before_second, self.feed_forward, behind_second, {})
 
     def _block(
         self,
@@ -48,11 +53,15 @@ class DecoderLayer:
         before: Module | None,
         block: Module,
         behind: Module | None,
+        held: dict[str, Tensor],
     ) -> Tensor:
+        """`held` gets what may stay a local variable until the layer ends."""
         residual = hidden
         if before is not None:
             hidden = before(tape, hidden)
+        held["normalized"] = hidden
         hidden = f.dropout(tape, block(tape, hidden), self.layer.dropout)
+        held["attended"] = hidden
         if self.layer.normalizes_sums:
             hidden = f.add(tape, residual, hidden)
             return hidden if behind is None else behind(tape, hidden)

@@ -33,9 +33,13 @@ class Embeddings:
         model = self.model
         width = model.embedding_width or model.hidden_size
         embedded = f.look_up(tape, self.tokens, per_token(width))
+        if model.scales_embeddings:
+            embedded = f.scale(tape, embedded)
         if self.input_learns and not embedded.requires_grad:
             tape.leaf(embedded)
-        if model.scales_embeddings:
+            if self._goes_on:
+                tape.hold(embedded)  # by the node that collects its gradient
+        if model.scales_inputs:
             embedded = f.scale(tape, embedded)
         if self.project_in is not None:
             embedded = self.project_in(tape, embedded)
@@ -50,3 +54,10 @@ class Embeddings:
         if self.norm is not None:
             hidden = self.norm(tape, hidden)
         return f.dropout(tape, hidden, model.embedding_dropout)
+
+    @property
+    def _goes_on(self) -> bool:
+        """The first layer reads something else than what the embeddings' module returns."""
+        model = self.model
+        further = (model.positions, model.scales_inputs, model.embedding_dropout)
+        return bool(any(further) or self.project_in or self.norm)

@@ -103,7 +103,9 @@ def scale(tape: Tape, x: Tensor) -> Tensor:
 
 def activate(tape: Tape, x: Tensor, name: str) -> Tensor:
     """The activation of that (Hugging Face's) name."""
-    if name == "relu":
+    if name == "bloom_gelu":
+        return _bloom_gelu(tape, x)
+    if name in ("relu", "sigmoid"):
         return _each_value(tape, x, saves_input=False, saves_result=True)
     if name in ("gelu_new", "gelu_fast", "gelu_pytorch_new"):
         return _gelu_in_python(tape, x)
@@ -114,14 +116,72 @@ def _gelu_in_python(tape: Tape, x: Tensor) -> Tensor:
     """tanh-GELU written out: half of x times (1 + tanh(c (x + 0.0447 x^3)))
     (transformers.activations.NewGELUActivation)."""
     half = scale(tape, x)
-    cube = power(tape, x)
-    inner = scale(tape, add(tape, x, scale(tape, cube)))
+    cube = scale(tape, power(tape, x))
+    inner = add(tape, x, cube)
     del cube
-    tanh = _each_value(tape, inner, saves_input=False, saves_result=True)
-    del inner
-    one_more = _each_value(tape, tanh, saves_input=False)
+    inner = scale(tape, inner)
+    inner = tanh(tape, inner)
+    inner = _each_value(tape, inner, saves_input=False)
+    return multiply(tape, half, inner)
+
+
+def _bloom_gelu(tape: Tape, x: Tensor) -> Tensor:
+    """tanh-GELU as one function that keeps its input
+    (transformers.models.bloom.modeling_bloom.GeLUFunction)."""
+    tape.read(x)
+    result = _bloom_gelu_forward(tape, x)
+    if tape.differentiates(x):
+        tape.attach([result], [x], tape.save(x), _bloom_gelu_backward)
+    return result
+
+
+def _bloom_gelu_forward(tape: Tape, x: Tensor) -> Tensor:
+    half = tape.like(x)
+    tanh = _bloom_tanh(tape, x)
+    one_more = tape.like(x)
     del tanh
-    return multiply(tape, half, one_more)
+    result = tape.like(x)
+    del half, one_more
+    return result
+
+
+def _bloom_tanh(tape: Tape, x: Tensor) -> Tensor:
+    """tanh(0.798 x (1 + 0.0447 x x)), a tensor for each step."""
+    outer, inner = tape.like(x), tape.like(x)
+    square = tape.like(x)
+    del inner
+    one_more = tape.like(x)
+    del square
+    product = tape.like(x)
+    del outer, one_more
+    result = tape.like(x)
+    del product
+    return result
+
+
+def _bloom_gelu_backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+    """(0.5 x ((1 - t t) (0.798 + 0.107 x x)) + 0.5 (1 + t)) times the gradient."""
+    x = saved[0]
+    tanh = _bloom_tanh(tape, x)
+    half, rest = tape.like(x), tape.like(x)
+    square = tape.like(x)
+    factor = tape.like(x)
+    del square
+    product = tape.like(x)
+    del rest, factor
+    left = tape.like(x)
+    del half, product
+    right = tape.like(x)
+    slope = tape.like(x)
+    del left, right
+    result = tape.like(x)
+    del slope, tanh
+    return [result]
+
+
+def clamp(tape: Tape, x: Tensor) -> Tensor:
+    """Between bounds that are numbers."""
+    return _each_value(tape, x, saves_input=True)
 
 
 def power(tape: Tape, x: Tensor) -> Tensor:
@@ -145,6 +205,15 @@ def power(tape: Tape, x: Tensor) -> Tensor:
 def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     tape.read(x, y)
     result = tape.empty(larger(x.elements, y.elements), max(x.width, y.width))
+    if tape.differentiates(x, y):
+        tape.attach([result], [x, y], [], _pass_on)
+    return result
+
+
+def add_in_place(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    """x, with y added to it."""
+    tape.read(x, y)
+    result = Tensor(x.storage, x.elements, x.width)
     if tape.differentiates(x, y):
         tape.attach([result], [x, y], [], _pass_on)
     return result
@@ -442,6 +511,16 @@ def part_copied(tape: Tape, x: Tensor, elements: Form) -> Tensor:
     result = tape.empty(elements, x.width)
     if tape.differentiates(x):
         tape.attach([result], [x], [], _new(_size(x)))
+    return result
+
+
+def pick(tape: Tape, x: Tensor, elements: Form, places: Tensor) -> Tensor:
+    """Values of x at `places`, which are kept: topk, gather and indexing."""
+    tape.read(x)
+    saved = tape.save(places) if tape.differentiates(x) else []
+    result = tape.empty(elements, x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], saved, _new(_size(x)))
     return result
 
 

@@ -234,13 +234,13 @@ def weight_memory_bytes(model: ModelSpec, plan: TrainingPlan, stack: Stack = OWN
     """Bytes of the loaded model, eq. (1): quantized matrices, the rest in `dtype`; in fp32 after
     k-bit preparation."""
     if plan.quantization == "none":
-        return model.num_parameters * plan.weight_bytes
+        return model.num_parameters * plan.weight_bytes + model.buffer_bytes
     quantized = model.quantizable_weights
     rest = model.num_parameters - quantized
-    rest_bytes = rest * plan.weight_bytes
+    rest_bytes = rest * plan.weight_bytes + model.buffer_bytes
     if stack.kbit_prepare:
         outer = 2 * model.embedding_parameters if not model.tie_word_embeddings else 0
-        rest_bytes = rest * FLOAT32_BYTES
+        rest_bytes = rest * FLOAT32_BYTES + model.buffer_bytes
         if stack.casts_back:
             rest_bytes -= outer * (FLOAT32_BYTES - 2)
     if plan.quantization == "int8":

@@ -141,6 +141,7 @@ class Attention:
     attention's result must be copied into token order before its projection.
     `scales_query`: queries are multiplied by a scale of their own before the scores (OPT).
     `expands_key_value`: keys and values are copied for every query head (Falcon 40B).
+    `scores_in_float32`: eager attention multiplies fp32 copies of query and key (GPT-J).
     `softcapped`: scores pass through a tanh before the softmax (Gemma 2). `sinks`: a learned score
     a head beside them (gpt-oss). `alibi`: scores get a distance-dependent bias (BLOOM).
     `sliding_window`: how many tokens back it sees; `chunk_size`: the length of the pieces of text
@@ -163,6 +164,7 @@ class Attention:
     rotary_concatenates: bool = False
     scales_query: bool = False
     expands_key_value: bool = False
+    scores_in_float32: bool = False
     softcapped: bool = False
     sinks: bool = False
     alibi: bool = False
@@ -318,6 +320,8 @@ class Layer:
     next block adds to what they write (opt-350m).
     `scales_residual`: each block's result is multiplied before it is added (Granite).
     `dropout`: of each block's result before it is added.
+    `holds`: what of the attention block is still a local variable when the layer ends, its
+    `normalized` input or what it `attended` (GPT-2's, StableLM's code).
     """
 
     attention: Attention
@@ -330,6 +334,7 @@ class Layer:
     normalizes_sums: bool = False
     scales_residual: bool = False
     dropout: float = 0.0
+    holds: tuple[str, ...] = ()
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -372,12 +377,14 @@ class ModelSpec:
     one row for all. `embedding_norm` follows the embeddings (BLOOM). `embedding_linears` stand
     between embeddings and layers or layers and head (opt-350m's projections).
     `embedding_dropout`: of what enters the first layer.
-    `scales_embeddings`, `scales_logits`: multiplied by a constant. `final_logit_softcapping`:
+    `scales_embeddings`, `scales_logits`: multiplied by a constant; `scales_inputs`: embeddings are,
+    outside of their module (Granite). `final_logit_softcapping`:
     logits pass through a tanh. `supports_sdpa`: transformers has torch's own attention kernel for
     the architecture. `other_linears` and `other_parameters`: what is loaded along and has no part
     in a text's forward pass, such as a vision tower; its linear modules, each as often as it is
     there (quantization and `target_modules` reach them too), and its other parameters.
     `code`: `transformers`, or `remote` where only the repository's own code runs it.
+    `buffer_bytes`: of tables that are no parameters, such as GPT-Neo's masks.
     `auto_class`: the class of transformers that loads it.
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
@@ -397,6 +404,7 @@ class ModelSpec:
     embedding_linears: tuple[Linear, ...] = ()
     embedding_dropout: float = 0.0
     scales_embeddings: bool = False
+    scales_inputs: bool = False
     scales_logits: bool = False
     positions: int = 0
     counts_positions: bool = False
@@ -405,6 +413,7 @@ class ModelSpec:
     other_linears: tuple[Linear, ...] = ()
     other_parameters: tuple[Parameter, ...] = ()
     code: str = "transformers"
+    buffer_bytes: int = 0
     auto_class: str = "AutoModelForCausalLM"
     native_dtype: str = "bfloat16"
     approximate: str | None = None

@@ -485,6 +485,7 @@ class Tape:
         saved = [self._unpacked(item) for item in node.saved]
         self.read(*saved, *(gradient for gradient in gradients if gradient is not None))
         results = node.backward(self, gradients, saved)
+        saved.clear()  # what was computed again goes here, what a node holds when it is done
         for number, edge in enumerate(node.inputs[: len(results)]):
             if edge is None:
                 continue
