@@ -411,15 +411,17 @@ def add_mask(tape: Tape, scores: Tensor, mask_width: int) -> Tensor:
 
 
 def softmax_in_float32(tape: Tape, x: Tensor) -> Tensor:
-    """Saves its result. CUDA turns fp16 scores into fp32 probabilities in one kernel, others are
-    cast first; its backward holds the product of both inputs beside the result
-    (ATen/native/SoftMax.cpp, ATen/native/cuda/SoftMax.cu)."""
+    """CUDA turns fp16 scores into fp32 probabilities in one kernel, others are cast first
+    (ATen/native/SoftMax.cpp)."""
+    fused = tape.on_cuda and tape.is_fp16 and x.width == 2
+    return softmax(tape, x if fused else cast(tape, x, FLOAT32), FLOAT32)
+
+
+def softmax(tape: Tape, x: Tensor, width: int | None = None) -> Tensor:
+    """Saves its result; its backward holds the product of both inputs beside the result
+    (ATen/native/cuda/SoftMax.cu)."""
     tape.read(x)
-    before = x.width
-    fused = tape.on_cuda and tape.is_fp16 and before == 2
-    if not fused:
-        x = cast(tape, x, FLOAT32)
-    result = tape.like(x, FLOAT32)
+    result = tape.like(x, width)
     if tape.differentiates(x):
         size = (x.elements, x.width)
 

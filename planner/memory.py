@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
-from ftplan.planner.closed_form import check_closed_form
+from ftplan.planner.closed_form import check_closed_form, check_modelled_family
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -297,6 +297,7 @@ def compiled_step(
     known = model.compiled.get(key)
     if known is None:
         check_closed_form(plan)
+        check_modelled_family(model)
         known = model.compiled[key] = _compile(model, plan, workload, kind, capability, stack)
     return known
 

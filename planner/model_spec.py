@@ -173,6 +173,11 @@ class Attention:
     dropout: float = 0.0
 
     @property
+    def reach(self) -> int | None:
+        """How many tokens back it may see, by a window or a chunk; None for all."""
+        return self.sliding_window or self.chunk_size
+
+    @property
     def is_fused(self) -> bool:
         """Query, key and value are views of one product's result."""
         return len(self.inputs) == 1 and not self.latents
@@ -441,8 +446,8 @@ class ModelSpec:
 
     @cached_property
     def sliding_windows(self) -> tuple[int, ...]:
-        """The windows of its layers, each once."""
-        windows = {layer.attention.sliding_window for layer in self.layers}
+        """The windows and chunks of its layers, each once."""
+        windows = {layer.attention.reach for layer in self.layers}
         return tuple(window for window in windows if window is not None)
 
     @cached_property

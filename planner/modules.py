@@ -292,11 +292,16 @@ def norm_module(norm: Norm, numerics: Numerics) -> Module:
 
 
 def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKernel:
+    sinks = None
+    if attention.sinks:
+        trained = "sinks" in numerics.trained
+        sinks = Weight(attention.num_heads, numerics.weights, trained=trained)
     return AttentionKernel(
         attention,
         numerics.attn_implementation,
         repeats_key_value=numerics.repeats_key_value,
-        masked=numerics.padded or attention.sliding_window in numerics.masked_windows,
+        masked=numerics.padded or attention.reach in numerics.masked_windows,
+        sinks=sinks,
     )
 
 

@@ -221,7 +221,7 @@ class _StepTracer:
         width, torch's kernels are given one of a byte."""
         numerics, kinds = self.settings.numerics, set()
         for layer in self.model.layer_counts:
-            window = layer.attention.sliding_window
+            window = layer.attention.reach
             masked = window in numerics.masked_windows
             if numerics.attn_implementation == "eager" or masked or numerics.padded:
                 kinds.add(window if masked else None)
