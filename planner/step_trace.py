@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ftplan.planner import functions as f
 from ftplan.planner.decoder_layer import DecoderLayer
 from ftplan.planner.embeddings import Embeddings
 from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
