@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from ftplan.planner import functions as f
 from ftplan.planner.model_spec import Attention
-from ftplan.planner.tape import Form, Tape, Tensor, per_pair, per_token
+from ftplan.planner.tape import Form, Tape, Tensor, Weight, per_pair, per_token
 
 # FlashAttention's backward works on head dimensions rounded up to a multiple of this.
 FLASH_HEAD_DIM = 32
 FLASH_MAX_HEAD_DIM = 256
 FLASH_CAPABILITY = (8, 0)
+INDEX_BYTES = 8
 
 
 class AttentionKernel:
@@ -28,8 +29,9 @@ class AttentionKernel:
         mask_width: int,
         repeats_key_value: bool = False,
         masked: bool = False,
+        sinks: Weight | None = None,
     ) -> None:
-        self.attention, self.implementation = attention, implementation
+        self.attention, self.implementation, self.sinks = attention, implementation, sinks
         self.mask_width, self.repeats_key_value = mask_width, repeats_key_value
         self.masked = masked
 
@@ -147,14 +149,34 @@ class AttentionKernel:
         (transformers' `eager_attention_forward`)."""
         a = self.attention
         key, value = self._repeat_both(tape, key, value)
-        scores = f.scale(tape, self._products(tape, query, key, per_pair(a.num_heads)))
+        scores = self._scores(tape, query, key)
         if a.softcapped:
             scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
         scores = f.add_mask(tape, scores, self.mask_width)
-        weights = f.cast(tape, f.softmax_in_float32(tape, scores), query.width)
+        weights = self._with_sinks(tape, scores) if a.sinks else f.softmax_in_float32(tape, scores)
+        weights = f.cast(tape, weights, value.width)
         del scores
+        weights = f.dropout(tape, weights, a.dropout)
         mixed = self._products(tape, weights, value, per_token(a.result_width))
         return f.clone(tape, mixed)
+
+    def _scores(self, tape: Tape, query: Tensor, key: Tensor) -> Tensor:
+        a = self.attention
+        if a.scores_in_float32:
+            query, key = f.cast(tape, query, f.FLOAT32), f.cast(tape, key, f.FLOAT32)
+        scores = self._products(tape, query, key, per_pair(a.num_heads))
+        return scores if a.alibi else f.scale(tape, scores)  # ALiBi's product scales by itself
+
+    def _with_sinks(self, tape: Tape, scores: Tensor) -> Tensor:
+        """Softmax with one more score for each token and head, which is then left out
+        (transformers.models.gpt_oss.modeling_gpt_oss.eager_attention_forward)."""
+        elements, heads = scores.elements, per_token(self.attention.num_heads)
+        assert self.sinks is not None
+        sinks = f.broadcast(tape, self.sinks, heads)
+        scores = f.join(tape, [scores, sinks])
+        places = tape.empty(heads, INDEX_BYTES)
+        scores = f.subtract(tape, scores, f.pick(tape, scores, heads, places))
+        return f.part(tape, f.softmax(tape, scores), elements)
 
     def _math(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """ATen's plain attention, in fp32 (`_scaled_dot_product_attention_math`)."""

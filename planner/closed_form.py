@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import METHODS
+from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan, flag_name
 
 MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form models; what they train and add is counted for all of them.
 MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))
+
+# Families whose forward pass it does not follow. Falcon gives torch's attention a mask always, and
+# one key head for all queries: which kernel then runs is not established.
+UNMODELLED_FAMILIES = frozenset(("falcon",))
 
 
 def unmodelled(plan: TrainingPlan) -> str | None:
@@ -37,6 +42,15 @@ def check_closed_form(plan: TrainingPlan) -> None:
     if what is not None:
         raise InputError(
             f"the closed form does not model {what}",
+            "`ftplan estimate` with `--exact` carries out the step itself, on tensors without data",
+        )
+
+
+def check_modelled_family(model: ModelSpec) -> None:
+    """Raises InputError for an architecture that only a dry run knows."""
+    if model.model_type in UNMODELLED_FAMILIES:
+        raise InputError(
+            f"model `{model.name}`: the closed form does not model `{model.model_type}`",
             "`ftplan estimate` with `--exact` carries out the step itself, on tensors without data",
         )
 

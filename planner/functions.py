@@ -103,7 +103,9 @@ def scale(tape: Tape, x: Tensor) -> Tensor:
 
 def activate(tape: Tape, x: Tensor, name: str) -> Tensor:
     """The activation of that (Hugging Face's) name."""
-    if name == "relu":
+    if name == "bloom_gelu":
+        return _bloom_gelu(tape, x)
+    if name in ("relu", "sigmoid"):
         return _each_value(tape, x, saves_input=False, saves_result=True)
     if name in ("gelu_new", "gelu_fast", "gelu_pytorch_new"):
         return _gelu_in_python(tape, x)
@@ -114,15 +116,72 @@ def _gelu_in_python(tape: Tape, x: Tensor) -> Tensor:
     """tanh-GELU written out: half of x times (1 + tanh(c (x + 0.0447 x^3)))
     (transformers.activations.NewGELUActivation)."""
     half = scale(tape, x)
-    scaled_cube = scale(tape, power(tape, x))
-    inner = add(tape, x, scaled_cube)
-    del scaled_cube
+    cube = scale(tape, power(tape, x))
+    inner = add(tape, x, cube)
+    del cube
     inner = scale(tape, inner)
-    tanh = _each_value(tape, inner, saves_input=False, saves_result=True)
-    del inner
-    one_more = _each_value(tape, tanh, saves_input=False)
+    inner = tanh(tape, inner)
+    inner = _each_value(tape, inner, saves_input=False)
+    return multiply(tape, half, inner)
+
+
+def _bloom_gelu(tape: Tape, x: Tensor) -> Tensor:
+    """tanh-GELU as one function that keeps its input
+    (transformers.models.bloom.modeling_bloom.GeLUFunction)."""
+    tape.read(x)
+    result = _bloom_gelu_forward(tape, x)
+    if tape.differentiates(x):
+        tape.attach([result], [x], tape.save(x), _bloom_gelu_backward)
+    return result
+
+
+def _bloom_gelu_forward(tape: Tape, x: Tensor) -> Tensor:
+    half = tape.like(x)
+    tanh = _bloom_tanh(tape, x)
+    one_more = tape.like(x)
     del tanh
-    return multiply(tape, half, one_more)
+    result = tape.like(x)
+    del half, one_more
+    return result
+
+
+def _bloom_tanh(tape: Tape, x: Tensor) -> Tensor:
+    """tanh(0.798 x (1 + 0.0447 x x)), a tensor for each step."""
+    outer, inner = tape.like(x), tape.like(x)
+    square = tape.like(x)
+    del inner
+    one_more = tape.like(x)
+    del square
+    product = tape.like(x)
+    del outer, one_more
+    result = tape.like(x)
+    del product
+    return result
+
+
+def _bloom_gelu_backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+    """(0.5 x ((1 - t t) (0.798 + 0.107 x x)) + 0.5 (1 + t)) times the gradient."""
+    x = saved[0]
+    tanh = _bloom_tanh(tape, x)
+    half, rest = tape.like(x), tape.like(x)
+    square = tape.like(x)
+    factor = tape.like(x)
+    del square
+    product = tape.like(x)
+    del rest, factor
+    left = tape.like(x)
+    del half, product
+    right = tape.like(x)
+    slope = tape.like(x)
+    del left, right
+    result = tape.like(x)
+    del slope, tanh
+    return [result]
+
+
+def clamp(tape: Tape, x: Tensor) -> Tensor:
+    """Between bounds that are numbers."""
+    return _each_value(tape, x, saves_input=True)
 
 
 def power(tape: Tape, x: Tensor) -> Tensor:
@@ -151,6 +210,15 @@ def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
+def add_in_place(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    """x, with y added to it."""
+    tape.read(x, y)
+    result = Tensor(x.storage, x.elements, x.width)
+    if tape.differentiates(x, y):
+        tape.attach([result], [x, y], [], _pass_on)
+    return result
+
+
 def multiply(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     """x times y, one of which may be a vector, or a number for each token."""
     tape.read(x, y)
@@ -174,14 +242,32 @@ def larger(left: Form, right: Form) -> Form:
     return max(left, right, key=lambda form: form[::-1])
 
 
-def mean_of_squares(tape: Tape, x: Tensor, width: int) -> Tensor:
+def subtract(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    """x - y, one of which may be broadcast. The gradient of y is a new tensor: the negative."""
+    tape.read(x, y)
+    result = tape.empty(larger(x.elements, y.elements), max(x.width, y.width))
+    if tape.differentiates(x, y):
+        size = _size(result) if tape.differentiates(y) else None
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            return [gradients[0], tape.empty(*size) if size else None]
+
+        tape.attach([result], [x, y], [], backward)
+    return result
+
+
+def mean(tape: Tape, x: Tensor, width: int) -> Tensor:
     """The mean over each vector of `width` values."""
     tape.read(x)
-    square = power(tape, x)
-    result = tape.empty(scaled(x.elements, 1, width), square.width)
-    if tape.differentiates(square):
-        tape.attach([result], [square], [], _new(_size(square)))
+    result = tape.empty(scaled(x.elements, 1, width), x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _new(_size(x)))
     return result
+
+
+def mean_of_squares(tape: Tape, x: Tensor, width: int) -> Tensor:
+    """The mean over each vector of `width` values."""
+    return mean(tape, power(tape, x), width)
 
 
 def reciprocal_root(tape: Tape, x: Tensor) -> Tensor:
@@ -296,19 +382,21 @@ def times_table(tape: Tape, x: Tensor, table_width: int) -> Tensor:
     return result
 
 
-def layer_norm(tape: Tape, x: Tensor, width: int, weight: Weight, bias: Weight) -> Tensor:
+def layer_norm(
+    tape: Tape, x: Tensor, width: int, weight: Weight | None, bias: Weight | None
+) -> Tensor:
     """Saves its input, mean and reciprocal deviation."""
     tape.read(x)
-    x = in_float32(tape, x)
+    x, *own = inputs = [in_float32(tape, t) for t in (x, weight, bias) if t is not None]
     vectors = scaled(x.elements, 1, width)
-    if not tape.differentiates(x, weight, bias):
+    if not tape.differentiates(*inputs):
         return tape.like(x)
-    saved = tape.save(x)
+    saved = tape.save(*inputs)
     result = tape.like(x)
     saved += tape.save(tape.empty(vectors, FLOAT32), tape.empty(vectors, FLOAT32))
-    learns = tape.differentiates(weight)
-    small = (constant(width), x.width) if learns else None
-    tape.attach([result], [x, weight, bias], saved, _new(_size(x), small, small))
+    small = (constant(width), x.width)
+    sizes = [small if tape.differentiates(parameter) else None for parameter in own]
+    tape.attach([result], inputs, saved, _new(_size(x), *sizes))
     return result
 
 
@@ -326,15 +414,17 @@ def add_mask(tape: Tape, scores: Tensor, width: int) -> Tensor:
 
 
 def softmax_in_float32(tape: Tape, x: Tensor) -> Tensor:
-    """Saves its result. CUDA turns fp16 scores into fp32 probabilities in one kernel, others are
-    cast first; its backward holds the product of both inputs beside the result, unlike the
-    processor's (ATen/native/SoftMax.cpp, ATen/native/cuda/SoftMax.cu)."""
+    """CUDA turns fp16 scores into fp32 probabilities in one kernel, others are cast first
+    (ATen/native/SoftMax.cpp)."""
+    fused = tape.on_cuda and tape.is_fp16 and x.width == 2
+    return softmax(tape, x if fused else cast(tape, x, FLOAT32), FLOAT32)
+
+
+def softmax(tape: Tape, x: Tensor, width: int | None = None) -> Tensor:
+    """Saves its result; its backward holds the product of both inputs beside the result, unlike the
+    processor's (ATen/native/cuda/SoftMax.cu)."""
     tape.read(x)
-    before = x.width
-    fused = tape.on_cuda and tape.is_fp16 and before == 2
-    if not fused:
-        x = cast(tape, x, FLOAT32)
-    result = tape.like(x, FLOAT32)
+    result = tape.like(x, width)
     if tape.differentiates(x):
         size = (x.elements, x.width)
 
@@ -357,6 +447,32 @@ def expand(tape: Tape, x: Tensor, elements: Form) -> Tensor:
     result.by_heads = True
     if tape.differentiates(x):
         tape.attach([result], [x], [], _pass_on)
+    return result
+
+
+def broadcast(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+    """A view that repeats x. Backward sums up."""
+    result = Tensor(x.storage, elements, x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _pass_on)
+    return result
+
+
+def copy_into(tape: Tape, whole: Tensor, x: Tensor) -> Tensor:
+    """`whole` with x written to a part of it. Backward copies the gradient, and the part once more
+    (torch/csrc/autograd/functions/tensor.cpp, CopySlices)."""
+    tape.read(x)
+    result = Tensor(whole.storage, whole.elements, whole.width)
+    if tape.differentiates(whole, x):
+        size, part_size = _size(whole), (x.elements, whole.width)
+        learns = tape.differentiates(whole)
+
+        def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+            rest = tape.empty(*size)
+            of_part = tape.empty(*part_size)
+            return [rest if learns else None, of_part]
+
+        tape.attach([result], [whole, x], [], backward)
     return result
 
 
@@ -400,6 +516,16 @@ def part_copied(tape: Tape, x: Tensor, elements: Form) -> Tensor:
     result = tape.empty(elements, x.width)
     if tape.differentiates(x):
         tape.attach([result], [x], [], _new(_size(x)))
+    return result
+
+
+def pick(tape: Tape, x: Tensor, elements: Form, places: Tensor) -> Tensor:
+    """Values of x at `places`, which are kept: topk, gather and indexing."""
+    tape.read(x)
+    saved = tape.save(places) if tape.differentiates(x) else []
+    result = tape.empty(elements, x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], saved, _new(_size(x)))
     return result
 
 
@@ -470,7 +596,7 @@ def fused_dropout(tape: Tape, x: Tensor) -> Tensor:
     return result
 
 
-def add_in_place(tape: Tape, total: Tensor, part: Tensor) -> Tensor:
+def add_rows_in_place(tape: Tape, total: Tensor, part: Tensor) -> Tensor:
     """`total` with a part added to some of its rows (`index_add_`). Backward hands `total`'s
     gradient on, and picks the part's rows out of it."""
     tape.read(part)

@@ -104,7 +104,8 @@ class StockLoss:
         head = self.head
         hidden = f.to_product(tape, hidden)
         weight = tape.cast_weight(self.weight)
-        logits = f.product(tape, hidden, weight, head.hidden_size, head.vocab_size, self.bias)
+        bias = None if self.bias is None else tape.cast_weight(self.bias)
+        logits = f.product(tape, hidden, weight, head.hidden_size, head.vocab_size, bias)
         logits = self.watch(tape, logits)
         if head.scaled:
             logits = f.scale(tape, logits)

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
-from ftplan.planner.closed_form import check_closed_form
+from ftplan.planner.closed_form import check_closed_form, check_modelled_family
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -254,14 +254,14 @@ def weight_memory_bytes(
     in fp32 after k-bit preparation."""
     width = width or plan.weight_bytes
     if plan.quantization == "none":
-        return model.num_parameters * width
+        return model.num_parameters * width + model.buffer_bytes
     linears = list(_quantized_linears(model, stack))
     quantized = sum(count * linear.num_weights for count, linear in linears)
     rest = model.num_parameters - quantized
-    rest_bytes = rest * width
+    rest_bytes = rest * width + model.buffer_bytes
     if stack.kbit_prepare:
         outer = 2 * model.embedding_parameters if not model.tie_word_embeddings else 0
-        rest_bytes = rest * FLOAT32_BYTES
+        rest_bytes = rest * FLOAT32_BYTES + model.buffer_bytes
         if stack.casts_back:
             rest_bytes -= outer * (FLOAT32_BYTES - 2)
     if plan.quantization in PREQUANTIZED:
@@ -341,6 +341,7 @@ def compiled_step(
     known = model.compiled.get(key)
     if known is None:
         check_closed_form(plan)
+        check_modelled_family(model)
         trained = trained_model(model, plan)
         known = model.compiled[key] = _compile(trained, plan, workload, kind, capability, stack)
     return known

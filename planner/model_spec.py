@@ -141,6 +141,7 @@ class Attention:
     attention's result must be copied into token order before its projection.
     `scales_query`: queries are multiplied by a scale of their own before the scores (OPT).
     `expands_key_value`: keys and values are copied for every query head (Falcon 40B).
+    `scores_in_float32`: eager attention multiplies fp32 copies of query and key (GPT-J).
     `softcapped`: scores pass through a tanh before the softmax (Gemma 2). `sinks`: a learned score
     a head beside them (gpt-oss). `alibi`: scores get a distance-dependent bias (BLOOM).
     `sliding_window`: how many tokens back it sees; `chunk_size`: the length of the pieces of text
@@ -163,6 +164,7 @@ class Attention:
     rotary_concatenates: bool = False
     scales_query: bool = False
     expands_key_value: bool = False
+    scores_in_float32: bool = False
     softcapped: bool = False
     sinks: bool = False
     alibi: bool = False
@@ -175,6 +177,11 @@ class Attention:
         """Rotation joins a turned part of each head and the rest to new tensors."""
         partial = 0 < self.rotary_dim < self.head_dim
         return partial or self.rotary_concatenates
+
+    @property
+    def reach(self) -> int | None:
+        """How many tokens back it may see, by a window or a chunk; None for all."""
+        return self.sliding_window or self.chunk_size
 
     @property
     def is_fused(self) -> bool:
@@ -324,6 +331,8 @@ class Layer:
     next block adds to what they write (opt-350m).
     `scales_residual`: each block's result is multiplied before it is added (Granite).
     `dropout`: of each block's result before it is added.
+    `holds`: what of the attention block is still a local variable when the layer ends, its
+    `normalized` input or what it `attended` (GPT-2's, StableLM's code).
     """
 
     attention: Attention
@@ -336,6 +345,7 @@ class Layer:
     normalizes_sums: bool = False
     scales_residual: bool = False
     dropout: float = 0.0
+    holds: tuple[str, ...] = ()
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -374,15 +384,18 @@ class ModelSpec:
     """Everything about a model's shape that memory and time depend on.
 
     `layers`, first to last; equal ones are best the same object. `positions`: rows of a learned
-    position table. `embedding_norm` follows the embeddings (BLOOM). `embedding_linears` stand
+    position table; `counts_positions`: each row's tokens are counted to look them up (OPT), not
+    one row for all. `embedding_norm` follows the embeddings (BLOOM). `embedding_linears` stand
     between embeddings and layers or layers and head (opt-350m's projections).
     `embedding_dropout`: of what enters the first layer.
-    `scales_embeddings`, `scales_logits`: multiplied by a constant. `final_logit_softcapping`:
+    `scales_embeddings`, `scales_logits`: multiplied by a constant; `scales_inputs`: embeddings are,
+    outside of their module (Granite). `final_logit_softcapping`:
     logits pass through a tanh. `supports_sdpa`: transformers has torch's own attention kernel for
     the architecture. `other_linears` and `other_parameters`: what is loaded along and has no part
     in a text's forward pass, such as a vision tower; its linear modules, each as often as it is
     there (quantization and `target_modules` reach them too), and its other parameters.
     `code`: `transformers`, or `remote` where only the repository's own code runs it.
+    `buffer_bytes`: of tables that are no parameters, such as GPT-Neo's masks.
     `auto_class`: the class of transformers that loads it.
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
@@ -402,13 +415,16 @@ class ModelSpec:
     embedding_linears: tuple[Linear, ...] = ()
     embedding_dropout: float = 0.0
     scales_embeddings: bool = False
+    scales_inputs: bool = False
     scales_logits: bool = False
     positions: int = 0
+    counts_positions: bool = False
     supports_sdpa: bool = True
     final_logit_softcapping: bool = False
     other_linears: tuple[Linear, ...] = ()
     other_parameters: tuple[Parameter, ...] = ()
     code: str = "transformers"
+    buffer_bytes: int = 0
     auto_class: str = "AutoModelForCausalLM"
     native_dtype: str = "bfloat16"
     approximate: str | None = None
@@ -436,8 +452,8 @@ class ModelSpec:
 
     @cached_property
     def sliding_windows(self) -> tuple[int, ...]:
-        """The windows of its layers, each once."""
-        windows = {layer.attention.sliding_window for layer in self.layers}
+        """The windows and chunks of its layers, each once."""
+        windows = {layer.attention.reach for layer in self.layers}
         return tuple(window for window in windows if window is not None)
 
     @cached_property

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from functools import partial
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
-from ftplan.planner.model_spec import Attention, FeedForward, Layer, Linear, Norm
+from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm
+from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
 from ftplan.planner.prequantized import PREQUANTIZED, PrequantizedLinear
-from ftplan.planner.separate_experts import SeparateExperts
+from ftplan.planner.rotary import Rotary
 from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant, per_token, scaled, times
 
 FLOAT32 = f.FLOAT32
@@ -225,9 +225,9 @@ class LoraLinear:
 
 def base_linear(linear: Linear, numerics: Numerics) -> Module:
     """The linear module as it is held, without an adapter."""
-    if numerics.quantization in ("nf4", "fp4"):
+    if linear.quantizable and numerics.quantization in ("nf4", "fp4"):
         return Linear4bit(linear, numerics)
-    if numerics.quantization == "int8":
+    if linear.quantizable and numerics.quantization == "int8":
         return Linear8bit(linear)
     if numerics.quantization in PREQUANTIZED:
         return PrequantizedLinear(linear)
@@ -271,7 +271,7 @@ class LayerNorm:
         self.norm = norm
         weight, bias = (f"{norm.name}.{kind}" in numerics.trained for kind in ("weight", "bias"))
         self.weight = Weight(norm.width, numerics.norms, trained=weight)
-        self.bias = Weight(norm.width, numerics.norms, trained=bias)
+        self.bias = Weight(norm.width, numerics.norms, trained=bias) if norm.bias else None
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         return f.layer_norm(tape, x, self.norm.width, self.weight, self.bias)
@@ -289,9 +289,28 @@ class FusedRmsNorm:
 
 
 def norm_module(norm: Norm, numerics: Numerics) -> Module:
-    if norm.kind == "rms" and numerics.fused_kernels:
-        return FusedRmsNorm(norm)
-    return RmsNorm(norm, numerics) if norm.kind == "rms" else LayerNorm(norm, numerics)
+    if norm.kind == "rms":
+        return FusedRmsNorm(norm) if numerics.fused_kernels else RmsNorm(norm, numerics)
+    if norm.kind == "centered":
+        return CenteredNorm(norm, numerics)
+    if norm.copies > 1:
+        return NormOfEachHead(norm, numerics)
+    return Float32LayerNorm(norm) if norm.computes_in_float32 else LayerNorm(norm, numerics)
+
+
+def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKernel:
+    sinks = None
+    if attention.sinks:
+        trained = "sinks" in numerics.trained
+        sinks = Weight(attention.num_heads, numerics.weights, trained=trained)
+    return AttentionKernel(
+        attention,
+        numerics.attn_implementation,
+        mask_width=numerics.residual,
+        repeats_key_value=numerics.repeats_key_value,
+        masked=numerics.padded or attention.reach in numerics.masked_windows,
+        sinks=sinks,
+    )
 
 
 class SelfAttention:
@@ -303,26 +322,26 @@ class SelfAttention:
         self.output = linear_module(attention.output, numerics)
         norms = (attention.query_norm, attention.key_norm)
         self.query_norm, self.key_norm = (norm_module(n, numerics) if n else None for n in norms)
-        self.kernel = AttentionKernel(
-            attention,
-            numerics.attn_implementation,
-            mask_width=numerics.residual,
-            repeats_key_value=numerics.repeats_key_value,
-            masked=numerics.padded or attention.sliding_window in numerics.masked_windows,
-        )
+        self.kernel = attention_kernel(attention, numerics)
         self.turns_in_place = numerics.fused_kernels
-        # Rotary tables are of the hidden state's width.
-        self.table_width = numerics.residual
+        self.rotary = Rotary(attention, attention.head_dim, numerics.residual)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         query, key, value = self._project(tape, x)
-        if self.query_norm is not None and self.key_norm is not None:
-            query = self.query_norm(tape, query)
-            key = self.key_norm(tape, key)
+        if not self.attention.normalizes_after_rotation:
+            query, key = self._normalize(tape, query, key)
         if self.attention.rotary_dim and not self.turns_in_place:
-            query, key = self._rotate_both(tape, query, key)
+            query, key = self.rotary(tape, query, key)
+        if self.attention.normalizes_after_rotation:
+            query, key = self._normalize(tape, query, key)
         result = self.kernel(tape, query, key, value)
         return self.output(tape, result)
+
+    def _normalize(self, tape: Tape, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        query = self.query_norm(tape, query)
+        return query, self.key_norm(tape, key)
 
     def _project(self, tape: Tape, x: Tensor) -> list[Tensor]:
         if not self.attention.is_fused:
@@ -331,27 +350,6 @@ class SelfAttention:
         a = self.attention
         widths = (a.query_width, a.key_width, a.value_width)
         return f.split(tape, whole, [per_token(width) for width in widths])
-
-    def _rotate_both(self, tape: Tape, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rotate(tape, query), self._rotate(tape, key)
-
-    def _rotate(self, tape: Tape, x: Tensor) -> Tensor:
-        """The first `rotary_dim` values of each head; the rest is joined on."""
-        head_dim, rotary_dim = self.attention.head_dim, self.attention.rotary_dim
-        if not self.attention.rotary_joins:
-            return self._turn(tape, x)
-        turned = scaled(x.elements, rotary_dim, head_dim)
-        rest = scaled(x.elements, head_dim - rotary_dim, head_dim)
-        parts = [self._turn(tape, f.part(tape, x, turned)), f.part(tape, x, rest)]
-        return f.join(tape, parts)
-
-    def _turn(self, tape: Tape, x: Tensor) -> Tensor:
-        """x cos + rotate_half(x) sin (transformers' `apply_rotary_pos_emb`)."""
-        straight = f.times_table(tape, x, self.table_width)
-        half = scaled(x.elements, 1, 2)
-        parts = [f.scale(tape, f.part(tape, x, half)), f.part(tape, x, half)]
-        crossed = f.times_table(tape, f.join(tape, parts), self.table_width)
-        return f.add(tape, straight, crossed)
 
 
 class Mlp:
@@ -379,140 +377,3 @@ class Mlp:
         half = scaled(both.elements, 1, 2)
         gate, up = f.split(tape, both, [half, half])
         return f.multiply(tape, up, f.activate(tape, gate, self.block.activation))
-
-
-class MixtureOfExperts:
-    """Router, stacked experts by grouped products, and shared experts beside them
-    (transformers.integrations.moe, `grouped_mm_experts_forward`).
-
-    Autocast leaves grouped products alone: they compute in the dtype of the weights.
-    """
-
-    def __init__(self, block: FeedForward, numerics: Numerics) -> None:
-        assert block.experts is not None
-        self.block, self.experts = block, block.experts
-        self.width, trained = numerics.weights, numerics.trained
-        router = self.experts.router
-        if self.experts.router_is_linear:
-            self.router = linear_module(router, numerics)
-        else:
-            self.router = PlainLinear(router, numerics.weights, trained)
-        num_experts = self.experts.num_experts
-        self.weights = [
-            Weight(num_experts * linear.num_weights, self.width, trained=linear.name in trained)
-            for linear in block.matrices
-        ]
-        self.biases = [
-            Weight(
-                num_experts * linear.out_features,
-                self.width,
-                trained=f"{linear.name}_bias" in trained,
-            )
-            if linear.bias
-            else None
-            for linear in block.matrices
-        ]
-        self.shared = Mlp(self.experts.shared, numerics) if self.experts.shared else None
-        gate = self.experts.shared_gate
-        self.shared_gate = linear_module(gate, numerics) if gate else None
-
-    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
-        scores = self._route(tape, x)
-        mixed = self._mix(tape, x, scores)
-        if self.shared is None:
-            return mixed
-        beside = self.shared(tape, x)
-        if self.shared_gate is not None:
-            open_ = f.activate(tape, self.shared_gate(tape, x), "sigmoid")
-            beside = f.multiply(tape, open_, beside)
-        return f.add(tape, mixed, beside)
-
-    def _route(self, tape: Tape, x: Tensor) -> Tensor:
-        """A weight for each expert that a token goes to."""
-        logits = self.router(tape, x)
-        probabilities = f.softmax_in_float32(tape, logits)
-        chosen = f.part_copied(tape, probabilities, per_token(self.block.active_copies))
-        return f.cast(tape, chosen, logits.width)
-
-    def _mix(self, tape: Tape, x: Tensor, scores: Tensor) -> Tensor:
-        copies, hidden_size = self.block.active_copies, self.block.output.out_features
-        selected = f.part_copied(tape, x, per_token(copies * hidden_size))
-        sorted_scores = f.part_copied(tape, scores, scores.elements)
-        products = list(zip(self.block.matrices, self.weights, self.biases, strict=True))
-        hidden = self._product(tape, selected, *products[0])
-        hidden = self._gate(tape, hidden)
-        hidden = self._product(tape, hidden, *products[-1])
-        weighted = f.multiply(tape, hidden, sorted_scores)
-        del hidden
-        restored = f.part_copied(tape, weighted, weighted.elements)
-        summed = f.sum_groups(tape, restored, per_token(hidden_size))
-        return f.cast(tape, summed, x.width)
-
-    def _product(
-        self, tape: Tape, x: Tensor, linear: Linear, weight: Weight, bias: Weight | None
-    ) -> Tensor:
-        x = f.cast(tape, x, self.width)
-        return f.product(tape, x, weight, linear.in_features, linear.out_features, bias)
-
-    def _gate(self, tape: Tape, both: Tensor) -> Tensor:
-        half = scaled(both.elements, 1, 2)
-        gate, up = f.split(tape, both, [half, half])
-        return f.multiply(tape, f.activate(tape, gate, self.block.activation), up)
-
-
-def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
-    if block.experts is not None and numerics.separate_experts:
-        router = PlainLinear(block.experts.router, numerics.weights, numerics.trained)
-        return SeparateExperts(block, router, partial(base_linear, numerics=numerics))
-    return MixtureOfExperts(block, numerics) if block.experts else Mlp(block, numerics)
-
-
-class DecoderLayer:
-    """One layer, built once and run as often as it is computed."""
-
-    def __init__(self, layer: Layer, numerics: Numerics) -> None:
-        self.layer = layer
-        self.attention = SelfAttention(layer.attention, numerics)
-        self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
-        places = (
-            layer.attention_norm,
-            layer.post_attention_norm,
-            layer.feed_forward_norm,
-            layer.post_feed_forward_norm,
-        )
-        self.norms = [norm_module(norm, numerics) if norm else None for norm in places]
-
-    def __call__(self, tape: Tape, hidden: Tensor) -> Tensor:
-        if self.layer.parallel:
-            return self._in_parallel(tape, hidden)
-        before, behind, before_second, behind_second = self.norms
-        hidden = self._block(tape, hidden, before, self.attention, behind)
-        return self._block(tape, hidden, before_second, self.feed_forward, behind_second)
-
-    def _block(
-        self,
-        tape: Tape,
-        hidden: Tensor,
-        before: Module | None,
-        block: Module,
-        behind: Module | None,
-    ) -> Tensor:
-        residual = hidden
-        if before is not None:
-            hidden = before(tape, hidden)
-        hidden = block(tape, hidden)
-        if behind is not None:
-            hidden = behind(tape, hidden)
-        if self.layer.scales_residual:
-            hidden = f.scale(tape, hidden)
-        return f.add(tape, residual, hidden)
-
-    def _in_parallel(self, tape: Tape, hidden: Tensor) -> Tensor:
-        residual = hidden
-        before, _, before_second, _ = self.norms
-        normalized = before(tape, hidden) if before else hidden
-        attended = self.attention(tape, normalized)
-        if before_second is not None:
-            normalized = before_second(tape, hidden)
-        fed = self.feed_forward(tape, normalized)
-        return f.add(tape, f.add(tape, attended, fed), residual)

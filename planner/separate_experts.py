@@ -45,7 +45,7 @@ class SeparateExperts:
         scores = f.cast(tape, chosen, x.width)
         total = tape.like(x)
         for expert in self.experts:
-            total = f.add_in_place(tape, total, self._run(tape, x, scores, expert))
+            total = f.add_rows_in_place(tape, total, self._run(tape, x, scores, expert))
         return total
 
     def _run(self, tape: Tape, x: Tensor, scores: Tensor, expert: list[Module]) -> Tensor:

@@ -12,13 +12,15 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ftplan.planner import functions as f
+from ftplan.planner.decoder_layer import DecoderLayer
+from ftplan.planner.embeddings import Embeddings
 from ftplan.planner.exchange import Alone, Exchange, Place
 from ftplan.planner.fsdp1 import fsdp1_places
 from ftplan.planner.fsdp2 import fsdp2_places
 from ftplan.planner.losses import Head, LigerLoss, LossShape, Score, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, ModelSpec
-from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
+from ftplan.planner.modules import Module, Numerics, linear_module, norm_module
+from ftplan.planner.rotary import table_bytes
 from ftplan.planner.sharded import Spread, Units, units_of
 from ftplan.planner.tape import (
     ZERO,
@@ -123,7 +125,8 @@ class Segment:
 
     Moments are of all that it holds, its input and the gradient that comes back to it included.
     `result_width`: bytes an element of what it hands on.
-    `keeps_input`: its backward needs its input as it came.
+    `held`: what the model's forward pass holds on to while later layers run; with `holds_result`
+    what it hands on, too.
     `kept_forward`: what it leaves behind until forward ends, its result not counted;
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
     `taken_over`: of what is there without it, what its backward counts itself.
@@ -132,7 +135,8 @@ class Segment:
     forward: tuple[Moment, ...]
     backward: tuple[Moment, ...]
     result_width: int
-    keeps_input: bool
+    holds_result: bool
+    held: Parts
     kept_forward: Parts
     kept: Parts
     left: Parts
@@ -268,18 +272,14 @@ class _StepTracer:
         places = _extremes(labels)
         of_model = _sum(self._tables(), self._mask())  # what its forward holds to its end
         of_graph = of_model if self.settings.gradient_checkpointing else self._tables()
-        embedded = self._embedded(segments[0])
-        learns = self.with_gradients and self.settings.input_learns
-        from_table = self.model.positions > 0 and not learns  # else it is held by its node
+        held: Parts = {}
+        of_loss = of_graph if self.with_gradients else {}
         for index, segment in enumerate(segments):
-            is_loss = index == len(segments) - 1
             if index in places:
-                under = base if is_loss else _sum(base, of_model)
-                if not is_loss and (from_table or (index > 1 and not segments[1].keeps_input)):
-                    under = _sum(under, embedded)
-                if is_loss and self.with_gradients:
-                    under = _sum(base, of_graph)
-                self._add(loss_phase if is_loss else phase, segment.forward, under)
+                is_loss = index == len(segments) - 1
+                under = of_loss if is_loss else _sum(of_model, held)
+                self._add(loss_phase if is_loss else phase, segment.forward, _sum(base, under))
+            held = _sum(held, segment.held)
             base = _sum(base, segment.kept_forward)
 
     def _mask(self) -> Parts:
@@ -290,21 +290,13 @@ class _StepTracer:
             return {}
         eager, kinds = numerics.attn_implementation == "eager", set()
         for layer in self.model.layer_counts:
-            window = layer.attention.sliding_window
+            window = layer.attention.reach
             if eager:
                 kinds.add(window)
             elif window in numerics.masked_windows or numerics.padded:
                 kinds.add(window if window in numerics.masked_windows else None)
         width = self.settings.embedding_width if eager else 1
         return {"temporaries": per_pair(len(kinds) * width)} if kinds else {}
-
-    def _embedded(self, embedding: Segment) -> Parts:
-        """What the embeddings gave, which the model's forward holds to its end: the first layer's
-        input, or what a table of positions was added to."""
-        elements = per_token(self.model.hidden_size)
-        if self.model.positions:
-            elements = add_forms(elements, per_position(self.model.hidden_size))
-        return {"temporaries": times(elements, embedding.result_width)}
 
     @property
     def _tied(self) -> bool:
@@ -333,10 +325,11 @@ class _StepTracer:
         for place, layer in enumerate(model.layers):
             numerics = settings.numerics_of(model, place)
             width = segments[-1].result_width
-            key = (id(layer), numerics, learns, width, places[place + 1])
+            holds_input = place == 0 and segments[0].holds_result
+            key = (id(layer), numerics, learns, width, holds_input, places[place + 1])
             if key not in known:
                 exchange = places[place + 1].exchange()
-                known[key] = self._layer(layer, numerics, learns, width, exchange)
+                known[key] = self._layer(layer, numerics, learns, width, exchange, holds_input)
             segments.append(known[key])
             found.append(key)
             learns = learns or bool(numerics.trained or numerics.adapted)
@@ -387,46 +380,44 @@ class _StepTracer:
 
     def _tables(self) -> Parts:
         """Rotary cosines and sines, and the numbers of positions."""
-        rotary = max(layer.attention.rotary_dim for layer in self.model.layer_counts)
-        if not rotary:
-            return {}
-        return {"temporaries": per_position(2 * rotary * self.settings.embedding_width + 8)}
+        width = self.settings.embedding_width
+        size = max(table_bytes(layer.attention, width) for layer in self.model.layer_counts)
+        return {"temporaries": per_position(size)} if size else {}
 
     def _embedding(self, exchange: Exchange, beside: int = 0) -> Segment:
         model, settings = self.model, self.settings
-        weight = Weight(
-            model.embedding_parameters,
+        module = Embeddings(
+            model,
+            dataclasses.replace(settings.numerics, trained=settings.trained_outside),
             settings.embedding_width,
-            trained=settings.trains_embeddings,
+            trains=settings.trains_embeddings,
+            input_learns=settings.input_learns and self.with_gradients,
             beside=beside,
         )
-        norm = None
-        if model.embedding_norm is not None:
-            outside = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
-            norm = norm_module(model.embedding_norm, outside)
+        held: list[Tensor] = []
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
-            hidden = f.look_up(tape, weight, per_token(model.hidden_size))
-            if model.scales_embeddings:
-                hidden = f.scale(tape, hidden)
-            if settings.input_learns and self.with_gradients and not hidden.requires_grad:
-                tape.leaf(hidden)
-                tape.hold(hidden)  # by the node that gathers its gradient
-            if model.positions:
-                place = tape.empty(per_position(model.hidden_size), settings.embedding_width)
-                hidden = f.add(tape, hidden, place)
-                del place
-            return hidden if norm is None else norm(tape, hidden)
+            return module(tape, held)
 
-        return self._segment(forward, None, exchange, learns=settings.trains_embeddings)
+        learns = settings.trains_embeddings
+        return self._segment(forward, None, exchange, learns=learns, held=held)
 
     def _layer(
-        self, layer: Layer, numerics: Numerics, learns: bool, width: int, exchange: Exchange
+        self,
+        layer: Layer,
+        numerics: Numerics,
+        learns: bool,
+        width: int,
+        exchange: Exchange,
+        holds_input: bool,
     ) -> Segment:
         settings = self.settings
         module = DecoderLayer(layer, numerics)
+        held: list[Tensor] = []
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
+            if holds_input:
+                held.append(given[0])
             if not (settings.gradient_checkpointing and self.with_gradients):
                 return module(tape, given[0])
 
@@ -439,12 +430,16 @@ class _StepTracer:
             return run(call, given)
 
         size = per_token(self.model.hidden_size), width
-        return self._segment(forward, size, exchange, learns=learns)
+        return self._segment(forward, size, exchange, learns=learns, held=held)
 
     def _loss(self, learns: bool, width: int, exchange: Exchange) -> Segment:
         model, settings = self.model, self.settings
         numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
-        norm = norm_module(model.final_norm, numerics) if model.final_norm else None
+        behind: list[Module] = []
+        if model.final_norm is not None:
+            behind.append(norm_module(model.final_norm, numerics))
+        if model.embedding_linears:
+            behind.append(linear_module(model.embedding_linears[-1], numerics))
         weight = Weight(
             model.embedding_parameters,
             settings.head_width,
@@ -452,6 +447,10 @@ class _StepTracer:
             matrix=(model.vocab_size, model.embedding_width or model.hidden_size),
             waits=self._tied,
         )
+        bias = None
+        if model.lm_head_bias:
+            trained = "lm_head.bias" in settings.trained_outside
+            bias = Weight(model.vocab_size, settings.head_width, trained=trained)
         head = Head(
             vocab_size=model.vocab_size,
             hidden_size=model.embedding_width or model.hidden_size,
@@ -459,11 +458,13 @@ class _StepTracer:
             scaled=model.scales_logits,
         )
         self.head_weight = weight
-        loss = self._score() if settings.scores else self._loss_module(head, weight, exchange)
+        score = settings.scores
+        loss = self._score() if score else self._loss_module(head, weight, bias, exchange)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
-            hidden = norm(tape, given[0]) if norm is not None else given[0]
-            given.clear()
+            hidden = given.pop()
+            for module in behind:
+                hidden = module(tape, hidden)
             tape.component = "logits_and_loss"
             result = loss(tape, hidden, self.held)
             if not settings.holds_logits:
@@ -482,7 +483,9 @@ class _StepTracer:
         trained = settings.trains_head or adapted
         return Score(hidden_size, Weight(hidden_size, width, trained=trained))
 
-    def _loss_module(self, head: Head, weight: Weight, exchange: Exchange) -> Callable[..., Tensor]:
+    def _loss_module(
+        self, head: Head, weight: Weight, bias: Weight | None, exchange: Exchange
+    ) -> Callable[..., Tensor]:
         settings = self.settings
         if settings.loss == "liger":
             return LigerLoss(head, weight, settings.loss_shape)
@@ -491,7 +494,7 @@ class _StepTracer:
         return StockLoss(
             head,
             weight,
-            None,
+            bias,
             shifts_logits=settings.shifts_logits,
             returns_fp32=settings.returns_fp32,
             lets_logits_go=settings.lets_logits_go,
@@ -507,7 +510,10 @@ class _StepTracer:
         exchange: Exchange,
         *,
         learns: bool,
+        held: list[Tensor] | None = None,
     ) -> Segment:
+        """`held` is what the model's forward pass holds on to, once `forward` has run."""
+        held = [] if held is None else held
         tape = self._tape()
         tape.grad_enabled = self.with_gradients
         given: list[Tensor] = []
@@ -519,14 +525,16 @@ class _StepTracer:
         exchange.before_forward(tape)
         result = forward(tape, given)
         exchange.after_forward(tape)
-        before = tape.state()
         given.clear()
-        keeps_input = tape.state() == before
         result_width = result.width
         forward_moments = tape.moments()
         forward_flops, forward_moved = tape.flops, tape.moved
         exchange.hand_on()
-        kept_forward = _without(tape.state(), result)
+        holds_result = any(tensor.storage is result.storage for tensor in held)
+        with_held = tape.state()
+        held.clear()
+        without_held = tape.state()
+        kept_forward = _without(without_held, result)
         tape.end_autocast()
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
@@ -549,7 +557,8 @@ class _StepTracer:
             forward=forward_moments,
             backward=backward_moments,
             result_width=result_width,
-            keeps_input=keeps_input,
+            holds_result=holds_result,
+            held=_difference(with_held, without_held),
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_moments else {},
@@ -590,6 +599,11 @@ def _less(left: Parts, right: Parts) -> Parts:
     for name, form in right.items():
         result[name] = subtract_forms(result.get(name, ZERO), form)
     return result
+
+
+def _difference(left: Parts, right: Parts) -> Parts:
+    """What `left` has beyond `right`, which is a part of it."""
+    return {name: subtract_forms(form, right.get(name, ZERO)) for name, form in left.items()}
 
 
 def _total(parts: Parts) -> Form:

@@ -69,6 +69,7 @@ def gpt2(config: Config, name: str) -> ModelSpec:
             transposed=True,
         ),
         dropout=share(config, "resid_pdrop"),
+        holds=("attended",),
         **placed(config, _GPT2_NORMS, layer_norm),
     )
     return _gpt2_decoder(config, name, "GPT2LMHeadModel", equal_layers(config, layer))
@@ -115,10 +116,12 @@ def gpt_bigcode(config: Config, name: str) -> ModelSpec:
             hidden, intermediate, ("c_fc", "c_proj"), text(config, "activation_function")
         ),
         dropout=share(config, "resid_pdrop"),
+        holds=("attended",),
         **placed(config, _GPT2_NORMS, layer_norm),
     )
     layers = equal_layers(config, layer)
-    return _gpt2_decoder(config, name, "GPTBigCodeForCausalLM", layers)
+    masks = config["max_position_embeddings"] ** 2  # of one byte, `GPTBigCodeModel.bias`
+    return _gpt2_decoder(config, name, "GPTBigCodeForCausalLM", layers, buffer_bytes=masks)
 
 
 def gpt_neo(config: Config, name: str) -> ModelSpec:
@@ -137,6 +140,7 @@ def gpt_neo(config: Config, name: str) -> ModelSpec:
             output_bias=True,
             output_name="out_proj",
             rotary_dim=0,
+            scores_in_float32=True,
             sliding_window=count(config, "window_size") if kind == "local" else None,
         )
         return Layer(
@@ -145,11 +149,16 @@ def gpt_neo(config: Config, name: str) -> ModelSpec:
                 hidden, intermediate, ("c_fc", "c_proj"), text(config, "activation_function")
             ),
             dropout=share(config, "resid_dropout"),
+            holds=("attended",),
             **placed(config, _GPT2_NORMS, layer_norm),
         )
 
     layers = layers_of_kinds(_gpt_neo_kinds(config), build)
-    return _gpt2_decoder(config, name, "GPTNeoForCausalLM", layers, supports_sdpa=False)
+    # Each layer has a mask of its own, of one byte (`GPTNeoSelfAttention.bias`).
+    masks = len(layers) * count(config, "max_position_embeddings") ** 2
+    return _gpt2_decoder(
+        config, name, "GPTNeoForCausalLM", layers, supports_sdpa=False, buffer_bytes=masks
+    )
 
 
 def _gpt_neo_kinds(config: Config) -> list[str]:
@@ -173,13 +182,17 @@ def gptj(config: Config, name: str) -> ModelSpec:
     config = _with_usual_names(config, _GPT2_NAMES)
     hidden = config["hidden_size"]
     intermediate = optional_count(config, "n_inner") or 4 * hidden
+    rotated = optional_count(config, "rotary_dim")
+    # Each layer has fp32 tables of its own (`GPTJAttention.embed_positions`).
+    tables = 4 * config["max_position_embeddings"] * (rotated or hidden)
     layer = Layer(
         attention=separate_attention(
             {**config, "attention_dropout": share(config, "attn_pdrop")},
             input_bias=False,
             output_bias=False,
             output_name="out_proj",
-            rotary_dim=optional_count(config, "rotary_dim") or width,
+            rotary_dim=rotated or width,
+            scores_in_float32=True,
             rotary_kind="pairs",
         ),
         feed_forward=plain(
@@ -195,6 +208,7 @@ def gptj(config: Config, name: str) -> ModelSpec:
         "GPTJForCausalLM",
         equal_layers(config, layer),
         positions=0,
+        buffer_bytes=config["num_hidden_layers"] * tables,
         lm_head_bias=True,
         supports_sdpa=False,
     )
@@ -325,6 +339,7 @@ def opt(config: Config, name: str) -> ModelSpec:
         embedding_linears=_opt_projections(hidden, width) if width and is_projected else (),
         # The table begins with two rows that no token uses.
         positions=count(config, "max_position_embeddings") + 2,
+        counts_positions=True,
     )
 
 

@@ -240,7 +240,13 @@ def stablelm(config: Config, name: str) -> ModelSpec:
     before = placed(config, norm=layer_norm)
     if parallel:
         del before["feed_forward_norm"]
-    layer = Layer(attention=attention, feed_forward=gated(config), parallel=parallel, **before)
+    layer = Layer(
+        attention=attention,
+        feed_forward=gated(config),
+        parallel=parallel,
+        holds=("normalized", "attended"),
+        **before,
+    )
     return decoder(
         config,
         name,
@@ -268,7 +274,7 @@ def granite(config: Config, name: str) -> ModelSpec:
         name,
         "GraniteForCausalLM",
         equal_layers(config, layer),
-        scales_embeddings=True,
+        scales_inputs=True,
         scales_logits=True,
     )
 

@@ -109,7 +109,7 @@ def granitemoe(config: Config, name: str) -> ModelSpec:
         name,
         "GraniteMoeForCausalLM",
         equal_layers(config, layer),
-        scales_embeddings=True,
+        scales_inputs=True,
         scales_logits=True,
     )
 
@@ -341,6 +341,7 @@ def llama4_text(config: Config, name: str) -> ModelSpec:
         return Layer(
             attention=_llama4_attention(config, is_rotated, attention_kind),
             feed_forward=_llama4_experts(config) if is_sparse else _llama4_dense(config),
+            holds=("attended",),
             **placed(config),
         )
 

@@ -1,0 +1,96 @@
+"""One decoder layer on a tape."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ftplan.planner import functions as f
+from ftplan.planner.latent_attention import LatentAttention
+from ftplan.planner.mixtures import EveryExpert, MixtureOfExperts
+from ftplan.planner.model_spec import Attention, FeedForward, Layer
+from ftplan.planner.modules import (
+    Mlp,
+    Module,
+    Numerics,
+    PlainLinear,
+    SelfAttention,
+    base_linear,
+    norm_module,
+)
+from ftplan.planner.separate_experts import SeparateExperts
+from ftplan.planner.tape import Tape, Tensor
+
+
+def attention_module(attention: Attention, numerics: Numerics) -> Module:
+    kind = LatentAttention if attention.latents else SelfAttention
+    return kind(attention, numerics)
+
+
+def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
+    if block.experts is None:
+        return Mlp(block, numerics)
+    if numerics.separate_experts:
+        router = PlainLinear(block.experts.router, numerics.weights, numerics.trained)
+        return SeparateExperts(block, router, partial(base_linear, numerics=numerics))
+    kind = EveryExpert if block.experts.every_expert else MixtureOfExperts
+    return kind(block, numerics)
+
+
+class DecoderLayer:
+    """One layer, built once and run as often as it is computed."""
+
+    def __init__(self, layer: Layer, numerics: Numerics) -> None:
+        self.layer = layer
+        self.attention = attention_module(layer.attention, numerics)
+        self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
+        places = (
+            layer.attention_norm,
+            layer.post_attention_norm,
+            layer.feed_forward_norm,
+            layer.post_feed_forward_norm,
+        )
+        self.norms = [norm_module(norm, numerics) if norm else None for norm in places]
+
+    def __call__(self, tape: Tape, hidden: Tensor) -> Tensor:
+        if self.layer.parallel:
+            return self._in_parallel(tape, hidden)
+        before, behind, before_second, behind_second = self.norms
+        held: dict[str, Tensor] = {}
+        hidden = self._block(tape, hidden, before, self.attention, behind, held)
+        held = {name: tensor for name, tensor in held.items() if name in self.layer.holds}
+        return self._block(tape, hidden, before_second, self.feed_forward, behind_second, {})
+
+    def _block(
+        self,
+        tape: Tape,
+        hidden: Tensor,
+        before: Module | None,
+        block: Module,
+        behind: Module | None,
+        held: dict[str, Tensor],
+    ) -> Tensor:
+        """`held` gets what may stay a local variable until the layer ends."""
+        residual = hidden
+        if before is not None:
+            hidden = before(tape, hidden)
+        held["normalized"] = hidden
+        hidden = f.dropout(tape, block(tape, hidden), self.layer.dropout)
+        held["attended"] = hidden
+        if self.layer.normalizes_sums:
+            hidden = f.add(tape, residual, hidden)
+            return hidden if behind is None else behind(tape, hidden)
+        if behind is not None:
+            hidden = behind(tape, hidden)
+        if self.layer.scales_residual:
+            hidden = f.scale(tape, hidden)
+        return f.add(tape, residual, hidden)
+
+    def _in_parallel(self, tape: Tape, hidden: Tensor) -> Tensor:
+        residual = hidden
+        before, _, before_second, _ = self.norms
+        normalized = before(tape, hidden) if before else hidden
+        attended = f.dropout(tape, self.attention(tape, normalized), self.layer.dropout)
+        if before_second is not None:
+            normalized = before_second(tape, hidden)
+        fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
+        return f.add(tape, f.add(tape, attended, fed), residual)
