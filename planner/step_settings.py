@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ftplan.planner.adapters import adapter_maker
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.losses import LossShape
 from ftplan.planner.model_spec import ModelSpec, Parameter
@@ -11,7 +12,7 @@ from ftplan.planner.modules import Numerics
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings
-from ftplan.planner.trained import Trained
+from ftplan.planner.trained import COPIES, Trained
 
 FLOAT32_BYTES = 4
 
@@ -58,6 +59,7 @@ def step_settings(
             # What ftplan asks of bitsandbytes (launcher/training/build.py).
             compute=plan.compute_bytes if autocast else FLOAT32_BYTES,
             quantization=plan.quantization,
+            adapter=adapter_maker(plan.resolved_method.options(plan.method_settings), trained),
             double_quant=plan.double_quant,
             rank=plan.lora_rank,
             dropout=plan.lora_dropout,
@@ -67,17 +69,14 @@ def step_settings(
             masked_windows=workload.masked_windows,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
-        trained_layers=trained.trained_layers,
-        trained_names=trained.trained_in_layers,
+        trained_names=_trained_in_layers(model, trained),
         adapted={
-            place: frozenset(linear.name for linear in trained.linears_of(model.layers[place]))
+            place: frozenset(trained.linears_of(model.layers[place]))
             for place in trained.adapted_layers
         },
         trains_embeddings=trained.trains_embeddings,
         trains_head=trained.trains_lm_head,
-        trained_outside=frozenset(
-            p.name for p in trained.own if p.name in {o.name for o in model.outer_parameters}
-        ),
+        trained_outside=_trained_names(trained),
         input_learns=trained.trains_embeddings
         or (plan.gradient_checkpointing and plan.resolved_method.adapter),
         autocast=plan.compute_bytes if autocast else None,
@@ -96,6 +95,30 @@ def step_settings(
         embedding_width=outer,
         head_width=outer,
     )
+
+
+def _trained_names(trained: Trained) -> frozenset[str]:
+    """Names of the model's parameters that are trained, themselves or as copies."""
+    names = [p.name for p in trained.own]
+    for kind in COPIES:
+        copied = f".{kind}."
+        names += [
+            p.name.replace(copied, ".") for p in trained.held_as_base if copied in p.name
+        ]
+    return frozenset(names)
+
+
+def _trained_in_layers(model: ModelSpec, trained: Trained) -> dict[int, frozenset[str]]:
+    """The same for each layer that has some."""
+    deep = model.num_hidden_layers
+    if trained.trained_layers:
+        places = range(deep - trained.trained_layers, deep)
+        return dict.fromkeys(places, trained.trained_in_layers)
+    names = _trained_names(trained)
+    of_kind = {
+        id(layer): names & {p.name for p in layer.parameters()} for layer in model.layer_counts
+    }
+    return {place: of_kind[id(layer)] for place, layer in enumerate(model.layers)}
 
 
 def adapter_weight_bytes(plan: TrainingPlan) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ftplan.planner import functions as f
 from ftplan.planner.losses import Head, LigerLoss, LossShape, StockLoss, TrlFusedLoss
-from ftplan.planner.model_spec import Layer, ModelSpec
+from ftplan.planner.model_spec import Layer, Linear, ModelSpec
 from ftplan.planner.modules import DecoderLayer, Numerics, norm_module
 from ftplan.planner.tape import (
     ZERO,
@@ -41,16 +41,15 @@ class StepSettings:
     in these.
 
     `numerics`: of a layer without adapters whose own parameters are frozen. `trained_names`: of
-    the parameters that are trained in the last `trained_layers` layers; `adapted`: names of the
-    linear modules that carry an adapter, for each layer that has some. `input_learns`: the embeddings' result needs a gradient (they are trained, or a hook asks
-    for it). `trained_outside`: names of trained parameters outside of
-    the layers. `embedding_width`, `head_width`: bytes a parameter.
+    the parameters that are trained, for each layer that has some; `adapted`: its linear modules
+    that carry an adapter. `input_learns`: the embeddings' result needs a gradient (they are
+    trained, or a hook asks for it). `trained_outside`: names of trained parameters outside of the
+    layers. `embedding_width`, `head_width`: bytes a parameter.
     """
 
     numerics: Numerics
-    trained_layers: int
-    trained_names: frozenset[str]
-    adapted: Mapping[int, frozenset[str]]
+    trained_names: Mapping[int, frozenset[str]]
+    adapted: Mapping[int, frozenset[Linear]]
     trains_embeddings: bool
     trains_head: bool
     trained_outside: frozenset[str]
@@ -165,14 +164,13 @@ class _StepTracer:
         settings, model = self.settings, self.model
         segments, labels = [self._embedding()], ["embedding"]
         known: dict[object, Segment] = {}
-        first_trained = model.num_hidden_layers - settings.trained_layers
         learns = settings.input_learns
         found: list[object] = list(labels)
         for place, layer in enumerate(model.layers):
-            trained = settings.trained_names if place >= first_trained else frozenset[str]()
+            trained = settings.trained_names.get(place, frozenset())
             adapted = settings.adapted.get(place, frozenset())
             width = segments[-1].result_width
-            key = (id(layer), bool(trained), adapted, learns, width)
+            key = (id(layer), trained, adapted, learns, width)
             if key not in known:
                 numerics = dataclasses.replace(settings.numerics, trained=trained, adapted=adapted)
                 known[key] = self._layer(layer, numerics, learns, width)
