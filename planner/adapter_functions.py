@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ftplan.planner import functions as f
-from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant
+from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant, times
 
 
 def view(tape: Tape, x: Tensor) -> Tensor:
@@ -32,12 +32,68 @@ def matmul(tape: Tape, x: Tensor, y: Tensor, in_features: int, out_features: int
     return f.product(tape, left, right, in_features, out_features)
 
 
-def add_in_place(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
-    """x, to which y is added where it lies."""
+def add_in_place(tape: Tape, x: Tensor, y: Tensor, *, scales: bool = False) -> Tensor:
+    """x, to which y is added where it lies. `scales`: a multiple of y, and so of its gradient."""
     tape.read(x, y)
     result = Tensor(x.storage, x.elements, x.width)
     if tape.differentiates(x, y):
-        tape.attach([result], [x, y], [], f._pass_on)
+        tape.attach([result], [x, y], [], _of_difference if scales else f._pass_on)
+    return result
+
+
+def subtract(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    tape.read(x, y)
+    result = tape.empty(f.larger(x.elements, y.elements), max(x.width, y.width))
+    if tape.differentiates(x, y):
+        learns = tape.differentiates(y)
+        tape.attach([result], [x, y], [], _of_difference if learns else f._pass_on)
+    return result
+
+
+def _of_difference(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+    """The gradient as it came, and its negative or multiple."""
+    incoming = gradients[0]
+    assert incoming is not None
+    return [incoming, tape.like(incoming)]
+
+
+def batched(tape: Tape, x: Tensor, y: Tensor, elements: Form, inner: int) -> Tensor:
+    """A product of stacked matrices, in any order."""
+    left, right = f.to_product(tape, x), f.to_product(tape, y)
+    tape.read(left, right)
+    x_learns, y_learns = tape.differentiates(left), tape.differentiates(right)
+    saved = tape.save(left) if y_learns else []
+    if x_learns:
+        saved += tape.save(right)
+    result = tape.empty(elements, left.width)
+    flops = times(elements, 2 * inner)
+    tape.count(flops)
+    if x_learns or y_learns:
+        sizes = (f._size(left) if x_learns else None, f._size(right) if y_learns else None)
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            tape.count(times(flops, x_learns + y_learns))
+            return [tape.empty(*size) if size else None for size in sizes]
+
+        tape.attach([result], [left, right], saved, backward)
+    return result
+
+
+def view_copied_back(tape: Tape, x: Tensor) -> Tensor:
+    """x in another shape, whose gradient comes in another order and is copied."""
+    result = Tensor(x.storage, x.elements, x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], f._new_like(x))
+    return result
+
+
+def norm(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+    """The lengths of x's vectors. Backward scales x."""
+    tape.read(x)
+    result = tape.empty(elements, x.width)
+    if tape.differentiates(x):
+        saved = tape.save(x, result)
+        tape.attach([result], [x], saved, f._new(f._size(x)))
     return result
 
 

@@ -6,10 +6,12 @@ Local variables live here as long as they do there.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from ftplan.planner import adapter_functions as g
 from ftplan.planner import functions as f
+from ftplan.planner.adapter_counts import oft_block, scales_input, tensors_beside
 from ftplan.planner.model_spec import Linear
 from ftplan.planner.modules import (
     Linear4bit,
@@ -25,12 +27,17 @@ from ftplan.planner.tape import Tape, Tensor, Weight, constant, per_token, scale
 from ftplan.planner.trained import Trained
 
 FLOAT32 = f.FLOAT32
+COMPLEX = 8  # two fp32 numbers
 
 
 def adapter_maker(
     options: PeftOptions, trained: Trained
 ) -> Callable[[Linear, Numerics], Module] | None:
     """What puts the method's adapter around a linear module; None where it adapts none."""
+    if options.peft_type == "IA3":
+        return lambda linear, numerics: Ia3Linear(
+            linear, numerics, options, scales_input=scales_input(linear, trained)
+        )
     kind = _ADAPTERS.get(options.peft_type)
     if kind is None:
         return None
@@ -126,20 +133,31 @@ def bias_of(base: Module) -> Weight:
 
 
 class Adapter:
-    """A linear module and what a method adds to it."""
+    """A linear module and what a method adds to it.
+
+    `added`: parameters by PEFT's name, without the module's and the adapter's own.
+    """
 
     def __init__(self, linear: Linear, numerics: Numerics, options: PeftOptions) -> None:
         self.linear, self.numerics, self.options = linear, numerics, options
         self.base = base_linear(linear, numerics)
         self.width, self.rank = numerics.adapters, numerics.rank
         self.wide, self.deep = linear.out_features, linear.in_features
-        self.add_parameters()
-
-    def add_parameters(self) -> None:
-        raise NotImplementedError
+        tensors = tensors_beside(linear, options, numerics.rank)
+        self.added = {
+            **{name: self._trained(*shape) for name, shape in tensors.trained.items()},
+            **{name: self._frozen(*shape) for name, shape in tensors.frozen.items()},
+        }
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _trained(self, *shape: int) -> Weight:
+        return Weight(math.prod(shape), self.width, trained=True)
+
+    @staticmethod
+    def _frozen(*shape: int) -> Weight:
+        return Weight(math.prod(shape), FLOAT32, trained=False)
 
     @property
     def is_quantized(self) -> bool:
@@ -149,28 +167,29 @@ class Adapter:
     def is_4bit(self) -> bool:
         return self.numerics.quantization in ("nf4", "fp4")
 
-    def weight(self, *shape: int) -> Weight:
-        """A parameter that is trained."""
-        return Weight(_size(shape), self.width, trained=True)
+    def base_result(self, tape: Tape, x: Tensor) -> Tensor:
+        """The module's own result; of a 4-bit one a copy."""
+        result = self.base(tape, x)
+        return f.clone(tape, result) if self.is_4bit else result
 
-    @staticmethod
-    def frozen(*shape: int) -> Weight:
-        return Weight(_size(shape), FLOAT32, trained=False)
+    def cast_input(self, tape: Tape, x: Tensor) -> Tensor:
+        """x in the dtype of what is added."""
+        return f.cast(tape, x, self.width)
 
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
+    def multiply_input(self, tape: Tape, x: Tensor, change: Tensor) -> Tensor:
+        """x times a change of the whole weight."""
+        return g.matmul(tape, x, change, self.deep, self.wide)
 
 
 class Ia3Linear(Adapter):
     """A factor for each result, or for each input of a feed-forward module (tuners/ia3)."""
 
-    def add_parameters(self) -> None:
-        self.is_feed_forward = self.linear.name in self.options.values["feedforward"]
-        self.factors = self.weight(self.deep if self.is_feed_forward else self.wide)
+    def __init__(
+        self, linear: Linear, numerics: Numerics, options: PeftOptions, scales_input: bool
+    ) -> None:
+        super().__init__(linear, numerics, options)
+        self.is_feed_forward = scales_input
+        self.factors = self._trained(self.deep if scales_input else self.wide)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         if self.is_quantized:
@@ -199,17 +218,9 @@ class Ia3Linear(Adapter):
 class AdaloraLinear(Adapter):
     """Low-rank matrices with a diagonal between them, all at their first rank (tuners/adalora)."""
 
-    def add_parameters(self) -> None:
-        rank = self.rank
-        self.a, self.e = self.weight(rank, self.deep), self.weight(rank)
-        self.b = self.weight(self.wide, rank)
-        self.rank_number = Weight(1, FLOAT32, trained=not self.is_quantized and self.width == 4)
-
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
-        result = self.base(tape, x)
-        if self.is_4bit:
-            result = f.clone(tape, result)
-        number = f.scale(tape, self.rank_number)
+        result = self.base_result(tape, x)
+        number = tape.empty(constant(1), FLOAT32)
         if not (self.is_quantized and tape.autocast):
             x = f.cast(tape, x, self.width)
         change = self._change(tape, x)
@@ -218,17 +229,14 @@ class AdaloraLinear(Adapter):
 
     def _change(self, tape: Tape, x: Tensor) -> Tensor:
         dropped = f.dropout(tape, x, self.numerics.dropout)
-        down = g.view(tape, f.multiply(tape, self.a, self.e))
+        w = self.added
+        down = g.view(tape, f.multiply(tape, w["lora_A"], w["lora_E"]))
         middle = g.matmul(tape, dropped, down, self.deep, self.rank)
-        return g.matmul(tape, middle, g.view(tape, self.b), self.rank, self.wide)
+        return g.matmul(tape, middle, g.view(tape, w["lora_B"]), self.rank, self.wide)
 
 
 class LohaLinear(Adapter):
     """The product, element by element, of two low-rank matrices (tuners/loha)."""
-
-    def add_parameters(self) -> None:
-        left, right = (self.wide, self.rank), (self.rank, self.deep)
-        self.factors = [self.weight(*shape) for shape in (left, right, left, right)]
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         before = x.width
@@ -244,17 +252,18 @@ class LohaLinear(Adapter):
     def _change_of_weight(self, tape: Tape) -> Tensor:
         """A function with a backward of its own (`HadaWeight`), which knows no autocast."""
         size, width = constant(self.wide * self.deep), self.width
-        grads_of = [(factor.elements, factor.width) for factor in self.factors]
+        factors = list(self.added.values())
+        grads_of = [(factor.elements, factor.width) for factor in factors]
         compute = tape.autocast or width
         if tape.autocast and width != tape.autocast:
-            copies = [tape.cast_weight(factor) for factor in self.factors]
+            copies = [tape.cast_weight(factor) for factor in factors]
             del copies
         left, right = tape.empty(size, compute), tape.empty(size, compute)
         both = tape.empty(size, compute)
         del left, right
         change = tape.like(both)
         del both
-        if not tape.differentiates(*self.factors):
+        if not tape.differentiates(*factors):
             return change
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
@@ -270,36 +279,223 @@ class LohaLinear(Adapter):
             del product, scaled_
             return grads
 
-        tape.attach([change], self.factors, tape.save(*self.factors), backward)
+        tape.attach([change], factors, tape.save(*factors), backward)
         return change
 
 
 class LokrLinear(LohaLinear):
-    """The Kronecker product of two small matrices (tuners/lokr)."""
-
-    def add_parameters(self) -> None:
-        self.one, self.two = [
-            [self.weight(*shape) for shape in shapes]
-            for shapes in lokr_shapes(self.linear, self.options, self.rank)
-        ]
-        sides = lokr_sides(self.linear, self.options)
-        (self.out_1, self.out_2), (self.in_1, self.in_2) = sides
+    """The Kronecker product of two small matrices, either of which may be one of two
+    (tuners/lokr)."""
 
     def _change_of_weight(self, tape: Tape) -> Tensor:
-        one = self._factor(tape, self.one, self.out_1, self.in_1)
-        two = self._factor(tape, self.two, self.out_2, self.in_2)
+        one, two = self._factor(tape, "lokr_w1"), self._factor(tape, "lokr_w2")
         size = constant(self.wide * self.deep)
         return f.scale(tape, g.outer(tape, one, two, size))
 
-    def _factor(self, tape: Tape, parts: list[Weight], wide: int, deep: int) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        return g.matmul(tape, parts[0], parts[1], self.rank, deep)
+    def _factor(self, tape: Tape, name: str) -> Tensor:
+        if name in self.added:
+            return self.added[name]
+        left, right = self.added[f"{name}_a"], self.added[f"{name}_b"]
+        deep = right.elements[0] // self.rank
+        return g.matmul(tape, left, right, self.rank, deep)
+
+
+class OftLinear(Adapter):
+    """Blocks of the input are turned by orthogonal matrices (tuners/oft)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        x = self.cast_input(tape, x)
+        x = self._turned(tape, x)
+        result = self.base(tape, f.cast(tape, x, before))
+        return f.cast(tape, result, before)
+
+    def _turned(self, tape: Tape, x: Tensor) -> Tensor:
+        weight = self.added["oft_R.weight"]
+        block = oft_block(self.linear, self.options)
+        turn = self._rotation(tape, weight, block)
+        blocks = g.view_copied_back(tape, x)
+        if self.options.flag("block_share"):
+            turn = f.part_copied(tape, turn, constant(self.deep * block))
+        turned = g.batched(tape, blocks, turn, x.elements, block)
+        whole = f.clone(tape, turned)
+        return f.cast(tape, whole, x.width)
+
+    def _rotation(self, tape: Tape, weight: Weight, block: int) -> Tensor:
+        """Cayley's transform as the first terms of a Neumann series."""
+        blocks = weight.elements[0] // (block * (block - 1) // 2)
+        skew = self._skew(tape, weight, blocks * block * block)
+        identity = g.matrix(tape, block, block, weight.width)
+        turn = tape.empty(skew.elements, weight.width)
+        del identity
+        turn = g.add_in_place(tape, turn, skew, scales=True)
+        power = g.batched(tape, skew, skew, skew.elements, block)
+        turn = g.add_in_place(tape, turn, power, scales=True)
+        for scales in (True, False):  # five terms, of which the last counts once
+            power = g.batched(tape, power, skew, skew.elements, block)
+            turn = g.add_in_place(tape, turn, power, scales=scales)
+        return turn
+
+    @staticmethod
+    def _skew(tape: Tape, weight: Weight, num_elements: int) -> Tensor:
+        matrix = g.put_at(tape, weight, constant(num_elements))
+        return g.subtract(tape, matrix, matrix)
+
+
+class VeraLinear(Adapter):
+    """Two vectors around frozen matrices that all modules share (tuners/vera)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        result = self.base_result(tape, x)
+        base_width = result.width
+        down, up = self._frozen(self.rank, self.deep), self._frozen(self.wide, self.rank)
+        x = self.cast_input(tape, x)
+        middle = g.matmul(tape, x, down, self.deep, self.rank)
+        middle = f.multiply(tape, self.added["vera_lambda_d"], middle)
+        change = g.matmul(tape, middle, up, self.rank, self.wide)
+        del middle
+        change = f.multiply(tape, self.added["vera_lambda_b"], change)
+        result = f.add(tape, result, change)
+        del change
+        result = f.cast(tape, result, base_width)
+        return f.cast(tape, result, before)
+
+
+class HraLinear(Adapter):
+    """A chain of reflections of the weight (tuners/hra)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before, side = x.width, self.deep
+        new_weight = g.matrix(tape, side, side, FLOAT32)
+        reflections = self._reflections(tape)
+        new_weight = g.matmul(tape, new_weight, reflections, side, side)
+        weight = f.cast(tape, base_weight(tape, self.base), new_weight.width)
+        new_weight = g.matmul(tape, weight, new_weight, side, side)
+        x = f.cast(tape, x, new_weight.width)
+        bias = bias_of(self.base) if self.linear.bias else None
+        result = f.product(tape, f.to_product(tape, x), new_weight, side, self.wide, bias)
+        return f.cast(tape, result, before)
+
+    def _reflections(self, tape: Tape) -> Tensor:
+        side, u = self.deep, self.added["hra_u"]
+        norm = g.norm(tape, u, constant(self.rank))
+        u_normed = g.divide(tape, u, norm)
+        weight = g.matrix(tape, side, side, u_normed.width)
+        for _ in range(self.rank):
+            column = f.part(tape, u_normed, constant(side))
+            along = g.matmul(tape, f.scale(tape, weight), column, side, 1)
+            along = g.matmul(tape, along, column, 1, side)
+            weight = g.subtract(tape, weight, along)
+            del along
+        return weight
+
+
+class C3aLinear(Adapter):
+    """Circular convolutions of blocks, by Fourier transforms (tuners/c3a)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        result = self.base(tape, x)
+        x = f.cast(tape, x, FLOAT32)
+        kernel = f.cast(tape, self.added["c3a_kernel"], FLOAT32)
+        x = f.scale(tape, self._convolved(tape, x, kernel))
+        result = g.add_in_place(tape, result, f.cast(tape, x, result.width))
+        return f.cast(tape, result, before)
+
+    def _convolved(self, tape: Tape, x: Tensor, kernel: Tensor) -> Tensor:
+        """`BlockCircularConvolution`; the real part is a view of the complex result."""
+        saved = tape.save(x, kernel)
+        result_size = scaled(x.elements, self.wide, self.deep)
+        x_size, kernel_size = x.elements, kernel.elements
+        transformed, of_kernel = tape.like(x, COMPLEX), tape.like(kernel, COMPLEX)
+        product = tape.empty(result_size, COMPLEX)
+        del transformed, of_kernel
+        whole = tape.empty(result_size, COMPLEX)
+        del product
+        result = Tensor(whole.storage, whole.elements, FLOAT32)
+        if not tape.differentiates(x, kernel):
+            return result
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            incoming = tape.empty(result_size, COMPLEX)
+            of_kernel = tape.empty(kernel_size, COMPLEX)
+            product = tape.empty(x_size, COMPLEX)
+            del of_kernel
+            of_x = tape.empty(x_size, COMPLEX)
+            del product
+            transformed = tape.empty(x_size, COMPLEX)
+            product = tape.empty(kernel_size, COMPLEX)
+            del transformed
+            of_kernel = tape.empty(kernel_size, COMPLEX)
+            del incoming, product
+            gradient = tape.empty(kernel_size, FLOAT32)
+            del of_kernel
+            return [Tensor(of_x.storage, x_size, FLOAT32), gradient]
+
+        tape.attach([result], [x, kernel], saved, backward)
+        return result
+
+
+class RoadLinear(Adapter):
+    """Pairs of results are turned (tuners/road)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        result = self.base_result(tape, x)
+        before = result.width
+        if not (self.is_quantized and tape.autocast):
+            result = self.cast_input(tape, result)
+        result = self._turned(tape, result)
+        return f.cast(tape, result, before)
+
+    def _turned(self, tape: Tape, x: Tensor) -> Tensor:
+        first, second = self._columns(tape)
+        half = scaled(x.elements, 1, 2)
+        left, right = f.part(tape, x, half), f.part(tape, x, half)
+        crossed = f.join(tape, [f.scale(tape, right), left])
+        straight = f.multiply(tape, x, first)
+        return f.add(tape, straight, f.multiply(tape, crossed, second))
+
+    def _columns(self, tape: Tape) -> tuple[Tensor, Tensor]:
+        size = constant(self.wide)
+        theta = f.part_copied(tape, self.added["road_theta"], size)
+        alpha = f.part_copied(tape, self.added["road_alpha"], size)
+        cosine, sine = (f.activate(tape, theta, name) for name in ("cos", "sin"))
+        return f.multiply(tape, alpha, cosine), f.multiply(tape, alpha, sine)
+
+
+class MissLinear(Adapter):
+    """One small matrix that the sums of the input's parts are multiplied with (tuners/miss)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        result = self.base_result(tape, x)
+        block = self.added["miss_block"]
+        x = self.cast_input(tape, x)
+        sums = g.reduced(tape, g.view_copied_back(tape, x), scaled(x.elements, self.rank, self.deep))
+        result = f.add(tape, result, g.matmul(tape, sums, block, self.rank, self.wide))
+        return f.cast(tape, result, before)
+
+
+class BeftLinear(Adapter):
+    """A bias (tuners/beft)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        result = self.base(tape, x)
+        summed = f.add(tape, result, self.added["beft_bias"])
+        return f.cast(tape, summed, result.width)
 
 
 _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "LORA": _lora,
-    "IA3": Ia3Linear,
     "ADALORA": AdaloraLinear,
     "LOHA": LohaLinear,
+    "LOKR": LokrLinear,
+    "OFT": OftLinear,
+    "VERA": VeraLinear,
+    "HRA": HraLinear,
+    "C3A": C3aLinear,
+    "ROAD": RoadLinear,
+    "MISS": MissLinear,
+    "BEFT": BeftLinear,
 }
