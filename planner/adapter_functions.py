@@ -163,3 +163,20 @@ def put_at(tape: Tape, values: Tensor, elements: Form) -> Tensor:
     if tape.differentiates(values):
         tape.attach([result], [values], [], f._new(f._size(values)))
     return result
+
+
+def looked_up(tape: Tape, weight: Weight, elements: Form) -> Tensor:
+    """Values at places of a parameter. Backward puts them among zeros, in a tensor more."""
+    tape.read(weight)
+    result = tape.empty(elements, weight.width)
+    if tape.differentiates(weight):
+        size = f._size(weight)
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            zeros = tape.empty(*size)
+            gradient = tape.empty(*size)
+            del zeros
+            return [gradient]
+
+        tape.attach([result], [weight], [], backward)
+    return result

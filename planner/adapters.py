@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ftplan.planner import adapter_functions as g
 from ftplan.planner import functions as f
 from ftplan.planner.adapter_counts import oft_block, scales_input, tensors_beside
-from ftplan.planner.model_spec import Linear
+from ftplan.planner.model_spec import Linear, Parameter
 from ftplan.planner.modules import (
     Linear4bit,
     Linear8bit,
@@ -28,6 +28,13 @@ from ftplan.planner.trained import Trained
 
 FLOAT32 = f.FLOAT32
 COMPLEX = 8  # two fp32 numbers
+INT64 = 8
+VBLORA_TOPK = 2  # vectors mixed, PEFT's default
+
+# What all modules share of a method and train: its gradient grows from the last layer on.
+_SHARED = ("shared.vblora_vector_bank", "shared.unilora_theta_d", "shared.tinylora_v")
+# AdaLoRA adds to the loss how far these are from orthogonal, so that backward begins with them.
+_REGULARIZED = ("lora_A", "lora_B")
 
 
 def adapter_maker(
@@ -47,6 +54,31 @@ def adapter_maker(
         return kind(linear, ranked, options)
 
     return make
+
+
+def early_gradient_bytes(options: PeftOptions, trained: Trained, width: int) -> int:
+    """Bytes of gradients that are there before backward reaches the layers."""
+    return width * sum(p.num_elements for p in _early(options, trained))
+
+
+def loss_copy_bytes(options: PeftOptions, trained: Trained) -> int:
+    """Bytes that AdaLoRA's term of the loss keeps: each matrix in 16 bits, and transposed."""
+    if options.peft_type != "ADALORA":
+        return 0
+    return 2 * 2 * sum(p.num_elements for p in _early(options, trained))
+
+
+def _early(options: PeftOptions, trained: Trained) -> list[Parameter]:
+    if options.peft_type == "ADALORA":
+        return [p for p in trained.adapters if p.name.endswith(_REGULARIZED)]
+    return [p for p in trained.adapters if p.name in _SHARED]
+
+
+def shared(num_elements: int, width: int) -> Weight:
+    """A parameter that has a gradient already."""
+    weight = Weight(num_elements, width, trained=True)
+    weight.gradient = weight
+    return weight
 
 
 def _lora(linear: Linear, numerics: Numerics, options: PeftOptions) -> Module:
@@ -217,6 +249,11 @@ class Ia3Linear(Adapter):
 
 class AdaloraLinear(Adapter):
     """Low-rank matrices with a diagonal between them, all at their first rank (tuners/adalora)."""
+
+    def __init__(self, linear: Linear, numerics: Numerics, options: PeftOptions) -> None:
+        super().__init__(linear, numerics, options)
+        for name in _REGULARIZED:
+            self.added[name].gradient = self.added[name]
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         result = self.base_result(tape, x)
@@ -486,6 +523,125 @@ class BeftLinear(Adapter):
         return f.cast(tape, summed, result.width)
 
 
+class RandloraLinear(Adapter):
+    """Scaled sums of frozen bases that all modules share (tuners/randlora)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        result = self.base_result(tape, x)
+        bases = g.view(tape, self._scaled(tape))
+        other = self._frozen(max(self.wide, self.deep), self._inner)
+        first, second = (bases, other) if self.deep <= self.wide else (other, bases)
+        if tape.autocast is None or not self.is_quantized:
+            x = f.cast(tape, x, FLOAT32)
+        change = g.matmul(tape, x, first, self.deep, self._inner)
+        change = g.matmul(tape, change, second, self._inner, self.wide)
+        change = f.scale(tape, change)
+        result = f.add(tape, result, change)
+        return f.cast(tape, result, before)
+
+    @property
+    def _inner(self) -> int:
+        return self.added["randlora_lambda"].elements[0]
+
+    def _scaled(self, tape: Tape) -> Tensor:
+        """`UniqueBaseGrad`: a gradient for each of the scales, by one product more."""
+        scales = [self.added["randlora_lambda"], self.added["randlora_gamma"]]
+        size = constant(self._inner * min(self.wide, self.deep))
+        sizes = [(scale.elements, scale.width) for scale in scales]
+        product = tape.empty(size, FLOAT32)
+        result = tape.empty(size, FLOAT32)
+        del product
+        if not tape.differentiates(*scales):
+            return result
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            grads: f.Gradients = []
+            for one in sizes:
+                product = tape.empty(size, FLOAT32)
+                grads.append(tape.empty(*one))
+                del product
+            return grads
+
+        tape.attach([result], scales, tape.save(*scales), backward)
+        return result
+
+
+class VbloraLinear(Adapter):
+    """Low-rank matrices, mixed from the best of a bank of vectors (tuners/vblora)."""
+
+    def __init__(self, linear: Linear, numerics: Numerics, options: PeftOptions) -> None:
+        super().__init__(linear, numerics, options)
+        vectors, length = options.count("num_vectors"), options.count("vector_length")
+        self.bank = shared(vectors * length, self.width)
+        self.length, self.vectors = length, vectors
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        result = self.base(tape, x)
+        down = self._mixed(tape, self.added["vblora_logits_A"])
+        up = f.clone(tape, self._mixed(tape, self.added["vblora_logits_B"]))
+        x = self.cast_input(tape, x)
+        change = g.matmul(tape, x, down, self.deep, self.rank)
+        change = g.matmul(tape, change, up, self.rank, self.wide)
+        result = f.add(tape, result, change)
+        return f.cast(tape, result, before)
+
+    def _mixed(self, tape: Tape, logits: Weight) -> Tensor:
+        """Softmax of the highest logits, and the sum of their vectors."""
+        places = logits.elements[0] // self.vectors
+        chosen = f.part_copied(tape, logits, constant(VBLORA_TOPK * places))
+        indices = tape.empty(constant(VBLORA_TOPK * places), INT64)
+        shares = f.softmax_in_float32(tape, chosen)
+        vectors = g.looked_up(tape, self.bank, constant(VBLORA_TOPK * places * self.length))
+        weighted = g.outer(tape, shares, vectors, vectors.elements)
+        del indices
+        return g.reduced(tape, weighted, constant(places * self.length))
+
+
+class UniloraLinear(Adapter):
+    """Low-rank matrices, looked up in one vector that all modules share (tuners/unilora)."""
+
+    def __init__(self, linear: Linear, numerics: Numerics, options: PeftOptions) -> None:
+        super().__init__(linear, numerics, options)
+        self.theta = shared(options.count("theta_d_length"), self.width)
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        result = self.base(tape, x)
+        down, up = (self._looked_up(tape, f"unilora_scales_{letter}") for letter in "AB")
+        x = self.cast_input(tape, x)
+        change = g.matmul(tape, x, down, self.deep, self.rank)
+        change = g.matmul(tape, change, up, self.rank, self.wide)
+        result = f.add(tape, result, change)
+        return f.cast(tape, result, before)
+
+    def _looked_up(self, tape: Tape, name: str) -> Tensor:
+        scales = self.added[name]
+        return f.multiply(tape, g.looked_up(tape, self.theta, scales.elements), scales)
+
+
+class HiraLinear(Adapter):
+    """Low-rank matrices that scale the weight element by element (tuners/hira)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        result = self.base_result(tape, x)
+        before = result.width
+        down, up = self.added["hira_A"], self.added["hira_B"]
+        if self.is_quantized:
+            weight = base_weight(tape, self.base)
+            if tape.autocast is None:
+                x = self.cast_input(tape, x)
+            product = g.matmul(tape, up, down, self.rank, self.deep)
+        else:
+            weight = base_weight(tape, self.base)
+            product = g.matmul(tape, g.view(tape, down), g.view(tape, up), self.rank, self.wide)
+            x = self.cast_input(tape, x)
+        change = self.multiply_input(tape, x, f.multiply(tape, weight, product))
+        result = f.add(tape, result, change)
+        return f.cast(tape, result, before)
+
+
 _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "LORA": _lora,
     "ADALORA": AdaloraLinear,
@@ -498,4 +654,8 @@ _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "ROAD": RoadLinear,
     "MISS": MissLinear,
     "BEFT": BeftLinear,
+    "RANDLORA": RandloraLinear,
+    "VBLORA": VbloraLinear,
+    "UNILORA": UniloraLinear,
+    "HIRA": HiraLinear,
 }

@@ -410,11 +410,20 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
     return loss
 
 
-def look_up(tape: Tape, weight: Weight, elements: Form) -> Tensor:
+def look_up(tape: Tape, weight: Tensor, elements: Form) -> Tensor:
     """Embeddings of tokens. Backward makes a dense gradient."""
     result = tape.empty(elements, weight.width)
     if tape.differentiates(weight):
         tape.attach([result], [weight], [], _new(_size(weight)))
+    return result
+
+
+def merge_rows(tape: Tape, weight: Tensor, rows: Tensor) -> Tensor:
+    """A copy of a weight, some of whose rows are put in place of its own."""
+    tape.read(weight, rows)
+    result = tape.like(weight)
+    if tape.differentiates(rows):
+        tape.attach([result], [rows], [], _new(_size(rows)))
     return result
 
 

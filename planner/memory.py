@@ -25,6 +25,7 @@ from ftplan.planner.hardware_spec import (
 )
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.prompts import tokens_in_front
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
     Workload,
@@ -144,6 +145,7 @@ def estimate_memory(
     """
     rows = plan.per_device_train_batch_size
     length = min(plan.max_length, longest_row or plan.max_length)
+    length += tokens_in_front(plan.resolved_method.options(plan.method_settings))
     step = compiled_step(model, plan, rows, length, device, stack)
     return _with_surroundings(
         step.peak_bytes(rows, length),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftplan.planner.adapters import adapter_maker
+from ftplan.planner.adapters import adapter_maker, early_gradient_bytes, loss_copy_bytes
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.losses import LossShape
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.prompts import prompt_maker, tokens_in_front
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings
 from ftplan.planner.trained import COPIES, Trained
@@ -49,6 +50,8 @@ def step_settings(
     trained: Trained,
 ) -> StepSettings:
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
+    options = plan.resolved_method.options(plan.method_settings)
+    in_front, width = tokens_in_front(options), adapter_weight_bytes(plan)
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
     return StepSettings(
         numerics=Numerics(
@@ -59,7 +62,7 @@ def step_settings(
             # What ftplan asks of bitsandbytes (launcher/training/build.py).
             compute=plan.compute_bytes if autocast else FLOAT32_BYTES,
             quantization=plan.quantization,
-            adapter=adapter_maker(plan.resolved_method.options(plan.method_settings), trained),
+            adapter=adapter_maker(options, trained),
             double_quant=plan.double_quant,
             rank=plan.lora_rank,
             dropout=plan.lora_dropout,
@@ -78,6 +81,7 @@ def step_settings(
         trains_head=trained.trains_lm_head,
         trained_outside=_trained_names(trained),
         input_learns=trained.trains_embeddings
+        or bool(trained.num_trained_tokens or in_front)
         or (plan.gradient_checkpointing and plan.resolved_method.adapter),
         autocast=plan.compute_bytes if autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
@@ -94,6 +98,11 @@ def step_settings(
         returns_fp32=autocast,
         embedding_width=outer,
         head_width=outer,
+        prompts=prompt_maker(options, trained, model.hidden_size),
+        tokens_in_front=in_front,
+        num_trained_tokens=trained.num_trained_tokens,
+        early_gradients=early_gradient_bytes(options, trained, width),
+        loss_copies=loss_copy_bytes(options, trained),
     )
 
 

@@ -25,9 +25,11 @@ from ftplan.planner.tape import (
     Weight,
     add_forms,
     added,
+    constant,
     covers,
     per_pair,
     per_position,
+    per_row,
     per_token,
     subtract_forms,
 )
@@ -44,7 +46,10 @@ class StepSettings:
     the parameters that are trained, for each layer that has some; `adapted`: its linear modules
     that carry an adapter. `input_learns`: the embeddings' result needs a gradient (they are
     trained, or a hook asks for it). `trained_outside`: names of trained parameters outside of the
-    layers. `embedding_width`, `head_width`: bytes a parameter.
+    layers. `embedding_width`, `head_width`: bytes a parameter. `prompts` makes embeddings of
+    `tokens_in_front` learned tokens, which rows are counted with; `num_trained_tokens`: tokens whose
+    embeddings are trained beside the others. `early_gradients`: bytes of gradients that are there
+    from the loss on; `loss_copies`: bytes that are held between loss and backward.
     """
 
     numerics: Numerics
@@ -69,6 +74,11 @@ class StepSettings:
     returns_fp32: bool
     embedding_width: int
     head_width: int
+    prompts: Callable[[Tape], Tensor] | None = None
+    tokens_in_front: int = 0
+    num_trained_tokens: int = 0
+    early_gradients: int = 0
+    loss_copies: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +128,7 @@ class _StepTracer:
     model: ModelSpec
     settings: StepSettings
     phases: dict[str, list[Moment]] = field(default_factory=dict)
+    held_to_backward: Tensor | None = None
 
     def trace(self) -> StepTrace:
         segments, labels = self._segments()
@@ -132,7 +143,7 @@ class _StepTracer:
             bases.append(base)
             base = _sum(base, segment.kept)
             forward_base = _sum(forward_base, segment.kept_forward)
-        left: Parts = {}
+        left: Parts = {"gradients": constant(self.settings.early_gradients)}
         for index in reversed(range(len(segments))):
             segment = segments[index]
             if index in places and segment.backward:
@@ -198,6 +209,9 @@ class _StepTracer:
         layers share."""
         settings, model = self.settings, self.model
         total = add_forms(per_token(3 * 8), self._masks())
+        front = settings.tokens_in_front
+        if front:  # labels and an fp32 mask are made anew
+            total = added((total, per_row(-3 * 8 * front), per_token(8 + 4)))
         rotary = max(layer.attention.rotary_dim for layer in model.layer_counts)
         if rotary:
             total = add_forms(total, per_position(2 * rotary * settings.embedding_width + 8))
@@ -224,19 +238,40 @@ class _StepTracer:
             settings.embedding_width,
             trained=settings.trains_embeddings,
         )
+        wide = model.embedding_width or model.hidden_size
         norm = (
             norm_module(model.embedding_norm, settings.numerics) if model.embedding_norm else None
         )
 
+        delta = Weight(settings.num_trained_tokens * wide, f.FLOAT32, trained=True)
+
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
-            hidden = f.look_up(tape, weight, per_token(model.hidden_size))
+            hidden = self._embedded(tape, weight, delta)
             if settings.input_learns and not hidden.requires_grad:
                 tape.leaf(hidden)
             if model.scales_embeddings:
                 hidden = f.scale(tape, hidden)
+            hidden = self._with_prompts(tape, hidden)
             return hidden if norm is None else norm(tape, hidden)
 
-        return self._segment(forward, None, learns=settings.trains_embeddings)
+        return self._segment(forward, None, learns=settings.input_learns)
+
+    def _embedded(self, tape: Tape, weight: Weight, delta: Weight) -> Tensor:
+        """The row's own tokens. Where some are trained, all embeddings are copied for it
+        (PEFT's `TrainableTokensLayer`)."""
+        wide, front = self.model.hidden_size, self.settings.tokens_in_front
+        elements = add_forms(per_token(wide), per_row(-front * wide))
+        if not delta.elements[0]:
+            return f.look_up(tape, weight, elements)
+        merged = f.merge_rows(tape, weight, f.cast(tape, delta, weight.width))
+        return f.look_up(tape, merged, elements)
+
+    def _with_prompts(self, tape: Tape, hidden: Tensor) -> Tensor:
+        prompts = self.settings.prompts
+        if prompts is None:
+            return hidden
+        parts = [f.cast(tape, prompts(tape), hidden.width), hidden]
+        return f.join(tape, parts)
 
     def _layer(self, layer: Layer, numerics: Numerics, learns: bool, width: int) -> Segment:
         settings = self.settings
@@ -274,6 +309,7 @@ class _StepTracer:
             given.clear()
             tape.component = "logits_and_loss"
             result = loss(tape, hidden, self.held)
+            self.held_to_backward = tape.empty(constant(settings.loss_copies), 1)
             if not settings.holds_logits:
                 self.held.clear()
             return result
@@ -316,6 +352,7 @@ class _StepTracer:
         forward_flops, forward_moved = tape.flops, tape.moved
         kept_forward = _without(tape.state(), result)
         tape.end_autocast()
+        self.held_to_backward = None
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:
