@@ -27,9 +27,12 @@ def matrix(tape: Tape, rows: int, columns: int, width: int) -> Tensor:
 
 def matmul(tape: Tape, x: Tensor, y: Tensor, in_features: int, out_features: int) -> Tensor:
     """x times y; either may be a parameter. Autocast casts both."""
-    left = tape.cast_weight(x) if isinstance(x, Weight) else f.to_product(tape, x)
-    right = tape.cast_weight(y) if isinstance(y, Weight) else f.to_product(tape, y)
+    left, right = _to_product(tape, x), _to_product(tape, y)
     return f.product(tape, left, right, in_features, out_features)
+
+
+def _to_product(tape: Tape, x: Tensor) -> Tensor:
+    return tape.cast_weight(x) if isinstance(x, Weight) else f.to_product(tape, x)
 
 
 def add_in_place(tape: Tape, x: Tensor, y: Tensor, *, scales: bool = False) -> Tensor:
@@ -59,7 +62,7 @@ def _of_difference(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f
 
 def batched(tape: Tape, x: Tensor, y: Tensor, elements: Form, inner: int) -> Tensor:
     """A product of stacked matrices, in any order."""
-    left, right = f.to_product(tape, x), f.to_product(tape, y)
+    left, right = _to_product(tape, x), _to_product(tape, y)
     tape.read(left, right)
     x_learns, y_learns = tape.differentiates(left), tape.differentiates(right)
     saved = tape.save(left) if y_learns else []
@@ -179,4 +182,90 @@ def looked_up(tape: Tape, weight: Weight, elements: Form) -> Tensor:
             return [gradient]
 
         tape.attach([result], [weight], [], backward)
+    return result
+
+
+def reordered(tape: Tape, x: Tensor) -> Tensor:
+    """A copy in another order; so is its gradient."""
+    tape.read(x)
+    result = tape.like(x)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], f._new_like(x))
+    return result
+
+
+def averaged(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+    """A mean over some of x's places. Backward divides the gradient, which is expanded first."""
+    tape.read(x)
+    result = tape.empty(elements, x.width)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], f._new_like(x))
+    return result
+
+
+def add_sparse(tape: Tape, x: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    """x, to which values at some places are added where it lies. Backward brings the whole
+    gradient into the width of the values."""
+    result = Tensor(x.storage, x.elements, x.width)
+    if tape.differentiates(values):
+        elements, size = x.elements, f._size(values)
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            incoming = gradients[0]
+            assert incoming is not None
+            whole = f.cast(tape, incoming, size[1])
+            gradient = tape.empty(*size)
+            del whole, incoming
+            return [None, gradient]
+
+        tape.attach([result], [x, values], tape.save(values, places), backward)
+    return result
+
+
+def scattered(tape: Tape, x: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    """A copy of x with values added at some places."""
+    tape.read(x, values)
+    result = tape.like(x)
+    if tape.differentiates(values):
+        tape.attach([result], [values], tape.save(places), f._new(f._size(values)))
+    return result
+
+
+def projected(tape: Tape, weight: Weight, inner: Form, *, subtracts: bool) -> Tensor:
+    """A parameter whose gradient is replaced by its projection, or by what that leaves."""
+    result = Tensor(weight.storage, weight.elements, weight.width)
+    if tape.differentiates(weight):
+        size = f._size(weight)
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            incoming = gradients[0]
+            assert incoming is not None
+            small = tape.empty(inner, size[1])
+            projection = tape.empty(*size)
+            del small
+            return [tape.empty(*size) if subtracts else projection]
+
+        tape.attach([result], [weight], [], backward)
+    return result
+
+
+def inverse_transform(tape: Tape, x: Tensor) -> Tensor:
+    """The real part, a view, of x's inverse Fourier transform. Backward puts the gradient beside
+    zeros and transforms it back."""
+    tape.read(x)
+    converted = tape.like(x, 2 * x.width)
+    whole = tape.like(x, 2 * x.width)
+    del converted
+    result = Tensor(whole.storage, x.elements, x.width)
+    if tape.differentiates(x):
+        elements, width = x.elements, x.width
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            gradients.clear()
+            beside = tape.empty(elements, 2 * width)
+            whole = tape.empty(elements, 2 * width)
+            del beside
+            return [Tensor(whole.storage, elements, width)]
+
+        tape.attach([result], [x], [], backward)
     return result

@@ -23,7 +23,7 @@ from ftplan.planner.modules import (
     base_linear,
 )
 from ftplan.planner.peft_options import PeftOptions
-from ftplan.planner.tape import Tape, Tensor, Weight, constant, per_token, scaled
+from ftplan.planner.tape import Tape, Tensor, Weight, constant, scaled, times
 from ftplan.planner.trained import Trained
 
 FLOAT32 = f.FLOAT32
@@ -32,7 +32,7 @@ INT64 = 8
 VBLORA_TOPK = 2  # vectors mixed, PEFT's default
 
 # What all modules share of a method and train: its gradient grows from the last layer on.
-_SHARED = ("shared.vblora_vector_bank", "shared.unilora_theta_d", "shared.tinylora_v")
+_SHARED = ("shared.vblora_vector_bank", "shared.unilora_theta_d", ".lily_B.weight")
 # AdaLoRA adds to the loss how far these are from orthogonal, so that backward begins with them.
 _REGULARIZED = ("lora_A", "lora_B")
 
@@ -71,7 +71,7 @@ def loss_copy_bytes(options: PeftOptions, trained: Trained) -> int:
 def _early(options: PeftOptions, trained: Trained) -> list[Parameter]:
     if options.peft_type == "ADALORA":
         return [p for p in trained.adapters if p.name.endswith(_REGULARIZED)]
-    return [p for p in trained.adapters if p.name in _SHARED]
+    return [p for p in trained.adapters if p.name.endswith(_SHARED)]
 
 
 def shared(num_elements: int, width: int) -> Weight:
@@ -261,8 +261,11 @@ class AdaloraLinear(Adapter):
         if not (self.is_quantized and tape.autocast):
             x = f.cast(tape, x, self.width)
         change = self._change(tape, x)
+        held = change if self.is_quantized else None
         change = f.scale(tape, change)
-        return g.add_in_place(tape, result, g.divide(tape, change, number))
+        change = g.divide(tape, change, number)
+        del held
+        return g.add_in_place(tape, result, change)
 
     def _change(self, tape: Tape, x: Tensor) -> Tensor:
         dropped = f.dropout(tape, x, self.numerics.dropout)
@@ -532,12 +535,13 @@ class RandloraLinear(Adapter):
         bases = g.view(tape, self._scaled(tape))
         other = self._frozen(max(self.wide, self.deep), self._inner)
         first, second = (bases, other) if self.deep <= self.wide else (other, bases)
-        if tape.autocast is None or not self.is_quantized:
-            x = f.cast(tape, x, FLOAT32)
+        x = f.cast(tape, x, FLOAT32)
         change = g.matmul(tape, x, first, self.deep, self._inner)
         change = g.matmul(tape, change, second, self._inner, self.wide)
+        held = change if self.is_quantized else None
         change = f.scale(tape, change)
         result = f.add(tape, result, change)
+        del held
         return f.cast(tape, result, before)
 
     @property
@@ -642,6 +646,269 @@ class HiraLinear(Adapter):
         return f.cast(tape, result, before)
 
 
+class DeloraLinear(Adapter):
+    """Low-rank matrices of bounded length (tuners/delora)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before, rank, w = x.width, self.rank, self.added
+        result = self.base(tape, x)
+        change = tape.like(result)
+        inner = f.times_table(tape, x, w["delora_w_norm"].width)
+        inner = g.matmul(tape, inner, w["delora_A"], self.deep, rank)
+        lengths = [g.norm(tape, w[name], constant(rank)) for name in ("delora_A", "delora_B")]
+        scale = g.divide(tape, f.scale(tape, w["delora_lambda"]), f.multiply(tape, *lengths))
+        inner = f.multiply(tape, inner, scale)
+        inner = g.matmul(tape, inner, w["delora_B"], rank, self.wide)
+        change = g.add_in_place(tape, change, inner)
+        result = f.add(tape, result, f.cast(tape, change, result.width))
+        return f.cast(tape, result, before)
+
+
+class GraloraLinear(Adapter):
+    """Low-rank matrices for blocks of the weight (tuners/gralora)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        result = self.base(tape, x)
+        change = self._change(tape, x)
+        scaled_ = f.scale(tape, f.cast(tape, change, result.width))
+        result = g.add_in_place(tape, result, scaled_)
+        return f.cast(tape, result, before)
+
+    def _change(self, tape: Tape, x: Tensor) -> Tensor:
+        parts, w = self.options.count("gralora_k"), self.added
+        middle_size = scaled(x.elements, parts * self.rank, self.deep)
+        result_size = scaled(x.elements, self.wide, self.deep)
+        blocks = g.view_copied_back(tape, self.cast_input(tape, x))
+        middle = g.batched(tape, blocks, w["gralora_A"], middle_size, self.deep // parts)
+        del blocks
+        mixed = g.reordered(tape, middle)
+        del middle
+        return f.clone(tape, g.batched(tape, mixed, w["gralora_B"], result_size, self.rank))
+
+
+class GloraLinear(Adapter):
+    """Low-rank changes of weight, input and bias (tuners/glora), in PEFT's configuration."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        base_result = self.base(tape, x)
+        weight = base_weight(tape, self.base)
+        factor, addend = (self._path(tape, letter, self.wide, self.deep) for letter in "AB")
+        changed = self._combined(tape, weight, factor, addend)
+        bias = self._bias(tape, weight) if self.linear.bias else None
+        x = f.to_product(tape, x)
+        adapted = f.product(
+            tape, x, f.to_product(tape, changed), self.deep, self.wide, bias
+        )
+        result = f.add(tape, base_result, adapted)
+        result = g.subtract(tape, result, f.scale(tape, base_result))
+        return f.cast(tape, result, base_result.width)
+
+    def _path(self, tape: Tape, letter: str, wide: int, deep: int) -> Tensor:
+        down, up = (self.added[f"glora_{letter}.{name}"] for name in ("Xd", "Xu"))
+        product = g.matmul(tape, down, up, down.elements[0] // wide, deep)
+        return f.cast(tape, product, self.numerics.weights)
+
+    @staticmethod
+    def _combined(tape: Tape, own: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+        return f.add(tape, f.add(tape, own, f.multiply(tape, own, factor)), addend)
+
+    def _bias(self, tape: Tape, weight: Tensor) -> Tensor:
+        own, width = bias_of(self.base), self.numerics.weights
+        inputs = self._path(tape, "C", self.deep, 1)
+        factor, addend = (f.cast(tape, self.added[f"glora_{x}.X"], width) for x in "DE")
+        combined = self._combined(tape, own, factor, addend)
+        return f.add(tape, combined, g.matmul(tape, weight, inputs, self.deep, 1))
+
+
+class LilyLinear(Adapter):
+    """Low-rank matrices, the second mixed of several that modules of a name share (tuners/lily)."""
+
+    def __init__(self, linear: Linear, numerics: Numerics, options: PeftOptions) -> None:
+        super().__init__(linear, numerics, options)
+        self.parts = options.count("num_B")
+        self.a = self._trained(self.rank, self.deep)
+        self.b = shared(self.parts * self.rank * self.wide, self.width)
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        result = self.base(tape, x)
+        stacked = g.view(tape, self.b)
+        x = self.cast_input(tape, x)
+        hidden = g.matmul(tape, x, self.a, self.deep, self.rank)
+        router = self.added["lily_router.weight"]
+        logits = g.matmul(tape, hidden, router, self.rank, self.parts)
+        shares = f.softmax_in_float32(tape, logits)
+        shares = g.averaged(tape, shares, constant(self.parts))
+        mixed_size = constant(self.rank * self.wide)
+        mixed = g.batched(tape, shares, stacked, mixed_size, self.parts)
+        change = g.matmul(tape, hidden, mixed, self.rank, self.wide)
+        return f.add(tape, result, f.cast(tape, f.scale(tape, change), result.width))
+
+
+class DeftLinear(Adapter):
+    """A low-rank part of the result is replaced, in fp32 (tuners/deft)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before, w = x.width, self.added
+        base_result = self.base(tape, x)
+        result = f.cast(tape, base_result, FLOAT32)
+        if self.linear.bias:
+            base_product = g.subtract(tape, result, f.cast(tape, bias_of(self.base), FLOAT32))
+        else:
+            base_product = result
+        x = f.cast(tape, x, FLOAT32)
+        projection = f.cast(tape, w["deft_P"], FLOAT32)
+        right = f.activate(tape, projection, "relu")
+        inner = g.matmul(tape, base_product, right, self.wide, self.rank)
+        removed = g.matmul(tape, inner, g.view(tape, projection), self.rank, self.wide)
+        del inner
+        result = g.subtract(tape, result, removed)
+        if "deft_R" in w:
+            put = f.scale(tape, f.cast(tape, w["deft_R"], FLOAT32))
+            inner = g.matmul(tape, x, put, self.deep, self.rank)
+            put_back = g.matmul(tape, inner, g.view(tape, projection), self.rank, self.wide)
+            del inner
+            result = f.add(tape, result, put_back)
+            del put_back
+        return f.cast(tape, result, before)
+
+
+class PeanutLinear(Adapter):
+    """A small network of the weight (tuners/peanut), in PEFT's configuration."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        result = self.base(tape, x)
+        change = self._change_of_weight(tape)
+        x = f.cast(tape, x, change.width)
+        change = self.multiply_input(tape, x, change)
+        return f.add(tape, result, f.cast(tape, change, result.width))
+
+    def _change_of_weight(self, tape: Tape) -> Tensor:
+        down, up = self.added["peanut_A.weight"], self.added["peanut_B.weight"]
+        weight = f.cast(tape, base_weight(tape, self.base), down.width)
+        inner = g.matmul(tape, weight, g.view(tape, down), self.wide, self.rank)
+        inner = f.activate(tape, inner, "relu")
+        return f.scale(tape, g.matmul(tape, inner, up, self.rank, self.wide))
+
+
+class ShiraLinear(Adapter):
+    """Some of the weights themselves (tuners/shira)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        weight = f.clone(tape, base_weight(tape, self.base))
+        values = self.added["shira_weight"]
+        places = tape.empty(times(values.elements, 2), INT64)
+        weight = g.add_sparse(tape, weight, f.scale(tape, values), places)
+        bias = bias_of(self.base) if self.linear.bias else None
+        x, weight = f.to_product(tape, x), f.to_product(tape, weight)
+        return f.product(tape, x, weight, self.deep, self.wide, bias)
+
+
+class SupertuningLinear(Adapter):
+    """Some of the weights themselves, chosen by size (tuners/supertuning)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        weight, values = base_weight(tape, self.base), self.added["supertuning_values"]
+        places = tape.empty(values.elements, INT64)
+        changed = g.scattered(tape, weight, f.cast(tape, values, weight.width), places)
+        bias = bias_of(self.base) if self.linear.bias else None
+        x, changed = f.to_product(tape, x), f.to_product(tape, changed)
+        return f.product(tape, x, changed, self.deep, self.wide, bias)
+
+
+class OsfLinear(Adapter):
+    """The lesser half of the weight's singular space, and what it began as (tuners/osf)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before, w = x.width, self.added
+        result = self.base(tape, x)
+        low = w["osf_svd_params.S_low"].elements[0]
+        u, v = (self._hooked(tape, f"osf_svd_params.{name}", low) for name in ("U_low", "V_low"))
+        first = f.multiply(tape, u, w["osf_svd_params.S_low"])
+        start = f.multiply(tape, w["_osf_U_low_init"], w["_osf_S_low_init"])
+        left = f.join(tape, [first, f.scale(tape, start)])
+        del first, start
+        right = f.join(tape, [v, w["_osf_V_low_init"]])
+        del u, v
+        x = self.cast_input(tape, x)
+        change = g.matmul(tape, x, right, self.deep, 2 * low)
+        change = g.matmul(tape, change, left, 2 * low, self.wide)
+        return f.add(tape, result, f.cast(tape, change, before))
+
+    def _hooked(self, tape: Tape, name: str, low: int) -> Tensor:
+        """A parameter whose gradient a hook projects, by two products and their difference."""
+        weight = self.added[name]
+        kept = self.added.get(name.replace("svd_params.", "").replace("low", "high"))
+        inner = constant(low * ((kept.elements[0] * low // weight.elements[0]) if kept else low))
+        return g.projected(tape, weight, inner, subtracts=kept is not None)
+
+
+class PsoftLinear(Adapter):
+    """A turn within the principal subspace of the weight (tuners/psoft)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        result = self.base(tape, x)
+        before, rank, w = result.width, self.rank, self.added
+        x = f.cast(tape, x, FLOAT32)
+        inner = g.matmul(tape, x, w["_psoft_A_cache"], self.deep, rank)
+        turned = self._turned(tape, inner)
+        change = self._spread(tape, inner, turned)
+        result = f.add(tape, result, f.scale(tape, change))
+        return f.cast(tape, result, before)
+
+    def _spread(self, tape: Tape, inner: Tensor, turned: Tensor) -> Tensor:
+        less = g.subtract(tape, turned, inner)
+        return g.matmul(tape, less, self.added["_psoft_B_cache"], self.rank, self.wide)
+
+    def _turned(self, tape: Tape, x: Tensor) -> Tensor:
+        rank = self.rank
+        vectors = [self.added[f"psoft_R.vector_{name}"] for name in "ab"]
+        skew = g.put_at(tape, self.added["psoft_R.weight"], constant(rank * rank))
+        turn = g.subtract(tape, skew, skew)
+        for vector in vectors:
+            turn = f.multiply(tape, turn, vector)
+        x = f.cast(tape, x, FLOAT32)
+        return g.matmul(tape, x, g.view(tape, turn), rank, rank)
+
+
+class FourierftLinear(Adapter):
+    """Some frequencies of the change of the weight (tuners/fourierft)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        result = self.base(tape, x)
+        change = self._change_of_weight(tape)
+        x = f.cast(tape, x, change.width)
+        result = f.add(tape, result, self.multiply_input(tape, x, change))
+        return f.cast(tape, result, before)
+
+    def _change_of_weight(self, tape: Tape) -> Tensor:
+        spectrum = self.added["fourierft_spectrum"]
+        dense = g.put_at(tape, f.cast(tape, spectrum, FLOAT32), constant(self.wide * self.deep))
+        change = f.scale(tape, g.inverse_transform(tape, dense))
+        return f.cast(tape, change, spectrum.width)
+
+
+class TinyloraLinear(Adapter):
+    """A few numbers within the singular space of the weight (tuners/tinylora)."""
+
+    def __init__(self, linear: Linear, numerics: Numerics, options: PeftOptions) -> None:
+        super().__init__(linear, numerics, options)
+        self.v = self._trained(options.count("u"))
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before, rank, w = x.width, self.rank, self.added
+        result = self.base(tape, x)
+        square = rank * rank
+        turn = g.matmul(tape, self.v, w["tinylora_P"], self.v.elements[0], square)
+        x = f.cast(tape, x, FLOAT32)
+        inner = g.matmul(tape, x, w["tinylora_A"], self.deep, rank)
+        inner = g.matmul(tape, inner, turn, rank, rank)
+        change = g.matmul(tape, inner, w["tinylora_B"], rank, self.wide)
+        result = f.add(tape, result, change)
+        return f.cast(tape, result, before)
+
+
 _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "LORA": _lora,
     "ADALORA": AdaloraLinear,
@@ -658,4 +925,16 @@ _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "VBLORA": VbloraLinear,
     "UNILORA": UniloraLinear,
     "HIRA": HiraLinear,
+    "DELORA": DeloraLinear,
+    "GRALORA": GraloraLinear,
+    "GLORA": GloraLinear,
+    "LILY": LilyLinear,
+    "DEFT": DeftLinear,
+    "PEANUT": PeanutLinear,
+    "SHIRA": ShiraLinear,
+    "SUPERTUNING": SupertuningLinear,
+    "OSF": OsfLinear,
+    "PSOFT": PsoftLinear,
+    "FOURIERFT": FourierftLinear,
+    "TINYLORA": TinyloraLinear,
 }

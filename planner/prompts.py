@@ -24,12 +24,15 @@ def tokens_in_front(options: PeftOptions) -> int:
     return options.count("num_virtual_tokens")
 
 
-def prompt_maker(options: PeftOptions, trained: Trained, hidden_size: int) -> PromptMaker | None:
-    """What makes the learned embeddings of every row; None for a method without."""
+def prompt_maker(
+    options: PeftOptions, trained: Trained, hidden_size: int, width: int
+) -> PromptMaker | None:
+    """What makes the learned embeddings of every row, `width` bytes a parameter; None for a method
+    without."""
     if options.peft_type not in _LENGTHENING:
         return None
     weights = {
-        p.name.removeprefix("prompt_encoder."): Weight(p.num_elements, f.FLOAT32, trained=True)
+        p.name.removeprefix("prompt_encoder."): Weight(p.num_elements, width, trained=True)
         for p in trained.adapters
     }
     size = options.count("num_virtual_tokens") * hidden_size

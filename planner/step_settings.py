@@ -51,6 +51,7 @@ def step_settings(
 ) -> StepSettings:
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
     options = plan.resolved_method.options(plan.method_settings)
+    hooks_input = plan.gradient_checkpointing and plan.resolved_method.adapter
     in_front, width = tokens_in_front(options), adapter_weight_bytes(plan)
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
     return StepSettings(
@@ -82,7 +83,8 @@ def step_settings(
         trained_outside=_trained_names(trained),
         input_learns=trained.trains_embeddings
         or bool(trained.num_trained_tokens or in_front)
-        or (plan.gradient_checkpointing and plan.resolved_method.adapter),
+        or hooks_input,
+        hooks_input=hooks_input,
         autocast=plan.compute_bytes if autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
         on_cuda=kind == "cuda",
@@ -98,7 +100,7 @@ def step_settings(
         returns_fp32=autocast,
         embedding_width=outer,
         head_width=outer,
-        prompts=prompt_maker(options, trained, model.hidden_size),
+        prompts=prompt_maker(options, trained, model.hidden_size, width),
         tokens_in_front=in_front,
         num_trained_tokens=trained.num_trained_tokens,
         early_gradients=early_gradient_bytes(options, trained, width),

@@ -45,7 +45,7 @@ class StepSettings:
     `numerics`: of a layer without adapters whose own parameters are frozen. `trained_names`: of
     the parameters that are trained, for each layer that has some; `adapted`: its linear modules
     that carry an adapter. `input_learns`: the embeddings' result needs a gradient (they are
-    trained, or a hook asks for it). `trained_outside`: names of trained parameters outside of the
+    trained, or `hooks_input`: a hook asks for it). `trained_outside`: names of trained parameters outside of the
     layers. `embedding_width`, `head_width`: bytes a parameter. `prompts` makes embeddings of
     `tokens_in_front` learned tokens, which rows are counted with; `num_trained_tokens`: tokens whose
     embeddings are trained beside the others. `early_gradients`: bytes of gradients that are there
@@ -59,6 +59,7 @@ class StepSettings:
     trains_head: bool
     trained_outside: frozenset[str]
     input_learns: bool
+    hooks_input: bool
     autocast: int | None
     is_fp16: bool
     on_cuda: bool
@@ -247,8 +248,10 @@ class _StepTracer:
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             hidden = self._embedded(tape, weight, delta)
-            if settings.input_learns and not hidden.requires_grad:
+            if settings.hooks_input and not hidden.requires_grad:
                 tape.leaf(hidden)
+                if settings.prompts:  # no layer keeps it, only the hook's node
+                    tape.hold(hidden)
             if model.scales_embeddings:
                 hidden = f.scale(tape, hidden)
             hidden = self._with_prompts(tape, hidden)
