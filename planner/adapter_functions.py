@@ -231,24 +231,6 @@ def scattered(tape: Tape, x: Tensor, values: Tensor, places: Tensor) -> Tensor:
     return result
 
 
-def projected(tape: Tape, weight: Weight, inner: Form, *, subtracts: bool) -> Tensor:
-    """A parameter whose gradient is replaced by its projection, or by what that leaves."""
-    result = Tensor(weight.storage, weight.elements, weight.width)
-    if tape.differentiates(weight):
-        size = f._size(weight)
-
-        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-            incoming = gradients[0]
-            assert incoming is not None
-            small = tape.empty(inner, size[1])
-            projection = tape.empty(*size)
-            del small
-            return [tape.empty(*size) if subtracts else projection]
-
-        tape.attach([result], [weight], [], backward)
-    return result
-
-
 def inverse_transform(tape: Tape, x: Tensor) -> Tensor:
     """The real part, a view, of x's inverse Fourier transform. Backward puts the gradient beside
     zeros and transforms it back."""
@@ -269,3 +251,12 @@ def inverse_transform(tape: Tape, x: Tensor) -> Tensor:
 
         tape.attach([result], [x], [], backward)
     return result
+
+
+def exponential(tape: Tape, x: Tensor) -> Tensor:
+    return f._each_value(tape, x, saves_input=False, saves_result=True)
+
+
+def convolved(tape: Tape, x: Tensor) -> Tensor:
+    """As many values by a convolution with frozen filters, which keeps its input."""
+    return f._each_value(tape, x, saves_input=True)

@@ -23,7 +23,7 @@ from ftplan.planner.modules import (
     base_linear,
 )
 from ftplan.planner.peft_options import PeftOptions
-from ftplan.planner.tape import Tape, Tensor, Weight, constant, scaled, times
+from ftplan.planner.tape import Tape, Tensor, Weight, constant, per_row, scaled, times
 from ftplan.planner.trained import Trained
 
 FLOAT32 = f.FLOAT32
@@ -816,33 +816,6 @@ class SupertuningLinear(Adapter):
         return f.product(tape, x, changed, self.deep, self.wide, bias)
 
 
-class OsfLinear(Adapter):
-    """The lesser half of the weight's singular space, and what it began as (tuners/osf)."""
-
-    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
-        before, w = x.width, self.added
-        result = self.base(tape, x)
-        low = w["osf_svd_params.S_low"].elements[0]
-        u, v = (self._hooked(tape, f"osf_svd_params.{name}", low) for name in ("U_low", "V_low"))
-        first = f.multiply(tape, u, w["osf_svd_params.S_low"])
-        start = f.multiply(tape, w["_osf_U_low_init"], w["_osf_S_low_init"])
-        left = f.join(tape, [first, f.scale(tape, start)])
-        del first, start
-        right = f.join(tape, [v, w["_osf_V_low_init"]])
-        del u, v
-        x = self.cast_input(tape, x)
-        change = g.matmul(tape, x, right, self.deep, 2 * low)
-        change = g.matmul(tape, change, left, 2 * low, self.wide)
-        return f.add(tape, result, f.cast(tape, change, before))
-
-    def _hooked(self, tape: Tape, name: str, low: int) -> Tensor:
-        """A parameter whose gradient a hook projects, by two products and their difference."""
-        weight = self.added[name]
-        kept = self.added.get(name.replace("svd_params.", "").replace("low", "high"))
-        inner = constant(low * ((kept.elements[0] * low // weight.elements[0]) if kept else low))
-        return g.projected(tape, weight, inner, subtracts=kept is not None)
-
-
 class PsoftLinear(Adapter):
     """A turn within the principal subspace of the weight (tuners/psoft)."""
 
@@ -889,6 +862,68 @@ class FourierftLinear(Adapter):
         return f.cast(tape, change, spectrum.width)
 
 
+class PveraLinear(Adapter):
+    """VeRA with a distribution in the place of a value (tuners/pvera)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before, rank = x.width, self.rank
+        result = self.base_result(tape, x)
+        down, up = self._frozen(2 * rank, self.deep), self._frozen(self.wide, rank)
+        x = self.cast_input(tape, x)
+        middle = g.matmul(tape, x, down, self.deep, 2 * rank)
+        middle = f.multiply(tape, self.added["pvera_lambda_d"], middle)
+        half = scaled(middle.elements, 1, 2)
+        mean, variance = f.split(tape, middle, [half, half])
+        sampled = self._sampled(tape, mean, variance)
+        change = g.matmul(tape, sampled, up, rank, self.wide)
+        del sampled
+        change = f.multiply(tape, self.added["pvera_lambda_b"], change)
+        result = f.add(tape, result, change)
+        del change
+        return f.cast(tape, result, before)
+
+    @staticmethod
+    def _sampled(tape: Tape, mean: Tensor, variance: Tensor) -> Tensor:
+        deviation = g.exponential(tape, f.scale(tape, variance))
+        noise = tape.like(deviation)
+        return f.add(tape, mean, f.multiply(tape, noise, deviation))
+
+
+class PolyLinear(Adapter):
+    """Low-rank matrices, mixed for each row by its task (tuners/poly)."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before, rank = x.width, self.rank
+        result = self.base(tape, x)
+        down, up = self._mixed(tape, "A", self.deep), self._mixed(tape, "B", self.wide)
+        x = f.cast(tape, x, down.width)
+        inner_size = scaled(x.elements, rank, self.deep)
+        inner = g.batched(tape, x, down, inner_size, self.deep)
+        result_size = scaled(x.elements, self.wide, self.deep)
+        change = f.scale(tape, g.batched(tape, inner, up, result_size, rank))
+        result = g.add_in_place(tape, result, change)
+        return f.cast(tape, result, before)
+
+    def _mixed(self, tape: Tape, letter: str, side: int) -> Tensor:
+        skills, splits = self.options.count("n_skills"), self.options.count("n_splits")
+        logits = self.added["poly_router.module_logits"]
+        shares = f.part_copied(tape, logits, per_row(splits * skills))
+        stacked = g.view(tape, self.added[f"poly_lora_{letter}"])
+        return g.batched(tape, shares, stacked, per_row(side * self.rank), skills)
+
+
+class WaveftLinear(FourierftLinear):
+    """Some wavelet coefficients of the change of the weight (tuners/waveft), of PEFT's family."""
+
+    def _change_of_weight(self, tape: Tape) -> Tensor:
+        size = constant(self.wide * self.deep)
+        dense = g.put_at(tape, self.added["waveft_spectrum"], size)
+        half, quarter = scaled(size, 1, 2), scaled(size, 1, 4)
+        quarters = [f.part(tape, f.part(tape, dense, half), quarter) for _ in range(4)]
+        coefficients = f.to_product(tape, f.join(tape, quarters))
+        return f.scale(tape, g.convolved(tape, coefficients))
+
+
 class TinyloraLinear(Adapter):
     """A few numbers within the singular space of the weight (tuners/tinylora)."""
 
@@ -933,8 +968,10 @@ _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "PEANUT": PeanutLinear,
     "SHIRA": ShiraLinear,
     "SUPERTUNING": SupertuningLinear,
-    "OSF": OsfLinear,
     "PSOFT": PsoftLinear,
     "FOURIERFT": FourierftLinear,
+    "WAVEFT": WaveftLinear,
+    "PVERA": PveraLinear,
+    "POLY": PolyLinear,
     "TINYLORA": TinyloraLinear,
 }

@@ -7,7 +7,7 @@ from ftplan.planner.methods import METHODS
 from ftplan.planner.plan import TrainingPlan, flag_name
 
 # Methods whose step the closed form models; what they train and add is counted for all of them.
-MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full", "dora","ia3","adalora","loha","lokr","bitfit","ln-tuning", "oft","vera","hra","c3a","road","miss","beft","randlora","vblora","unilora","hira","trainable-tokens","prompt-tuning","p-tuning","multitask-prompt-tuning","delora","gralora","glora","lily","deft","peanut","shira","supertuning","osf","psoft","fourierft","tinylora"))
+MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full", "dora","ia3","adalora","loha","lokr","bitfit","ln-tuning", "oft","vera","hra","c3a","road","miss","beft","randlora","vblora","unilora","hira","trainable-tokens","prompt-tuning","p-tuning","multitask-prompt-tuning","delora","gralora","glora","lily","deft","peanut","shira","supertuning","psoft","fourierft","tinylora","waveft","pvera","poly"))
 
 
 def unmodelled(plan: TrainingPlan) -> str | None:
