@@ -44,7 +44,7 @@ class Tensors:
 _INT32, _INT64 = 4, 8
 
 # transformers' Conv1D in the place of linear modules, and PEFT's methods that do not know it.
-_CONV1D_MODEL_TYPES = ("gpt2",)
+CONV1D_MODEL_TYPES = ("gpt2",)
 _LINEAR_ONLY = frozenset(
     (
         *("LOHA", "LOKR", "OFT", "BOFT", "PSOFT", "HRA", "C3A", "ROAD", "MISS", "DELORA"),
@@ -67,7 +67,7 @@ STACKED_MODEL_TYPES = frozenset(
 # What PEFT decomposes or measures weights for, which must not be quantized; and what it takes the
 # packed numbers of 4-bit weights for weights with.
 _UNQUANTIZED = frozenset(("DELORA", "GLORA", "OSF", "PSOFT", "TINYLORA"))
-_NOT_PACKED = frozenset(("DEFT", "LOHA", "SUPERTUNING"))
+_NOT_PACKED = frozenset(("DEFT", "HRA", "LOHA", "LOKR", "PEANUT", "SUPERTUNING"))
 
 # PEFT's own targets where the method is given none: `TRANSFORMERS_MODELS_TO_..._MAPPING` of
 # peft/utils/constants.py, for decoders. Of IA3, the second list are its feed-forward modules.
@@ -760,7 +760,7 @@ def _adapted_linears(
     model: ModelSpec, options: PeftOptions, default_targets: Sequence[str] | None
 ) -> set[int]:
     """The modules that are adapted, by identity: those named, but for what is copied whole."""
-    if model.model_type in _CONV1D_MODEL_TYPES and options.peft_type in _LINEAR_ONLY:
+    if model.model_type in CONV1D_MODEL_TYPES and options.peft_type in _LINEAR_ONLY:
         raise InputError(
             f"PEFT's {options.peft_type} adapts linear modules, and those of "
             f"`{model.model_type}` are of class Conv1D",

@@ -208,7 +208,7 @@ def add_sparse(tape: Tape, x: Tensor, values: Tensor, places: Tensor) -> Tensor:
     gradient into the width of the values."""
     result = Tensor(x.storage, x.elements, x.width)
     if tape.differentiates(values):
-        elements, size = x.elements, f._size(values)
+        size = f._size(values)
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
             incoming = gradients[0]
@@ -254,6 +254,7 @@ def inverse_transform(tape: Tape, x: Tensor) -> Tensor:
 
 
 def exponential(tape: Tape, x: Tensor) -> Tensor:
+    x = f.in_float32(tape, x)
     return f._each_value(tape, x, saves_input=False, saves_result=True)
 
 

@@ -512,7 +512,9 @@ class MissLinear(Adapter):
         result = self.base_result(tape, x)
         block = self.added["miss_block"]
         x = self.cast_input(tape, x)
-        sums = g.reduced(tape, g.view_copied_back(tape, x), scaled(x.elements, self.rank, self.deep))
+        sums = g.reduced(
+            tape, g.view_copied_back(tape, x), scaled(x.elements, self.rank, self.deep)
+        )
         result = f.add(tape, result, g.matmul(tape, sums, block, self.rank, self.wide))
         return f.cast(tape, result, before)
 
@@ -697,9 +699,7 @@ class GloraLinear(Adapter):
         changed = self._combined(tape, weight, factor, addend)
         bias = self._bias(tape, weight) if self.linear.bias else None
         x = f.to_product(tape, x)
-        adapted = f.product(
-            tape, x, f.to_product(tape, changed), self.deep, self.wide, bias
-        )
+        adapted = f.product(tape, x, f.to_product(tape, changed), self.deep, self.wide, bias)
         result = f.add(tape, base_result, adapted)
         result = g.subtract(tape, result, f.scale(tape, base_result))
         return f.cast(tape, result, base_result.width)
@@ -879,7 +879,8 @@ class PveraLinear(Adapter):
         del sampled
         change = f.multiply(tape, self.added["pvera_lambda_b"], change)
         result = f.add(tape, result, change)
-        del change
+        if not self.is_quantized:
+            del change
         return f.cast(tape, result, before)
 
     @staticmethod

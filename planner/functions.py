@@ -201,7 +201,7 @@ def product(
     weight: Tensor,
     in_features: int,
     out_features: int,
-    bias: Weight | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """A linear module's product, in x's width and the weight's, which are the same."""
     tape.read(x)

@@ -298,7 +298,7 @@ def compiled_step(
     key = (_decisive(plan), workload, kind, capability, stack)
     known = model.compiled.get(key)
     if known is None:
-        check_closed_form(plan)
+        check_closed_form(plan, model)
         known = model.compiled[key] = _compile(model, plan, workload, kind, capability, stack)
     return known
 
@@ -306,7 +306,8 @@ def compiled_step(
 class CompiledStep:
     """The highest moments of each phase as sums linear in the micro-batch.
 
-    `trace`: what they were made of. A phase is (name, what is held throughout it by component, moments).
+    `trace`: what they were made of. A phase is (name, what is held throughout it by component,
+    moments).
     """
 
     def __init__(

@@ -26,10 +26,10 @@ class Numerics:
     `weights`, `norms`, `adapters`: bytes a parameter. `residual`: of the hidden state. `compute`:
     what 4-bit bases compute in. `quantization`: how linear modules are held.
     `trained`: names of the layer's own parameters that are trained. `adapted`: which linear modules
-    carry an adapter, `adapter` what makes it. `rank`, `dropout`: of adapters. `fused_kernels`: norms, rotary embeddings and dropout
-    of a quantized base's adapters are fms-acceleration's. `repeats_key_value`: grouped heads are
-    repeated before the kernel. `padded`: some rows are shorter, `masked_windows`: sliding windows
-    that a row is longer than; either needs a mask.
+    carry an adapter, `adapter` what makes it. `rank`, `dropout`: of adapters. `fused_kernels`:
+    norms, rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
+    `repeats_key_value`: grouped heads are repeated before the kernel. `padded`: some rows are
+    shorter, `masked_windows`: sliding windows that a row is longer than; either needs a mask.
     """
 
     weights: int

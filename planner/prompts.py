@@ -72,9 +72,7 @@ def _by_network(
     return prompt
 
 
-def _of_task(
-    tape: Tape, weights: dict[str, Weight], options: PeftOptions, size: int
-) -> Tensor:
+def _of_task(tape: Tape, weights: dict[str, Weight], options: PeftOptions, size: int) -> Tensor:
     """The shared prompt times the product of the task's column and row."""
     tokens, ranks = options.count("num_virtual_tokens"), options.count("num_ranks")
     hidden_size = size // tokens

@@ -113,9 +113,7 @@ def _trained_names(trained: Trained) -> frozenset[str]:
     names = [p.name for p in trained.own]
     for kind in COPIES:
         copied = f".{kind}."
-        names += [
-            p.name.replace(copied, ".") for p in trained.held_as_base if copied in p.name
-        ]
+        names += [p.name.replace(copied, ".") for p in trained.held_as_base if copied in p.name]
     return frozenset(names)
 
 

@@ -45,11 +45,12 @@ class StepSettings:
     `numerics`: of a layer without adapters whose own parameters are frozen. `trained_names`: of
     the parameters that are trained, for each layer that has some; `adapted`: its linear modules
     that carry an adapter. `input_learns`: the embeddings' result needs a gradient (they are
-    trained, or `hooks_input`: a hook asks for it). `trained_outside`: names of trained parameters outside of the
-    layers. `embedding_width`, `head_width`: bytes a parameter. `prompts` makes embeddings of
-    `tokens_in_front` learned tokens, which rows are counted with; `num_trained_tokens`: tokens whose
-    embeddings are trained beside the others. `early_gradients`: bytes of gradients that are there
-    from the loss on; `loss_copies`: bytes that are held between loss and backward.
+    trained, or `hooks_input`: a hook asks for it). `trained_outside`: names of trained parameters
+    outside of the layers. `embedding_width`, `head_width`: bytes a parameter. `prompts` makes
+    embeddings of `tokens_in_front` learned tokens, which rows are counted with;
+    `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
+    bytes of gradients that are there from the loss on; `loss_copies`: bytes that are held between
+    loss and backward.
     """
 
     numerics: Numerics
