@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 from ftplan.planner import adapter_functions as g
 from ftplan.planner import functions as f
@@ -38,14 +39,19 @@ _REGULARIZED = ("lora_A", "lora_B")
 
 
 def adapter_maker(
-    options: PeftOptions, trained: Trained
+    options: PeftOptions, trained: Trained, *, loss_in_model: bool
 ) -> Callable[[Linear, Numerics], Module] | None:
-    """What puts the method's adapter around a linear module; None where it adapts none."""
+    """What puts the method's adapter around a linear module; None where it adapts none.
+
+    `loss_in_model`: the model computes the loss, to which AdaLoRA adds a term.
+    """
     if options.peft_type == "IA3":
         return lambda linear, numerics: Ia3Linear(
             linear, numerics, options, scales_input=scales_input(linear, trained)
         )
     kind = _ADAPTERS.get(options.peft_type)
+    if options.peft_type == "ADALORA":
+        kind = partial(AdaloraLinear, regularized=loss_in_model)
     if kind is None:
         return None
 
@@ -56,14 +62,18 @@ def adapter_maker(
     return make
 
 
-def early_gradient_bytes(options: PeftOptions, trained: Trained, width: int) -> int:
+def early_gradient_bytes(
+    options: PeftOptions, trained: Trained, width: int, *, loss_in_model: bool
+) -> int:
     """Bytes of gradients that are there before backward reaches the layers."""
+    if options.peft_type == "ADALORA" and not loss_in_model:
+        return 0
     return width * sum(p.num_elements for p in _early(options, trained))
 
 
-def loss_copy_bytes(options: PeftOptions, trained: Trained) -> int:
+def loss_copy_bytes(options: PeftOptions, trained: Trained, *, loss_in_model: bool) -> int:
     """Bytes that AdaLoRA's term of the loss keeps: each matrix in 16 bits, and transposed."""
-    if options.peft_type != "ADALORA":
+    if options.peft_type != "ADALORA" or not loss_in_model:
         return 0
     return 2 * 2 * sum(p.num_elements for p in _early(options, trained))
 
@@ -250,9 +260,11 @@ class Ia3Linear(Adapter):
 class AdaloraLinear(Adapter):
     """Low-rank matrices with a diagonal between them, all at their first rank (tuners/adalora)."""
 
-    def __init__(self, linear: Linear, numerics: Numerics, options: PeftOptions) -> None:
+    def __init__(
+        self, linear: Linear, numerics: Numerics, options: PeftOptions, regularized: bool
+    ) -> None:
         super().__init__(linear, numerics, options)
-        for name in _REGULARIZED:
+        for name in _REGULARIZED if regularized else ():
             self.added[name].gradient = self.added[name]
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
@@ -947,7 +959,6 @@ class TinyloraLinear(Adapter):
 
 _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "LORA": _lora,
-    "ADALORA": AdaloraLinear,
     "LOHA": LohaLinear,
     "LOKR": LokrLinear,
     "OFT": OftLinear,

@@ -88,9 +88,11 @@ def check_modelled_method(name: str) -> None:
     """Raises InputError for a method that only a dry run knows, or for which there is no trainer:
     no plan is made for it."""
     method = METHODS.get(name)
-    if method is None or name in MODELLED_METHODS:
+    if method is None:
         return
     method.check_trained()
+    if name in MODELLED_METHODS:
+        return
     raise InputError(
         f"method `{name}` has no closed form",
         "`ftplan estimate MODEL --exact` carries out its step; to plan or launch, take "

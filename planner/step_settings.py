@@ -52,6 +52,7 @@ def step_settings(
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
     options = plan.resolved_method.options(plan.method_settings)
     hooks_input = plan.gradient_checkpointing and plan.resolved_method.adapter
+    in_model = plan.loss != "trl-fused"  # TRL's own is computed outside of the model
     in_front, width = tokens_in_front(options), adapter_weight_bytes(plan)
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
     return StepSettings(
@@ -63,7 +64,7 @@ def step_settings(
             # What ftplan asks of bitsandbytes (launcher/training/build.py).
             compute=plan.compute_bytes if autocast else FLOAT32_BYTES,
             quantization=plan.quantization,
-            adapter=adapter_maker(options, trained),
+            adapter=adapter_maker(options, trained, loss_in_model=in_model),
             double_quant=plan.double_quant,
             rank=plan.lora_rank,
             dropout=plan.lora_dropout,
@@ -103,8 +104,8 @@ def step_settings(
         prompts=prompt_maker(options, trained, model.hidden_size, width),
         tokens_in_front=in_front,
         num_trained_tokens=trained.num_trained_tokens,
-        early_gradients=early_gradient_bytes(options, trained, width),
-        loss_copies=loss_copy_bytes(options, trained),
+        early_gradients=early_gradient_bytes(options, trained, width, loss_in_model=in_model),
+        loss_copies=loss_copy_bytes(options, trained, loss_in_model=in_model),
     )
 
 

@@ -35,7 +35,7 @@ def relative_error(config: dict[str, Any], **settings: Any) -> float:
     is taken off."""
     spec = spec_from_config({**config, "num_hidden_layers": 4}, "tiny")
     given = {
-        **{"per_device_train_batch_size": 2, "max_length": 128, "lora_rank": 8},
+        **{"per_device_train_batch_size": 2, "max_length": 256, "lora_rank": 8},
         **{"target_modules": target_names(spec, ("all-linear",)), **settings},
     }
     case = cuda_case(config, 4, **given)
