@@ -146,7 +146,7 @@ def _base_parameters(layer: Layer, spread: Spread, numerics: Numerics) -> Iterat
 
 def _adapters(layer: Layer, numerics: Numerics) -> Iterator[Parameter]:
     for linear in layer.linears:
-        if linear.name in numerics.adapted:
+        if linear in numerics.adapted:
             yield Parameter(name="lora_A.weight", shape=(numerics.rank, linear.in_features))
             yield Parameter(name="lora_B.weight", shape=(linear.out_features, numerics.rank))
 

@@ -17,6 +17,10 @@ from ftplan.planner.peft_options import PeftOptions
 
 ALL_LINEAR = "all-linear"
 
+# What stands between a module's name and its parameter's in the names of a copy: a whole module's,
+# and a tuned norm's.
+COPIES = ("modules_to_save", "ln_tuning_layers")
+
 # What transformers calls the output projection, and the token embeddings where not `embed_tokens`.
 LM_HEAD = "lm_head"
 _EMBEDDING_NAMES = {
