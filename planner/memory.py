@@ -297,7 +297,7 @@ def compiled_step(
     known = model.compiled.get(key)
     if known is None:
         check_closed_form(plan)
-        check_modelled_family(model)
+        check_modelled_family(model, plan)
         known = model.compiled[key] = _compile(model, plan, workload, kind, capability, stack)
     return known
 
