@@ -341,7 +341,7 @@ def compiled_step(
     known = model.compiled.get(key)
     if known is None:
         check_closed_form(plan, model)
-        check_modelled_family(model)
+        check_modelled_family(model, plan)
         trained = trained_model(model, plan)
         known = model.compiled[key] = _compile(trained, plan, workload, kind, capability, stack)
     return known
