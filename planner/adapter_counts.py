@@ -17,7 +17,9 @@ from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Parameter
 from ftplan.planner.peft_options import PeftOptions
 from ftplan.planner.trained import (
     ALL_LINEAR,
+    EXPERT_NAMES,
     LM_HEAD,
+    STACKED_MODEL_TYPES,
     MethodSettings,
     Tally,
     Trained,
@@ -52,17 +54,6 @@ _LINEAR_ONLY = frozenset(
     )
 )
 
-# Mixtures whose experts were modules before transformers 5: given these names, PEFT's LoRA adapts
-# the stacked experts, and no module of the name (`transformers_weight_conversion.py`).
-EXPERT_NAMES = frozenset(("gate", "gate_proj", "up_proj", "down_proj"))
-STACKED_MODEL_TYPES = frozenset(
-    (
-        *("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
-        *("ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
-        *("hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next"),
-        *("solar_open",),
-    )
-)
 
 # What PEFT decomposes or measures weights for, which must not be quantized; and what it takes the
 # packed numbers of 4-bit weights for weights with.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
@@ -28,7 +28,7 @@ from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
-from ftplan.planner.separate_experts import expert_linears
+from ftplan.planner.separate_experts import quantized_linears
 from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import (
     Workload,
@@ -123,7 +123,7 @@ class MemoryEstimate:
     required_bytes: int
     host_ram_peak_bytes: int
     disk_bytes: int
-    list_phases: Callable[[], tuple[Phase, ...]]
+    list_phases: Callable[[], tuple[Phase, ...]] = field(compare=False, repr=False)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -276,13 +276,9 @@ def weight_memory_bytes(
 def _quantized_linears(model: ModelSpec, stack: Stack) -> Iterator[tuple[int, Linear]]:
     """The modules that are held quantized, how many of each."""
     for layer, count in model.layer_counts.items():
-        for linear in layer.linears:
-            if linear.quantizable:
-                yield count, linear
-        experts = layer.feed_forward.experts
-        if experts is not None and stack.separates_experts:
-            for linear in expert_linears(layer.feed_forward):
-                yield count * experts.num_experts, linear
+        separate = stack.separates_experts
+        for linear, copies in quantized_linears(layer, separate_experts=separate):
+            yield count * copies, linear
     for linear in (*model.embedding_linears, *model.other_linears):
         if linear.quantizable:
             yield 1, linear
@@ -426,8 +422,11 @@ def _held(
 ) -> Held:
     if settings.spread is not None:
         scales = 0
-        if plan.quantization != "none":
-            scales = round(model.quantizable_weights * (quantized_bytes_per_weight(plan) - 0.5))
+        if plan.quantization != "none" and plan.quantization not in PREQUANTIZED:
+            weights = sum(
+                count * one.num_weights for count, one in _quantized_linears(model, stack)
+            )
+            scales = round(weights * (quantized_bytes_per_weight(plan) - 0.5))
         return held_of_shares(step_units(model, settings), plan, settings.spread, scales)
     if settings.reduction is not None:
         weights = weight_memory_bytes(model, plan, stack, settings.numerics.weights)

@@ -125,11 +125,14 @@ def _fastest(fitting: Sequence[Evaluated]) -> Evaluated:
     """The plan of least time a row.
 
     Where two differ by under 2 %, the larger micro-batch's padding and the estimate's error
-    decide nothing, so the one with less memory is taken.
+    decide nothing, so the one with less memory is taken, of those with the most rows a step: that
+    is the recipe's number, which a given accumulation may keep small micro-batches from.
     """
     fastest = min(e.seconds_per_row for e in fitting)
     near = [e for e in fitting if e.seconds_per_row <= 1.02 * fastest]
-    return min(near, key=lambda e: e.memory.required_bytes)
+    rows = max(e.plan.effective_batch_size for e in near)
+    enough = [e for e in near if e.plan.effective_batch_size == rows]
+    return min(enough, key=lambda e: e.memory.required_bytes)
 
 
 def evaluate(

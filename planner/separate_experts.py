@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ftplan.planner import functions as f
-from ftplan.planner.model_spec import FeedForward, Linear
+from ftplan.planner.model_spec import FeedForward, Layer, Linear
 from ftplan.planner.tape import Tape, Tensor, per_token, scaled
 
 Module = Callable[[Tape, Tensor], Tensor]
@@ -19,6 +19,15 @@ def expert_linears(block: FeedForward) -> tuple[Linear, ...]:
         Linear(name="w3", in_features=wide, out_features=narrow),
         Linear(name="w2", in_features=narrow, out_features=wide),
     )
+
+
+def quantized_linears(layer: Layer, *, separate_experts: bool) -> list[tuple[Linear, int]]:
+    """A layer's modules that a quantized base holds quantized, and how many of each."""
+    linears = [(linear, 1) for linear in layer.linears if linear.quantizable]
+    experts = layer.feed_forward.experts
+    if experts is not None and separate_experts:
+        linears += [(one, experts.num_experts) for one in expert_linears(layer.feed_forward)]
+    return linears
 
 
 class SeparateExperts:

@@ -7,8 +7,10 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ftplan.planner.model_spec import Layer, ModelSpec, Parameter
+from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
+from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
+from ftplan.planner.separate_experts import quantized_linears
 
 FLOAT32_BYTES = 4
 
@@ -134,14 +136,23 @@ def _base_parameters(layer: Layer, spread: Spread, numerics: Numerics) -> Iterat
     if numerics.quantization == "none":
         yield from layer.parameters()
         return
-    quantized = [linear for linear in layer.linears if linear.quantizable]
-    matrices = {f"{linear.name}.weight" for linear in quantized}
-    for linear in quantized:
-        numbers = -(-linear.num_weights // (2 * spread.frozen))
-        yield Parameter(name=f"{linear.name}.weight", shape=(numbers, 1))
+    quantized = quantized_linears(layer, separate_experts=numerics.separate_experts)
+    for linear, count in quantized:
+        numbers = -(-_stored_bytes(linear, numerics.quantization) // spread.frozen)
+        yield Parameter(name=f"{linear.name}.weight", shape=(numbers, 1), count=count)
+    elsewhere = {f"{linear.name}.weight" for linear, _ in quantized}
+    if numerics.separate_experts and layer.feed_forward.experts is not None:
+        elsewhere |= {matrix.name for matrix in layer.feed_forward.matrices}
     for parameter in layer.parameters():
-        if parameter.name not in matrices:
+        if parameter.name not in elsewhere:
             yield parameter
+
+
+def _stored_bytes(linear: Linear, quantization: str) -> int:
+    """Of a 4-bit weight, as far as it is divided: bitsandbytes keeps the scales apart."""
+    if quantization in PREQUANTIZED:
+        return prequantized_bytes(linear, quantization)
+    return -(-linear.num_weights // 2)
 
 
 def _adapters(layer: Layer, numerics: Numerics) -> Iterator[Parameter]:

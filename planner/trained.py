@@ -21,6 +21,18 @@ ALL_LINEAR = "all-linear"
 # and a tuned norm's.
 COPIES = ("modules_to_save", "ln_tuning_layers")
 
+# Mixtures whose experts were modules before transformers 5: given these names, PEFT's LoRA adapts
+# the stacked experts, and no module of the name (`transformers_weight_conversion.py`).
+EXPERT_NAMES = frozenset(("gate", "gate_proj", "up_proj", "down_proj"))
+STACKED_MODEL_TYPES = frozenset(
+    (
+        *("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
+        *("ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+        *("hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next"),
+        *("solar_open",),
+    )
+)
+
 # What transformers calls the output projection, and the token embeddings where not `embed_tokens`.
 LM_HEAD = "lm_head"
 _EMBEDDING_NAMES = {
@@ -216,7 +228,8 @@ def check_target_modules(target_modules: Sequence[str]) -> None:
 
 
 def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[Linear, ...]:
-    """The linear modules that `target_modules` names, of each kind of layer; `all-linear`: all.
+    """The linear modules that `target_modules` names, of each kind of layer; `all-linear`: all but
+    those whose names PEFT takes for stacked experts.
 
     A name takes every module of that name, as PEFT's match by suffix does (GPT-2 has a `c_proj`
     in attention and one in the feed-forward). Raises UnknownNameError for a name that no module
@@ -224,7 +237,8 @@ def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[L
     """
     check_target_modules(target_modules)
     if tuple(target_modules) == (ALL_LINEAR,):
-        return model.linears
+        left_out = EXPERT_NAMES if model.model_type in STACKED_MODEL_TYPES else ()
+        return tuple(linear for linear in model.linears if linear.name not in left_out)
     known = {linear.name for linear in model.linears}
     for name in target_modules:
         if name not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -136,7 +137,8 @@ class TestCases:
             "torch 2.11",
         )
         assert case.gpu == find_gpu("t4").device()
-        assert case.model.spec == require_model("smollm2-135m").spec
+        expected = require_model("smollm2-135m").spec
+        assert dataclasses.asdict(case.model.spec) == dataclasses.asdict(expected)
         assert case.measured == {"allocated_bytes": 10**9, "device_bytes": None}
         assert (case.kbit_prepare, case.packing, case.length_is) == (False, False, "exact")
         plan = case.plan
@@ -227,9 +229,8 @@ class TestRefusals:
         [
             ({"trainer": "litgpt"}, "unknown trainer `litgpt`"),
             ({"method": "dorra"}, "unknown method `dorra`"),
-            ({"loss_kernel": "triton_ce"}, "unknown loss `triton_ce`"),
             ({"loss_kernel": "chunked"}, "unknown loss `chunked`"),
-            ({"quantization": "gptq-int4"}, "unknown quantization `gptq-int4`"),
+            ({"quantization": "gptq-int3"}, "unknown quantization `gptq-int3`"),
             ({"optim": "lorafa"}, "unknown optim `lorafa`"),
             ({"torch_dtype": "float8"}, "unknown dtype `float8`"),
             ({"sharding": "hybrid"}, "sharding `hybrid` is not modelled"),
@@ -380,19 +381,9 @@ class TestPrediction:
     def test_no_speed_without_a_gpu(self, read: Read) -> None:
         assert validate.closed_form(case_of(read, gpu=None)).tokens_per_second_per_gpu is None
 
-    @pytest.mark.parametrize(
-        ("config", "reason"),
-        [
-            ({"kbit_prepare": True}, "`kbit_prepare` is not modelled in closed form"),
-            ({"length_is": "cap"}, r"only a limit \(`cap`\)"),
-        ],
-        ids=str,
-    )
-    def test_what_the_closed_form_does_not_model(
-        self, read: Read, config: dict[str, Any], reason: str
-    ) -> None:
-        with pytest.raises(InputError, match=reason):
-            validate.closed_form(case_of(read, config))
+    def test_what_the_closed_form_does_not_model(self, read: Read) -> None:
+        with pytest.raises(InputError, match=r"only a limit \(`cap`\)"):
+            validate.closed_form(case_of(read, {"length_is": "cap"}))
 
     def test_what_a_predictor_raises_is_a_refusal(self, read: Read) -> None:
         case = case_of(read)
@@ -464,6 +455,7 @@ FMS = {
     "source": "foundation-model-stack/fms-acceleration scripts/benchmarks",
     "gpu": "NVIDIA A100-SXM4-80GB (file name a100_80gb)",
     "model": "mistralai/Mistral-7B-v0.1",
+    "software": "torch 2.4.1, transformers 4.48.1, peft 0.13.2, accelerate 1.0.1",
 }
 FMS_CONFIG = {
     "torch_dtype": "bfloat16",
@@ -507,7 +499,7 @@ class TestJson:
         for quantity in ("allocated_bytes", "device_bytes"):
             error = first["predicted"][quantity] / first["measured"][quantity] - 1
             assert first["relative_error"][quantity] == error
-        assert abs(first["relative_error"]["allocated_bytes"]) < 0.03
+        assert abs(first["relative_error"]["allocated_bytes"]) < 0.001
         assert first["relative_error"]["reserved_bytes"] is None and first["refused"] is None
         assert second["predicted"] is None and second["measured"] == CASE["measured"]
         assert second["refused"] == "unknown trainer `swift`"
@@ -546,9 +538,9 @@ Farthest off: allocated memory
 
 Refused
 cases   why
-─────────────────────────────────────────────────────
+────────────────────────────────────────────────────────────────
     2   unknown trainer `swift`
-    1   `kbit_prepare` is not modelled in closed form
+    1   the length of the rows is not said, only a limit (`cap`)
 
 7 cases: 4 predicted, 3 refused
 Allocated memory predicted too low by more than 3 %: 1 of 4"""
@@ -572,7 +564,7 @@ class TestTables:
                 measured={"allocated_bytes": 100},
             ),
             changed(CASE, {"trainer": "swift"}, id="e"),
-            changed(CASE, {"kbit_prepare": True}, id="f"),
+            changed(CASE, {"length_is": "cap"}, id="f"),
             changed(CASE, {"trainer": "swift"}, id="g", gpu="Z1"),
         ]
         closed_form = validate.closed_form
