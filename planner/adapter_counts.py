@@ -46,7 +46,7 @@ class Tensors:
 _INT32, _INT64 = 4, 8
 
 # transformers' Conv1D in the place of linear modules, and PEFT's methods that do not know it.
-_CONV1D_MODEL_TYPES = ("gpt2",)
+CONV1D_MODEL_TYPES = ("gpt2",)
 _LINEAR_ONLY = frozenset(
     (
         *("LOHA", "LOKR", "OFT", "BOFT", "PSOFT", "HRA", "C3A", "ROAD", "MISS", "DELORA"),
@@ -58,7 +58,7 @@ _LINEAR_ONLY = frozenset(
 # What PEFT decomposes or measures weights for, which must not be quantized; and what it takes the
 # packed numbers of 4-bit weights for weights with.
 _UNQUANTIZED = frozenset(("DELORA", "GLORA", "OSF", "PSOFT", "TINYLORA"))
-_NOT_PACKED = frozenset(("DEFT", "LOHA", "SUPERTUNING"))
+_NOT_PACKED = frozenset(("DEFT", "HRA", "LOHA", "LOKR", "PEANUT", "SUPERTUNING"))
 
 # PEFT's own targets where the method is given none: `TRANSFORMERS_MODELS_TO_..._MAPPING` of
 # peft/utils/constants.py, for decoders. Of IA3, the second list are its feed-forward modules.
@@ -193,19 +193,19 @@ def _pvera(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
 
 def _oft(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
     """Skew-symmetric blocks along the input, and where their upper triangle's numbers go."""
+    block = oft_block(linear, o)
+    numbers = block * (block - 1) // 2
+    shared = 1 if o.flag("block_share") else linear.in_features // block
+    return Tensors(trained={"oft_R.weight": (shared, numbers)}, index_bytes=2 * numbers * _INT64)
+
+
+def oft_block(linear: Linear, o: PeftOptions) -> int:
+    """The side of OFT's blocks."""
     side, blocks = linear.in_features, o.count("r", least=0)
     block = o.count("oft_block_size", least=0)
     if (blocks == 0) == (block == 0):
         raise o.refused("oft_block_size", "one of `r` and it must be 0")
-    if blocks:
-        blocks = _nearest_divisor(side, blocks)
-        block = side // blocks
-    else:
-        block = _nearest_divisor(side, block)
-        blocks = side // block
-    numbers = block * (block - 1) // 2
-    shared = 1 if o.flag("block_share") else blocks
-    return Tensors(trained={"oft_R.weight": (shared, numbers)}, index_bytes=2 * numbers * _INT64)
+    return side // _nearest_divisor(side, blocks) if blocks else _nearest_divisor(side, block)
 
 
 def _nearest_divisor(side: int, wanted: int) -> int:
@@ -536,6 +536,8 @@ _Shared = Callable[[Sequence[_Place], PeftOptions, int], _Two]
 
 _BESIDE: dict[str, _Beside] = {
     "LORA": _lora,
+    "ADALORA": _adalora,
+    "BEFT": _beft,
     "LOHA": _loha,
     "LOKR": _lokr,
     "VERA": _vera,
@@ -574,6 +576,18 @@ _SHARED: dict[str, _Shared] = {
     "TINYLORA": _tinylora_shared,
     "LILY": _lily_shared,
 }
+
+
+def tensors_beside(linear: Linear, options: PeftOptions, rank: int) -> Tensors:
+    """What a method adds to this module alone; IA3's vector depends on the model."""
+    beside = _BESIDE.get(options.peft_type)
+    return beside(linear, options, rank) if beside else Tensors(trained={})
+
+
+def scales_input(linear: Linear, trained: Trained) -> bool:
+    """Whether IA3 scales this module's input, not its result."""
+    name, shape = f"{linear.name}.ia3_l", (1, linear.in_features)
+    return any(p.name == name and p.shape == shape for p in trained.adapters)
 
 
 def adapter_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
@@ -737,7 +751,7 @@ def _adapted_linears(
     model: ModelSpec, options: PeftOptions, default_targets: Sequence[str] | None
 ) -> set[int]:
     """The modules that are adapted, by identity: those named, but for what is copied whole."""
-    if model.model_type in _CONV1D_MODEL_TYPES and options.peft_type in _LINEAR_ONLY:
+    if model.model_type in CONV1D_MODEL_TYPES and options.peft_type in _LINEAR_ONLY:
         raise InputError(
             f"PEFT's {options.peft_type} adapts linear modules, and those of "
             f"`{model.model_type}` are of class Conv1D",

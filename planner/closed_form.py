@@ -2,32 +2,94 @@
 
 from __future__ import annotations
 
+from ftplan.planner.adapter_counts import CONV1D_MODEL_TYPES
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan, flag_name
+from ftplan.planner.prequantized import PREQUANTIZED
 
 MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
-# Methods whose step the closed form models; what they train and add is counted for all of them.
-MODELLED_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))
+# Methods whose step the closed form does not model; what they train and add is counted for all.
+# Keys and values in front of a layer's own change attention itself, and so do the prompts of
+# LLaMA-Adapter; OSF's gradients go through hooks, BOFT's rotations through a solver.
+UNMODELLED_METHODS = frozenset(
+    (
+        *("adaption-prompt", "boft", "bottleneck", "cartridge", "osf", "p-tuning-v2"),
+        *("prefix-tuning", "shadow"),
+    )
+)
+MODELLED_METHODS = frozenset(METHODS) - UNMODELLED_METHODS
+# Methods that are modelled with every base and sharding, with PEFT's options as they are.
+_PLAIN_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))
+
+# Options of PEFT that change a step, and in which way is not modelled.
+_UNMODELLED_OPTIONS = frozenset(
+    (
+        *("coft", "use_cayley_neumann", "num_cayley_neumann_terms", "apply_GS", "wavelet_family"),
+        *("use_idwt", "topk", "decomposition_method", "act_fn", "depth", "init_weights", "mini_r"),
+        *("hybrid_r", "config_A_B", "config_C", "config_D_E", "variant", "weight_tying"),
+        *("psoft_orth", "psoft_mag_a", "psoft_mag_b", "orth_reg_weight", "stride_A"),
+    )
+)
 
 # Families whose forward pass it does not follow. Falcon gives torch's attention a mask always, and
 # one key head for all queries: which kernel then runs is not established.
 UNMODELLED_FAMILIES = frozenset(("falcon",))
 
+# Families that it follows under checkpointing only: without, Gemma 3 with its vision tower fills a
+# cache of keys and values while it trains, for `use_cache` is turned off on the outer config alone.
+CHECKPOINTED_FAMILIES = frozenset(("gemma3",))
+
 
 def unmodelled(plan: TrainingPlan) -> str | None:
     """What the closed form does not model of `plan`, as the command line spells it; None where it
     models all."""
-    if plan.objective != "sft":
-        return _spelled(plan, "objective")
     if plan.sharding not in MODELLED_SHARDINGS:
         return _spelled(plan, "sharding")
     if plan.method not in MODELLED_METHODS:
         return _spelled(plan, "method")
+    return _unmodelled_together(plan) or _unmodelled_with_method(plan)
+
+
+def _unmodelled_together(plan: TrainingPlan) -> str | None:
+    """What is not modelled under FSDP, or with a base that came quantized."""
+    if plan.quantization in PREQUANTIZED:
+        beside = _spelled(plan, "quantization")
+    elif plan.sharding == "fsdp":
+        beside = _spelled(plan, "sharding")
+    else:
+        return None
+    if plan.method not in _PLAIN_METHODS:
+        return f"{_spelled(plan, 'method')} with {beside}"
     for setting in ("modules_to_save", "peft_config", "trainable_modules"):
         if getattr(plan, setting):
-            return _spelled(plan, setting)
+            return f"{_spelled(plan, setting)} with {beside}"
+    return None
+
+
+def _unmodelled_with_method(plan: TrainingPlan) -> str | None:
+    """The same of settings that are modelled with some methods only."""
+    if plan.method == "poly" and plan.gradient_checkpointing:
+        return "`--method poly` with checkpointing, in which PEFT loses the rows' tasks"
+    given = read_options(plan.peft_config)
+    for name, value in given.items():
+        if name in _UNMODELLED_OPTIONS or name.endswith("_dropout"):
+            return f"`--peft-config {name}={value}`"
+    saves = bool(plan.modules_to_save or given.get("modules_to_save"))
+    if given.get("layers_to_transform") and (saves or given.get("bias", "none") != "none"):
+        return "`--peft-config layers_to_transform=...` beside trained modules or biases"
+    return None
+
+
+def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
+    given = read_options(plan.peft_config)
+    trains_tokens = plan.method == "trainable-tokens" or "trainable_token_indices" in given
+    if trains_tokens and model.tie_word_embeddings:
+        return f"trained tokens of `{model.model_type}`, whose output projection shares them"
+    if plan.method == "hira" and model.model_type in CONV1D_MODEL_TYPES:
+        return f"`--method hira` on `{model.model_type}`"
     return None
 
 
@@ -36,9 +98,9 @@ def _spelled(plan: TrainingPlan, setting: str) -> str:
     return f"`{flag_name(setting)} {','.join(value) if isinstance(value, tuple) else value}`"
 
 
-def check_closed_form(plan: TrainingPlan) -> None:
+def check_closed_form(plan: TrainingPlan, model: ModelSpec) -> None:
     """Raises InputError for a plan that only a dry run knows."""
-    what = unmodelled(plan)
+    what = unmodelled(plan) or _unmodelled_with_model(plan, model)
     if what is not None:
         raise InputError(
             f"the closed form does not model {what}",
@@ -46,11 +108,14 @@ def check_closed_form(plan: TrainingPlan) -> None:
         )
 
 
-def check_modelled_family(model: ModelSpec) -> None:
+def check_modelled_family(model: ModelSpec, plan: TrainingPlan) -> None:
     """Raises InputError for an architecture that only a dry run knows."""
-    if model.model_type in UNMODELLED_FAMILIES:
+    family, without = model.model_type, ""
+    if family in CHECKPOINTED_FAMILIES and not plan.gradient_checkpointing:
+        without = " without gradient checkpointing"
+    if family in UNMODELLED_FAMILIES or without:
         raise InputError(
-            f"model `{model.name}`: the closed form does not model `{model.model_type}`",
+            f"model `{model.name}`: the closed form does not model `{family}`{without}",
             "`ftplan estimate` with `--exact` carries out the step itself, on tensors without data",
         )
 
@@ -59,9 +124,11 @@ def check_modelled_method(name: str) -> None:
     """Raises InputError for a method that only a dry run knows, or for which there is no trainer:
     no plan is made for it."""
     method = METHODS.get(name)
-    if method is None or name in MODELLED_METHODS:
+    if method is None:
         return
     method.check_trained()
+    if name in MODELLED_METHODS:
+        return
     raise InputError(
         f"method `{name}` has no closed form",
         "`ftplan estimate MODEL --exact` carries out its step; to plan or launch, take "

@@ -5,15 +5,26 @@ from __future__ import annotations
 from ftplan.planner import functions as f
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.modules import Numerics, linear_module, norm_module
-from ftplan.planner.tape import Tape, Tensor, Weight, per_position, per_token
+from ftplan.planner.prompts import PromptMaker
+from ftplan.planner.tape import (
+    Tape,
+    Tensor,
+    Weight,
+    add_forms,
+    per_position,
+    per_row,
+    per_token,
+)
 
 
 class Embeddings:
     """Token embeddings, learned positions, and what some families do before the first layer.
 
     `numerics`: with the names of what is trained outside of the layers. `width`: bytes a
-    parameter. `input_learns`: the result needs a gradient though nothing before it is trained.
-    `beside`: of the tokens' weight (`Weight`).
+    parameter. `input_learns`: a hook asks for a gradient of what the embeddings' module returns.
+    `beside`: of the tokens' weight (`Weight`). `prompts` makes embeddings of `tokens_in_front`
+    learned tokens, which rows are counted with; `num_trained_tokens`: tokens whose embeddings are
+    trained beside the others.
     """
 
     def __init__(
@@ -25,8 +36,14 @@ class Embeddings:
         trains: bool,
         input_learns: bool,
         beside: int = 0,
+        prompts: PromptMaker | None = None,
+        tokens_in_front: int = 0,
+        num_trained_tokens: int = 0,
     ) -> None:
         self.model, self.input_learns = model, input_learns
+        self.prompts, self.tokens_in_front = prompts, tokens_in_front
+        self.wide = model.embedding_width or model.hidden_size
+        self.delta = Weight(num_trained_tokens * self.wide, f.FLOAT32, trained=True)
         self.tokens = Weight(model.embedding_parameters, width, trained=trains, beside=beside)
         trains_positions = "wpe.weight" in numerics.trained
         self.positions = Weight(
@@ -39,14 +56,14 @@ class Embeddings:
     def __call__(self, tape: Tape, held: list[Tensor]) -> Tensor:
         """What the first layer reads. `held` gets what the model's forward pass holds on to."""
         model = self.model
-        width = model.embedding_width or model.hidden_size
-        embedded = f.look_up(tape, self.tokens, per_token(width))
+        embedded = self._looked_up(tape)
         if model.scales_embeddings:
             embedded = f.scale(tape, embedded)
         if self.input_learns and not embedded.requires_grad:
             tape.leaf(embedded)
             if self._goes_on:
                 tape.hold(embedded)  # by the node that collects its gradient
+        embedded = self._behind_prompts(tape, embedded)
         if model.scales_inputs:
             embedded = f.scale(tape, embedded)
         if self.project_in is not None:
@@ -63,9 +80,25 @@ class Embeddings:
             hidden = self.norm(tape, hidden)
         return f.dropout(tape, hidden, model.embedding_dropout)
 
+    def _looked_up(self, tape: Tape) -> Tensor:
+        """The row's own tokens. Where some are trained, all embeddings are copied for it
+        (PEFT's `TrainableTokensLayer`)."""
+        elements = add_forms(per_token(self.wide), per_row(-self.tokens_in_front * self.wide))
+        if not self.delta.elements[0]:
+            return f.look_up(tape, self.tokens, elements)
+        merged = f.merge_rows(tape, self.tokens, f.cast(tape, self.delta, self.tokens.width))
+        return f.look_up(tape, merged, elements)
+
+    def _behind_prompts(self, tape: Tape, embedded: Tensor) -> Tensor:
+        if self.prompts is None:
+            return embedded
+        parts = [f.cast(tape, self.prompts(tape), embedded.width), embedded]
+        del embedded
+        return f.join(tape, parts)
+
     @property
     def _goes_on(self) -> bool:
         """The first layer reads something else than what the embeddings' module returns."""
         model = self.model
         further = (model.positions, model.scales_inputs, model.embedding_dropout)
-        return bool(any(further) or self.project_in or self.norm)
+        return bool(any(further) or self.prompts or self.project_in or self.norm)

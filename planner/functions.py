@@ -365,7 +365,7 @@ def dropout(tape: Tape, x: Tensor, rate: float) -> Tensor:
     """Keeps a mask of one byte a value; on a processor what each value is multiplied with
     (ATen/native/Dropout.cpp)."""
     tape.read(x)
-    if not rate:
+    if not rate or not tape.has_dropout:
         return x
     result, mask = tape.like(x), tape.empty(x.elements, 1 if tape.on_cuda else x.width)
     if tape.differentiates(x):
@@ -541,11 +541,20 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
     return loss
 
 
-def look_up(tape: Tape, weight: Weight, elements: Form) -> Tensor:
+def look_up(tape: Tape, weight: Tensor, elements: Form) -> Tensor:
     """Embeddings of tokens. Backward makes a dense gradient."""
     result = tape.empty(elements, weight.width)
     if tape.differentiates(weight):
         tape.attach([result], [weight], [], _new(_size(weight)))
+    return result
+
+
+def merge_rows(tape: Tape, weight: Tensor, rows: Tensor) -> Tensor:
+    """A copy of a weight, some of whose rows are put in place of its own."""
+    tape.read(weight, rows)
+    result = tape.like(weight)
+    if tape.differentiates(rows):
+        tape.attach([result], [rows], [], _new(_size(rows)))
     return result
 
 

@@ -336,8 +336,8 @@ def compiled_step(
     key = (_decisive(plan), workload, kind, capability, stack)
     known = model.compiled.get(key)
     if known is None:
-        check_closed_form(plan)
-        check_modelled_family(model)
+        check_closed_form(plan, model)
+        check_modelled_family(model, plan)
         trained = trained_model(model, plan)
         known = model.compiled[key] = _compile(trained, plan, workload, kind, capability, stack)
     return known

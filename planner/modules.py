@@ -27,13 +27,14 @@ class Numerics:
     """How weights are held and what computes.
 
     `weights`, `norms`, `adapters`: bytes a parameter. `residual`: of the hidden state. `compute`:
-    what 4-bit bases compute in when fed with fp16. `quantization`: how linear modules are held.
+    what 4-bit bases compute in. `quantization`: how linear modules are held.
     `trained`: names of the layer's own parameters that are trained. `adapted`: which linear modules
-    carry an adapter. `rank`, `dropout`: of adapters. `fused_kernels`: norms, rotary embeddings and
-    dropout of a quantized base's adapters are fms-acceleration's. `repeats_key_value`: grouped
-    heads are repeated before the kernel. `separate_experts`: experts are modules. `padded`: some
-    rows are shorter, `masked_windows`: sliding windows that a row is longer than; either needs a
-    mask.
+    carry an adapter, `adapter` what makes it. `rank`, `dropout`: of adapters; `adapter_input`:
+    bytes a value of what they read, where that is not their own width. `fused_kernels`: norms,
+    rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
+    `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
+    are modules. `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is
+    longer than; either needs a mask.
     """
 
     weights: int
@@ -45,7 +46,8 @@ class Numerics:
     double_quant: bool = False
     is_fp16: bool = False
     trained: frozenset[str] = frozenset()
-    adapted: frozenset[str] = frozenset()
+    adapted: frozenset[Linear] = frozenset()
+    adapter: Callable[[Linear, Numerics], Module] | None = None
     rank: int = 0
     adapter_input: int | None = None
     dropout: float = 0.0
@@ -78,10 +80,7 @@ class PlainLinear:
 
 class Linear4bit:
     """bitsandbytes.nn.Linear4bit: the weight is dequantized for each product, and again for the
-    gradient of the input.
-
-    The first input's dtype is computed in, unless it is fp16: then the dtype asked for.
-    """
+    gradient of the input. It computes in the dtype asked for."""
 
     def __init__(self, linear: Linear, numerics: Numerics) -> None:
         self.linear, self.compute, self.width = linear, numerics.compute, numerics.weights
@@ -89,8 +88,7 @@ class Linear4bit:
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         before = x.width
-        compute = self.compute if tape.is_fp16 and before == 2 else before
-        return f.cast(tape, self._multiply(tape, f.cast(tape, x, compute)), before)
+        return f.cast(tape, self._multiply(tape, f.cast(tape, x, self.compute)), before)
 
     def _multiply(self, tape: Tape, x: Tensor) -> Tensor:
         linear = self.linear
@@ -176,13 +174,21 @@ class Linear8bit:
 class LoraLinear:
     """PEFT's LoRA around a linear module (peft.tuners.lora.layer and .bnb)."""
 
-    def __init__(self, linear: Linear, numerics: Numerics) -> None:
+    def __init__(
+        self,
+        linear: Linear,
+        numerics: Numerics,
+        *,
+        bias: bool = False,
+        trains_a: bool = True,
+    ) -> None:
+        """`bias`: of the second matrix. `trains_a`: LoRA-FA leaves the first as it began."""
         self.base = base_linear(linear, numerics)
         rank, width = numerics.rank, numerics.adapters
         down = Linear(name="lora_A", in_features=linear.in_features, out_features=rank)
-        up = Linear(name="lora_B", in_features=rank, out_features=linear.out_features)
-        self.lora_a = PlainLinear(down, width, ("lora_A.weight",))
-        self.lora_b = PlainLinear(up, width, ("lora_B.weight",))
+        up = Linear(name="lora_B", in_features=rank, out_features=linear.out_features, bias=bias)
+        self.lora_a = PlainLinear(down, width, ("lora_A.weight",) if trains_a else ())
+        self.lora_b = PlainLinear(up, width, ("lora_B.weight", "lora_B.bias"))
         self.width, self.dropout = numerics.adapter_input or width, numerics.dropout
         self.quantization = numerics.quantization
         self.fused_dropout = numerics.fused_kernels and numerics.quantization != "none"
@@ -235,8 +241,8 @@ def base_linear(linear: Linear, numerics: Numerics) -> Module:
 
 
 def linear_module(linear: Linear, numerics: Numerics) -> Module:
-    if linear.name in numerics.adapted:
-        return LoraLinear(linear, numerics)
+    if numerics.adapter is not None and linear in numerics.adapted:
+        return numerics.adapter(linear, numerics)
     return base_linear(linear, numerics)
 
 

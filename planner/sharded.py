@@ -157,7 +157,7 @@ def _stored_bytes(linear: Linear, quantization: str) -> int:
 
 def _adapters(layer: Layer, numerics: Numerics) -> Iterator[Parameter]:
     for linear in layer.linears:
-        if linear.name in numerics.adapted:
+        if linear in numerics.adapted:
             yield Parameter(name="lora_A.weight", shape=(numerics.rank, linear.in_features))
             yield Parameter(name="lora_B.weight", shape=(linear.out_features, numerics.rank))
 

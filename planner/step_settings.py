@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from ftplan.planner.adapters import adapter_maker, early_gradient_bytes, loss_copy_bytes
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.losses import LossShape
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.objectives import keeps_reference
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.prompts import prompt_maker, tokens_in_front
 from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings
-from ftplan.planner.trained import Trained
+from ftplan.planner.trained import COPIES, Trained
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 
 FLOAT32_BYTES = 4
@@ -46,9 +48,10 @@ class Workload:
 
 def model_rows(plan: TrainingPlan, length: int) -> tuple[int, int]:
     """(rows, length) of what goes through the model at once, rows of the data being of that
-    length; packed rows are one."""
+    length; packed rows are one. Learned tokens stand in front of each."""
     rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
-    return (1, rows * length) if plan.packing else (rows, length)
+    in_front = tokens_in_front(plan.resolved_method.options(plan.method_settings))
+    return (1, rows * length + in_front) if plan.packing else (rows, length + in_front)
 
 
 def step_settings(
@@ -62,6 +65,14 @@ def step_settings(
 ) -> StepSettings:
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
     objective = plan.resolved_objective
+    options = plan.resolved_method.options(plan.method_settings)
+    # Checkpointing asks for it (`_activation_checkpointing_enable` of transformers 5); formerly for
+    # adapters alone.
+    hooks_input = plan.gradient_checkpointing and (
+        plan.resolved_method.adapter or stack.transformers_version is None
+    )
+    in_model = plan.loss != "trl-fused"  # TRL's own is computed outside of the model
+    in_front, width = tokens_in_front(options), adapter_weight_bytes(plan)
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
     spread = spread_of(plan, stack)
     settings = StepSettings(
@@ -73,6 +84,7 @@ def step_settings(
             # What ftplan asks of bitsandbytes (launcher/training/build.py).
             compute=plan.compute_bytes if autocast else FLOAT32_BYTES,
             quantization=plan.quantization,
+            adapter=adapter_maker(options, trained, loss_in_model=in_model),
             double_quant=plan.double_quant,
             rank=plan.lora_rank,
             dropout=plan.lora_dropout if objective.has_dropout else 0.0,
@@ -83,24 +95,18 @@ def step_settings(
             masked_windows=workload.masked_windows,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
-        trained_layers=trained.trained_layers,
-        trained_names=trained.trained_in_layers,
+        trained_names=_trained_in_layers(model, trained),
         adapted={
-            place: frozenset(linear.name for linear in trained.linears_of(model.layers[place]))
+            place: frozenset(trained.linears_of(model.layers[place]))
             for place in trained.adapted_layers
         },
         trains_embeddings=trained.trains_embeddings,
         trains_head=trained.trains_lm_head,
-        trained_outside=frozenset(
-            p.name for p in trained.own if p.name in {o.name for o in model.outer_parameters}
-        ),
-        # Checkpointing asks for it (`_activation_checkpointing_enable` of transformers 5); formerly
-        # for adapters alone.
+        trained_outside=_trained_names(trained) & {p.name for p in model.outer_parameters},
         input_learns=trained.trains_embeddings
-        or (
-            plan.gradient_checkpointing
-            and (plan.resolved_method.adapter or stack.transformers_version is None)
-        ),
+        or bool(trained.num_trained_tokens or in_front)
+        or hooks_input,
+        hooks_input=hooks_input,
         autocast=plan.compute_bytes if autocast else None,
         is_fp16=plan.dtype == "float16" or plan.mixed_precision == "fp16",
         on_cuda=kind == "cuda",
@@ -121,10 +127,16 @@ def step_settings(
         input_bytes=NUMBER_BYTES * objective.batch_numbers,
         scores=objective.scores,
         finds_top1=objective.finds_top1,
+        has_dropout=objective.has_dropout,
         spread=spread,
         reduction=_reduction(plan, trained),
         update=plan.optimizer.update(),
         pairs_rows=objective.pairs_rows,
+        prompts=prompt_maker(options, trained, model.hidden_size, width),
+        tokens_in_front=in_front,
+        num_trained_tokens=trained.num_trained_tokens,
+        early_gradients=early_gradient_bytes(options, trained, width, loss_in_model=in_model),
+        loss_copies=loss_copy_bytes(options, trained, loss_in_model=in_model),
     )
     settings = _spread_out(settings, plan)
     if not objective.has_reference:
@@ -140,13 +152,15 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
     """The model as it was: without adapters, or a second one. TRL does not freeze that, so autocast
     takes its parameters as trained ones."""
     if not keeps_reference(plan) and plan.resolved_method.adapter:
-        return dataclasses.replace(settings, adapted={})
+        return dataclasses.replace(settings, adapted={}, num_trained_tokens=0)
     if not keeps_reference(plan):
         return settings
     return dataclasses.replace(
         settings,
-        trained_layers=model.num_hidden_layers,
-        trained_names=frozenset(p.name for layer in model.layer_counts for p in layer.parameters()),
+        trained_names={
+            place: frozenset(p.name for p in layer.parameters())
+            for place, layer in enumerate(model.layers)
+        },
         trained_outside=frozenset(p.name for p in model.outer_parameters),
         trains_embeddings=True,
         trains_head=True,
@@ -214,6 +228,28 @@ def spread_of(plan: TrainingPlan, stack: Stack) -> Spread | None:
         offloads=plan.offload == "parameters",
         checkpointed_around=first and plan.gradient_checkpointing and stack.checkpoints_around,
     )
+
+
+def _trained_names(trained: Trained) -> frozenset[str]:
+    """Names of the model's parameters that are trained, themselves or as copies."""
+    names = [p.name for p in trained.own]
+    for kind in COPIES:
+        copied = f".{kind}."
+        names += [p.name.replace(copied, ".") for p in trained.held_as_base if copied in p.name]
+    return frozenset(names)
+
+
+def _trained_in_layers(model: ModelSpec, trained: Trained) -> dict[int, frozenset[str]]:
+    """The same for each layer that has some."""
+    deep = model.num_hidden_layers
+    if trained.trained_layers:
+        places = range(deep - trained.trained_layers, deep)
+        return dict.fromkeys(places, trained.trained_in_layers)
+    names = _trained_names(trained)
+    of_kind = {
+        id(layer): names & {p.name for p in layer.parameters()} for layer in model.layer_counts
+    }
+    return {place: of_kind[id(layer)] for place, layer in enumerate(model.layers)}
 
 
 def adapter_weight_bytes(plan: TrainingPlan) -> int:

@@ -17,10 +17,12 @@ from ftplan.planner.embeddings import Embeddings
 from ftplan.planner.exchange import Alone, Exchange, Place
 from ftplan.planner.fsdp1 import fsdp1_places
 from ftplan.planner.fsdp2 import fsdp2_places
+from ftplan.planner.functions import FLOAT32
 from ftplan.planner.losses import Head, LigerLoss, LossShape, Score, StockLoss, TrlFusedLoss
-from ftplan.planner.model_spec import Layer, ModelSpec
+from ftplan.planner.model_spec import Layer, Linear, ModelSpec
 from ftplan.planner.modules import Module, Numerics, linear_module, norm_module
-from ftplan.planner.rotary import table_bytes
+from ftplan.planner.prompts import PromptMaker
+from ftplan.planner.rotary import POSITION_NUMBER_BYTES, table_bytes
 from ftplan.planner.sharded import Spread, Units, units_of
 from ftplan.planner.tape import (
     ZERO,
@@ -36,6 +38,7 @@ from ftplan.planner.tape import (
     covers,
     per_pair,
     per_position,
+    per_row,
     per_token,
     subtract_forms,
     times,
@@ -55,26 +58,30 @@ class StepSettings:
     in these.
 
     `numerics`: of a layer without adapters whose own parameters are frozen. `trained_names`: of the
-    parameters that are trained in the last `trained_layers` layers; `adapted`: names of the linear
-    modules that carry an adapter, for each layer that has some. `trained_outside`: names of trained
-    parameters outside of the layers. `input_learns`: the embeddings' result needs a gradient (they
-    are trained, or a hook asks for it). `embedding_width`, `head_width`: bytes a parameter.
-    `input_bytes`: of what the model is given, a token. `scores`: the model gives scores, not
-    logits. `finds_top1`: the loss also tells whether each target is the most probable token.
+    parameters that are trained, for each layer that has some; `adapted`: its linear modules that
+    carry an adapter. `trained_outside`: names of trained parameters outside of the layers.
+    `input_learns`: the embeddings' result needs a gradient (they are trained, or `hooks_input`: a
+    hook asks for it). `embedding_width`, `head_width`: bytes a parameter. `input_bytes`: of what
+    the model is given, a token. `scores`: the model gives scores, not logits. `finds_top1`: the
+    loss also tells whether each target is the most probable token.
     `reference`: of the model that a preference is measured against, whose pass comes behind; with
     `asks_before` it comes before training instead.
     `spread`: how several GPUs divide parameters, if they do; `reduction`: how they divide
     gradients alone. `update`: of an optimizer that steps within backward.
+    `prompts` makes embeddings of `tokens_in_front` learned tokens, which rows are counted with;
+    `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
+    bytes of gradients that are there from the loss on; `loss_copies`: bytes that are held between
+    loss and backward.
     """
 
     numerics: Numerics
-    trained_layers: int
-    trained_names: frozenset[str]
-    adapted: Mapping[int, frozenset[str]]
+    trained_names: Mapping[int, frozenset[str]]
+    adapted: Mapping[int, frozenset[Linear]]
     trains_embeddings: bool
     trains_head: bool
     trained_outside: frozenset[str]
     input_learns: bool
+    hooks_input: bool
     autocast: int | None
     is_fp16: bool
     on_cuda: bool
@@ -93,28 +100,37 @@ class StepSettings:
     embedding_width: int
     head_width: int
     input_bytes: int
+    has_dropout: bool = True
     scores: bool = False
     finds_top1: bool = False
     reference: StepSettings | None = None
     asks_before: bool = False
     pairs_rows: bool = False
+    spread: Spread | None = None
+    reduction: Reduction | None = None
+    update: Update | None = None
+    prompts: PromptMaker | None = None
+    tokens_in_front: int = 0
+    num_trained_tokens: int = 0
+    early_gradients: int = 0
+    loss_copies: int = 0
 
     @property
     def in_evaluation(self) -> StepSettings:
         """Of an evaluation's pass, which has no dropout."""
         numerics = dataclasses.replace(self.numerics, dropout=0.0)
-        return dataclasses.replace(self, numerics=numerics)
+        return dataclasses.replace(self, numerics=numerics, has_dropout=False)
 
-    spread: Spread | None = None
-    reduction: Reduction | None = None
-    update: Update | None = None
+    @property
+    def trains_input(self) -> bool:
+        """Something is trained before the first layer."""
+        return self.trains_embeddings or bool(self.num_trained_tokens or self.tokens_in_front)
 
     def numerics_of(self, model: ModelSpec, place: int) -> Numerics:
         """Of the layer at that place."""
-        first_trained = model.num_hidden_layers - self.trained_layers
         return dataclasses.replace(
             self.numerics,
-            trained=self.trained_names if place >= first_trained else frozenset(),
+            trained=self.trained_names.get(place, frozenset()),
             adapted=self.adapted.get(place, frozenset()),
         )
 
@@ -186,6 +202,7 @@ class _StepTracer:
     settings: StepSettings
     phases: dict[str, list[Moment]] = field(default_factory=dict)
     with_gradients: bool = True
+    held_to_backward: Tensor | None = None
 
     def trace(self) -> StepTrace:
         reference = self.settings.reference
@@ -201,7 +218,8 @@ class _StepTracer:
             bases.append(base)
             base = _sum(base, segment.kept)
         passes = [segments, *self._further_passes(reference, base)]
-        places, left = _extremes(labels), Parts()
+        places = _extremes(labels)
+        left: Parts = {"gradients": constant(self.settings.early_gradients)}
         for index in reversed(range(len(segments))):
             segment = segments[index]
             left = _less(left, segment.taken_over)
@@ -244,7 +262,9 @@ class _StepTracer:
     def _first_input(self, embedding: Segment) -> Parts:
         """The gradient of the embeddings' result, where a hook asked for one: the graph holds it
         until the loss is let go of, and by the older checkpointing the rotary tables."""
-        if not self.settings.input_learns or self.settings.trains_embeddings:
+        settings = self.settings
+        trains = settings.trains_embeddings or settings.num_trained_tokens
+        if trains or not settings.hooks_input:
             return {}
         size = times(per_token(self.model.hidden_size), embedding.result_width)
         held = {"temporaries": size}
@@ -347,7 +367,7 @@ class _StepTracer:
         if settings.reduction is not None:
             learn = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
             trains = [bool(numerics.trained or numerics.adapted) for numerics in learn]
-            outside = (settings.trains_embeddings, settings.trains_head)
+            outside = (settings.trains_input, settings.trains_head)
             return zero_places(settings.reduction, [outside[0], *trains, outside[1]])
         if settings.spread is None:
             return [Alone()] * (model.num_hidden_layers + 2)
@@ -372,11 +392,18 @@ class _StepTracer:
             residual=s.embedding_width,
             single_row=s.single_row,
             update=s.update,
+            has_dropout=s.has_dropout,
         )
 
     def _inputs(self) -> Parts:
-        """What the model is given."""
-        return {"temporaries": per_token(self.settings.input_bytes)}
+        """What the model is given. Behind learned tokens, labels and an fp32 mask are made anew."""
+        settings = self.settings
+        total = per_token(settings.input_bytes)
+        front = settings.tokens_in_front
+        if front:
+            again = per_token(POSITION_NUMBER_BYTES + FLOAT32)
+            total = added((total, per_row(-settings.input_bytes * front), again))
+        return {"temporaries": total}
 
     def _tables(self) -> Parts:
         """Rotary cosines and sines, and the numbers of positions."""
@@ -391,15 +418,18 @@ class _StepTracer:
             dataclasses.replace(settings.numerics, trained=settings.trained_outside),
             settings.embedding_width,
             trains=settings.trains_embeddings,
-            input_learns=settings.input_learns and self.with_gradients,
+            input_learns=settings.hooks_input and self.with_gradients,
             beside=beside,
+            prompts=settings.prompts,
+            tokens_in_front=settings.tokens_in_front,
+            num_trained_tokens=settings.num_trained_tokens,
         )
         held: list[Tensor] = []
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             return module(tape, held)
 
-        learns = settings.trains_embeddings
+        learns = settings.input_learns
         return self._segment(forward, None, exchange, learns=learns, held=held)
 
     def _layer(
@@ -467,6 +497,8 @@ class _StepTracer:
                 hidden = module(tape, hidden)
             tape.component = "logits_and_loss"
             result = loss(tape, hidden, self.held)
+            if self.with_gradients:
+                self.held_to_backward = tape.empty(constant(settings.loss_copies), 1)
             if not settings.holds_logits:
                 self.held.clear()
             return result
@@ -536,6 +568,7 @@ class _StepTracer:
         without_held = tape.state()
         kept_forward = _without(without_held, result)
         tape.end_autocast()
+        self.held_to_backward = None
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 # A number of bytes or elements: coefficients of 1, rows, row length, tokens, and tokens times row
@@ -200,20 +201,25 @@ class Edge:
     width: int
 
 
-@dataclass(slots=True)
 class Saved:
     """What a checkpointed operation saves: nothing, until its layer is computed again."""
 
-    frame: Frame
-    number: int
+    __slots__ = ("__weakref__", "frame", "number")
+
+    def __init__(self, frame: Frame, number: int) -> None:
+        self.frame, self.number = frame, number
 
 
 @dataclass(slots=True)
 class Frame:
-    """A checkpointed call: how to compute it again, and what that gave."""
+    """A checkpointed call: how to compute it again, and what that gave.
+
+    `saved`: in the order of the operations; one whose node is gone is not kept again.
+    """
 
     recompute: Callable[[], object]
-    num_saved: int = 0
+    saved: list[weakref.ref[Saved]] = field(default_factory=list)
+    num_again: int = 0
     again: dict[int, Tensor] | None = None
 
 
@@ -237,7 +243,7 @@ class Tape:
     operations autocast casts, and which kernels run. `is_fp16`: 16-bit values are fp16, not bf16.
     `accumulates`: gradients of an earlier micro-batch are there already. `residual`: width of
     embeddings, and so of masks. `single_row`: the micro-batch is one row. `update`: what an
-    optimizer does with each gradient within backward.
+    optimizer does with each gradient within backward. `has_dropout`: dropout drops some.
     """
 
     def __init__(
@@ -251,8 +257,9 @@ class Tape:
         residual: int = 2,
         single_row: bool = False,
         update: Update | None = None,
+        has_dropout: bool = True,
     ) -> None:
-        self.update = update
+        self.update, self.has_dropout = update, has_dropout
         self.autocast, self.on_cuda, self.capability = autocast, on_cuda, capability
         self.is_fp16, self.accumulates = is_fp16, accumulates
         self.residual, self.single_row = residual, single_row
@@ -359,16 +366,20 @@ class Tape:
         return [self._saved(tensor) for tensor in tensors]
 
     def _saved(self, tensor: Tensor) -> Tensor | Saved:
-        view = Tensor(tensor.storage, tensor.elements, tensor.width)
-        if self._frame is not None:
-            self._frame.num_saved += 1
-            return Saved(self._frame, self._frame.num_saved - 1)
+        frame = self._frame
+        if frame is not None:
+            saved = Saved(frame, len(frame.saved))
+            frame.saved.append(weakref.ref(saved))
+            return saved
         self._keep(tensor)
-        if self._refilled is not None:
-            again = self._refilled.again
-            assert again is not None
-            again[len(again)] = view
-            if len(again) == self._refilled.num_saved:
+        view = Tensor(tensor.storage, tensor.elements, tensor.width)
+        frame = self._refilled
+        if frame is not None:
+            assert frame.again is not None
+            if frame.saved[frame.num_again]() is not None:
+                frame.again[frame.num_again] = view
+            frame.num_again += 1
+            if frame.num_again == len(frame.saved):
                 raise _AllSaved
         return view
 
@@ -432,7 +443,7 @@ class Tape:
             self._frame = None
         if argument.storage is not None:
             self.relabel(argument, "activations")
-        if not frame.num_saved:
+        if not frame.saved:
             # The frame and the node that holds its arguments refer to each other: without saved
             # tensors nothing breaks the circle before Python's collector does.
             self._cycles.append(frame)
@@ -543,7 +554,7 @@ class Tape:
         return item.frame.again.pop(item.number)
 
     def _recompute(self, frame: Frame) -> None:
-        frame.again = {}
+        frame.again, frame.num_again = {}, 0
         self._refilled, self.grad_enabled = frame, True
         copies, self._copies = self._copies, {}
         try:

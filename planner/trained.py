@@ -17,6 +17,10 @@ from ftplan.planner.peft_options import PeftOptions
 
 ALL_LINEAR = "all-linear"
 
+# What stands between a module's name and its parameter's in the names of a copy: a whole module's,
+# and a tuned norm's.
+COPIES = ("modules_to_save", "ln_tuning_layers")
+
 # Mixtures whose experts were modules before transformers 5: given these names, PEFT's LoRA adapts
 # the stacked experts, and no module of the name (`transformers_weight_conversion.py`).
 EXPERT_NAMES = frozenset(("gate", "gate_proj", "up_proj", "down_proj"))
