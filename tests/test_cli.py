@@ -51,6 +51,7 @@ SETTING_FLAGS = [
     "--peft-config",
     "--autocast-adapter-dtype",
     "--num-trainable-layers",
+    "--trainable-modules",
     "--optim",
     "--per-device-train-batch-size",
     "--gradient-accumulation-steps",

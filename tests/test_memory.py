@@ -34,6 +34,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.plan import (
     ATTENTIONS,
+    AUTOCAST_DTYPE,
     DTYPES,
     LOSSES,
     MIXED_PRECISIONS,
@@ -54,22 +55,30 @@ QUANTIZED = ("nf4", "fp4", "int8")
 CLOSED_FORM_OPTIMIZERS = sorted(OPTIMIZERS)
 
 
+def _precisions(adapter: bool) -> list[tuple[str, str]]:
+    """Of weights and autocast: both 16-bit dtypes at once are refused, and training weights in fp16
+    under fp16 autocast (tests/test_plan.py)."""
+    return [
+        (dtype, autocast)
+        for dtype in DTYPES
+        for autocast in MIXED_PRECISIONS
+        if AUTOCAST_DTYPE[autocast] in (None, dtype) or dtype == "float32"
+        if adapter or (dtype, autocast) != ("float16", "fp16")
+    ]
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> TrainingPlan:
     """Plans of every method, for models of at least two layers."""
     method = draw(st.sampled_from(sorted(COMPARED_METHODS)))
     quantizations = {"lora": ("none", *QUANTIZED), "qlora": QUANTIZED}.get(method, ("none",))
-    dtype = draw(st.sampled_from(DTYPES))
-    # Weights in fp16 are not trained under fp16 autocast (tests/test_plan.py).
-    only_adapters = dtype == "float16" and not METHODS[method].adapter
+    dtype, mixed_precision = draw(st.sampled_from(_precisions(METHODS[method].adapter)))
     return TrainingPlan(
         method=method,
         quantization=draw(st.sampled_from(quantizations)),
         double_quant=draw(st.booleans()),
         dtype=dtype,
-        mixed_precision=draw(
-            st.sampled_from(["no", "bf16"] if only_adapters else MIXED_PRECISIONS)
-        ),
+        mixed_precision=mixed_precision,
         lora_rank=draw(st.integers(1, 256)),
         lora_dropout=draw(st.sampled_from([0.0, 0.1])),
         num_trainable_layers=draw(st.integers(1, 2)),
