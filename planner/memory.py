@@ -318,7 +318,7 @@ _decisive = attrgetter(
 
 
 # Of what backward leaves, what is counted by itself or is gone when the optimizer steps.
-_GIVEN_BACK = ("gradients", "communication", "activations")
+_GIVEN_BACK = ("gradients", "communication")
 
 
 def compiled_step(
