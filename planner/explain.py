@@ -19,17 +19,18 @@ from ftplan.planner.step_settings import model_rows, trained_widths
 from ftplan.planner.tape import Form, value
 from ftplan.planner.trained import num_elements
 
-# The equation of each component's part that is there throughout, and of all that comes and goes.
-_EQUATIONS = {
+# The equation of each component's part that is there throughout.
+HELD_EQUATIONS = {
     "weights": 1,
+    "reference_model": 1,
     "adapters": 2,
     "gradients": 3,
     "optimizer_states": 4,
-    "communication": 11,
-    "reference_model": 1,
-    "temporaries": 5,
+    "temporaries": 6,
+    "communication": 8,
 }
-_STEP_EQUATION = 6
+# Of all that comes and goes: within the optimizer's step, and anywhere else.
+OPTIMIZER_STEP_EQUATION, STEP_EQUATION = 5, 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,12 +58,13 @@ def explain(
     """
     rows, length = model_rows(plan, plan.max_length)
     step = compiled_step(model, plan, rows, length, device, stack)
-    _, held, moment = step.peak(rows, length)
+    phase, held, moment = step.peak(rows, length)
+    passing = OPTIMIZER_STEP_EQUATION if phase == "optimizer step" else STEP_EQUATION
     formulas = _held_formulas(model, plan)
     terms = [
         Term(
             component=name,
-            equation=_EQUATIONS.get(name, _STEP_EQUATION),
+            equation=HELD_EQUATIONS[name],
             formula=formulas.get(name, "held throughout"),
             num_bytes=size,
         )
@@ -73,9 +75,7 @@ def explain(
         size = value(form, rows, length)
         if size:
             formula = _spelled(form, rows, length)
-            terms.append(
-                Term(component=name, equation=_STEP_EQUATION, formula=formula, num_bytes=size)
-            )
+            terms.append(Term(component=name, equation=passing, formula=formula, num_bytes=size))
     totals = dict.fromkeys(COMPONENTS, 0)
     for term in terms:
         totals[term.component] += term.num_bytes
@@ -111,7 +111,7 @@ def _held_formulas(model: ModelSpec, plan: TrainingPlan) -> Mapping[str, str]:
         "weights": " + ".join(_weight_terms(model, plan)),
         "adapters": " + ".join(f"{c:,} x {w} B" for c, w in widths if trained.added_parameters),
         "gradients": f"one for each trained parameter: {each}",
-        "optimizer_states": f"{plan.optim} for each trained parameter: {each} trained",
+        "optimizer_states": f"what {plan.optim} keeps for {each}",
         "temporaries": "workspaces of cuBLAS, one for each direction",
         "communication": f"copies of gradients, or gathered parameters: {each}",
     }

@@ -7,18 +7,18 @@ import io
 import json
 import operator
 import re
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ftplan.launcher import cli, emit
 from ftplan.launcher.data_reader import read_data
 from ftplan.launcher.run_dir import RunDir
-from ftplan.planner import policy
+from ftplan.planner import explain, policy
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.families import spec_from_size
 from ftplan.planner.hardware_spec import (
@@ -29,8 +29,12 @@ from ftplan.planner.hardware_spec import (
     QUANTIZATION_CAPABILITY,
     Device,
 )
-from ftplan.planner.layers import decoder_layer
-from ftplan.planner.memory import MEMORY_MARGIN, RESERVED_OVER_ALLOCATED, estimate_memory
+from ftplan.planner.memory import (
+    MEMORY_MARGIN,
+    RESERVED_OVER_ALLOCATED,
+    compiled_step,
+    estimate_memory,
+)
 from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import SETTING_NAMES, TrainingPlan
@@ -41,6 +45,7 @@ from ftplan.planner.search import (
     choose_plan,
     limit_to_time_budget,
 )
+from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_time import (
     ACHIEVED_SHARE_OF_PEAK,
     PASSES_OVER_LOGITS,
@@ -48,6 +53,8 @@ from ftplan.planner.step_time import (
 )
 from ftplan.planner.units import GIB, MIB, format_bytes
 from ftplan.profiles import require_model
+from tests.test_measured import ROWS
+from tests.test_measured import error as error_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -97,7 +104,8 @@ def cited_equations(text: str) -> set[int]:
 
 def test_every_equation_that_the_code_cites_is_numbered_and_every_numbered_one_is_cited() -> None:
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "planner").glob("*.py")]
-    cited = set().union(*map(cited_equations, sources))
+    cited = set().union(*map(cited_equations, sources), explain.HELD_EQUATIONS.values())
+    cited |= {explain.OPTIMIZER_STEP_EQUATION, explain.STEP_EQUATION}
     numbered = numbered_equations()
     assert numbered == sorted(set(numbered)), "in order, each once"
     assert set(numbered) == cited
@@ -182,64 +190,52 @@ def evaluated(cell: str, names: dict[str, int] | None = None) -> float:
     return value(ast.parse(cell.replace(",", "").replace(" x ", " * "), mode="eval").body)
 
 
+EXAMPLES = {
+    "7B, full": ("7B", "full"),
+    "7B, QLoRA": ("7B", "qlora"),
+    "Llama-3.1-8B, LoRA": ("llama-3.1-8b", "lora"),
+}
+
+
 @cache
-def example() -> tuple[ModelSpec, TrainingPlan]:
-    """What `ftplan estimate 7B --method full` is about."""
-    model = spec_from_size(7 * 10**9, "7B")
-    return model, estimate_recipe(model, None, {"method": "full"}).plan
+def example(title: str = "7B, full") -> tuple[ModelSpec, TrainingPlan]:
+    """What the example's command is about."""
+    name, method = EXAMPLES[title]
+    model = spec_from_size(7 * 10**9, "7B") if name == "7B" else require_model(name).spec
+    return model, estimate_recipe(model, None, {"method": method}).plan
 
 
-def test_the_terms_of_the_example_are_what_their_arithmetic_gives() -> None:
-    for symbol, equation, arithmetic, size in table("memory-model.md", "Terms of the example"):
-        assert evaluated(arithmetic) == number(size), symbol
-        assert int(equation.strip("()")) in numbered_equations()
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_the_terms_of_an_example_are_the_planners_and_what_their_arithmetic_gives(
+    title: str,
+) -> None:
+    rows = table("memory-model.md", title)
+    terms = explain.explain(*example(title))
+    assert [(row[0], row[1], number(row[3])) for row in rows] == [
+        (term.component, f"({term.equation})", term.num_bytes) for term in terms
+    ]
+    for component, _, arithmetic, size in rows:
+        assert round(evaluated(arithmetic)) == number(size), component
+    memory = estimate_memory(*example(title))
+    assert sum(number(row[3]) for row in rows) == memory.allocated_peak_bytes
 
 
-def test_the_phases_of_the_example_are_the_planners() -> None:
-    terms = {row[0]: number(row[3]) for row in table("memory-model.md", "Terms of the example")}
-    rows = table("memory-model.md", "Phases of the example")
-    phases = estimate_memory(*example()).phases
-    assert [row[0] for row in rows] == [phase.name for phase in phases]
-    used = set()
-    for (name, summed, size), phase in zip(rows, phases, strict=True):
-        assert number(size) == phase.allocated_peak_bytes, name
-        assert evaluated(summed, terms) == number(size), name
-        used |= set(summed.split(" + "))
-    assert used | {"K"} == set(terms), "each term is used; K by Lf and Lb"
-
-
-def test_the_terms_of_the_example_are_the_planners_components() -> None:
-    terms = {row[0]: number(row[3]) for row in table("memory-model.md", "Terms of the example")}
-    phases = {phase.name: phase.components for phase in estimate_memory(*example()).phases}
-    forward, last = phases["forward"], phases["backward, last layer"]
-    assert forward["activations"] == terms["A"]
-    assert forward["autocast_copies"] == terms["Cf"] + terms["Ch"]
-    assert forward["logits_and_loss"] == terms["Lf"] == terms["K"]
-    assert phases["loss backward"]["logits_and_loss"] == terms["Lb"]
-    assert phases["backward, first layer"]["gradients"] == terms["H"]
-    assert last["optimizer_states"] == terms["O"]
-    assert last["weights"] == terms["W"] and last["gradients"] == terms["G"]
-    assert last["activations"] == terms["A1"] + terms["R"]
-    assert last["autocast_copies"] == terms["C"]
-    assert last["temporaries"] == terms["B"] + terms["D"]
-
-
-def test_the_totals_of_the_example_are_the_planners_and_the_printed_ones() -> None:
-    rows = {row[0]: row for row in table("memory-model.md", "Totals of the example")}
-    memory = estimate_memory(*example())
-    computed = {
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_the_totals_of_an_example_are_the_printed_ones(title: str) -> None:
+    text = " ".join(section(page("memory-model.md"), title).split())
+    memory = estimate_memory(*example(title))
+    assert f"allocated {memory.allocated_peak_bytes:,} bytes" in text
+    command = re.search(r"```sh ftplan (.*?) ```", text)
+    assert command
+    printed = run_ftplan(*command[1].split())
+    sizes = {
         "allocated": memory.allocated_peak_bytes,
         "reserved": memory.reserved_peak_bytes,
         "device": memory.device_peak_bytes,
-        "required": memory.required_bytes,
     }
-    assert set(rows) == set(computed)
-    printed = run_ftplan("estimate", "7B", "--method", "full")
-    for name, size in computed.items():
-        _, arithmetic, exact, shown = rows[name]
-        assert round(evaluated(arithmetic)) == number(exact) == size
-        assert shown == format_bytes(size)
-        assert re.search(rf"^{name}\s+{re.escape(shown)} ", printed, re.MULTILINE)
+    for name, size in sizes.items():
+        assert re.search(rf"\b{name}[^;]*\b{re.escape(format_bytes(size))}", text), name
+        assert re.search(rf"^{name}\s+{re.escape(format_bytes(size))} ", printed, re.MULTILINE)
 
 
 def run_ftplan(*words: str) -> str:
@@ -260,25 +256,17 @@ LAYER_PLANS = {
 }
 
 
-def kept_by_operation(plan: TrainingPlan) -> dict[str, int]:
-    model = example()[0]
-    trained = plan.resolved_method.count(model, plan.method_settings)
-    layer = decoder_layer(model, plan, trained, own_weights=trained.trained_layers > 0)
-    return {operation.name: round(operation.saved_bytes) for operation in layer}
-
-
-def test_the_layers_table_is_the_planners() -> None:
+def test_the_layers_table_is_what_the_step_keeps() -> None:
+    """Its rows are by hand; the step's trace knows their sum."""
     heading = "Bytes a token that a Llama layer keeps"
-    rows = table("memory-model.md", heading)
+    *operations, total = table("memory-model.md", heading)
     assert f"| operation | {' | '.join(LAYER_PLANS)} |" in section(page("memory-model.md"), heading)
-    *operations, total = rows
     for column, plan in enumerate(LAYER_PLANS.values(), start=1):
-        kept = kept_by_operation(plan)
-        shown = {codes(row[0])[0]: number(row[column]) for row in operations}
-        assert {name: size for name, size in shown.items() if size} == {
-            name: size for name, size in kept.items() if size
-        }
-        assert number(total[column]) == sum(kept.values())
+        plain = plan.replace(gradient_checkpointing=False)
+        step = compiled_step(example()[0], plain, 1, 2048, None, OWN_STACK)
+        layer = step.trace.segments[2]
+        _, _, _, per_token, _ = layer.kept["activations"]
+        assert sum(number(row[column]) for row in operations) == number(total[column]) == per_token
 
 
 def test_the_rules_table_is_what_the_command_line_gives() -> None:
@@ -293,42 +281,26 @@ def test_the_rules_table_is_what_the_command_line_gives() -> None:
         assert f"{size / found['model']['num_parameters']:.2f}" == per_parameter, command
 
 
-def measured_rows() -> list[dict[str, Any]]:
-    lines = (ROOT / "tests" / "measured" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def predicted_bytes(row: dict[str, Any]) -> int:
-    """As tests/test_measured.py predicts it, written a second time."""
-    names = {"torch_dtype": "dtype", "loss_kernel": "loss"}
-    settings = {names.get(key, key): value for key, value in row["config"].items()}
-    given = {key: value for key, value in settings.items() if value is not None}
-    if "target_modules" in given:
-        given["target_modules"] = tuple(given["target_modules"])
-    catalogued = "llama-3.1-8b" if "Llama-3" in row["model"] else "mistral-7b-v0.1"
-    model = require_model(catalogued).spec
-    return estimate_memory(model, TrainingPlan(**given)).allocated_peak_bytes
-
-
 def test_the_comparison_with_measured_runs_is_current() -> None:
-    rows = measured_rows()
-    errors = [predicted_bytes(row) / row["allocated_bytes"] - 1 for row in rows]
-    shown = table("memory-model.md", "Predicted and measured")
-    for row, error, cells in zip(rows, errors, shown, strict=True):
+    """A line for each method, base and sharding of tests/measured/rows.jsonl."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for row in ROWS:
         config = row["config"]
-        assert codes(cells[0]) == [row["id"]]
-        assert cells[1] == f"{row['model'].partition('/')[2]}, {config['method']}"
-        assert cells[2] == ("bf16" if config["mixed_precision"] == "no" else "autocast")
-        assert cells[3:5] == [str(config["per_device_train_batch_size"]), config["loss_kernel"]]
-        assert cells[5] == f"{predicted_bytes(row) / GIB:.2f} GiB"
-        assert cells[6] == f"{row['allocated_bytes'] / GIB:.2f} GiB"
-        assert cells[7] == f"{100 * error:+.2f} %"
-    sizes = [abs(error) for error in errors]
-    assert table("memory-model.md", "Errors over these runs") == [
-        ["mean", f"{100 * sum(errors) / len(errors):+.2f} %"],
-        ["mean of the absolute error", f"{100 * sum(sizes) / len(sizes):.2f} %"],
-        ["largest absolute error", f"{100 * max(sizes):.2f} %"],
-    ]
+        cards = {"NVIDIA": "A100", "Tesla": "T4"}[row["gpu"].split()[0]]
+        many = "FSDP" if config["sharding"] == "fsdp_full_shard" else "one"
+        key = (f"{many}, {cards}", config["method"], config["quantization"])
+        groups.setdefault(key, []).append(error_of(row["id"]))
+    rows = table("memory-model.md", "Predicted and measured")
+    assert [
+        [
+            *key,
+            str(len(errors)),
+            f"{100 * statistics.median(map(abs, errors)):.2f} %",
+            f"{100 * statistics.mean(errors):+.2f} %",
+            f"{100 * max(errors, key=abs):+.2f} %",
+        ]
+        for key, errors in sorted(groups.items())
+    ] == rows
 
 
 def test_the_comparison_on_a_processor_is_current(devices: dict[str, Device]) -> None:

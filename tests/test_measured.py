@@ -1,78 +1,72 @@
-"""Predictions beside runs that others measured on A100 cards.
+"""Predictions beside runs that others measured.
 
-`measured/rows.jsonl`: figures of `torch.cuda.max_memory_allocated` from
-foundation-model-stack/fms-acceleration, scripts/benchmarks (each row names commit and line in its
-`id`): transformers' trainer, FlashAttention-2, rows packed to the length given, gradient
-checkpointing. They are references, not fitted to: a term that is wrong shows here.
+`measured/rows.jsonl`: figures of `torch.cuda.max_memory_allocated` with source, software and
+configuration of each run, on one and two A100 (foundation-model-stack/fms-acceleration,
+scripts/benchmarks) and on a T4 (fitcheck-llm's measurements). They are references, nothing is
+fitted to them: a term that is wrong shows here. `tolerance` is each run's own.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ftplan import profiles
-from ftplan.planner.memory import estimate_memory
-from ftplan.planner.plan import TrainingPlan
+from ftplan.launcher.cases import Case, read_cases
+from ftplan.launcher.commands import validate
 
-ROWS: list[dict[str, Any]] = [
-    json.loads(line)
-    for line in (Path(__file__).parent / "measured" / "rows.jsonl").read_text().splitlines()
-]
-# Meta-Llama-3-8B has the shape of Llama-3.1-8B; only its rotary embedding differs.
-CATALOGUED = {
-    "meta-llama/Meta-Llama-3-8B": "llama-3.1-8b",
-    "mistralai/Mistral-7B-v0.1": "mistral-7b-v0.1",
-}
-TOLERANCE = 0.03
-MEAN_TOLERANCE = 0.01
+PATH = Path(__file__).parent / "measured" / "rows.jsonl"
+ROWS: list[dict[str, Any]] = [json.loads(line) for line in PATH.read_text().splitlines()]
+MEAN_TOLERANCE = 0.0025
 
 
-def predicted_bytes(row: dict[str, Any]) -> int:
-    config = row["config"]
-    adapters = {}
-    if config["lora_rank"] is not None:
-        adapters = {
-            "lora_rank": config["lora_rank"],
-            "target_modules": tuple(config["target_modules"]),
-        }
-    plan = TrainingPlan(
-        method=config["method"],
-        quantization=config["quantization"],
-        double_quant=bool(config["double_quant"]),
-        dtype=config["torch_dtype"],
-        mixed_precision=config["mixed_precision"],
-        optim=config["optim"],
-        per_device_train_batch_size=config["per_device_train_batch_size"],
-        max_length=config["max_length"],
-        gradient_checkpointing=config["gradient_checkpointing"],
-        attn_implementation=config["attn_implementation"],
-        loss=config["loss_kernel"],
-        trainer=config["trainer"],
-        **adapters,
-    )
-    model = profiles.require_model(CATALOGUED[row["model"]]).spec
-    return estimate_memory(model, plan).allocated_peak_bytes
+@cache
+def cases() -> dict[str, Case]:
+    found = read_cases(PATH, {"HF_HOME": "/nonexistent"})
+    assert all(isinstance(case, Case) for case in found), found
+    return {case.id: case for case in found if isinstance(case, Case)}
+
+
+@cache
+def error(id_: str) -> float:
+    """Relative, of allocated memory."""
+    case = cases()[id_]
+    measured = case.measured["allocated_bytes"]
+    assert measured
+    return validate.closed_form(case).allocated_bytes / measured - 1
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["id"])
 def test_allocated_memory_is_near_the_measured(row: dict[str, Any]) -> None:
-    assert predicted_bytes(row) == pytest.approx(row["allocated_bytes"], rel=TOLERANCE)
+    assert abs(error(row["id"])) <= row["tolerance"]
 
 
 def test_predictions_lean_neither_way() -> None:
-    residuals = [predicted_bytes(row) / row["allocated_bytes"] - 1 for row in ROWS]
-    assert abs(sum(residuals) / len(residuals)) <= MEAN_TOLERANCE
+    assert abs(statistics.mean(error(row["id"]) for row in ROWS)) <= MEAN_TOLERANCE
 
 
-def test_the_rows_cover_methods_losses_and_models() -> None:
+def test_most_are_within_a_few_thousandths() -> None:
+    errors = sorted(abs(error(row["id"])) for row in ROWS)
+    assert statistics.median(errors) <= 0.001
+    assert errors[len(errors) * 19 // 20] <= 0.025
+
+
+def test_the_rows_cover_methods_losses_precisions_and_sharding() -> None:
     """And each says where it is from."""
-    assert {row["config"]["method"] for row in ROWS} == {"full", "lora", "qlora"}
-    assert {row["config"]["loss_kernel"] for row in ROWS} == {"stock", "liger"}
-    assert {row["model"] for row in ROWS} == set(CATALOGUED)
+    seen = {
+        key: {row["config"][key] for row in ROWS}
+        for key in ("method", "quantization", "loss_kernel", "mixed_precision", "sharding")
+    }
+    assert seen == {
+        "method": {"full", "lora", "qlora"},
+        "quantization": {"none", "nf4", "gptq-int4"},
+        "loss_kernel": {"stock", "liger", "triton_ce"},
+        "mixed_precision": {"no", "bf16", "fp16"},
+        "sharding": {"none", "fsdp_full_shard"},
+    }
     for row in ROWS:
-        assert row["source"].startswith("foundation-model-stack/fms-acceleration")
-        assert "A100" in row["gpu"] and "torch" in row["software"]
+        assert row["source"] and row["gpu"] and "torch" in row["software"]
