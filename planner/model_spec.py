@@ -333,6 +333,8 @@ class Layer:
     `dropout`: of each block's result before it is added.
     `holds`: what of the attention block is still a local variable when the layer ends, its
     `normalized` input or what it `attended` (GPT-2's, StableLM's code).
+    `feeds_by_itself`: the feed-forward block is no module of its own, so that its normalized input
+    is let go of behind the first product (OPT).
     """
 
     attention: Attention
@@ -346,6 +348,7 @@ class Layer:
     scales_residual: bool = False
     dropout: float = 0.0
     holds: tuple[str, ...] = ()
+    feeds_by_itself: bool = False
 
     @property
     def norms(self) -> tuple[Norm, ...]:
