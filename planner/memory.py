@@ -220,7 +220,7 @@ def _with_surroundings(
         required = round(allocated * (1 + CPU_WORST_HEAP_HOLES)) + CPU_PROCESS_BYTES
         host_bytes = device_peak
     else:
-        context = device.context_bytes if device else ASSUMED_CUDA_CONTEXT_BYTES
+        context = context_bytes(device)
         share = RESERVED_OVER_ALLOCATED[plan.trainer]
         reserved = round(allocated * share) if reserved_bytes is None else reserved_bytes
         device_peak = reserved + context
@@ -236,6 +236,11 @@ def _with_surroundings(
         disk_bytes=disk_bytes,
         list_phases=list_phases,
     )
+
+
+def context_bytes(device: Device | None) -> int:
+    """What a process holds of the GPU beside torch's allocator: kernels, libraries."""
+    return device.context_bytes if device else ASSUMED_CUDA_CONTEXT_BYTES
 
 
 def needed_bytes(memory: MemoryEstimate) -> int:
@@ -272,6 +277,20 @@ def weight_memory_bytes(
         rows = sum(count * linear.out_features for count, linear in linears)
         return quantized + rows * FLOAT32_BYTES + rest_bytes
     return round(quantized * quantized_bytes_per_weight(plan)) + rest_bytes
+
+
+def quantized_storages(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> Iterator[int]:
+    """Bytes of each tensor that quantized matrices are held in: numbers, and scales."""
+    for count, linear in _quantized_linears(model, stack):
+        if plan.quantization in PREQUANTIZED:
+            yield from [prequantized_bytes(linear, plan.quantization)] * count
+            continue
+        if plan.quantization == "int8":
+            numbers, scales = linear.num_weights, linear.out_features * FLOAT32_BYTES
+        else:
+            numbers = linear.num_weights // 2
+            scales = round(linear.num_weights * quantized_bytes_per_weight(plan)) - numbers
+        yield from [numbers, scales] * count
 
 
 def _quantized_linears(model: ModelSpec, stack: Stack) -> Iterator[tuple[int, Linear]]:
@@ -346,19 +365,21 @@ def compiled_step(
 class CompiledStep:
     """The highest moments of each phase as sums linear in the micro-batch.
 
-    `trace`: what they were made of. A phase is (name, what is held throughout it by component,
-    moments).
+    `trace`, `settings`, `held`: what they were made of. A phase is (name, what is held throughout
+    it by component, moments).
     """
 
     def __init__(
         self,
         trace: StepTrace,
+        settings: StepSettings,
+        held: Held,
         phases: Sequence[tuple[str, Mapping[str, int], Sequence[Moment]]],
         *,
         host_bytes: int,
         disk_bytes: int,
     ) -> None:
-        self.trace, self._phases = trace, phases
+        self.trace, self.settings, self.held, self._phases = trace, settings, held, phases
         self.host_bytes, self.disk_bytes = host_bytes, disk_bytes
         self._sums = _highest_sums(
             add_forms(constant(sum(held.values())), moment.total)
@@ -511,6 +532,8 @@ def _compile(
     evaluating = {**behind, "communication": running["communication"]}
     return CompiledStep(
         trace,
+        settings,
+        held,
         [
             ("load", loaded, (_NOTHING,)),
             *phases,

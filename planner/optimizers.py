@@ -11,6 +11,7 @@ from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.optimizer_steps import (
     FusedStep,
     FusedUpdate,
+    Groups,
     LayerwiseUpdate,
     States,
     Step,
@@ -51,7 +52,7 @@ from ftplan.planner.optimizer_steps import (
     torchao_states,
     torchao_step,
 )
-from ftplan.planner.tape import ZERO, Moment, Tape, Update
+from ftplan.planner.tape import ZERO, Moment, Tape, Update, value
 
 # Packages besides torch and transformers that hold optimizers: the module's name, and pip's.
 OPTIMIZER_PACKAGES: dict[str, str] = {
@@ -121,14 +122,25 @@ class Optimizer:
         """Bytes of states that the host has for a GPU."""
         return self._state_bytes(parameters, rounds=False) if self.on_host else 0
 
+    def state_sizes(self, parameters: Sequence[Updated]) -> list[int]:
+        """Bytes of each state on a CUDA device, parameter by parameter."""
+        if self.on_host:
+            return []
+        own = [size for p in parameters for size in p.count * self._own_states(p)]
+        return [*own, self._shared_bytes(parameters)]
+
     def _state_bytes(self, parameters: Iterable[Updated], *, rounds: bool) -> int:
-        total = shared = 0
-        for p in parameters:
-            own = self.shared_states(p)
-            states = [*self.states(p), *([own] if self.layerwise else [])]
-            total += p.count * sum(map(rounded, states) if rounds else states)
-            shared = max(shared, own)
-        return total if self.layerwise else total + shared
+        listed = list(parameters)
+        sizes = ((p.count, self._own_states(p)) for p in listed)
+        own = sum(count * sum(map(rounded, of) if rounds else of) for count, of in sizes)
+        return own + self._shared_bytes(listed)
+
+    def _own_states(self, parameter: Updated) -> list[int]:
+        own = [self.shared_states(parameter)] if self.layerwise else []
+        return [*self.states(parameter), *own]
+
+    def _shared_bytes(self, parameters: Iterable[Updated]) -> int:
+        return 0 if self.layerwise else max(map(self.shared_states, parameters), default=0)
 
     def step_moments(
         self, parameters: Sequence[Updated], kind: DeviceKind, *, by_trainer: bool
@@ -140,14 +152,34 @@ class Optimizer:
         tape = Tape(on_cuda=kind == "cuda")
         if self.steps_in_backward:
             return (Moment(ZERO, {}),)
-        groups = [
+        self._step(tape, self._with_gradients(tape, parameters, by_trainer), by_trainer)
+        return tape.moments()
+
+    def step_storages(
+        self, parameters: Sequence[Updated], *, by_trainer: bool
+    ) -> tuple[list[int], list[int], int]:
+        """(sizes, events, first): births and deaths of a step on a CUDA device, as `Tape.events`
+        has them; those from number `first` on are no gradients."""
+        tape = Tape()
+        if self.steps_in_backward:
+            return [], [], 0
+        groups = self._with_gradients(tape, parameters, by_trainer)
+        first = len(tape.sizes)
+        self._step(tape, groups, by_trainer)
+        return [value(size, 0, 0) for size in tape.sizes], tape.events[:], first
+
+    def _with_gradients(
+        self, tape: Tape, parameters: Sequence[Updated], by_trainer: bool
+    ) -> list[list[Stepped]]:
+        return [
             [Stepped(p, hold(tape, p.num_elements, p.width, "gradients")) for p in group]
             for group in self._groups(parameters, by_trainer=by_trainer)
         ]
+
+    def _step(self, tape: Tape, groups: Groups, by_trainer: bool) -> None:
         if by_trainer:
             clip_gradients(tape, groups)
         self.step(tape, groups)
-        return tape.moments()
 
     def _groups(self, parameters: Sequence[Updated], *, by_trainer: bool) -> list[list[Updated]]:
         if self.low_rank:

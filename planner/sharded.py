@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
+from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
 from ftplan.planner.separate_experts import quantized_linears
 
@@ -106,6 +108,38 @@ def units_of(
         tail=_unit(tail, spread, trained_outside),
         root=_unit(rest, spread, trained_outside),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """A GPU's shares, tensor by tensor: bytes of each at rest, and what the optimizer is given."""
+
+    at_rest: tuple[int, ...]
+    updated: tuple[Updated, ...]
+
+
+def shards_of(
+    model: ModelSpec, spread: Spread, numerics: Sequence[Numerics], trained_outside: Collection[str]
+) -> Shards:
+    """The shares of all parameters; arguments as of `units_of`."""
+    at_rest: list[int] = []
+    updated: list[Updated] = []
+
+    def add(parameter: Parameter, trained: int | None) -> None:
+        elements = _share(parameter, spread) // parameter.count
+        stored = trained or spread.frozen
+        at_rest.extend([0 if spread.offloads else elements * stored] * parameter.count)
+        if trained:
+            updated.append(Updated(shape=(elements,), width=stored, count=parameter.count))
+
+    for layer, own in zip(model.layers, numerics, strict=True):
+        for parameter in _base_parameters(layer, spread, own):
+            add(parameter, spread.trained if parameter.name in own.trained else None)
+        for parameter in _adapters(layer, own):
+            add(parameter, spread.adapters)
+    for parameter in itertools.chain(*_outside(model)):
+        add(parameter, spread.trained if parameter.name in trained_outside else None)
+    return Shards(at_rest=tuple(at_rest), updated=tuple(updated))
 
 
 def _outside(model: ModelSpec) -> tuple[list[Parameter], list[Parameter], list[Parameter]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ftplan.planner.decoder_layer import DecoderLayer
 from ftplan.planner.embeddings import Embeddings
@@ -36,6 +37,7 @@ from ftplan.planner.tape import (
     added,
     constant,
     covers,
+    is_shared,
     per_pair,
     per_position,
     per_row,
@@ -135,6 +137,49 @@ class StepSettings:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SegmentRecord:
+    """Births and deaths of a segment's storages, as `Tape.events` has them.
+
+    `forward`; `held`: what goes when the model's forward pass ends, and `autocast` when autocast
+    does; `backward`. `given`: the storage of what the segment before hands on; `result`: of what
+    this one does, and whether it `keeps_result` itself; `incoming`: of that one's gradient;
+    `gradient`: of what was given.
+    """
+
+    sizes: Sequence[Form]
+    labels: Sequence[str]
+    forward: Sequence[int]
+    held: Sequence[int]
+    autocast: Sequence[int]
+    backward: Sequence[int]
+    given: int | None
+    result: int
+    keeps_result: bool
+    incoming: int | None
+    gradient: int | None
+
+    @cached_property
+    def left(self) -> list[int]:
+        """What is alive at the end and not handed on."""
+        alive: set[int] = set()
+        for events in (self.forward, self.held, self.autocast, self.backward):
+            for event in events:
+                if event >= 0:
+                    alive.add(event)
+                else:
+                    alive.discard(~event)
+        handed_on = {self.given, self.incoming, self.gradient}
+        if not self.keeps_result:
+            handed_on.add(self.result)
+        return sorted(alive.difference(handed_on))
+
+    @cached_property
+    def gradients(self) -> list[int]:
+        """Of these, gradients of parameters."""
+        return [number for number in self.left if self.labels[number] == "gradients"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """A part of the step by itself: an embedding, a layer, or the loss.
@@ -161,6 +206,7 @@ class Segment:
     backward_flops: Form
     forward_moved: Form
     backward_moved: Form
+    record: SegmentRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +214,10 @@ class StepTrace:
     """The highest moments of each phase, without what is there all the time (weights, states), and
     the segments that they are sums of: embeddings, layers, loss.
 
-    `inputs`: what the model is given; `after_backward`: all that is left until the step is over.
+    `inputs`: what the model is given; `tables`, `mask`: what its forward pass makes for all layers.
+    `before`, `further`, `evaluation`: the segments of passes without gradients, which come before
+    training, within each step, and in an evaluation. `after_backward`: all that is left until the
+    step is over.
     `num_passes`: forward, those without gradients included.
     FLOPs, and bytes read and written besides parameters and outside of the loss, of one
     micro-batch. Forward's hold the reference's pass, backward's what is computed again.
@@ -177,6 +226,11 @@ class StepTrace:
     phases: Mapping[str, tuple[Moment, ...]]
     segments: tuple[Segment, ...]
     inputs: Parts
+    tables: Parts
+    mask: Parts
+    before: Sequence[Segment]
+    further: Sequence[Sequence[Segment]]
+    evaluation: Sequence[Sequence[Segment]]
     after_backward: Parts
     num_passes: int
     forward_flops: Form
@@ -205,9 +259,10 @@ class _StepTracer:
     held_to_backward: Tensor | None = None
 
     def trace(self) -> StepTrace:
-        reference = self.settings.reference
+        reference, before = self.settings.reference, list[Segment]()
         if reference is not None and self.settings.asks_before:
-            self._pass_forward(reference, self._inputs(), REFERENCE_PHASE, REFERENCE_PHASE)
+            phase = REFERENCE_PHASE
+            before = self._pass_forward(reference, self._inputs(), phase, phase)
             reference = None
         segments, labels = self._segments()
         self._add_forward(segments, labels, self._inputs(), "forward", "loss")
@@ -229,11 +284,16 @@ class _StepTracer:
                 phase = "loss" if index == len(segments) - 1 else "backward"
                 self._add(phase, segment.backward, _sum(bases[index], left))
             left = _sum(left, segment.left)
-        self._evaluate(reference)
+        evaluation = self._evaluate(reference)
         return StepTrace(
             phases={name: tuple(moments) for name, moments in self.phases.items()},
             segments=tuple(segments),
             inputs=self._inputs(),
+            tables=self._tables(),
+            mask=self._mask(),
+            before=before,
+            further=passes[1:],
+            evaluation=evaluation,
             after_backward=_sum(_sum(self._inputs(), left), self._first_input(segments[0])),
             num_passes=len(passes),
             forward_flops=added(s.forward_flops for one in passes for s in one),
@@ -253,11 +313,14 @@ class _StepTracer:
             passes += [*passes, own]
         return passes
 
-    def _evaluate(self, reference: StepSettings | None) -> None:
+    def _evaluate(self, reference: StepSettings | None) -> list[list[Segment]]:
         """An evaluation's pass, and the reference's where it comes along."""
-        for settings in (self.settings.in_evaluation, reference):
-            if settings is not None:
-                self._pass_forward(settings, self._inputs(), EVALUATION_PHASE, EVALUATION_PHASE)
+        phase = EVALUATION_PHASE
+        return [
+            self._pass_forward(settings, self._inputs(), phase, phase)
+            for settings in (self.settings.in_evaluation, reference)
+            if settings is not None
+        ]
 
     def _first_input(self, embedding: Segment) -> Parts:
         """The gradient of the embeddings' result, where a hook asked for one: the graph holds it
@@ -547,6 +610,7 @@ class _StepTracer:
         """`held` is what the model's forward pass holds on to, once `forward` has run."""
         held = [] if held is None else held
         tape = self._tape()
+        recording = _Recording(tape, has_input=input_size is not None)
         tape.grad_enabled = self.with_gradients
         given: list[Tensor] = []
         gradient: list[Tensor | None] = []
@@ -562,17 +626,22 @@ class _StepTracer:
         forward_moments = tape.moments()
         forward_flops, forward_moved = tape.flops, tape.moved
         exchange.hand_on()
+        recording.end("forward")
         holds_result = any(tensor.storage is result.storage for tensor in held)
         with_held = tape.state()
         held.clear()
+        recording.end("held")
+        recording.handing_on(result)
         without_held = tape.state()
         kept_forward = _without(without_held, result)
         tape.end_autocast()
+        recording.end("autocast")
         self.held_to_backward = None
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:
             of_result = tape.like(result)
+            recording.incoming = _number(of_result)
             exchange.before_backward(tape, of_result)
             incoming: list[Tensor | None] = [of_result]
             del of_result
@@ -584,6 +653,7 @@ class _StepTracer:
                 tape.update.end(tape)
             backward_moments = tape.moments()
         exchange.hand_on()
+        record = recording.finish(gradient)
         gradient.clear()
         taken_over = {part: constant(size) for part, size in exchange.taken_over.items()}
         return Segment(
@@ -600,7 +670,53 @@ class _StepTracer:
             backward_flops=subtract_forms(tape.flops, forward_flops),
             forward_moved=forward_moved,
             backward_moved=subtract_forms(tape.moved, forward_moved),
+            record=record,
         )
+
+
+class _Recording:
+    """A segment's record while its tape runs."""
+
+    def __init__(self, tape: Tape, *, has_input: bool) -> None:
+        self.tape, self.has_input = tape, has_input
+        self.parts: dict[str, list[int]] = {}
+        self.begin = 0
+        self.result: int = -1
+        self.keeps_result = False
+        self.incoming: int | None = None
+
+    def end(self, part: str) -> None:
+        """What happened since the part before is this one."""
+        events = self.tape.events
+        self.parts[part] = events[self.begin :]
+        self.begin = len(events)
+
+    def handing_on(self, result: Tensor) -> None:
+        """The model's forward pass is over: what still refers to the result will keep it."""
+        self.result, self.keeps_result = _number(result), is_shared(result)
+
+    def finish(self, gradient: Sequence[Tensor | None]) -> SegmentRecord:
+        """`gradient`: of what the segment was given."""
+        self.end("backward")
+        if not self.keeps_result:  # the next segment's input is what keeps it
+            own = self.parts["backward"]
+            self.parts["backward"] = [event for event in own if event != ~self.result]
+        outgoing = gradient[0] if gradient else None
+        return SegmentRecord(
+            sizes=self.tape.sizes[:],
+            labels=self.tape.labels[:],
+            **self.parts,
+            given=0 if self.has_input else None,
+            result=self.result,
+            keeps_result=self.keeps_result,
+            incoming=self.incoming,
+            gradient=None if outgoing is None else _number(outgoing),
+        )
+
+
+def _number(tensor: Tensor) -> int:
+    assert tensor.storage is not None
+    return tensor.storage.number
 
 
 def _extremes(labels: list[object]) -> set[int]:

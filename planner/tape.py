@@ -103,11 +103,11 @@ class Moment:
 class Storage:
     """Memory of one or several tensors; it is given back when the last of them goes."""
 
-    __slots__ = ("component", "size", "tape")
+    __slots__ = ("component", "number", "size", "tape")
 
     def __init__(self, tape: Tape, size: Form, component: str) -> None:
         self.tape, self.size, self.component = tape, size, component
-        tape.born(self)
+        self.number = tape.born(self)
 
     def __del__(self) -> None:
         self.tape.died(self)
@@ -264,6 +264,11 @@ class Tape:
         self.is_fp16, self.accumulates = is_fp16, accumulates
         self.residual, self.single_row = residual, single_row
         self.component = "temporaries"
+        # Births and deaths in order: `i` is the birth of the storage of `sizes[i]`, `~i` its death.
+        # `labels[i]`: its component.
+        self.sizes: list[Form] = []
+        self.labels: list[str] = []
+        self.events: list[int] = []
         self.grad_enabled = True
         self.flops: Form = ZERO
         self._moved = [0, 0, 0, 0, 0]
@@ -283,13 +288,20 @@ class Tape:
 
     # What is alive.
 
-    def born(self, storage: Storage) -> None:
+    def born(self, storage: Storage) -> int:
+        """The storage's number in the record."""
+        number = len(self.sizes)
+        self.sizes.append(storage.size)
+        self.labels.append(storage.component)
+        self.events.append(number)
         self._risen = True
         _change(self._moved, storage.size, 1)
         _change(self._total, storage.size, 1)
         _change(self._live[storage.component], storage.size, 1)
+        return number
 
     def died(self, storage: Storage) -> None:
+        self.events.append(~storage.number)
         if self._risen:
             self._note()
         _change(self._total, storage.size, -1)
@@ -301,7 +313,7 @@ class Tape:
         if storage is not None and storage.component != component:
             _change(self._live[storage.component], storage.size, -1)
             _change(self._live[component], storage.size, 1)
-            storage.component = component
+            storage.component = self.labels[storage.number] = component
 
     def state(self) -> dict[str, Form]:
         """What is alive now, by component."""
@@ -596,7 +608,7 @@ class Tape:
         first = node.buffer[edge.index]
         if first is None:
             node.buffer[edge.index] = gradient
-        elif first.is_view or sys.getrefcount(first) > _ONLY_REFERENCE or _is_shared(first):
+        elif first.is_view or sys.getrefcount(first) > _ONLY_REFERENCE or is_shared(first):
             node.buffer[edge.index] = self.like(first)
 
 
@@ -604,7 +616,7 @@ class Tape:
 _ONLY_REFERENCE = 3
 
 
-def _is_shared(tensor: Tensor) -> bool:
+def is_shared(tensor: Tensor) -> bool:
     """Whether other tensors use the storage: its slot in `tensor` and the call refer to it."""
     return sys.getrefcount(tensor.storage) > 2
 

@@ -18,8 +18,9 @@ from ftplan.launcher.host import usable_cores
 from ftplan.launcher.ui import Ui
 from ftplan.planner.accuracy import Comparison, Prediction
 from ftplan.planner.errors import FtplanError, InputError
-from ftplan.planner.memory import MemoryEstimate, estimate_memory
+from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_time import estimate_step_time
 
@@ -131,7 +132,7 @@ def closed_form(case: Case) -> Prediction:
     """The prediction of `ftplan estimate`; raises InputError for what it does not model."""
     _check_length(case)
     plan = _plan_of_its_time(case)
-    memory = estimate_memory(case.model.spec, plan, device=case.gpu, stack=_stack(case))
+    memory = replayed_memory(case.model.spec, plan, device=case.gpu, stack=_stack(case))
     return _prediction(case, memory)
 
 

@@ -1,0 +1,190 @@
+"""What the caching allocator holds of a run in closed form: its storages, replayed.
+
+The closed form knows what is alive at each moment; how much the allocator reserves for it depends
+on the order in which storages come and go. Replaying it takes some 50 ms, so the search does with
+a share of what is allocated (`RESERVED_OVER_ALLOCATED`), and what is shown of a plan is replayed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+from ftplan.planner.allocator import replay, required_bytes
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.memory import (
+    CompiledStep,
+    MemoryEstimate,
+    compiled_step,
+    context_bytes,
+    estimate_memory,
+    quantized_storages,
+)
+from ftplan.planner.model_spec import ModelSpec, Parameter
+from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
+from ftplan.planner.optimizer_steps import Updated
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.run_storages import RunStorages
+from ftplan.planner.sharded import shards_of
+from ftplan.planner.stack import OWN_STACK, Stack, cublas_workspace_bytes
+from ftplan.planner.step_settings import model_rows, trained_widths
+from ftplan.planner.step_trace import StepSettings, step_units
+from ftplan.planner.units import MIB
+from ftplan.planner.updated import updated_parameters
+
+# `bucket_cap_mb` of torch.nn.parallel.DistributedDataParallel.
+DDP_BUCKET_BYTES = 25 * MIB
+
+# How much too high, relatively, `required` may be: finer steps take a replay each.
+REQUIRED_TOLERANCE = 0.02
+
+
+def replayed_memory(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    *,
+    device: Device | None = None,
+    longest_row: int | None = None,
+    stack: Stack = OWN_STACK,
+) -> MemoryEstimate:
+    """`estimate_memory`, with what the allocator reserves and requires from its replay.
+
+    On the processor, under ZeRO, and where FSDP accumulates gradients it is `estimate_memory`'s
+    own.
+    """
+    memory = estimate_memory(model, plan, device=device, longest_row=longest_row, stack=stack)
+    rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
+    step = compiled_step(model, plan, rows, length, device, stack)
+    if not _is_ordered(step.settings):
+        return memory
+    run = run_storages(model, plan, step, rows, length, stack)
+    events, small_bytes = run.large_events()
+    # The launcher turns expandable segments on; people's own stacks seldom do.
+    expandable = plan.trainer == "trl"
+    required = small_bytes + required_bytes(
+        run.sizes, events, expandable_segments=expandable, tolerance=REQUIRED_TOLERANCE
+    )
+    context = context_bytes(device)
+    free_bytes = None if device is None else device.free_bytes - context
+    if free_bytes is not None and free_bytes < required:
+        free_bytes = None  # it does not fit: what would be reserved on a larger card
+    reserved = small_bytes + (
+        replay(
+            run.sizes,
+            events,
+            expandable_segments=expandable,
+            capacity_bytes=None if free_bytes is None else free_bytes - small_bytes,
+        ).reserved_peak_bytes
+    )
+    return dataclasses.replace(
+        memory,
+        reserved_peak_bytes=reserved,
+        device_peak_bytes=reserved + context,
+        required_bytes=required + context,
+    )
+
+
+def _is_ordered(settings: StepSettings) -> bool:
+    """Whether the order of all storages is known."""
+    divides = settings.spread is not None and settings.accumulates
+    return settings.on_cuda and settings.reduction is None and not divides
+
+
+def run_storages(
+    model: ModelSpec, plan: TrainingPlan, step: CompiledStep, rows: int, length: int, stack: Stack
+) -> RunStorages:
+    """Loading, two steps, the second of which has optimizer states, and an evaluation's pass. With
+    accumulation each step has two micro-batches, and gradients are there from the first one on."""
+    settings, held, optimizer = step.settings, step.held, plan.optimizer
+    by_trainer = plan.trainer != "loop"
+    run = RunStorages(
+        step.trace,
+        rows,
+        length,
+        keeps_mask=settings.gradient_checkpointing,
+        hands_on=settings.spread is not None,
+    )
+    at_rest, updated, exchanged = _at_rest(trained_model(model, plan), plan, step, stack)
+    run.born(at_rest)
+    run.born(_buckets(held.communication))
+    workspace = cublas_workspace_bytes(settings.capability)
+    run.born([workspace, workspace])  # of the forward pass's thread and of backward's
+    if step.trace.before:
+        run.forward_only(step.trace.before)
+    gradients: list[int] = []
+    for first in (True, False):
+        if not by_trainer:  # a loop of one's own lets go of them as late
+            run.died(gradients)
+        if settings.accumulates:
+            gradients = run.born(p.num_bytes for p in updated for _ in range(p.count))
+            run.micro_batch()
+            run.micro_batch()
+        else:
+            gradients = run.micro_batch(exchanged)
+        if held.host_states == 0:
+            if first:
+                run.born(optimizer.state_sizes(updated))
+            run.step(optimizer, updated, by_trainer=by_trainer)
+        if by_trainer:
+            run.died(gradients)
+    for segments in step.trace.evaluation:
+        run.forward_only(segments)
+    return run
+
+
+def _at_rest(
+    model: ModelSpec, plan: TrainingPlan, step: CompiledStep, stack: Stack
+) -> tuple[list[int], Sequence[Updated], list[int]]:
+    """(bytes of each tensor of the model, what the optimizer is given, bytes of what FSDP gathers
+    for a whole micro-batch)."""
+    settings = step.settings
+    if settings.spread is not None:
+        numerics = [settings.numerics_of(model, place) for place in range(len(model.layers))]
+        shards = shards_of(model, settings.spread, numerics, settings.trained_outside)
+        units = step_units(model, settings)
+        gathered = (units.outside if settings.spread.kind == "fsdp1" else units.root).gathered
+        scales = step.held.weights + step.held.adapters - sum(shards.at_rest)
+        return [*shards.at_rest, max(0, scales)], shards.updated, [gathered]
+    trained = trained_part(model, plan)
+    sizes = list(_weights(model, plan, stack, step.held.weights))
+    if keeps_reference(plan):
+        sizes += sizes
+    for parameters, width in trained_widths(plan, trained)[1:]:
+        sizes += [p.size * width for p in _layer_by_layer(parameters)]
+    return sizes, updated_parameters(model, plan, trained), []
+
+
+def _weights(
+    model: ModelSpec, plan: TrainingPlan, stack: Stack, total_bytes: int
+) -> Iterator[int]:
+    """Bytes of each tensor of the loaded model, `total_bytes` in all. Beside quantized matrices,
+    embeddings and head, the rest counts as two equal tensors a layer."""
+    if plan.quantization == "none":
+        width = plan.weight_bytes
+        yield from (p.size * width for p in _layer_by_layer(model.outer_parameters))
+        for layer in model.layers:
+            yield from (p.size * width for p in layer.parameters() for _ in range(p.count))
+        return
+    rest = total_bytes
+    for size in quantized_storages(model, plan, stack):
+        yield size
+        rest -= size
+    for _ in range(1 if model.tie_word_embeddings else 2):
+        outer = min(model.embedding_parameters * plan.weight_bytes, rest)
+        yield outer
+        rest -= outer
+    places = 2 * model.num_hidden_layers
+    yield from [rest // places] * places
+
+
+def _layer_by_layer(parameters: Iterable[Parameter]) -> Iterator[Parameter]:
+    """Each parameter as often as it is there."""
+    listed = list(parameters)
+    for number in range(max((p.count for p in listed), default=0)):
+        yield from (p for p in listed if p.count > number)
+
+
+def _buckets(num_bytes: int) -> Iterator[int]:
+    while num_bytes > 0:
+        yield min(num_bytes, DDP_BUCKET_BYTES)
+        num_bytes -= DDP_BUCKET_BYTES

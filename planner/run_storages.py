@@ -1,0 +1,187 @@
+"""All storages of a run in order of birth and death, put together from its segments' records.
+
+What the caching allocator reserves depends on that order (`allocator.py`). A segment's record is
+written out once for each place that the segment has in the model; what several segments know of,
+such as a layer's input, is one storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ftplan.planner.allocator import BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES
+from ftplan.planner.optimizer_steps import Updated
+from ftplan.planner.optimizers import Optimizer
+from ftplan.planner.step_trace import Parts, Segment, SegmentRecord, StepTrace
+from ftplan.planner.tape import Form, added, value
+
+
+class RunStorages:
+    """`sizes`: bytes of each storage; `events`: `i` is the birth of storage i, `~i` its death.
+
+    `trace`: of the step that is written out for a micro-batch of `rows` x `length` tokens;
+    `keeps_mask`: until the end of backward. `hands_on`: what backward leaves, gradients aside, the
+    next segment's record has again.
+    """
+
+    def __init__(
+        self, trace: StepTrace, rows: int, length: int, *, keeps_mask: bool, hands_on: bool
+    ) -> None:
+        self.trace, self.rows, self.length, self.keeps_mask = trace, rows, length, keeps_mask
+        self.hands_on = hands_on
+        self.sizes: list[int] = []
+        self.events: list[int] = []
+        self._sizes_of_record: dict[int, list[int]] = {}
+
+    def born(self, sizes: Iterable[int]) -> list[int]:
+        """The numbers of new storages."""
+        first = len(self.sizes)
+        self.sizes.extend(sizes)
+        numbers = list(range(first, len(self.sizes)))
+        self.events += numbers
+        return numbers
+
+    def died(self, numbers: Iterable[int]) -> None:
+        self.events += [~number for number in numbers]
+
+    def micro_batch(self, throughout: Iterable[int] = ()) -> list[int]:
+        """Forward and backward; the gradients that are left. `throughout`: bytes of what is there
+        all the while."""
+        trace = self.trace
+        around = self.born(throughout)
+        inputs, mask, tables = map(self._parts, (trace.inputs, trace.mask, trace.tables))
+        places = self._forward(trace.segments)
+        if not self.keeps_mask:
+            self.died(mask)
+        for segments in trace.further:
+            self.forward_only(segments)
+        gradients: list[int] = []
+        left: list[int] = []
+        of_result: int | None = None  # the gradient of what the segment at hand gave
+        for place in reversed(places):
+            self.events += place.backward(of_result)
+            of_result = place.number(place.record.gradient)
+            own = [number + place.base for number in place.record.gradients]
+            gradients += own
+            behind = set(place.left()).difference(own)
+            if self.hands_on:
+                self.died(behind)
+            else:
+                left += behind
+        self.died(left)
+        self.died([*(mask if self.keeps_mask else ()), *tables, *inputs, *around])
+        return gradients
+
+    def forward_only(self, segments: Sequence[Segment]) -> None:
+        """A pass without gradients, nothing of which stays."""
+        trace = self.trace
+        around = [*self._parts(trace.inputs), *self._parts(trace.tables), *self._parts(trace.mask)]
+        places = self._forward(segments)
+        for place in places:
+            self.died(place.left())
+        if not places[-1].record.keeps_result:
+            self.died([places[-1].record.result + places[-1].base])
+        self.died(around)
+
+    def step(self, optimizer: Optimizer, parameters: Sequence[Updated], *, by_trainer: bool) -> None:
+        """The optimizer's step on a CUDA device, gradients not counted."""
+        sizes, events, first = optimizer.step_storages(parameters, by_trainer=by_trainer)
+        base = len(self.sizes) - first
+        self.sizes += sizes[first:]
+        alive: set[int] = set()
+        for event in events:
+            if event >= first:
+                alive.add(event)
+                self.events.append(event + base)
+            elif ~event in alive:
+                alive.discard(~event)
+                self.events.append(event - base)
+        self.died(number + base for number in alive)
+
+    def large_events(self) -> tuple[list[int], int]:
+        """The events of storages that the allocator's pool of large blocks serves, and the most
+        bytes that the small ones need."""
+        sizes = self.sizes
+        small = [size <= SMALL_BYTES for size in sizes]
+        events: list[int] = []
+        live = most = 0
+        for event in self.events:
+            storage = event if event >= 0 else ~event
+            if not small[storage]:
+                events.append(event)
+                continue
+            size = (sizes[storage] + BLOCK_BYTES - 1) & -BLOCK_BYTES
+            if event >= 0:
+                live += size
+                most = max(most, live)
+            else:
+                live -= size
+        return events, -(-most // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
+
+    def _forward(self, segments: Sequence[Segment]) -> list[_Place]:
+        places: list[_Place] = []
+        given: int | None = None
+        for segment in segments:
+            place = _Place(segment.record, len(self.sizes), given)
+            self.sizes += self._sizes(segment.record)
+            self.events += place.written(segment.record.forward)
+            places.append(place)
+            given = None if segment.record.keeps_result else place.number(segment.record.result)
+        for place in places:
+            self.events += place.written(place.record.held)
+        for place in places:
+            self.events += place.written(place.record.autocast)
+        return places
+
+    def _sizes(self, record: SegmentRecord) -> list[int]:
+        """Bytes of a segment's own storages; its neighbours' are 0."""
+        known = self._sizes_of_record.get(id(record))
+        if known is None:
+            known = self._sizes_of_record[id(record)] = list(map(self._bytes, record.sizes))
+            for number in (record.given, record.incoming):
+                if number is not None:
+                    known[number] = 0
+        return known
+
+    def _parts(self, parts: Parts) -> list[int]:
+        return self.born([self._bytes(added(parts.values()))])
+
+    def _bytes(self, form: Form) -> int:
+        return value(form, self.rows, self.length)
+
+
+class _Place:
+    """A segment's record in one place of the model: its first storage is number `base`.
+
+    `given`: the storage of its input, as long as it has not died.
+    """
+
+    def __init__(self, record: SegmentRecord, base: int, given: int | None) -> None:
+        self.record, self.base, self.given = record, base, given
+
+    def number(self, of: int | None) -> int | None:
+        return None if of is None else of + self.base
+
+    def written(self, events: Sequence[int]) -> list[int]:
+        """Events of the record; where its input dies, the neighbour's storage does."""
+        base = self.base
+        written = [event + base if event >= 0 else event - base for event in events]
+        own = self.number(self.record.given)
+        if self.given is not None and own is not None and ~own in written:
+            written[written.index(~own)] = ~self.given
+            self.given = None
+        return written
+
+    def backward(self, incoming: int | None) -> list[int]:
+        """`incoming`: the storage of its result's gradient."""
+        written = self.written(self.record.backward)
+        own = self.number(self.record.incoming)
+        if incoming is not None and own is not None and ~own in written:
+            written[written.index(~own)] = ~incoming
+        return written
+
+    def left(self) -> list[int]:
+        """What is alive behind it and not handed on."""
+        record = self.record
+        left = [number + self.base for number in record.left]
+        return left if self.given is None else [*left, self.given]
