@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ftplan.planner.allocator import replay, required_bytes
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import (
+    FLOAT32_BYTES,
     CompiledStep,
     MemoryEstimate,
     compiled_step,
@@ -117,11 +118,11 @@ def run_storages(
             run.died(gradients)
         if settings.accumulates:
             gradients = run.born(p.num_bytes for p in updated for _ in range(p.count))
-            run.micro_batch()
-            run.micro_batch()
+            for _ in range(2):
+                run.died(run.micro_batch())
         else:
             gradients = run.micro_batch(exchanged)
-        if held.host_states == 0:
+        if settings.spread is None or not settings.spread.offloads:
             if first:
                 run.born(optimizer.state_sizes(updated))
             run.step(optimizer, updated, by_trainer=by_trainer)
@@ -151,6 +152,8 @@ def _at_rest(
         sizes += sizes
     for parameters, width in trained_widths(plan, trained)[1:]:
         sizes += [p.size * width for p in _layer_by_layer(parameters)]
+    sizes += [p.size * FLOAT32_BYTES for p in _layer_by_layer(trained.frozen)]
+    sizes.append(trained.index_bytes)
     return sizes, updated_parameters(model, plan, trained), []
 
 

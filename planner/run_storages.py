@@ -13,7 +13,7 @@ from ftplan.planner.allocator import BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYT
 from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.optimizers import Optimizer
 from ftplan.planner.step_trace import Parts, Segment, SegmentRecord, StepTrace
-from ftplan.planner.tape import Form, added, value
+from ftplan.planner.tape import ZERO, Form, added, value
 
 
 class RunStorages:
@@ -46,7 +46,7 @@ class RunStorages:
 
     def micro_batch(self, throughout: Iterable[int] = ()) -> list[int]:
         """Forward and backward; the gradients that are left. `throughout`: bytes of what is there
-        all the while."""
+        all the while, or until a segment takes it over."""
         trace = self.trace
         around = self.born(throughout)
         inputs, mask, tables = map(self._parts, (trace.inputs, trace.mask, trace.tables))
@@ -55,14 +55,23 @@ class RunStorages:
             self.died(mask)
         for segments in trace.further:
             self.forward_only(segments)
-        gradients: list[int] = []
+        gradients: dict[int, list[int]] = {}
         left: list[int] = []
         of_result: int | None = None  # the gradient of what the segment at hand gave
-        for place in reversed(places):
+        for index in reversed(range(len(places))):
+            place, taken_over = places[index], trace.segments[index].taken_over
+            if any(taken_over.get("communication", ZERO)):
+                self.died(around)
+                around = []
+            if any(taken_over.get("gradients", ZERO)):  # what the loss leaves of parameters it uses
+                self.died(gradients.pop(len(places) - 1, []))
             self.events += place.backward(of_result)
-            of_result = place.number(place.record.gradient)
+            if place.record.gradient != place.record.incoming:  # else it was summed in place
+                of_result = place.number(place.record.gradient)
             own = [number + place.base for number in place.record.gradients]
-            gradients += own
+            if index == 0 and trace.ties_gradients and own:
+                own.remove(max(own, key=self.sizes.__getitem__))
+            gradients[index] = own
             behind = set(place.left()).difference(own)
             if self.hands_on:
                 self.died(behind)
@@ -70,7 +79,7 @@ class RunStorages:
                 left += behind
         self.died(left)
         self.died([*(mask if self.keeps_mask else ()), *tables, *inputs, *around])
-        return gradients
+        return [number for own in gradients.values() for number in own]
 
     def forward_only(self, segments: Sequence[Segment]) -> None:
         """A pass without gradients, nothing of which stays."""

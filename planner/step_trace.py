@@ -215,6 +215,7 @@ class StepTrace:
     the segments that they are sums of: embeddings, layers, loss.
 
     `inputs`: what the model is given; `tables`, `mask`: what its forward pass makes for all layers.
+    `ties_gradients`: the first segment's largest gradient is added to the last one's.
     `before`, `further`, `evaluation`: the segments of passes without gradients, which come before
     training, within each step, and in an evaluation. `after_backward`: all that is left until the
     step is over.
@@ -228,6 +229,7 @@ class StepTrace:
     inputs: Parts
     tables: Parts
     mask: Parts
+    ties_gradients: bool
     before: Sequence[Segment]
     further: Sequence[Sequence[Segment]]
     evaluation: Sequence[Sequence[Segment]]
@@ -291,6 +293,7 @@ class _StepTracer:
             inputs=self._inputs(),
             tables=self._tables(),
             mask=self._mask(),
+            ties_gradients=self._tied,
             before=before,
             further=passes[1:],
             evaluation=evaluation,
