@@ -61,6 +61,14 @@ class Replay:
     """The event that ran out of memory, where the replay stopped; `None`: none did."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllocatorPeaks:
+    """What the caching allocator holds. `required`: the least free memory that suffices."""
+
+    reserved_peak_bytes: int
+    required_bytes: int
+
+
 def replay(
     sizes: Sequence[int],
     events: Sequence[int],
@@ -98,12 +106,25 @@ def required_bytes(
 
     Arguments and errors as of `replay`.
     """
+    return allocator_peaks(
+        sizes, events, expandable_segments=expandable_segments, tolerance=tolerance
+    ).required_bytes
+
+
+def allocator_peaks(
+    sizes: Sequence[int],
+    events: Sequence[int],
+    *,
+    expandable_segments: bool,
+    tolerance: float,
+) -> AllocatorPeaks:
+    """What is reserved without a limit, and `required_bytes`."""
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; it cannot be negative")
     blocks = _block_sizes(sizes, events)
-    enough = _replay(blocks, events, _Driver(None), expandable_segments).reserved_peak_bytes
+    reserved = _replay(blocks, events, _Driver(None), expandable_segments).reserved_peak_bytes
     least = _least_reserved_bytes(blocks, events, expandable_segments)
-    step = round(least * _FIRST_STEP)
+    enough, step = reserved, round(least * _FIRST_STEP)
     while enough > least * (1 + tolerance):
         driver = _Driver(least + min(step, (enough - least) // 2))
         if _replay(blocks, events, driver, expandable_segments).failed_event is None:
@@ -113,7 +134,7 @@ def required_bytes(
             # With anything below the smallest refused request, too.
             least = driver.refused_bytes
             step *= 2
-    return enough
+    return AllocatorPeaks(reserved_peak_bytes=reserved, required_bytes=enough)
 
 
 def _block_sizes(sizes: Sequence[int], events: Sequence[int]) -> list[int]:

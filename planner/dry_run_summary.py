@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ftplan.planner.allocator import replay, required_bytes
+from ftplan.planner.allocator import AllocatorPeaks, allocator_peaks
 from ftplan.planner.memory import Phase
 from ftplan.planner.memory_record import MemoryRecord
 
@@ -31,14 +31,6 @@ class AliveTensors:
     operation: str
     component: str
     module: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AllocatorPeaks:
-    """What the caching allocator holds. `required`: the least free memory that suffices."""
-
-    reserved_peak_bytes: int
-    required_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,14 +124,11 @@ def summarize(
 
 
 def _allocator_peaks(record: MemoryRecord, *, expandable: bool) -> AllocatorPeaks:
-    sizes, events = record.sizes, record.events
-    return AllocatorPeaks(
-        reserved_peak_bytes=replay(
-            sizes, events, expandable_segments=expandable
-        ).reserved_peak_bytes,
-        required_bytes=required_bytes(
-            sizes, events, expandable_segments=expandable, tolerance=_REQUIRED_TOLERANCE
-        ),
+    return allocator_peaks(
+        record.sizes,
+        record.events,
+        expandable_segments=expandable,
+        tolerance=_REQUIRED_TOLERANCE,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
-from ftplan.planner.allocator import replay, required_bytes
+from ftplan.planner.allocator import allocator_peaks, replay
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import (
     FLOAT32_BYTES,
@@ -37,7 +37,7 @@ from ftplan.planner.updated import updated_parameters
 DDP_BUCKET_BYTES = 25 * MIB
 
 # How much too high, relatively, `required` may be: finer steps take a replay each.
-REQUIRED_TOLERANCE = 0.02
+REQUIRED_TOLERANCE = 0.03
 
 
 def replayed_memory(
@@ -56,27 +56,24 @@ def replayed_memory(
     memory = estimate_memory(model, plan, device=device, longest_row=longest_row, stack=stack)
     rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
     step = compiled_step(model, plan, rows, length, device, stack)
-    if not _is_ordered(step.settings):
+    if not is_ordered(step.settings):
         return memory
     run = run_storages(model, plan, step, rows, length, stack)
     events, small_bytes = run.large_events()
     # The launcher turns expandable segments on; people's own stacks seldom do.
     expandable = plan.trainer == "trl"
-    required = small_bytes + required_bytes(
+    peaks = allocator_peaks(
         run.sizes, events, expandable_segments=expandable, tolerance=REQUIRED_TOLERANCE
     )
+    reserved, required = peaks.reserved_peak_bytes, peaks.required_bytes
     context = context_bytes(device)
-    free_bytes = None if device is None else device.free_bytes - context
-    if free_bytes is not None and free_bytes < required:
-        free_bytes = None  # it does not fit: what would be reserved on a larger card
-    reserved = small_bytes + (
-        replay(
-            run.sizes,
-            events,
-            expandable_segments=expandable,
-            capacity_bytes=None if free_bytes is None else free_bytes - small_bytes,
-        ).reserved_peak_bytes
-    )
+    if device is not None:
+        free_bytes = device.free_bytes - context - small_bytes
+        if required <= free_bytes < reserved:  # it gives back what it keeps
+            reserved = replay(
+                run.sizes, events, capacity_bytes=free_bytes, expandable_segments=expandable
+            ).reserved_peak_bytes
+    reserved, required = reserved + small_bytes, required + small_bytes
     return dataclasses.replace(
         memory,
         reserved_peak_bytes=reserved,
@@ -85,7 +82,7 @@ def replayed_memory(
     )
 
 
-def _is_ordered(settings: StepSettings) -> bool:
+def is_ordered(settings: StepSettings) -> bool:
     """Whether the order of all storages is known."""
     divides = settings.spread is not None and settings.accumulates
     return settings.on_cuda and settings.reduction is None and not divides

@@ -55,6 +55,12 @@ class RunStorages:
             self.died(mask)
         for segments in trace.further:
             self.forward_only(segments)
+        gradients = self._backward(places, around)
+        self.died([*(mask if self.keeps_mask else ()), *tables, *inputs, *around])
+        return gradients
+
+    def _backward(self, places: list[_Place], around: list[int]) -> list[int]:
+        trace = self.trace
         gradients: dict[int, list[int]] = {}
         left: list[int] = []
         of_result: int | None = None  # the gradient of what the segment at hand gave
@@ -62,7 +68,7 @@ class RunStorages:
             place, taken_over = places[index], trace.segments[index].taken_over
             if any(taken_over.get("communication", ZERO)):
                 self.died(around)
-                around = []
+                around.clear()
             if any(taken_over.get("gradients", ZERO)):  # what the loss leaves of parameters it uses
                 self.died(gradients.pop(len(places) - 1, []))
             self.events += place.backward(of_result)
@@ -78,7 +84,6 @@ class RunStorages:
             else:
                 left += behind
         self.died(left)
-        self.died([*(mask if self.keeps_mask else ()), *tables, *inputs, *around])
         return [number for own in gradients.values() for number in own]
 
     def forward_only(self, segments: Sequence[Segment]) -> None:

@@ -17,7 +17,8 @@ from ftplan.launcher.confirm import confirm
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.ui import Ui
-from ftplan.planner.dry_run_summary import AllocatorPeaks, DryRunSummary
+from ftplan.planner.allocator import AllocatorPeaks
+from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import COMPONENTS, Phase

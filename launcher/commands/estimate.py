@@ -21,6 +21,7 @@ from ftplan.planner.methods import COMPARED_METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.sharding import ZERO
 from ftplan.planner.units import format_bytes, format_count, parse_bytes
 
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     warnings = plan_warnings(model, reasoned, device)
     dry_run = None
     if not arguments.exact:
-        memory = estimate_memory(model, reasoned.plan, device=device)
+        memory = replayed_memory(model, reasoned.plan, device=device)
     else:
         from ftplan.launcher.exact import case_of, memory_of, shown_dry_runs
 
@@ -243,7 +244,7 @@ def _compared(
     for name in dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()):
         method = resolve_method(name)
         plan = estimate_recipe(model, device, {**kept, "method": method.name}).plan
-        memory = estimate_memory(model, plan, device=device)
+        memory = replayed_memory(model, plan, device=device)
         trained = method.count(model, plan.method_settings)
         rows.append(
             ComparedMethod(
