@@ -36,11 +36,11 @@ _UNMODELLED_OPTIONS = frozenset(
 
 # Families whose forward pass it does not follow. Falcon gives torch's attention a mask always, and
 # one key head for all queries: which kernel then runs is not established.
-UNMODELLED_FAMILIES = frozenset(("falcon",))
+UNMODELLED_FAMILIES = frozenset()
 
 # Families that it follows under checkpointing only: without, Gemma 3 with its vision tower fills a
 # cache of keys and values while it trains, for `use_cache` is turned off on the outer config alone.
-CHECKPOINTED_FAMILIES = frozenset(("gemma3",))
+CHECKPOINTED_FAMILIES = frozenset()
 
 
 def unmodelled(plan: TrainingPlan) -> str | None:

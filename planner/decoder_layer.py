@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ftplan.planner import functions as f
+from ftplan.planner.falcon_attention import FalconAttention
 from ftplan.planner.latent_attention import LatentAttention
 from ftplan.planner.mixtures import EveryExpert, MixtureOfExperts
 from ftplan.planner.model_spec import Attention, FeedForward, Layer
@@ -22,6 +23,8 @@ from ftplan.planner.tape import Tape, Tensor
 
 
 def attention_module(attention: Attention, numerics: Numerics) -> Module:
+    if attention.picks_heads:
+        return FalconAttention(attention, numerics)
     kind = LatentAttention if attention.latents else SelfAttention
     return kind(attention, numerics)
 
@@ -89,8 +92,13 @@ class DecoderLayer:
         residual = hidden
         before, _, before_second, _ = self.norms
         normalized = before(tape, hidden) if before else hidden
+        held = normalized if "normalized" in self.layer.holds else None
         attended = f.dropout(tape, self.attention(tape, normalized), self.layer.dropout)
         if before_second is not None:
             normalized = before_second(tape, hidden)
         fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
+        if self.layer.adds_in_place:
+            result = f.add(tape, f.add_in_place(tape, fed, attended), residual)
+            del held
+            return result
         return f.add(tape, f.add(tape, attended, fed), residual)

@@ -424,7 +424,21 @@ def softmax(tape: Tape, x: Tensor, width: int | None = None) -> Tensor:
     """Saves its result; its backward holds the product of both inputs beside the result, unlike the
     processor's (ATen/native/cuda/SoftMax.cu)."""
     tape.read(x)
-    result = tape.like(x, width)
+    return _with_softmax_backward(tape, x, tape.like(x, width))
+
+
+def safe_softmax(tape: Tape, x: Tensor) -> Tensor:
+    """Rows that are masked out whole become zeros, in another new tensor
+    (ATen/native/transformers/attention.cpp, `_safe_softmax`)."""
+    tape.read(x)
+    usual = tape.like(x)
+    masked = tape.empty(x.elements, 1)
+    result = tape.like(x)
+    del usual, masked
+    return _with_softmax_backward(tape, x, result)
+
+
+def _with_softmax_backward(tape: Tape, x: Tensor, result: Tensor) -> Tensor:
     if tape.differentiates(x):
         size = (x.elements, x.width)
 

@@ -72,10 +72,20 @@ class PlainLinear:
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         x = f.to_product(tape, x)
+        linear = self.linear
+        if linear.multiplies_transposed:
+            return self._multiply_transposed(tape, x)
         weight = tape.cast_weight(self.weight)
         bias = None if self.bias is None else tape.cast_weight(self.bias)
-        linear = self.linear
         return f.product(tape, x, weight, linear.in_features, linear.out_features, bias)
+
+    def _multiply_transposed(self, tape: Tape, x: Tensor) -> Tensor:
+        """transformers' FalconLinear: autocast neither keeps its copy of the weight nor casts the
+        bias."""
+        linear = self.linear
+        weight = tape.cast_weight(self.weight, is_view=True)
+        result = f.product(tape, x, weight, linear.in_features, linear.out_features)
+        return result if self.bias is None else f.add(tape, result, self.bias)
 
 
 class Linear4bit:
@@ -314,7 +324,9 @@ def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKerne
         numerics.attn_implementation,
         mask_width=numerics.residual,
         repeats_key_value=numerics.repeats_key_value,
-        masked=numerics.padded or attention.reach in numerics.masked_windows,
+        masked=attention.picks_heads
+        or numerics.padded
+        or attention.reach in numerics.masked_windows,
         sinks=sinks,
     )
 

@@ -212,7 +212,7 @@ class _StepTracer:
         segments, labels = self._segments()
         self._add_forward(segments, labels, self._inputs(), "forward", "loss")
         base, bases = _sum(self._inputs(), self._tables()), []
-        if self.settings.gradient_checkpointing:  # which holds what layers are given
+        if self._keeps_mask:
             base = _sum(base, self._mask())
         for segment in segments:
             bases.append(base)
@@ -291,7 +291,7 @@ class _StepTracer:
         """Add the moments of a forward pass above `base`."""
         places = _extremes(labels)
         of_model = _sum(self._tables(), self._mask())  # what its forward holds to its end
-        of_graph = of_model if self.settings.gradient_checkpointing else self._tables()
+        of_graph = of_model if self._keeps_mask else self._tables()
         held: Parts = {}
         of_loss = of_graph if self.with_gradients else {}
         for index, segment in enumerate(segments):
@@ -304,19 +304,27 @@ class _StepTracer:
 
     def _mask(self) -> Parts:
         """The masks that layers share, one of each kind that some layer needs: eager attention adds
-        one of the hidden state's width, torch's kernels are given one of a byte."""
+        one of the hidden state's width, torch's kernels are given one of a byte, or ALiBi's of one
+        number a head."""
         numerics = self.settings.numerics
         if numerics.attn_implementation == "flash_attention_2":
             return {}
-        eager, kinds = numerics.attn_implementation == "eager", set()
+        eager, kinds = numerics.attn_implementation == "eager", {}
+        width = self.settings.embedding_width
         for layer in self.model.layer_counts:
-            window = layer.attention.reach
+            a = layer.attention
             if eager:
-                kinds.add(window)
-            elif window in numerics.masked_windows or numerics.padded:
-                kinds.add(window if window in numerics.masked_windows else None)
-        width = self.settings.embedding_width if eager else 1
-        return {"temporaries": per_pair(len(kinds) * width)} if kinds else {}
+                kinds[a.reach] = width
+            elif a.reach in numerics.masked_windows or numerics.padded or a.picks_heads:
+                kind = a.reach if a.reach in numerics.masked_windows else None
+                kinds[kind] = a.num_heads * width if a.alibi else 1
+        return {"temporaries": per_pair(sum(kinds.values()))} if kinds else {}
+
+    @property
+    def _keeps_mask(self) -> bool:
+        """Checkpointing holds what layers are given; ALiBi's mask is the kernels' bias itself."""
+        is_bias = any(layer.attention.alibi for layer in self.model.layer_counts)
+        return self.settings.gradient_checkpointing or is_bias
 
     @property
     def _tied(self) -> bool:

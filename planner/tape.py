@@ -408,17 +408,17 @@ class Tape:
         for index, result in enumerate(results):
             result.node, result.index, result.requires_grad = node, index, True
 
-    def cast_weight(self, weight: Weight) -> Tensor:
-        """The parameter as a product under autocast reads it. Copies of trained fp32 parameters
-        are cached until autocast ends, and made as if gradients were asked for
-        (ATen/autocast_mode.cpp, `cached_cast`)."""
+    def cast_weight(self, weight: Weight, *, is_view: bool = False) -> Tensor:
+        """The parameter as a product under autocast reads it. Copies of trained fp32 parameters,
+        but not of views of them, are cached until autocast ends, and made as if gradients were
+        asked for (ATen/autocast_mode.cpp, `cached_cast`)."""
         if self.autocast is None or weight.width == self.autocast:
             return weight
-        cached = self._copies.get(id(weight))
+        cached = None if is_view else self._copies.get(id(weight))
         if cached is not None:
             return cached
         copy = self.empty(weight.elements, self.autocast, "autocast_copies")
-        is_cached = weight.requires_grad and weight.width == 4
+        is_cached = weight.requires_grad and weight.width == 4 and not is_view
         if is_cached:
             self._copies[id(weight)] = copy
         if is_cached or self.differentiates(weight):
