@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from ftplan.planner import functions as f
@@ -46,6 +47,10 @@ class DecoderLayer:
         self.layer = layer
         self.attention = attention_module(layer.attention, numerics)
         self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
+        self.feeding = [self.feed_forward]
+        if layer.feeds_by_itself:
+            assert isinstance(self.feed_forward, Mlp)
+            self.feeding = self.feed_forward.steps
         places = (
             layer.attention_norm,
             layer.post_attention_norm,
@@ -59,26 +64,29 @@ class DecoderLayer:
             return self._in_parallel(tape, hidden)
         before, behind, before_second, behind_second = self.norms
         held: dict[str, Tensor] = {}
-        hidden = self._block(tape, hidden, before, self.attention, behind, held)
-        held = {name: tensor for name, tensor in held.items() if name in self.layer.holds}
-        return self._block(tape, hidden, before_second, self.feed_forward, behind_second, {})
+        hidden = self._block(tape, hidden, before, [self.attention], behind, held)
+        return self._block(tape, hidden, before_second, self.feeding, behind_second, {})
 
     def _block(
         self,
         tape: Tape,
         hidden: Tensor,
         before: Module | None,
-        block: Module,
+        modules: Sequence[Module],
         behind: Module | None,
         held: dict[str, Tensor],
     ) -> Tensor:
-        """`held` gets what may stay a local variable until the layer ends."""
+        """`held` gets what stays a local variable until the layer ends."""
         residual = hidden
         if before is not None:
             hidden = before(tape, hidden)
-        held["normalized"] = hidden
-        hidden = f.dropout(tape, block(tape, hidden), self.layer.dropout)
-        held["attended"] = hidden
+        if "normalized" in self.layer.holds:
+            held["normalized"] = hidden
+        for module in modules:
+            hidden = module(tape, hidden)
+        hidden = f.dropout(tape, hidden, self.layer.dropout)
+        if "attended" in self.layer.holds:
+            held["attended"] = hidden
         if self.layer.normalizes_sums:
             hidden = f.add(tape, residual, hidden)
             return hidden if behind is None else behind(tape, hidden)

@@ -61,8 +61,7 @@ class Embeddings:
             embedded = f.scale(tape, embedded)
         if self.input_learns and not embedded.requires_grad:
             tape.leaf(embedded)
-            if self._goes_on:
-                tape.hold(embedded)  # by the node that collects its gradient
+            tape.hold(embedded)  # by the node that collects its gradient
         embedded = self._behind_prompts(tape, embedded)
         if model.scales_inputs:
             embedded = f.scale(tape, embedded)
@@ -95,10 +94,3 @@ class Embeddings:
         parts = [f.cast(tape, self.prompts(tape), embedded.width), embedded]
         del embedded
         return f.join(tape, parts)
-
-    @property
-    def _goes_on(self) -> bool:
-        """The first layer reads something else than what the embeddings' module returns."""
-        model = self.model
-        further = (model.positions, model.scales_inputs, model.embedding_dropout)
-        return bool(any(further) or self.prompts or self.project_in or self.norm)

@@ -160,6 +160,7 @@ def estimate_memory(
     `stack`: what a training stack does beyond the plan's settings.
     Raises InputError for what only a dry run knows (`planner.closed_form`).
     """
+    check_modelled_family(model, plan)
     rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
     step = compiled_step(model, plan, rows, length, device, stack)
     return _with_surroundings(
@@ -318,7 +319,7 @@ _decisive = attrgetter(
 
 
 # Of what backward leaves, what is counted by itself or is gone when the optimizer steps.
-_GIVEN_BACK = ("gradients", "communication", "activations")
+_GIVEN_BACK = ("gradients", "communication")
 
 
 def compiled_step(
@@ -337,7 +338,6 @@ def compiled_step(
     known = model.compiled.get(key)
     if known is None:
         check_closed_form(plan, model)
-        check_modelled_family(model, plan)
         trained = trained_model(model, plan)
         known = model.compiled[key] = _compile(trained, plan, workload, kind, capability, stack)
     return known

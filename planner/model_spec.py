@@ -340,6 +340,8 @@ class Layer:
     `adds_in_place`: blocks side by side are added up in the second one's result (Falcon).
     `holds`: what of the attention block is still a local variable when the layer ends, its
     `normalized` input or what it `attended` (GPT-2's, StableLM's code).
+    `feeds_by_itself`: the feed-forward block is no module of its own, so that its normalized input
+    is let go of behind the first product (OPT).
     """
 
     attention: Attention
@@ -354,6 +356,7 @@ class Layer:
     dropout: float = 0.0
     adds_in_place: bool = False
     holds: tuple[str, ...] = ()
+    feeds_by_itself: bool = False
 
     @property
     def norms(self) -> tuple[Norm, ...]:

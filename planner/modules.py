@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import partial
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
@@ -380,6 +381,12 @@ class Mlp:
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         return self.output(tape, self._activated(tape, x))
+
+    @property
+    def steps(self) -> list[Module]:
+        """One after the other, of a block without a gate."""
+        activate = partial(f.activate, name=self.block.activation)
+        return [*self.inputs, activate, self.output]
 
     def _activated(self, tape: Tape, x: Tensor) -> Tensor:
         name = self.block.activation

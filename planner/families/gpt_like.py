@@ -321,6 +321,7 @@ def opt(config: Config, name: str) -> ModelSpec:
             bias=bias,
         ),
         normalizes_sums=not before,
+        feeds_by_itself=True,
         dropout=share(config, "dropout"),
         **placed(config, names, norm),
     )
