@@ -45,6 +45,11 @@ def _new_like(x: Tensor) -> Backward:
 
 
 def _pass_on(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+    """The gradient as it came."""
+    return [gradients[0]]
+
+
+def _pass_to_both(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
     """The gradient of a sum, for both of its sides."""
     return [gradients[0], gradients[0]]
 
@@ -206,7 +211,7 @@ def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     tape.read(x, y)
     result = tape.empty(larger(x.elements, y.elements), max(x.width, y.width))
     if tape.differentiates(x, y):
-        tape.attach([result], [x, y], [], _pass_on)
+        tape.attach([result], [x, y], [], _pass_to_both)
     return result
 
 
@@ -215,7 +220,7 @@ def add_in_place(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     tape.read(x, y)
     result = Tensor(x.storage, x.elements, x.width)
     if tape.differentiates(x, y):
-        tape.attach([result], [x, y], [], _pass_on)
+        tape.attach([result], [x, y], [], _pass_to_both)
     return result
 
 

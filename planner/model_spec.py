@@ -407,7 +407,8 @@ class ModelSpec:
     there (quantization and `target_modules` reach them too), and its other parameters.
     `code`: `transformers`, or `remote` where only the repository's own code runs it.
     `buffer_bytes`: of tables that are no parameters, such as GPT-Neo's masks.
-    `auto_class`: the class of transformers that loads it.
+    `auto_class`: the class of transformers that loads it. `nests_config`: its decoder reads a
+    config of its own, in which a trainer leaves `use_cache` on.
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
 
@@ -437,6 +438,7 @@ class ModelSpec:
     code: str = "transformers"
     buffer_bytes: int = 0
     auto_class: str = "AutoModelForCausalLM"
+    nests_config: bool = False
     native_dtype: str = "bfloat16"
     approximate: str | None = None
 

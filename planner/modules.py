@@ -12,6 +12,7 @@ from functools import partial
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
+from ftplan.planner.kv_cache import CacheKind, fill
 from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm
 from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
 from ftplan.planner.prequantized import PREQUANTIZED, PrequantizedLinear
@@ -35,7 +36,7 @@ class Numerics:
     rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
     `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
     are modules. `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is
-    longer than; either needs a mask.
+    longer than; either needs a mask. `cache`: of keys and values, which is filled.
     """
 
     weights: int
@@ -58,6 +59,7 @@ class Numerics:
     separate_experts: bool = False
     padded: bool = False
     masked_windows: frozenset[int] = frozenset()
+    cache: CacheKind | None = None
 
 
 class PlainLinear:
@@ -343,6 +345,7 @@ class SelfAttention:
         self.query_norm, self.key_norm = (norm_module(n, numerics) if n else None for n in norms)
         self.kernel = attention_kernel(attention, numerics)
         self.turns_in_place = numerics.fused_kernels
+        self.cache = numerics.cache
         self.rotary = Rotary(attention, attention.head_dim, numerics.residual)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
@@ -353,6 +356,8 @@ class SelfAttention:
             query, key = self.rotary(tape, query, key)
         if self.attention.normalizes_after_rotation:
             query, key = self._normalize(tape, query, key)
+        if self.cache is not None:
+            key, value = fill(tape, self.cache, key, value)
         result = self.kernel(tape, query, key, value)
         return self.output(tape, result)
 

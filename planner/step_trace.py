@@ -18,6 +18,7 @@ from ftplan.planner.exchange import Alone, Exchange, Place
 from ftplan.planner.fsdp1 import fsdp1_places
 from ftplan.planner.fsdp2 import fsdp2_places
 from ftplan.planner.functions import FLOAT32
+from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import Head, LigerLoss, LossShape, Score, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec
 from ftplan.planner.modules import Module, Numerics, linear_module, norm_module
@@ -70,7 +71,8 @@ class StepSettings:
     gradients alone. `update`: of an optimizer that steps within backward.
     `prompts` makes embeddings of `tokens_in_front` learned tokens, which rows are counted with;
     `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
-    bytes of gradients that are there from the loss on; `loss_copies`: bytes that are held between
+    bytes of gradients that are there from the loss on; `cache`: what is filled without
+    checkpointing. `loss_copies`: bytes that are held between
     loss and backward.
     """
 
@@ -101,6 +103,7 @@ class StepSettings:
     head_width: int
     input_bytes: int
     has_dropout: bool = True
+    cache: CacheKind | None = None
     scores: bool = False
     finds_top1: bool = False
     reference: StepSettings | None = None
@@ -118,7 +121,7 @@ class StepSettings:
     @property
     def in_evaluation(self) -> StepSettings:
         """Of an evaluation's pass, which has no dropout."""
-        numerics = dataclasses.replace(self.numerics, dropout=0.0)
+        numerics = dataclasses.replace(self.numerics, dropout=0.0, cache=self.cache)
         return dataclasses.replace(self, numerics=numerics, has_dropout=False)
 
     @property
@@ -576,6 +579,7 @@ class _StepTracer:
         without_held = tape.state()
         kept_forward = _without(without_held, result)
         tape.end_autocast()
+        tape.release_cached()
         self.held_to_backward = None
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()

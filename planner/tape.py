@@ -276,6 +276,7 @@ class Tape:
         self._refilled: Frame | None = None
         self._copies: dict[int, Tensor] = {}
         self._cycles: list[Frame] = []
+        self._cached: list[Tensor] = []
         self._held: list[Tensor] = []
         self._held_again: list[Tensor] = []
         self._with_gradients: list[Weight] = []
@@ -394,6 +395,13 @@ class Tape:
         held = self._held if self._refilled is None else self._held_again
         held.append(Tensor(tensor.storage, tensor.elements, tensor.width))
 
+    def cache(self, *tensors: Tensor) -> None:
+        """Hold tensors that the model returns beside its result, until `release_cached`."""
+        self._cached += [Tensor(x.storage, x.elements, x.width) for x in tensors]
+
+    def release_cached(self) -> None:
+        self._cached.clear()
+
     def attach(
         self,
         results: Sequence[Tensor],
@@ -474,6 +482,7 @@ class Tape:
             tape.end_autocast()
             # Result and gradient are held by the call until all is done.
             tape.backward([result], [gradients[0]])
+            tape.release_cached()
             return [holder.pop()]
 
         self.attach([result], [argument], saved, backward)
@@ -565,6 +574,7 @@ class Tape:
             self._refilled, self.grad_enabled = None, False
             self._copies = copies
             self._held_again.clear()
+            self.release_cached()
 
     def _accumulate(self, weight: Weight, gradient: Tensor) -> None:
         """The first gradient of a parameter is kept as it is, later ones are added to it."""
