@@ -152,9 +152,10 @@ def step_settings(
 
 
 def _cache(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> CacheKind | None:
-    """What is cached without checkpointing. transformers' Trainer turns `use_cache` off in the
-    model's config; TRL and plain loops, and Liger's forward, in each call."""
-    if plan.trainer != "transformers" or plan.loss == "liger":
+    """What is cached without checkpointing. A trainer turns `use_cache` off in the model's config;
+    TRL's own losses, Liger's forward and plain loops in each call."""
+    in_call = plan.objective != "sft" or plan.loss in ("trl-fused", "liger")
+    if in_call or plan.trainer == "loop":
         return None
     if stack.caches_products(model.model_type):
         return "product"
