@@ -93,3 +93,48 @@ def test_adapters_under_checkpointing_take_what_they_take_dry(
 ) -> None:
     targets = {"target_modules": ATTENTION_ONLY[family]} if family in ATTENTION_ONLY else {}
     assert_close(wide(tiny_config(family)), {**LORA, **targets})
+
+
+# Designs within a family, each with an attention of its own.
+DESIGNS: dict[str, dict[str, Any]] = {
+    "falcon-7b": {"model_type": "falcon", "multi_query": True, "parallel_attn": True},
+    "falcon-40b": {
+        **{"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+        "parallel_attn": True,
+    },
+    "falcon-rw": {
+        **{"model_type": "falcon", "multi_query": False, "parallel_attn": False},
+        **{"alibi": True, "bias": True},
+    },
+    "starcoder": {"model_type": "gpt_bigcode", "multi_query": True},
+}
+# Long enough for attention to outweigh the weights.
+LONG: dict[str, Any] = {"per_device_train_batch_size": 4, "max_length": 256}
+
+
+@pytest.mark.parametrize("design", sorted(DESIGNS))
+@pytest.mark.parametrize(
+    "settings", [{**MIXED, **LONG}, {**PURE, **LONG}, LORA], ids=["mixed", "pure", "lora"]
+)
+def test_every_design_takes_what_it_takes_dry(
+    design: str, settings: dict[str, Any], tiny_config: MakeConfig
+) -> None:
+    changes = dict(DESIGNS[design])
+    assert_close(wide(tiny_config(changes.pop("model_type"), **changes)), settings)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flash_attention_2"])
+def test_dropout_takes_what_it_takes_dry(attn_implementation: str, tiny_config: MakeConfig) -> None:
+    shares = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    config = wide(tiny_config("gpt_bigcode", **shares))
+    assert_close(config, {**PURE, **LONG, "attn_implementation": attn_implementation})
+
+
+@pytest.mark.parametrize("trainer", ["trl", "transformers", "loop"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_cache_that_a_trainer_leaves_on_is_held_until_the_loss(
+    trainer: str, checkpointing: bool, tiny_config: MakeConfig
+) -> None:
+    """Gemma 3's decoder has a config of its own."""
+    settings = {**MIXED, **LONG, "gradient_checkpointing": checkpointing, "trainer": trainer}
+    assert_close(wide(tiny_config("gemma3")), settings)
