@@ -100,9 +100,13 @@ class DecoderLayer:
         residual = hidden
         before, _, before_second, _ = self.norms
         normalized = before(tape, hidden) if before else hidden
+        first = self.layer.normalizes_first
+        second = before_second(tape, hidden) if first and before_second else None
         held = normalized if "normalized" in self.layer.holds else None
         attended = f.dropout(tape, self.attention(tape, normalized), self.layer.dropout)
-        if before_second is not None:
+        if second is not None:
+            normalized = second
+        elif before_second is not None:
             normalized = before_second(tape, hidden)
         fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
         if self.layer.adds_in_place:

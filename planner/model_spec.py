@@ -338,6 +338,7 @@ class Layer:
     `scales_residual`: each block's result is multiplied before it is added (Granite).
     `dropout`: of each block's result before it is added.
     `adds_in_place`: blocks side by side are added up in the second one's result (Falcon).
+    `normalizes_first`: the norms of both blocks come before either block (Falcon 40B).
     `holds`: what of the attention block is still a local variable when the layer ends, its
     `normalized` input or what it `attended` (GPT-2's, StableLM's code).
     `feeds_by_itself`: the feed-forward block is no module of its own, so that its normalized input
@@ -355,6 +356,7 @@ class Layer:
     scales_residual: bool = False
     dropout: float = 0.0
     adds_in_place: bool = False
+    normalizes_first: bool = False
     holds: tuple[str, ...] = ()
     feeds_by_itself: bool = False
 
@@ -408,7 +410,8 @@ class ModelSpec:
     `code`: `transformers`, or `remote` where only the repository's own code runs it.
     `buffer_bytes`: of tables that are no parameters, such as GPT-Neo's masks.
     `auto_class`: the class of transformers that loads it. `nests_config`: its decoder reads a
-    config of its own, in which a trainer leaves `use_cache` on.
+    config of its own, in which a trainer leaves `use_cache` on. `rotates_by_kind`: layers with a
+    sliding window have rotary tables of their own (Gemma 3).
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
 
@@ -439,6 +442,7 @@ class ModelSpec:
     buffer_bytes: int = 0
     auto_class: str = "AutoModelForCausalLM"
     nests_config: bool = False
+    rotates_by_kind: bool = False
     native_dtype: str = "bfloat16"
     approximate: str | None = None
 

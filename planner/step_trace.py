@@ -325,9 +325,12 @@ class _StepTracer:
 
     @property
     def _keeps_mask(self) -> bool:
-        """Checkpointing holds what layers are given; ALiBi's mask is the kernels' bias itself."""
+        """Checkpointing holds what layers are given; ALiBi's mask is the kernels' bias itself, where
+        autocast does not cast it."""
+        settings = self.settings
+        cast = settings.autocast is not None and settings.autocast != settings.embedding_width
         is_bias = any(layer.attention.alibi for layer in self.model.layer_counts)
-        return self.settings.gradient_checkpointing or is_bias
+        return settings.gradient_checkpointing or (is_bias and not cast)
 
     @property
     def _tied(self) -> bool:
@@ -418,8 +421,11 @@ class _StepTracer:
 
     def _tables(self) -> Parts:
         """Rotary cosines and sines, and the numbers of positions."""
-        width = self.settings.embedding_width
-        size = max(table_bytes(layer.attention, width) for layer in self.model.layer_counts)
+        width, sizes = self.settings.embedding_width, dict[int | None, int]()
+        for layer in self.model.layer_counts:
+            kind = layer.attention.reach if self.model.rotates_by_kind else None
+            sizes[kind] = max(sizes.get(kind, 0), table_bytes(layer.attention, width))
+        size = sum(sizes.values())
         return {"temporaries": per_position(size)} if size else {}
 
     def _embedding(self, exchange: Exchange, beside: int = 0) -> Segment:

@@ -75,9 +75,7 @@ def _unique(
     )
 
 
-def _safe_softmax(
-    scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """With what the operation makes on the way (ATen/native/transformers/attention.cpp)."""
     usual = torch.softmax(scores, dim, dtype)
     masked = scores.eq(float("-inf"))

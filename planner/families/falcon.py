@@ -45,6 +45,7 @@ def falcon(config: Config, name: str) -> ModelSpec:
         ),
         parallel=parallel,
         adds_in_place=True,
+        normalizes_first=new,
         holds=("attended", "normalized"),
         **placed(config, _falcon_norms(config, parallel, new), layer_norm),
     )
