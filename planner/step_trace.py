@@ -325,7 +325,7 @@ class _StepTracer:
 
     @property
     def _keeps_mask(self) -> bool:
-        """Checkpointing holds what layers are given; ALiBi's mask is the kernels' bias itself, where
+        """Checkpointing holds what layers are given; ALiBi's mask is the kernels' bias itself where
         autocast does not cast it."""
         settings = self.settings
         cast = settings.autocast is not None and settings.autocast != settings.embedding_width
