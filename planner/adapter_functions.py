@@ -40,7 +40,7 @@ def add_in_place(tape: Tape, x: Tensor, y: Tensor, *, scales: bool = False) -> T
     tape.read(x, y)
     result = Tensor(x.storage, x.elements, x.width)
     if tape.differentiates(x, y):
-        tape.attach([result], [x, y], [], _of_difference if scales else f._pass_on)
+        tape.attach([result], [x, y], [], _of_difference if scales else f._pass_to_both)
     return result
 
 
@@ -49,7 +49,7 @@ def subtract(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     result = tape.empty(f.larger(x.elements, y.elements), max(x.width, y.width))
     if tape.differentiates(x, y):
         learns = tape.differentiates(y)
-        tape.attach([result], [x, y], [], _of_difference if learns else f._pass_on)
+        tape.attach([result], [x, y], [], _of_difference if learns else f._pass_to_both)
     return result
 
 

@@ -43,7 +43,7 @@ class AttentionKernel:
         key = f.cast(tape, key, width)
         value = f.cast(tape, value, width)
         flash_2 = self.implementation == "flash_attention_2"
-        if self.repeats_key_value or (self.masked and not flash_2):
+        if self.repeats_key_value or (self._is_given_mask and not self.attention.picks_heads):
             key, value = self._repeat_both(tape, key, value)
         if not tape.on_cuda and self._has_one_head_dim() and not self.masked:
             return self._flash_on_processor(tape, query, key, value)
@@ -53,8 +53,12 @@ class AttentionKernel:
             return self._math(tape, query, key, value)
         return self._efficient(tape, query, key, value)
 
+    @property
+    def _is_given_mask(self) -> bool:
+        return self.masked and self.implementation != "flash_attention_2"
+
     def _takes_math(self, tape: Tape, query: Tensor, key: Tensor) -> bool:
-        """Neither kernel takes grouped heads, nor bf16 where the card has none."""
+        """The efficient kernel takes no grouped heads, nor bf16 where the card has none."""
         bf16_on_old = query.width == 2 and not tape.is_fp16 and tape.capability < FLASH_CAPABILITY
         return key.elements != query.elements or bf16_on_old
 
@@ -119,7 +123,7 @@ class AttentionKernel:
         """ATen's memory-efficient kernel, which reads a mask as a bias of the query's dtype.
         Backward adds up the query's gradient in fp32."""
         a = self.attention
-        bias = [tape.empty(per_pair(1), query.width)] if self.masked else []
+        bias = self._bias(tape, query.width)
         result = tape.empty(per_token(a.result_width), query.width)
         sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
         self._count(tape)
@@ -143,6 +147,16 @@ class AttentionKernel:
 
         tape.attach([result], [query, key, value], saved, backward)
         return result
+
+    def _bias(self, tape: Tape, width: int) -> list[Tensor]:
+        """What is made of the mask for the kernel. ALiBi's is a bias already, one for each head;
+        autocast casts it all the same."""
+        a = self.attention
+        if not self.masked:
+            return []
+        if not a.alibi:
+            return [tape.empty(per_pair(1), width)]
+        return [] if self.mask_width == width else [tape.empty(per_pair(a.num_heads), width)]
 
     def _eager(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Scores of every pair of tokens, their softmax in fp32, and the mix of values
@@ -181,18 +195,29 @@ class AttentionKernel:
     def _math(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """ATen's plain attention, in fp32 (`_scaled_dot_product_attention_math`)."""
         a, before = self.attention, query.width
+        bias = self._bias(tape, before)
         query, key, value = (f.cast(tape, x, f.FLOAT32) for x in (query, key, value))
-        scaled_query = f.scale(tape, query)
-        repeated, values = self._repeat_both(tape, key, value)
-        scaled_key = f.scale(tape, repeated)
-        scores = self._products(tape, scaled_query, scaled_key, per_pair(a.num_heads))
-        scores = f.add_mask(tape, scores, f.FLOAT32)
-        weights = f.softmax_in_float32(tape, scores)
+        scaled = f.scale(tape, query)
+        grouped = (key, value) if a.picks_heads else self._repeat_both(tape, key, value)
+        keys = self._of_each_head(tape, f.scale(tape, grouped[0]), per_token(a.query_width))
+        scores = self._multiply(tape, scaled, keys, per_pair(a.num_heads))
+        del keys
+        weights = f.safe_softmax(tape, scores)  # the mask is added to the scores in place
+        del scores
         returned = f.cast(tape, weights, before)
-        mixed = self._products(tape, weights, values, per_token(a.result_width))
+        values = self._of_each_head(tape, grouped[1], per_token(a.result_width))
+        mixed = self._multiply(tape, weights, values, per_token(a.result_width))
         result = f.cast(tape, mixed, before)
-        del returned, mixed
+        del returned, mixed, bias
         return f.clone(tape, result)
+
+    @staticmethod
+    def _of_each_head(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+        """One head for all queries as the batched product takes it: a copy for each of them, where
+        rows keep them from being one view (ATen/native/LinearAlgebra.cpp, `_matmul_impl`)."""
+        if x.elements == elements:
+            return x
+        return (f.broadcast if tape.single_row else f.expand)(tape, x, elements)
 
     def _repeat_both(self, tape: Tape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A key and a value head for each query head (transformers' `repeat_kv`)."""
@@ -203,8 +228,13 @@ class AttentionKernel:
         return key, f.expand(tape, value, per_token(a.result_width))
 
     def _products(self, tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
+        """A batched product under autocast, head by head."""
+        left = f.by_heads(tape, f.to_product(tape, left))
+        return self._multiply(tape, left, f.to_product(tape, right), elements)
+
+    def _multiply(self, tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
         """A batched product, head by head."""
         tape.count(per_pair(self.attention.query_width))
-        left = f.by_heads(tape, f.to_product(tape, left))
-        right = f.by_heads(tape, f.to_product(tape, right))
+        left = f.by_heads(tape, left)
+        right = f.by_heads(tape, right)
         return f.batched_product(tape, left, right, elements)

@@ -34,14 +34,6 @@ _UNMODELLED_OPTIONS = frozenset(
     )
 )
 
-# Families whose forward pass it does not follow. Falcon gives torch's attention a mask always, and
-# one key head for all queries: which kernel then runs is not established.
-UNMODELLED_FAMILIES = frozenset(("falcon",))
-
-# Families that it follows under checkpointing only: without, Gemma 3 with its vision tower fills a
-# cache of keys and values while it trains, for `use_cache` is turned off on the outer config alone.
-CHECKPOINTED_FAMILIES = frozenset(("gemma3",))
-
 
 def unmodelled(plan: TrainingPlan) -> str | None:
     """What the closed form does not model of `plan`, as the command line spells it; None where it
@@ -104,18 +96,6 @@ def check_closed_form(plan: TrainingPlan, model: ModelSpec) -> None:
     if what is not None:
         raise InputError(
             f"the closed form does not model {what}",
-            "`ftplan estimate` with `--exact` carries out the step itself, on tensors without data",
-        )
-
-
-def check_modelled_family(model: ModelSpec, plan: TrainingPlan) -> None:
-    """Raises InputError for an architecture that only a dry run knows."""
-    family, without = model.model_type, ""
-    if family in CHECKPOINTED_FAMILIES and not plan.gradient_checkpointing:
-        without = " without gradient checkpointing"
-    if family in UNMODELLED_FAMILIES or without:
-        raise InputError(
-            f"model `{model.name}`: the closed form does not model `{family}`{without}",
             "`ftplan estimate` with `--exact` carries out the step itself, on tensors without data",
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ftplan.planner import functions as f
+from ftplan.planner.falcon_attention import FalconAttention
 from ftplan.planner.latent_attention import LatentAttention
 from ftplan.planner.mixtures import EveryExpert, MixtureOfExperts
 from ftplan.planner.model_spec import Attention, FeedForward, Layer
@@ -23,6 +24,8 @@ from ftplan.planner.tape import Tape, Tensor
 
 
 def attention_module(attention: Attention, numerics: Numerics) -> Module:
+    if attention.picks_heads:
+        return FalconAttention(attention, numerics)
     kind = LatentAttention if attention.latents else SelfAttention
     return kind(attention, numerics)
 
@@ -97,8 +100,17 @@ class DecoderLayer:
         residual = hidden
         before, _, before_second, _ = self.norms
         normalized = before(tape, hidden) if before else hidden
+        first = self.layer.normalizes_first
+        second = before_second(tape, hidden) if first and before_second else None
+        held = normalized if "normalized" in self.layer.holds else None
         attended = f.dropout(tape, self.attention(tape, normalized), self.layer.dropout)
-        if before_second is not None:
+        if second is not None:
+            normalized = second
+        elif before_second is not None:
             normalized = before_second(tape, hidden)
         fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
+        if self.layer.adds_in_place:
+            result = f.add(tape, f.add_in_place(tape, fed, attended), residual)
+            del held
+            return result
         return f.add(tape, f.add(tape, attended, fed), residual)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ftplan.planner.closed_form import check_modelled_family
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import COMPONENTS, compiled_step, quantized_bytes_per_weight
 from ftplan.planner.model_spec import ModelSpec
@@ -57,7 +56,6 @@ def explain(
 
     Raises InputError for what the closed form does not model.
     """
-    check_modelled_family(model, plan)
     rows, length = model_rows(plan, plan.max_length)
     step = compiled_step(model, plan, rows, length, device, stack)
     phase, held, moment = step.peak(rows, length)

@@ -45,6 +45,11 @@ def _new_like(x: Tensor) -> Backward:
 
 
 def _pass_on(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
+    """The gradient as it came."""
+    return [gradients[0]]
+
+
+def _pass_to_both(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
     """The gradient of a sum, for both of its sides."""
     return [gradients[0], gradients[0]]
 
@@ -206,7 +211,7 @@ def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     tape.read(x, y)
     result = tape.empty(larger(x.elements, y.elements), max(x.width, y.width))
     if tape.differentiates(x, y):
-        tape.attach([result], [x, y], [], _pass_on)
+        tape.attach([result], [x, y], [], _pass_to_both)
     return result
 
 
@@ -215,7 +220,7 @@ def add_in_place(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     tape.read(x, y)
     result = Tensor(x.storage, x.elements, x.width)
     if tape.differentiates(x, y):
-        tape.attach([result], [x, y], [], _pass_on)
+        tape.attach([result], [x, y], [], _pass_to_both)
     return result
 
 
@@ -424,7 +429,21 @@ def softmax(tape: Tape, x: Tensor, width: int | None = None) -> Tensor:
     """Saves its result; its backward holds the product of both inputs beside the result, unlike the
     processor's (ATen/native/cuda/SoftMax.cu)."""
     tape.read(x)
-    result = tape.like(x, width)
+    return _with_softmax_backward(tape, x, tape.like(x, width))
+
+
+def safe_softmax(tape: Tape, x: Tensor) -> Tensor:
+    """Rows that are masked out whole become zeros, in another new tensor
+    (ATen/native/transformers/attention.cpp, `_safe_softmax`)."""
+    tape.read(x)
+    usual = tape.like(x)
+    masked = tape.empty(x.elements, 1)
+    result = tape.like(x)
+    del usual, masked
+    return _with_softmax_backward(tape, x, result)
+
+
+def _with_softmax_backward(tape: Tape, x: Tensor, result: Tensor) -> Tensor:
     if tape.differentiates(x):
         size = (x.elements, x.width)
 

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
-from ftplan.planner.closed_form import check_closed_form, check_modelled_family
+from ftplan.planner.closed_form import check_closed_form
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -160,7 +160,6 @@ def estimate_memory(
     `stack`: what a training stack does beyond the plan's settings.
     Raises InputError for what only a dry run knows (`planner.closed_form`).
     """
-    check_modelled_family(model, plan)
     rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
     step = compiled_step(model, plan, rows, length, device, stack)
     return _with_surroundings(

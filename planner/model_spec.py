@@ -44,6 +44,8 @@ class Linear:
     `transposed`: the weight is held as `in_features x out_features` (GPT-2's Conv1D).
     `quantizable`: its class is torch's own or Conv1D; bitsandbytes leaves classes derived from
     them alone (Falcon's, some routers'), which `target_modules` can name all the same.
+    `multiplies_transposed`: it multiplies with a view of its weight and adds its bias behind, an
+    operation each (FalconLinear).
     """
 
     name: str
@@ -52,6 +54,7 @@ class Linear:
     bias: bool = False
     transposed: bool = False
     quantizable: bool = True
+    multiplies_transposed: bool = False
 
     @property
     def num_weights(self) -> int:
@@ -140,7 +143,9 @@ class Attention:
     `rotary_concatenates`: rotation writes query and key anew head by head (Phi), so that
     attention's result must be copied into token order before its projection.
     `scales_query`: queries are multiplied by a scale of their own before the scores (OPT).
-    `expands_key_value`: keys and values are copied for every query head (Falcon 40B).
+    `picks_heads`: query, key and value are picked out of one product head by head, and torch's
+    kernels are given a mask always, and heads as they are (Falcon).
+    `expands_key_value`: keys and values are copied for every query head first (Falcon 40B).
     `scores_in_float32`: eager attention multiplies fp32 copies of query and key (GPT-J).
     `softcapped`: scores pass through a tanh before the softmax (Gemma 2). `sinks`: a learned score
     a head beside them (gpt-oss). `alibi`: scores get a distance-dependent bias (BLOOM).
@@ -163,6 +168,7 @@ class Attention:
     rotary_in_float32: bool = False
     rotary_concatenates: bool = False
     scales_query: bool = False
+    picks_heads: bool = False
     expands_key_value: bool = False
     scores_in_float32: bool = False
     softcapped: bool = False
@@ -331,6 +337,8 @@ class Layer:
     next block adds to what they write (opt-350m).
     `scales_residual`: each block's result is multiplied before it is added (Granite).
     `dropout`: of each block's result before it is added.
+    `adds_in_place`: blocks side by side are added up in the second one's result (Falcon).
+    `normalizes_first`: the norms of both blocks come before either block (Falcon 40B).
     `holds`: what of the attention block is still a local variable when the layer ends, its
     `normalized` input or what it `attended` (GPT-2's, StableLM's code).
     `feeds_by_itself`: the feed-forward block is no module of its own, so that its normalized input
@@ -347,6 +355,8 @@ class Layer:
     normalizes_sums: bool = False
     scales_residual: bool = False
     dropout: float = 0.0
+    adds_in_place: bool = False
+    normalizes_first: bool = False
     holds: tuple[str, ...] = ()
     feeds_by_itself: bool = False
 
@@ -399,7 +409,9 @@ class ModelSpec:
     there (quantization and `target_modules` reach them too), and its other parameters.
     `code`: `transformers`, or `remote` where only the repository's own code runs it.
     `buffer_bytes`: of tables that are no parameters, such as GPT-Neo's masks.
-    `auto_class`: the class of transformers that loads it.
+    `auto_class`: the class of transformers that loads it. `nests_config`: its decoder reads a
+    config of its own, in which a trainer leaves `use_cache` on. `rotates_by_kind`: layers with a
+    sliding window have rotary tables of their own (Gemma 3).
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
 
@@ -429,6 +441,8 @@ class ModelSpec:
     code: str = "transformers"
     buffer_bytes: int = 0
     auto_class: str = "AutoModelForCausalLM"
+    nests_config: bool = False
+    rotates_by_kind: bool = False
     native_dtype: str = "bfloat16"
     approximate: str | None = None
 

@@ -12,6 +12,7 @@ from functools import partial
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
+from ftplan.planner.kv_cache import CacheKind, fill
 from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm
 from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
 from ftplan.planner.prequantized import PREQUANTIZED, PrequantizedLinear
@@ -35,7 +36,7 @@ class Numerics:
     rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
     `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
     are modules. `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is
-    longer than; either needs a mask.
+    longer than; either needs a mask. `cache`: of keys and values, which is filled.
     """
 
     weights: int
@@ -58,6 +59,7 @@ class Numerics:
     separate_experts: bool = False
     padded: bool = False
     masked_windows: frozenset[int] = frozenset()
+    cache: CacheKind | None = None
 
 
 class PlainLinear:
@@ -73,10 +75,20 @@ class PlainLinear:
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         x = f.to_product(tape, x)
+        linear = self.linear
+        if linear.multiplies_transposed:
+            return self._multiply_transposed(tape, x)
         weight = tape.cast_weight(self.weight)
         bias = None if self.bias is None else tape.cast_weight(self.bias)
-        linear = self.linear
         return f.product(tape, x, weight, linear.in_features, linear.out_features, bias)
+
+    def _multiply_transposed(self, tape: Tape, x: Tensor) -> Tensor:
+        """transformers' FalconLinear: autocast neither keeps its copy of the weight nor casts the
+        bias."""
+        linear = self.linear
+        weight = tape.cast_weight(self.weight, is_view=True)
+        result = f.product(tape, x, weight, linear.in_features, linear.out_features)
+        return result if self.bias is None else f.add(tape, result, self.bias)
 
 
 class Linear4bit:
@@ -315,7 +327,9 @@ def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKerne
         numerics.attn_implementation,
         mask_width=numerics.residual,
         repeats_key_value=numerics.repeats_key_value,
-        masked=numerics.padded or attention.reach in numerics.masked_windows,
+        masked=attention.picks_heads
+        or numerics.padded
+        or attention.reach in numerics.masked_windows,
         sinks=sinks,
     )
 
@@ -331,6 +345,7 @@ class SelfAttention:
         self.query_norm, self.key_norm = (norm_module(n, numerics) if n else None for n in norms)
         self.kernel = attention_kernel(attention, numerics)
         self.turns_in_place = numerics.fused_kernels
+        self.cache = numerics.cache
         self.rotary = Rotary(attention, attention.head_dim, numerics.residual)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
@@ -341,6 +356,8 @@ class SelfAttention:
             query, key = self.rotary(tape, query, key)
         if self.attention.normalizes_after_rotation:
             query, key = self._normalize(tape, query, key)
+        if self.cache is not None:
+            key, value = fill(tape, self.cache, key, value)
         result = self.kernel(tape, query, key, value)
         return self.output(tape, result)
 

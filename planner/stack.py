@@ -33,6 +33,10 @@ _LOSS_FUNCTIONS_SINCE = (4, 46)
 # from then on layers do it themselves (4.52's modeling_layers.py).
 _CHECKPOINTS_WITHIN_SINCE = (4, 52)
 
+# Until then GPT-BigCode handed out the products that its keys and values are views of, checkpointed
+# or not (`use_cache` in `GPTBigCodeModel.forward` of 4.48.1 and 4.52.4).
+_GPT_BIGCODE_CACHES_BEFORE = (4, 53)
+
 # Of a GPU that is not named: Ampere and later have the kernels that matter.
 DEFAULT_CAPABILITY = (8, 0)
 
@@ -81,6 +85,12 @@ class Stack:
         16-bit ones go; the loss functions that came after do not."""
         version = self.transformers_version
         return version is not None and version < _LOSS_FUNCTIONS_SINCE
+
+    def caches_products(self, model_type: str) -> bool:
+        """Whether the model caches keys and values while it trains, even under checkpointing."""
+        version = self.transformers_version
+        old = version is not None and version < _GPT_BIGCODE_CACHES_BEFORE
+        return old and model_type == "gpt_bigcode"
 
     @property
     def checkpoints_around(self) -> bool:

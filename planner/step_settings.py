@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ftplan.planner.adapters import adapter_maker, early_gradient_bytes, loss_copy_bytes
 from ftplan.planner.hardware_spec import DeviceKind
+from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import LossShape
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
@@ -74,7 +75,7 @@ def step_settings(
     in_model = plan.loss != "trl-fused"  # TRL's own is computed outside of the model
     in_front, width = tokens_in_front(options), adapter_weight_bytes(plan)
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
-    spread = spread_of(plan, stack)
+    spread, cache = spread_of(plan, stack), _cache(model, plan, stack)
     settings = StepSettings(
         numerics=Numerics(
             weights=plan.weight_bytes,
@@ -93,6 +94,7 @@ def step_settings(
             separate_experts=stack.separates_experts,
             padded=stack.padded,
             masked_windows=workload.masked_windows,
+            cache=None if cache == "copies" and plan.gradient_checkpointing else cache,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_names=_trained_in_layers(model, trained),
@@ -128,6 +130,7 @@ def step_settings(
         scores=objective.scores,
         finds_top1=objective.finds_top1,
         has_dropout=objective.has_dropout,
+        cache=cache,
         spread=spread,
         reduction=_reduction(plan, trained),
         update=plan.optimizer.update(),
@@ -146,6 +149,17 @@ def step_settings(
         reference=_of_reference(model, plan, settings),
         asks_before=plan.precompute_ref_log_probs,
     )
+
+
+def _cache(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> CacheKind | None:
+    """What is cached without checkpointing. A trainer turns `use_cache` off in the model's config;
+    TRL's own losses, Liger's forward and plain loops in each call."""
+    in_call = plan.objective != "sft" or plan.loss in ("trl-fused", "liger")
+    if in_call or plan.trainer == "loop":
+        return None
+    if stack.caches_products(model.model_type):
+        return "product"
+    return "copies" if model.nests_config else None
 
 
 def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) -> StepSettings:

@@ -19,6 +19,7 @@ from ftplan.planner.exchange import Alone, Exchange, Place
 from ftplan.planner.fsdp1 import fsdp1_places
 from ftplan.planner.fsdp2 import fsdp2_places
 from ftplan.planner.functions import FLOAT32
+from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import Head, LigerLoss, LossShape, Score, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec
 from ftplan.planner.modules import Module, Numerics, linear_module, norm_module
@@ -72,7 +73,8 @@ class StepSettings:
     gradients alone. `update`: of an optimizer that steps within backward.
     `prompts` makes embeddings of `tokens_in_front` learned tokens, which rows are counted with;
     `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
-    bytes of gradients that are there from the loss on; `loss_copies`: bytes that are held between
+    bytes of gradients that are there from the loss on; `cache`: what is filled without
+    checkpointing. `loss_copies`: bytes that are held between
     loss and backward.
     """
 
@@ -103,6 +105,7 @@ class StepSettings:
     head_width: int
     input_bytes: int
     has_dropout: bool = True
+    cache: CacheKind | None = None
     scores: bool = False
     finds_top1: bool = False
     reference: StepSettings | None = None
@@ -120,7 +123,7 @@ class StepSettings:
     @property
     def in_evaluation(self) -> StepSettings:
         """Of an evaluation's pass, which has no dropout."""
-        numerics = dataclasses.replace(self.numerics, dropout=0.0)
+        numerics = dataclasses.replace(self.numerics, dropout=0.0, cache=self.cache)
         return dataclasses.replace(self, numerics=numerics, has_dropout=False)
 
     @property
@@ -142,7 +145,7 @@ class SegmentRecord:
     """Births and deaths of a segment's storages, as `Tape.events` has them.
 
     `forward`; `held`: what goes when the model's forward pass ends, and `autocast` when autocast
-    does; `backward`. `given`: the storage of what the segment before hands on; `result`: of what
+    does, with its result; `backward`. `given`: the storage of what the segment before hands on; `result`: of what
     this one does, and whether it `keeps_result` itself; `incoming`: of that one's gradient;
     `gradient`: of what was given.
     """
@@ -269,7 +272,7 @@ class _StepTracer:
         segments, labels = self._segments()
         self._add_forward(segments, labels, self._inputs(), "forward", "loss")
         base, bases = _sum(self._inputs(), self._tables()), []
-        if self.settings.gradient_checkpointing:  # which holds what layers are given
+        if self._keeps_mask:
             base = _sum(base, self._mask())
         for segment in segments:
             bases.append(base)
@@ -357,7 +360,7 @@ class _StepTracer:
         """Add the moments of a forward pass above `base`."""
         places = _extremes(labels)
         of_model = _sum(self._tables(), self._mask())  # what its forward holds to its end
-        of_graph = of_model if self.settings.gradient_checkpointing else self._tables()
+        of_graph = of_model if self._keeps_mask else self._tables()
         held: Parts = {}
         of_loss = of_graph if self.with_gradients else {}
         for index, segment in enumerate(segments):
@@ -370,19 +373,30 @@ class _StepTracer:
 
     def _mask(self) -> Parts:
         """The masks that layers share, one of each kind that some layer needs: eager attention adds
-        one of the hidden state's width, torch's kernels are given one of a byte."""
+        one of the hidden state's width, torch's kernels are given one of a byte, or ALiBi's of one
+        number a head."""
         numerics = self.settings.numerics
         if numerics.attn_implementation == "flash_attention_2":
             return {}
-        eager, kinds = numerics.attn_implementation == "eager", set()
+        eager, kinds = numerics.attn_implementation == "eager", {}
+        width = self.settings.embedding_width
         for layer in self.model.layer_counts:
-            window = layer.attention.reach
+            a = layer.attention
             if eager:
-                kinds.add(window)
-            elif window in numerics.masked_windows or numerics.padded:
-                kinds.add(window if window in numerics.masked_windows else None)
-        width = self.settings.embedding_width if eager else 1
-        return {"temporaries": per_pair(len(kinds) * width)} if kinds else {}
+                kinds[a.reach] = width
+            elif a.reach in numerics.masked_windows or numerics.padded or a.picks_heads:
+                kind = a.reach if a.reach in numerics.masked_windows else None
+                kinds[kind] = a.num_heads * width if a.alibi else 1
+        return {"temporaries": per_pair(sum(kinds.values()))} if kinds else {}
+
+    @property
+    def _keeps_mask(self) -> bool:
+        """Checkpointing holds what layers are given; ALiBi's mask is the kernels' bias itself where
+        autocast does not cast it."""
+        settings = self.settings
+        cast = settings.autocast is not None and settings.autocast != settings.embedding_width
+        is_bias = any(layer.attention.alibi for layer in self.model.layer_counts)
+        return settings.gradient_checkpointing or (is_bias and not cast)
 
     @property
     def _tied(self) -> bool:
@@ -473,8 +487,11 @@ class _StepTracer:
 
     def _tables(self) -> Parts:
         """Rotary cosines and sines, and the numbers of positions."""
-        width = self.settings.embedding_width
-        size = max(table_bytes(layer.attention, width) for layer in self.model.layer_counts)
+        width, sizes = self.settings.embedding_width, dict[int | None, int]()
+        for layer in self.model.layer_counts:
+            kind = layer.attention.reach if self.model.rotates_by_kind else None
+            sizes[kind] = max(sizes.get(kind, 0), table_bytes(layer.attention, width))
+        size = sum(sizes.values())
         return {"temporaries": per_position(size)} if size else {}
 
     def _embedding(self, exchange: Exchange, beside: int = 0) -> Segment:
@@ -638,6 +655,7 @@ class _StepTracer:
         without_held = tape.state()
         kept_forward = _without(without_held, result)
         tape.end_autocast()
+        tape.release_cached()
         recording.end("autocast")
         self.held_to_backward = None
         kept = _without(tape.state(), result)

@@ -281,6 +281,7 @@ class Tape:
         self._refilled: Frame | None = None
         self._copies: dict[int, Tensor] = {}
         self._cycles: list[Frame] = []
+        self._cached: list[Tensor] = []
         self._held: list[Tensor] = []
         self._held_again: list[Tensor] = []
         self._with_gradients: list[Weight] = []
@@ -406,6 +407,13 @@ class Tape:
         held = self._held if self._refilled is None else self._held_again
         held.append(Tensor(tensor.storage, tensor.elements, tensor.width))
 
+    def cache(self, *tensors: Tensor) -> None:
+        """Hold tensors that the model returns beside its result, until `release_cached`."""
+        self._cached += [Tensor(x.storage, x.elements, x.width) for x in tensors]
+
+    def release_cached(self) -> None:
+        self._cached.clear()
+
     def attach(
         self,
         results: Sequence[Tensor],
@@ -420,17 +428,17 @@ class Tape:
         for index, result in enumerate(results):
             result.node, result.index, result.requires_grad = node, index, True
 
-    def cast_weight(self, weight: Weight) -> Tensor:
-        """The parameter as a product under autocast reads it. Copies of trained fp32 parameters
-        are cached until autocast ends, and made as if gradients were asked for
-        (ATen/autocast_mode.cpp, `cached_cast`)."""
+    def cast_weight(self, weight: Weight, *, is_view: bool = False) -> Tensor:
+        """The parameter as a product under autocast reads it. Copies of trained fp32 parameters,
+        but not of views of them, are cached until autocast ends, and made as if gradients were
+        asked for (ATen/autocast_mode.cpp, `cached_cast`)."""
         if self.autocast is None or weight.width == self.autocast:
             return weight
-        cached = self._copies.get(id(weight))
+        cached = None if is_view else self._copies.get(id(weight))
         if cached is not None:
             return cached
         copy = self.empty(weight.elements, self.autocast, "autocast_copies")
-        is_cached = weight.requires_grad and weight.width == 4
+        is_cached = weight.requires_grad and weight.width == 4 and not is_view
         if is_cached:
             self._copies[id(weight)] = copy
         if is_cached or self.differentiates(weight):
@@ -486,6 +494,7 @@ class Tape:
             tape.end_autocast()
             # Result and gradient are held by the call until all is done.
             tape.backward([result], [gradients[0]])
+            tape.release_cached()
             return [holder.pop()]
 
         self.attach([result], [argument], saved, backward)
@@ -577,6 +586,7 @@ class Tape:
             self._refilled, self.grad_enabled = None, False
             self._copies = copies
             self._held_again.clear()
+            self.release_cached()
 
     def _accumulate(self, weight: Weight, gradient: Tensor) -> None:
         """The first gradient of a parameter is kept as it is, later ones are added to it."""

@@ -21,7 +21,7 @@ from ftplan.launcher.commands import validate
 
 PATH = Path(__file__).parent / "measured" / "rows.jsonl"
 ROWS: list[dict[str, Any]] = [json.loads(line) for line in PATH.read_text().splitlines()]
-MEAN_TOLERANCE = 0.0025
+MEAN_TOLERANCE = 0.0005
 
 
 @cache

@@ -122,9 +122,13 @@ def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value:
     ) -> Any:
         dtype = _autocast_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if attn_mask is not None:
+            attn_mask = attn_mask.to(_autocast_dtype(attn_mask))
         if repeats_key_value:
             key, value = _repeated(query, key, value)
-        grouped = enable_gqa and key.shape[1] != query.shape[1]
+        # Unequal numbers of heads no kernel takes unless told that they are groups (ATen's
+        # sdp_utils_cpp.h, `check_batch_size_and_num_heads_dense`), and the efficient one never.
+        grouped = key.shape[1] != query.shape[1]
         head_dims = {query.shape[-1], value.shape[-1]}
         if (
             attn_mask is None
@@ -132,21 +136,25 @@ def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value:
             and capability >= _FLASH_CAPABILITY
             and len(head_dims) == 1
             and query.shape[-1] <= _FLASH_MAX_HEAD_DIM
+            and (enable_gqa or not grouped)
         ):
             turned = [t.transpose(1, 2) for t in (query, key, value)]
             return FlashAttention.apply(*turned).transpose(1, 2)
         if not grouped and not (dtype is torch.bfloat16 and capability < _FLASH_CAPABILITY):
             return EfficientAttention.apply(query, key, value, _bias(query, key, attn_mask))
-        return torch.ops.aten._scaled_dot_product_attention_math(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )[0]
+        if attn_mask is not None and attn_mask.dtype is torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        with _without_autocast():
+            return torch.ops.aten._scaled_dot_product_attention_math(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )[0]
 
     return attend
 
@@ -155,6 +163,12 @@ def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled("cpu") and tensor.dtype.is_floating_point:
         return torch.get_autocast_dtype("cpu")
     return tensor.dtype
+
+
+def _without_autocast() -> Any:
+    """Autocast casts what the function is given, and nothing within it."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    return torch._C._ExcludeDispatchKeyGuard(key)
 
 
 def _bias(query: Any, key: Any, mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -75,11 +75,20 @@ def _unique(
     )
 
 
+def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """With what the operation makes on the way (ATen/native/transformers/attention.cpp)."""
+    usual = torch.softmax(scores, dim, dtype)
+    masked = scores.eq(float("-inf"))
+    masked_rows = masked.all(dim, keepdim=True)
+    return torch.where(masked_rows, torch.scalar_tensor(0.0, dtype=usual.dtype), usual)
+
+
 REPLACED: dict[Any, Callable[..., Any]] = {
     _aten.nonzero.default: _nonzero,
     _aten._grouped_mm.default: _grouped_mm,
     _aten._unique2.default: _unique,
     _aten.sparse_mask.default: _sparse_mask,
+    _aten._safe_softmax.default: _safe_softmax,
     **{
         operation: _selecting(operation)
         for operation in (

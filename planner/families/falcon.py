@@ -41,8 +41,12 @@ def falcon(config: Config, name: str) -> ModelSpec:
             text(config, "activation"),
             bias=flag(config, "bias"),
             quantizable=False,
+            multiplies_transposed=True,
         ),
         parallel=parallel,
+        adds_in_place=True,
+        normalizes_first=new,
+        holds=("attended", "normalized"),
         **placed(config, _falcon_norms(config, parallel, new), layer_norm),
     )
     return decoder(
@@ -76,7 +80,11 @@ def _falcon_attention(config: Config) -> Attention:
         kv_heads = 1 if flag(config, "multi_query") else heads
     if heads % kv_heads:
         raise FieldError(f"has `num_kv_heads`: {kv_heads}, which does not divide {heads} heads")
-    linear = {"bias": flag(config, "bias"), "quantizable": False}
+    linear = {
+        "bias": flag(config, "bias"),
+        "quantizable": False,
+        "multiplies_transposed": True,
+    }
     fused_width = (heads + 2 * kv_heads) * width
     alibi = flag(config, "alibi")
     return Attention(
@@ -89,6 +97,7 @@ def _falcon_attention(config: Config) -> Attention:
         output=Linear(name="dense", in_features=hidden, out_features=hidden, **linear),
         rotary_dim=0 if alibi else width,
         alibi=alibi,
+        picks_heads=True,
         expands_key_value=new,
     )
 

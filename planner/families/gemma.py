@@ -68,6 +68,7 @@ def gemma3_text(config: Config, name: str) -> ModelSpec:
         name,
         "Gemma3ForCausalLM",
         _gemma_layers(config, kinds, norm=gemma_rms),
+        rotates_by_kind=True,
         final_logit_softcapping=_is_softcapped(config, "final_logit_softcapping"),
     )
 

@@ -162,6 +162,7 @@ def _whole(config: Config, decoder: ModelSpec, default_class: str) -> ModelSpec:
         model_type=text(config, "model_type"),
         tie_word_embeddings=flag(config, "tie_word_embeddings"),
         native_dtype=_dtype_of_either(config),
+        nests_config=True,
     )
 
 
