@@ -507,9 +507,13 @@ class ModelSpec:
             found.append(Parameter(name="lm_head.weight", shape=(self.vocab_size, width)))
         if self.lm_head_bias:
             found.append(Parameter(name="lm_head.bias", shape=(self.vocab_size,)))
-        for linear in self.other_linears:
-            found += linear.parameters()
-        return (*found, *self.other_parameters)
+        return (*found, *self.parameters_beside)
+
+    @cached_property
+    def parameters_beside(self) -> tuple[Parameter, ...]:
+        """What is loaded along and has no part in a text's forward pass."""
+        linears = (p for linear in self.other_linears for p in linear.parameters())
+        return (*linears, *self.other_parameters)
 
     @cached_property
     def num_parameters(self) -> int:

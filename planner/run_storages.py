@@ -69,13 +69,14 @@ class RunStorages:
             if any(taken_over.get("communication", ZERO)):
                 self.died(around)
                 around.clear()
-            if any(taken_over.get("gradients", ZERO)):  # what the loss leaves of parameters it uses
-                self.died(gradients.pop(len(places) - 1, []))
+            ties = index == 0 and trace.ties_gradients
+            if any(taken_over.get("gradients", ZERO)) or (ties and trace.updates):
+                self.died(gradients.pop(len(places) - 1, []))  # what the loss leaves
             self.events += place.backward(of_result)
             if place.record.gradient != place.record.incoming:  # else it was summed in place
                 of_result = place.number(place.record.gradient)
             own = [number + place.base for number in place.record.gradients]
-            if index == 0 and trace.ties_gradients and own:
+            if ties and own:
                 own.remove(max(own, key=self.sizes.__getitem__))
             gradients[index] = own
             behind = set(place.left()).difference(own)

@@ -218,7 +218,8 @@ class StepTrace:
     the segments that they are sums of: embeddings, layers, loss.
 
     `inputs`: what the model is given; `tables`, `mask`: what its forward pass makes for all layers.
-    `ties_gradients`: the first segment's largest gradient is added to the last one's.
+    `ties_gradients`: the first segment's largest gradient is added to the last one's, which with
+    `updates` (an optimizer that steps within backward) the first segment's own record has.
     `before`, `further`, `evaluation`: the segments of passes without gradients, which come before
     training, within each step, and in an evaluation. `after_backward`: all that is left until the
     step is over.
@@ -233,6 +234,7 @@ class StepTrace:
     tables: Parts
     mask: Parts
     ties_gradients: bool
+    updates: bool
     before: Sequence[Segment]
     further: Sequence[Sequence[Segment]]
     evaluation: Sequence[Sequence[Segment]]
@@ -297,6 +299,7 @@ class _StepTracer:
             tables=self._tables(),
             mask=self._mask(),
             ties_gradients=self._tied,
+            updates=self.settings.update is not None,
             before=before,
             further=passes[1:],
             evaluation=evaluation,

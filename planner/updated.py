@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Literal
 
@@ -15,11 +16,16 @@ Kind = Literal["embedding", "linear", "other"]
 
 
 def updated_parameters(model: ModelSpec, plan: TrainingPlan, trained: Trained) -> list[Updated]:
-    """The trained parameters, equal ones together."""
+    """The trained parameters, equal ones together. Text gives a vision tower's no gradients."""
     kinds = _Kinds(model, plan)
+    own = Tally()
+    own.add(trained.own)
+    there = {(p.name, p.shape) for p in trained.own}
+    own.add((p for p in model.parameters_beside if (p.name, p.shape) in there), -1)
+    used = dataclasses.replace(trained, own=tuple(p for p in own.parameters() if p.count > 0))
     return [
         Updated(shape=p.shape, width=width, count=p.count, kind=kinds.of(p))
-        for parameters, width in trained_widths(plan, trained)
+        for parameters, width in trained_widths(plan, used)
         for p in parameters
     ]
 

@@ -53,7 +53,7 @@ BUILT = [
 # text gives its vision tower no gradients, for which the closed form counts gradients and states.
 APART = {
     **{"deepseek_v2": 0.02, "qwen3_moe": 0.012, "gpt_oss": 0.01, "opt": 0.009},
-    **{"phimoe": 0.009, "qwen2_moe": 0.006, "gemma3": 0.008},
+    **{"phimoe": 0.009, "qwen2_moe": 0.006},
 }
 
 

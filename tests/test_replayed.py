@@ -50,7 +50,7 @@ PLANS: list[dict[str, Any]] = [
     {"method": "full", "gradient_checkpointing": False, **SHARDED},
     {"method": "lora", "offload": "parameters", **SHARDED},
 ]
-MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "gpt2", "mixtral-8x7b-v0.1")
+MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "gpt2", "falcon-7b", "gemma-3-4b-it")
 
 
 def plan_of(model: ModelSpec, given: dict[str, Any]) -> TrainingPlan:
@@ -152,7 +152,7 @@ def test_no_more_is_reserved_than_the_card_has() -> None:
 
 
 def card_with(num_bytes: int) -> Device:
-    return dataclasses.replace(find_gpu("a100-40gb-pcie").device, free_bytes=num_bytes)
+    return dataclasses.replace(find_gpu("a100-40gb-pcie").device(), free_bytes=num_bytes)
 
 
 def test_where_the_order_is_not_known_a_share_is_taken() -> None:
