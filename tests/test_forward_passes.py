@@ -49,8 +49,7 @@ BUILT = [
     if name not in {"baichuan", "chatglm", "internlm2", "qwen", "mistral3"}
 ]
 
-# Those that differ by more than 0.5 % in one of these settings, and by how much at most. Gemma 3:
-# text gives its vision tower no gradients, for which the closed form counts gradients and states.
+# Those that differ by more than 0.5 % in one of these settings, and by how much at most.
 APART = {
     **{"deepseek_v2": 0.02, "qwen3_moe": 0.012, "gpt_oss": 0.01, "opt": 0.009},
     **{"phimoe": 0.009, "qwen2_moe": 0.006},
