@@ -193,7 +193,7 @@ def test_a_usual_run_is_not_warned_about(ftplan: Ftplan) -> None:
     ],
 )
 def test_fp16_overflows_where_a_model_was_trained_in_bf16(
-    changes: dict[str, str], native_dtype: str, warned: bool, small_llama: ModelSpec
+    changes: dict[str, Any], native_dtype: str, warned: bool, small_llama: ModelSpec
 ) -> None:
     model = dataclasses.replace(small_llama, native_dtype=native_dtype)
     names = [caution.name for caution in cautions(model, TrainingPlan(**changes), None)]
