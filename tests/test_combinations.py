@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ftplan.launcher import cli, planning
+from ftplan.launcher.tokens import RowTokenizer
 from ftplan.planner.combinations import (
     COMBINATIONS,
     WITHOUT_FLASH_ATTENTION,
@@ -24,6 +25,7 @@ from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.units import GIB
+from tests.launcher_fixtures import CHATML, tiny_tokenizer
 
 DATA = Path(__file__).parent.parent / "examples" / "python_docs.jsonl"
 SMALL = "smollm2-135m-instruct"
@@ -240,6 +242,50 @@ def test_what_is_said_of_one_card_is_said_before_a_run(ftplan: Ftplan) -> None:
     planned = ftplan("plan", str(DATA), "--model", SMALL, "--gpu", "t4", "--json")
     assert planned.status == 0
     assert "fp16-overflow" in [warning["name"] for warning in json.loads(planned.out)["warnings"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (("--model", "smollm2-135m"), True),
+        (("--model", SMALL), False),
+        (("--model", "smollm2-135m", "--modules-to-save", "embed_tokens,lm_head"), False),
+        (("--model", "smollm2-135m", "--method", "full"), False),
+    ],
+)
+def test_a_base_model_does_not_learn_a_chat_templates_tokens(
+    words: tuple[str, ...], warned: bool, ftplan: Ftplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="templates are its tokenizers'")
+    tokenizer = RowTokenizer(tiny_tokenizer(CHATML))
+    monkeypatch.setattr(planning, "tokenizer_of", lambda ui, source: tokenizer)
+    answer = ftplan("plan", str(DATA), "--gpu", "l4", *words, "--json")
+    names = [warning["name"] for warning in json.loads(answer.out)["warnings"]]
+    assert ("untrained-template" in names) == warned
+
+
+def test_plans_that_are_left_out_are_told(ftplan: Ftplan) -> None:
+    """A layerwise optimizer does not accumulate, and some micro-batches would."""
+    words = ("--model", SMALL, "--gpu", "l4", "--method", "lora", "--max-length", "64")
+    words += ("--optim", "galore_adamw_layerwise")
+    answer = ftplan("plan", str(DATA), *words, "--json")
+    (left,) = json.loads(answer.out)["left_out"]
+    assert left["method"] == "lora" and left["count"] > 0 and "accumulate" in left["reason"]
+    warnings = {w["name"]: w for w in json.loads(answer.out)["warnings"]}
+    assert warnings["left-out"]["text"] == f"{left['count']} plans were left out: {left['reason']}"
+    assert "64 tokens" in warnings["cut-rows"]["text"]
+
+
+def test_where_no_plan_is_left_the_refusal_is_shown(ftplan: Ftplan) -> None:
+    answer = ftplan("plan", str(DATA), "--model", "falcon-7b", "--gpu", "l4")
+    assert answer.status == 2
+    assert "does not model `falcon`" in answer.said and "hint: " in answer.err
+
+
+def test_other_methods_that_settings_are_not_for_are_left_out_of_the_table(ftplan: Ftplan) -> None:
+    answer = ftplan("estimate", "llama-3.1-8b", "--modules-to-save", "lm_head")
+    assert answer.status == 0 and "error" not in answer.err
+    assert "qlora" in answer.out and "freeze" not in answer.out
 
 
 @pytest.mark.usefixtures("on_a_processor")
