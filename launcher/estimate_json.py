@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftplan.planner.closed_form import unmodelled
+from ftplan.planner.combinations import Caution
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec
@@ -23,7 +24,7 @@ def estimate_to_dict(
     reasoned: ReasonedPlan,
     memory: MemoryEstimate,
     device: Device | None,
-    warnings: list[str],
+    warnings: Sequence[Caution],
     step: Mapping[str, Any] | None = None,
     dry_run: DryRunSummary | None = None,
     confirmed: bool = False,
@@ -50,11 +51,20 @@ def estimate_to_dict(
         "fits": _fits(memory, device),
         "estimated_by": "dry-run" if dry_run or confirmed else "closed-form",
         **({"dry_run": _dry_run(dry_run)} if dry_run else {}),
-        "warnings": (
-            [f"`{model.name}` stands for {model.approximate}"] if model.approximate else []
-        )
-        + warnings,
+        "warnings": [caution.to_dict() for caution in (*_stand_in(model), *warnings)],
     }
+
+
+def _stand_in(model: ModelSpec) -> list[Caution]:
+    if not model.approximate:
+        return []
+    return [
+        Caution(
+            name="stand-in",
+            text=f"`{model.name}` stands for {model.approximate}",
+            way_out="name a model, such as one of `ftplan models`",
+        )
+    ]
 
 
 def parameter_counts(

@@ -16,6 +16,7 @@ from ftplan.launcher.data_reader import DataFile
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
+from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, require_training
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.process import run_to_end
@@ -113,7 +114,7 @@ def plan_to_dict(planned: Planned) -> dict[str, Any]:
             planned.chosen.reasoned,
             planned.chosen.memory,
             device,
-            list(planned.profile.warnings),
+            plan_cautions(planned),
             planned.chosen.step.to_dict(),
             confirmed=planned.confirmed,
         ),

@@ -59,6 +59,8 @@ class Planned:
     split: Split
     profile: DataProfile
     template: str
+    chat_template: bool
+    """Whether rows are conversations, put into the tokenizer's own template."""
     machine: Machine | None
     device: Device
     source: ModelSource
@@ -128,7 +130,7 @@ def make_plan(
     split = make_split(data, eval_data)
     source = find_source(model_name) if model_name else None
     machine = None if named_device else _probe(ui, runs_dir)
-    device = named_device or _chosen_device(machine)
+    device = named_device or _chosen_device(machine, given)
     model_why = "asked for"
     if source is None:
         source, model_why = choose_model(data, split, device, given)
@@ -148,6 +150,7 @@ def make_plan(
         split=split,
         profile=profile,
         template=tokenizer.template if tokenizer else "",
+        chat_template=_uses_chat_template(tokenizer, data),
         machine=machine,
         device=device,
         source=source,
@@ -167,9 +170,22 @@ def _probe(ui: Ui, runs_dir: Path) -> Machine:
     return machine
 
 
-def _chosen_device(machine: Machine | None) -> Device:
+def _chosen_device(machine: Machine | None, given: Mapping[str, Any]) -> Device:
+    """The best device; raises InputError where more GPUs are asked for than there are."""
     assert machine is not None
+    wanted, count = given.get("num_gpus", 1), len(machine.gpus)
+    if wanted > max(1, count):
+        raise InputError(
+            f"`--num-gpus {wanted}` asks for more GPUs than this machine has: {count}",
+            "leave it out; `ftplan plan DATA --gpu NAME` plans for GPUs that are elsewhere",
+        )
     return machine.best_device
+
+
+def _uses_chat_template(tokenizer: RowTokenizer | None, data: DataFile) -> bool:
+    if tokenizer is None or not tokenizer.has_chat_template:
+        return False
+    return any(row.messages for row in data.rows)
 
 
 def tokenizer_of(ui: Ui, source: ModelSource) -> RowTokenizer | None:
@@ -239,7 +255,10 @@ def _largest_trainable(
         folder = cached_folder(entry.hub_id)
         if in_cache_only and not (folder and has_weights(folder)):
             continue
-        ranking = choose_plan(entry.spec, profile, device, given)
+        try:
+            ranking = choose_plan(entry.spec, profile, device, given)
+        except InputError:  # not modelled, or without what was asked for
+            continue
         if ranking.best is None:
             continue
         steps = optimizer_steps(ranking.best.plan, profile.num_train_rows)
@@ -313,9 +332,7 @@ def does_not_fit(
 ) -> DoesNotFitError:
     """By how much it misses, and what would fit."""
     nearest = ranking.nearest
-    if nearest is None:
-        reasons = "; ".join(f"{item.method}: {item.reason}" for item in ranking.rejected)
-        return DoesNotFitError(f"no method is possible on {device.name}: {reasons}")
+    assert nearest is not None, "what cannot be estimated at all is an error of its own"
     needed = needed_bytes(nearest.memory)
     from ftplan.launcher.commands.estimate import smallest_card
 
@@ -323,15 +340,24 @@ def does_not_fit(
     instead = [f"a larger GPU: {smallest_card(needed)}"]
     if fitting:
         instead.append(f"a smaller model: `--model {fitting}`")
-    shorter = {**given, "max_length": nearest.plan.max_length // 2}
-    if "max_length" not in given and choose_plan(source.spec, profile, device, shorter).best:
-        instead.append(f"shorter rows: `--max-length {shorter['max_length']}`")
+    shorter = nearest.plan.max_length // 2
+    if "max_length" not in given and _fits_in(source, profile, device, given, max_length=shorter):
+        instead.append(f"shorter rows: `--max-length {shorter}`")
     return DoesNotFitError(
         f"{source.spec.name} does not fit on {device.name}: {nearest.plan.method} with the "
         f"smallest batch needs {format_bytes(needed)}, {format_bytes(device.free_bytes)} is free, "
         f"{format_bytes(needed - device.free_bytes)} is missing",
         "what would fit: " + "; or ".join(instead),
     )
+
+
+def _fits_in(
+    source: ModelSource, profile: DataProfile, device: Device, given: Mapping[str, Any], **more: Any
+) -> bool:
+    try:
+        return choose_plan(source.spec, profile, device, {**given, **more}).best is not None
+    except InputError:
+        return False
 
 
 def _largest_fitting_model(device: Device, num_parameters: int) -> str | None:
@@ -345,6 +371,10 @@ def _largest_fitting_model(device: Device, num_parameters: int) -> str | None:
             continue
         method = "qlora" if device.supports_quantization(DEFAULT_QUANTIZATION) else "lora"
         plan = estimate_recipe(entry.spec, device, {"method": method}).plan
-        if fits(estimate_memory(entry.spec, plan, device=device), device):
+        try:
+            memory = estimate_memory(entry.spec, plan, device=device)
+        except InputError:  # not modelled
+            continue
+        if fits(memory, device):
             return entry.name
     return None

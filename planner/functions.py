@@ -578,16 +578,19 @@ def merge_rows(tape: Tape, weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def sum_groups(tape: Tape, x: Tensor, elements: Form) -> Tensor:
-    """The sum over a token's experts. Backward hands its gradient on, expanded."""
+    """The sum over a token's experts, in fp32 under CUDA's autocast. Backward hands its gradient
+    on, expanded; a cast one is as large as what was summed."""
     tape.read(x)
-    result = tape.empty(elements, x.width)
+    result = tape.empty(elements, FLOAT32 if tape.autocast and tape.on_cuda else x.width)
     if tape.differentiates(x):
-        size = x.elements
+        size = x.elements, x.width
 
         def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
             whole = gradients[0]
             assert whole is not None
-            return [Tensor(whole.storage, size, whole.width)]
+            if whole.width != size[1]:
+                return [tape.empty(*size)]
+            return [Tensor(whole.storage, *size)]
 
         tape.attach([result], [x], [], backward)
     return result

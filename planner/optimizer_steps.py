@@ -338,6 +338,51 @@ def stable_adamw_step(tape: Tape, groups: Groups) -> None:
             _twice(tape, p.of.num_elements, p.of.width)
 
 
+# Averages of bitsandbytes, by the name of its update; and how many tensors of a parameter's size
+# the longest expression of that update makes at once on the processor, in 32 and in 8 bits
+# (bitsandbytes 0.50, backends/cpu/ops.py).
+Averaging = Literal["adam", "ademamix", "lion", "rmsprop"]
+_AT_ONCE: dict[Averaging, tuple[int, int]] = {
+    "adam": (2, 2),
+    "ademamix": (3, 3),
+    "lion": (2, 3),
+    "rmsprop": (2, 1),
+}
+
+
+def bitsandbytes_step(averaging: Averaging, averages: Sequence[int], bits: int) -> Step:
+    """CUDA's kernels write in place. On the processor each parameter is updated in fp32
+    (`_optimizer_update_32bit_cpu`, `_optimizer_update_8bit_blockwise_cpu`)."""
+
+    def step(tape: Tape, groups: Groups) -> None:
+        if tape.on_cuda:
+            return
+        for p in itertools.chain(*groups):
+            elements, held = p.of.num_elements, list[Tensor | None]()
+            in_8_bits = bits == 8 and _in_8_bits(p.of)
+            if in_8_bits:  # expanded, and both of AdEMAMix' momenta once more as one tensor
+                expanded = sum(number if number == 1 else 2 * number for number in averages)
+                held += _some(tape, elements, expanded)
+            held += [_scaled_gradient(tape, p.of), _in_float32(tape, p.of)]
+            _some(tape, elements, _AT_ONCE[averaging][in_8_bits])
+            if in_8_bits and averaging == "ademamix":
+                # The update, both momenta as one tensor again, and the codes of one.
+                held += _some(tape, elements, 3)
+                held += [hold(tape, elements, 1), hold(tape, -(-elements // STATE_BLOCK_SIZE), 4)]
+
+    return step
+
+
+def _scaled_gradient(tape: Tape, parameter: Updated) -> Tensor:
+    narrow = parameter.width < FLOAT32
+    make = _twice if narrow else hold
+    return make(tape, parameter.num_elements, FLOAT32)
+
+
+def _some(tape: Tape, elements: int, number: int) -> list[Tensor]:
+    return [hold(tape, elements, FLOAT32) for _ in range(number)]
+
+
 def _foreach(tape: Tape, group: Sequence[Stepped]) -> list[list[Stepped]]:
     """What torch works on at once: lists of one dtype; on the processor single parameters."""
     if not tape.on_cuda:

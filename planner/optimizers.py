@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.optimizer_steps import (
+    Averaging,
     FusedStep,
     FusedUpdate,
     Groups,
@@ -27,6 +28,7 @@ from ftplan.planner.optimizer_steps import (
     apollo_step,
     bitsandbytes_maps,
     bitsandbytes_states,
+    bitsandbytes_step,
     by_group,
     clip_gradients,
     decay_groups,
@@ -188,12 +190,15 @@ class Optimizer:
         return groups if by_trainer else [[p for group in groups for p in group]]
 
 
-def _bitsandbytes(name: str, averages: Sequence[int], bits: int, source: str) -> Optimizer:
+def _bitsandbytes(
+    name: str, averaging: Averaging, averages: Sequence[int], bits: int, source: str
+) -> Optimizer:
     """One of bitsandbytes', with so many averages in each state tensor."""
     return Optimizer(
         name=name,
         states=bitsandbytes_states(averages, bits),
         shared_states=bitsandbytes_maps(len(averages)) if bits == 8 else no_shared_states,
+        step=bitsandbytes_step(averaging, averages, bits),
         paged=name.startswith("paged_"),
         module="bitsandbytes",
         source=source,
@@ -202,7 +207,7 @@ def _bitsandbytes(name: str, averages: Sequence[int], bits: int, source: str) ->
 
 # Averages in each state tensor.
 _ONE, _TWO, _THREE = (1,), (1, 1), (2, 1)
-_ADAM = "bitsandbytes AdamW, arXiv 2110.02861; its kernels update in place"
+_ADAM = "bitsandbytes AdamW, arXiv 2110.02861; its kernels update in place on CUDA"
 _PAGED = "bitsandbytes AdamW with `is_paged`, arXiv 2305.14314"
 _LION = "bitsandbytes Lion: one momentum, arXiv 2302.06675"
 _ADEMAMIX = "bitsandbytes AdEMAMix: a fast and a slow momentum beside exp_avg_sq, arXiv 2409.03137"
@@ -225,21 +230,21 @@ OPTIMIZERS: dict[str, Optimizer] = {
             source="torch.optim.AdamW(foreach): one list of square roots beside the states; "
             "10.0 bytes a bf16 parameter at the step on A100 (fms-acceleration)",
         ),
-        _bitsandbytes("adamw_8bit", _TWO, 8, _ADAM),
-        _bitsandbytes("adamw_bnb_8bit", _TWO, 8, _ADAM),
-        _bitsandbytes("paged_adamw_8bit", _TWO, 8, _PAGED),
-        _bitsandbytes("paged_adamw_32bit", _TWO, 32, _PAGED),
-        _bitsandbytes("lion_8bit", _ONE, 8, _LION),
-        _bitsandbytes("lion_32bit", _ONE, 32, _LION),
-        _bitsandbytes("paged_lion_8bit", _ONE, 8, _LION),
-        _bitsandbytes("paged_lion_32bit", _ONE, 32, _LION),
-        _bitsandbytes("ademamix_8bit", _THREE, 8, _ADEMAMIX),
-        _bitsandbytes("ademamix", _THREE, 32, _ADEMAMIX),
-        _bitsandbytes("paged_ademamix_8bit", _THREE, 8, _ADEMAMIX),
-        _bitsandbytes("paged_ademamix_32bit", _THREE, 32, _ADEMAMIX),
-        _bitsandbytes("rmsprop_bnb_8bit", _ONE, 8, _RMSPROP),
-        _bitsandbytes("rmsprop_bnb", _ONE, 32, _RMSPROP),
-        _bitsandbytes("rmsprop_bnb_32bit", _ONE, 32, _RMSPROP),
+        _bitsandbytes("adamw_8bit", "adam", _TWO, 8, _ADAM),
+        _bitsandbytes("adamw_bnb_8bit", "adam", _TWO, 8, _ADAM),
+        _bitsandbytes("paged_adamw_8bit", "adam", _TWO, 8, _PAGED),
+        _bitsandbytes("paged_adamw_32bit", "adam", _TWO, 32, _PAGED),
+        _bitsandbytes("lion_8bit", "lion", _ONE, 8, _LION),
+        _bitsandbytes("lion_32bit", "lion", _ONE, 32, _LION),
+        _bitsandbytes("paged_lion_8bit", "lion", _ONE, 8, _LION),
+        _bitsandbytes("paged_lion_32bit", "lion", _ONE, 32, _LION),
+        _bitsandbytes("ademamix_8bit", "ademamix", _THREE, 8, _ADEMAMIX),
+        _bitsandbytes("ademamix", "ademamix", _THREE, 32, _ADEMAMIX),
+        _bitsandbytes("paged_ademamix_8bit", "ademamix", _THREE, 8, _ADEMAMIX),
+        _bitsandbytes("paged_ademamix_32bit", "ademamix", _THREE, 32, _ADEMAMIX),
+        _bitsandbytes("rmsprop_bnb_8bit", "rmsprop", _ONE, 8, _RMSPROP),
+        _bitsandbytes("rmsprop_bnb", "rmsprop", _ONE, 32, _RMSPROP),
+        _bitsandbytes("rmsprop_bnb_32bit", "rmsprop", _ONE, 32, _RMSPROP),
         Optimizer(
             name="sgd",
             source="torch.optim.SGD without momentum, as TrainingArguments makes it",

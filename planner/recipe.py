@@ -15,7 +15,7 @@ from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import OBJECTIVES
-from ftplan.planner.plan import SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
+from ftplan.planner.plan import AUTOCAST_DTYPE, SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
 from ftplan.planner.trained import MethodSettings
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def estimate_recipe(
         "attn_implementation": _attention(model),
         "loss": _loss(given),
         "learning_rate": _advised(policy.learning_rate(method, model)),
-        **_method_settings(method, model, device),
+        **_method_settings(method, model, device, given),
         **_objective_settings(given),
         **_sharding_settings(method, given),
     }
@@ -97,7 +97,7 @@ def data_recipe(
         "learning_rate": _advised(policy.learning_rate(method, model)),
         "num_train_epochs": _advised(policy.num_train_epochs(rows)),
         "num_gpus": (1, f"one device: {device.name}"),
-        **_method_settings(method, model, device),
+        **_method_settings(method, model, device, given),
     }
     if "lora_rank" in given:
         derived["lora_alpha"] = (2 * given["lora_rank"], "twice the rank")
@@ -166,9 +166,11 @@ def _check_attention(model: ModelSpec, given: Mapping[str, Any]) -> None:
         )
 
 
-def _method_settings(method: Method, model: ModelSpec, device: Device | None) -> Derived:
+def _method_settings(
+    method: Method, model: ModelSpec, device: Device | None, given: Mapping[str, Any]
+) -> Derived:
     """What the method decides: quantization, trained layers; with the device, the dtypes."""
-    derived = _precision(device, method.adapter)
+    derived = _joined(_precision(device, method.adapter), given)
     if method.quantized_base:
         why = "4-bit NormalFloat, the QLoRA paper's choice"
         derived["quantization"] = (DEFAULT_QUANTIZATION, why)
@@ -176,6 +178,20 @@ def _method_settings(method: Method, model: ModelSpec, device: Device | None) ->
         layers = min(_TRAINED_LAYERS, model.num_hidden_layers)
         why = f"the last {layers} of {model.num_hidden_layers}; more take more memory and time"
         derived["num_trainable_layers"] = (layers, why)
+    return derived
+
+
+def _joined(precision: Derived, given: Mapping[str, Any]) -> Derived:
+    """The dtypes, where one of them is given with the other's: torch's autocast does not join both
+    16-bit ones."""
+    derived = dict(precision)
+    dtype, autocast = given.get("dtype"), given.get("mixed_precision")
+    autocast_dtype = AUTOCAST_DTYPE.get(str(autocast))
+    if dtype is None and autocast_dtype and precision["dtype"][0] != "float32":
+        derived["dtype"] = (autocast_dtype, f"what `--mixed-precision {autocast}` computes in")
+    same = {held: name for name, held in AUTOCAST_DTYPE.items() if held}.get(str(dtype))
+    if autocast is None and same and precision["mixed_precision"][0] != "no":
+        derived["mixed_precision"] = (same, f"as `--dtype {dtype}` is held")
     return derived
 
 

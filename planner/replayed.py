@@ -154,9 +154,7 @@ def _at_rest(
     return sizes, updated_parameters(model, plan, trained), []
 
 
-def _weights(
-    model: ModelSpec, plan: TrainingPlan, stack: Stack, total_bytes: int
-) -> Iterator[int]:
+def _weights(model: ModelSpec, plan: TrainingPlan, stack: Stack, total_bytes: int) -> Iterator[int]:
     """Bytes of each tensor of the loaded model, `total_bytes` in all. Beside quantized matrices,
     embeddings and head, the rest counts as two equal tensors a layer."""
     if plan.quantization == "none":

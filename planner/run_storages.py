@@ -98,7 +98,9 @@ class RunStorages:
             self.died([places[-1].record.result + places[-1].base])
         self.died(around)
 
-    def step(self, optimizer: Optimizer, parameters: Sequence[Updated], *, by_trainer: bool) -> None:
+    def step(
+        self, optimizer: Optimizer, parameters: Sequence[Updated], *, by_trainer: bool
+    ) -> None:
         """The optimizer's step on a CUDA device, gradients not counted."""
         sizes, events, first = optimizer.step_storages(parameters, by_trainer=by_trainer)
         base = len(self.sizes) - first

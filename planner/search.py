@@ -7,20 +7,23 @@ with a margin for the estimate's own error, is within the device's free memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ftplan.planner import policy
 from ftplan.planner.batching import mean_batch_tokens
+from ftplan.planner.combinations import check_runs
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
+from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
-from ftplan.planner.recipe import DEFAULT_QUANTIZATION, data_recipe
+from ftplan.planner.recipe import data_recipe
 from ftplan.planner.step_time import StepTime, estimate_step_time
 
 # Methods tried when none is given, best first. `freeze` is offered, not recommended, and full
@@ -59,14 +62,26 @@ class Rejection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """`count` of a method's candidates that cannot be estimated or run, and why."""
+
+    method: str
+    reason: str
+    hint: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Ranking:
-    """The chosen plan (None if nothing fits), the runners-up, and the methods left out."""
+    """The chosen plan (None if nothing fits), the runners-up, and what was not taken: whole
+    methods, and candidates of others."""
 
     best: Evaluated | None
     alternatives: tuple[Evaluated, ...]
     rejected: tuple[Rejection, ...]
+    left_out: tuple[LeftOut, ...]
     nearest: Evaluated | None
-    """What misses by least; None when something fits, or nothing was possible at all."""
+    """What misses by least; None when something fits."""
     num_evaluated: int
 
 
@@ -76,20 +91,28 @@ def choose_plan(
     """The best plan for this data on this device, `given` settings kept.
 
     Deterministic: the same input gives the same ranking. Raises InputError when the given
-    settings are impossible with the method asked for, or with the preferred one.
+    settings are impossible with the method asked for, or with the preferred one, and when no
+    candidate can be estimated and run.
     """
     best: list[Evaluated] = []
     rejected: list[Rejection] = []
     missed: list[Evaluated] = []
+    left_out: list[LeftOut] = []
+    refusals: list[InputError] = []
     num_evaluated = 0
     for number, method in enumerate(_candidate_methods(given)):
         try:
-            evaluated = _evaluate_method(model, data, device, given, method)
+            evaluated, refused = _evaluate_method(model, data, device, given, method)
         except InputError as error:
             if number == 0 or isinstance(error, UnknownNameError):
                 raise
             rejected.append(Rejection(method=method, reason=error.message))
             continue
+        refusals += refused
+        if not evaluated:
+            rejected.append(Rejection(method=method, reason=refused[0].message))
+            continue
+        left_out += _left_out(method, refused)
         num_evaluated += len(evaluated)
         fitting = [e for e in evaluated if fits(e.memory, device)]
         if fitting:
@@ -101,23 +124,42 @@ def choose_plan(
         rejected.append(
             Rejection(method=method, reason=reason, needs_bytes=needed_bytes(smallest.memory))
         )
+    if not num_evaluated:
+        raise refusals[0]
     return Ranking(
         best=best[0] if best else None,
         alternatives=tuple(best[1:]),
         rejected=tuple(rejected),
-        nearest=None if best else min(missed, key=lambda e: e.memory.required_bytes, default=None),
+        left_out=tuple(left_out),
+        nearest=None if best else min(missed, key=lambda e: e.memory.required_bytes),
         num_evaluated=num_evaluated,
     )
 
 
 def _evaluate_method(
     model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any], method: str
-) -> list[Evaluated]:
-    """The method's candidates; raises InputError when device or given settings rule it out."""
-    _check_quantization(method, device, given)
+) -> tuple[list[Evaluated], list[InputError]]:
+    """The method's candidates, and why others cannot be one; raises InputError where the given
+    settings rule the method out."""
+    evaluated: list[Evaluated] = []
+    refused: list[InputError] = []
+    for reasoned in candidates(model, data, device, given, method=method, refused=refused):
+        try:
+            check_runs(model, reasoned.plan, device)
+            evaluated.append(evaluate(model, reasoned, device, data))
+        except UnknownNameError:
+            raise
+        except InputError as error:
+            refused.append(error)
+    return evaluated, refused
+
+
+def _left_out(method: str, refused: Sequence[InputError]) -> list[LeftOut]:
+    """The method's refused candidates, by reason."""
+    counts = Counter((error.message, error.hint or "") for error in refused)
     return [
-        evaluate(model, reasoned, device, data)
-        for reasoned in candidates(model, data, device, given, method=method)
+        LeftOut(method=method, reason=reason, hint=hint, count=count)
+        for (reason, hint), count in counts.items()
     ]
 
 
@@ -166,29 +208,6 @@ def _candidate_methods(given: Mapping[str, Any]) -> Iterable[str]:
     ]
 
 
-def _check_quantization(method: str, device: Device, given: Mapping[str, Any]) -> None:
-    """Raises InputError when the method holds its base as the device cannot."""
-    quantization = str(given.get("quantization", "none"))
-    if quantization == "none":
-        if not resolve_method(method).quantized_base:
-            return
-        quantization = DEFAULT_QUANTIZATION
-    if device.kind == "cpu":
-        raise InputError(
-            "4- and 8-bit bases are for GPUs: on a processor they save little and run slowly",
-            "use `--method lora`",
-        )
-    if not device.supports_quantization(quantization):
-        major, minor = QUANTIZATION_CAPABILITY[quantization]
-        four_bits = device.supports_quantization(DEFAULT_QUANTIZATION)
-        instead = f"`--quantization {DEFAULT_QUANTIZATION}`, or " if four_bits else ""
-        raise InputError(
-            f"{device.name} lacks compute capability {major}.{minor}, "
-            f"which {quantization} bases need",
-            f"use {instead}`--method lora`",
-        )
-
-
 def candidates(
     model: ModelSpec,
     data: DataProfile,
@@ -196,21 +215,43 @@ def candidates(
     given: Mapping[str, Any],
     *,
     method: str | None = None,
+    refused: list[InputError] | None = None,
 ) -> Iterator[ReasonedPlan]:
     """Plans that differ in micro-batch and checkpointing; the recipe is the same in all.
 
-    `method`: the one they are made for; None for the given one.
+    `method`: the one they are made for; None for the given one. `refused` gets the errors of those
+    that cannot be.
     """
+    errors = [] if refused is None else refused
     chosen = resolve_method(method or str(given["method"]))
     base = data_recipe(model, data, device, chosen, given)
     batch = policy.effective_batch_size(data.num_train_rows)
     for size in _micro_batches(base.plan, given, batch.value):
-        for plan in _with_losses(_with_batch(base, given, size, batch), device, given):
-            if "gradient_checkpointing" in given:
-                yield plan
-                continue
-            for checkpointing, why in _CHECKPOINTING.items():
-                yield plan.replace("derived", why, gradient_checkpointing=checkpointing)
+        for sized in _made(partial(_with_batch, base, given, size, batch), errors):
+            for plan in _with_losses(sized, device, given):
+                yield from _with_checkpointing(plan, given, errors)
+
+
+def _made(make: Callable[[], ReasonedPlan], refused: list[InputError]) -> Iterator[ReasonedPlan]:
+    """The plan, if there can be one."""
+    try:
+        plan = make()
+    except InputError as error:
+        refused.append(error)
+        return
+    yield plan
+
+
+def _with_checkpointing(
+    plan: ReasonedPlan, given: Mapping[str, Any], refused: list[InputError]
+) -> Iterator[ReasonedPlan]:
+    """The plan without and with checkpointing, unless one was asked for."""
+    if "gradient_checkpointing" in given:
+        yield plan
+        return
+    for checkpointing, why in _CHECKPOINTING.items():
+        changed = partial(plan.replace, "derived", why, gradient_checkpointing=checkpointing)
+        yield from _made(changed, refused)
 
 
 def _with_losses(

@@ -229,7 +229,7 @@ def check_target_modules(target_modules: Sequence[str]) -> None:
 
 def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[Linear, ...]:
     """The linear modules that `target_modules` names, of each kind of layer; `all-linear`: all but
-    those whose names PEFT takes for stacked experts.
+    routers, and those whose names PEFT takes for stacked experts.
 
     A name takes every module of that name, as PEFT's match by suffix does (GPT-2 has a `c_proj`
     in attention and one in the feed-forward). Raises UnknownNameError for a name that no module
@@ -237,13 +237,24 @@ def targeted_linears(model: ModelSpec, target_modules: Sequence[str]) -> tuple[L
     """
     check_target_modules(target_modules)
     if tuple(target_modules) == (ALL_LINEAR,):
-        left_out = EXPERT_NAMES if model.model_type in STACKED_MODEL_TYPES else ()
+        left_out = routers_taken_for_linear(model)
+        if model.model_type in STACKED_MODEL_TYPES:
+            left_out |= EXPERT_NAMES
         return tuple(linear for linear in model.linears if linear.name not in left_out)
     known = {linear.name for linear in model.linears}
     for name in target_modules:
         if name not in known:
             raise UnknownNameError("target module", name, {*known, ALL_LINEAR})
     return tuple(linear for linear in model.linears if linear.name in target_modules)
+
+
+def routers_taken_for_linear(model: ModelSpec) -> frozenset[str]:
+    """Names of routers that PEFT takes for linear modules. It cannot adapt them: they return
+    several tensors (`forward` of Llama 4's and Phi-3.5-MoE's in transformers 5.23)."""
+    mixtures = (layer.feed_forward.experts for layer in model.layer_counts)
+    return frozenset(
+        experts.router.name for experts in mixtures if experts and experts.router_is_linear
+    )
 
 
 def target_names(model: ModelSpec, target_modules: Sequence[str]) -> tuple[str, ...]:

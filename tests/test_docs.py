@@ -19,6 +19,7 @@ from ftplan.launcher import cli, emit
 from ftplan.launcher.data_reader import read_data
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner import explain, policy
+from ftplan.planner.combinations import COMBINATIONS
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.families import spec_from_size
 from ftplan.planner.hardware_spec import (
@@ -468,3 +469,29 @@ def test_the_data_page_names_every_problem_of_a_row() -> None:
     listed = {row[0].strip("` ") for row in table("data.md", "Rows that cannot be used")}
     assert len(raised) > 5
     assert {kind.strip("` ") for kind in raised} <= listed
+
+
+# --- combinations
+
+
+def test_the_page_lists_every_combination() -> None:
+    rows = table("combinations.md", "Of model, plan and device")
+    listed = [(*codes(name), outcome) for name, outcome, _, _ in rows]
+    assert listed == [(known.name, known.outcome) for known in COMBINATIONS]
+
+
+@pytest.mark.parametrize(("command", "error"), table("combinations.md", "Within a plan"))
+def test_what_a_plan_cannot_be_is_refused_as_the_page_says(
+    command: str,
+    error: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    (line,) = codes(command)
+    program, *words = line.split()
+    assert program == "ftplan" and cli.main(words) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    message, _, hint = said.err.partition("hint: ")
+    assert message.startswith("error: ") and error in message and hint.strip()

@@ -21,17 +21,19 @@ from ftplan.launcher.dry_run.attention import (
     flash_attention_2,
     scaled_dot_product_attention,
 )
-from ftplan.launcher.dry_run.cuda import CUDA_KERNELS, cublas_workspace_bytes, cuda_behaviour
+from ftplan.launcher.dry_run.cuda import CUDA_KERNELS, cuda_behaviour
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors, quantize_blank
 from ftplan.launcher.dry_run.fused_kernels import FusedDropout, FusedNorm
-from ftplan.launcher.dry_run.losses import LigerLoss, shifted_logits_loss, shifts_logits
+from ftplan.launcher.dry_run.losses import LigerLoss, shifted_logits_loss
 from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.step import dry_run
+from ftplan.planner.families import spec_from_config
+from ftplan.planner.memory import estimate_memory
 from ftplan.planner.memory_record import MemoryRecord
-from ftplan.planner.stack import Stack
-from tests.dry_runs import LLAMA, cuda_case
+from ftplan.planner.stack import Stack, cublas_workspace_bytes
+from tests.dry_runs import GPT2, LLAMA, cuda_case
 
 pytestmark = pytest.mark.train
 
@@ -402,9 +404,24 @@ def test_liger_projects_a_chunk_of_tokens_at_a_time(
 
 
 def test_logits_were_shifted_before_transformers_4_50() -> None:
-    assert shifts_logits((4, 49))
-    assert not shifts_logits((4, 50))
-    assert not shifts_logits(None)
+    assert Stack(transformers_version=(4, 49)).shifts_logits
+    assert not Stack(transformers_version=(4, 50)).shifts_logits
+    assert not Stack().shifts_logits
+
+
+@pytest.mark.parametrize("version", [(4, 45), (4, 47)])
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["fp32 loss", "16-bit loss"])
+def test_losses_of_former_releases_take_what_the_closed_form_says(
+    config: dict[str, Any], version: tuple[int, ...]
+) -> None:
+    wide = {**config, "vocab_size": 4000}
+    settings = {"method": "full", "trainer": "loop", "loss": "stock", "mixed_precision": "no"}
+    dry_case = cuda_case(wide, 2, **settings, transformers_version=version)
+    peaks = dry_run(dry_case).record.phase_peaks()
+    model, stack = spec_from_config(wide, "wide"), Stack(transformers_version=version)
+    closed = {p.name: p for p in estimate_memory(model, dry_case.plan, stack=stack).phases}
+    highest = max(closed["loss"].allocated_peak_bytes, closed["backward"].allocated_peak_bytes)
+    assert highest == pytest.approx(peaks["backward"].allocated_bytes, rel=0.003)
 
 
 def test_shifting_logits_copies_them() -> None:

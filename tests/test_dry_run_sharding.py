@@ -137,6 +137,13 @@ def test_few_layers_stand_for_all(settings: dict[str, Any]) -> None:
     same_but_for_norms(few.record, every.record)
 
 
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+def test_zero_with_adapters_is_traced_in_all_layers(sharding: str) -> None:
+    """The shares of their gradients are alike: one layer's would be taken for another's."""
+    done = dry_run(cuda_case(LLAMA, **{**FSDP, "sharding": sharding}))
+    assert done.num_layers_traced == done.num_layers
+
+
 # --- what is divided, and what is not ------------------------------------------------------------
 
 

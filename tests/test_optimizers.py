@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ftplan.planner.families import spec_from_config
+from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.optimizer_steps import Updated
@@ -236,3 +237,28 @@ def test_training_tied_embeddings(optim: str, settings: dict[str, Any]) -> None:
     needs(optim)
     config = {**TINY, "num_hidden_layers": 2, "tie_word_embeddings": True}
     assert_alike(*dry(config, method="full", optim=optim, **settings))
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    ("optim", "dtype"),
+    [
+        *((o.name, "bfloat16") for o in OPTIMIZERS.values() if o.module == "bitsandbytes"),
+        *(("adamw_8bit", "float32"), ("ademamix", "float32")),
+    ],
+)
+def test_bitsandbytes_updates_on_the_processor(
+    optim: str, dtype: str, devices: dict[str, Device]
+) -> None:
+    needs(optim)
+    from ftplan.launcher.dry_run.step import dry_run
+    from tests.dry_runs import case
+
+    config, settings = {**TINY, "num_hidden_layers": 2}, {**SHORT, "method": "full"}
+    on_cpu = case(config, **{**settings, "optim": optim, "dtype": dtype, "mixed_precision": "no"})
+    record = dry_run(dataclasses.replace(on_cpu, few_layers=False)).record
+    model = spec_from_config(config, "tiny")
+    phases = estimate_memory(model, on_cpu.plan, device=devices["CPU"]).phases
+    step = next(phase for phase in phases if phase.name == "optimizer step")
+    carried_out = record.phase_peaks()["optimizer step"].allocated_bytes
+    assert step.allocated_peak_bytes == pytest.approx(carried_out, abs=4 * KIB)

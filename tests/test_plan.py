@@ -11,11 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftplan.launcher.commands.estimate import plan_warnings
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import METHODS
-from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.plan import (
     ATTENTIONS,
@@ -180,44 +177,6 @@ def test_qlora_needs_a_quantized_base() -> None:
     with pytest.raises(InputError, match="needs a quantized base"):
         TrainingPlan(method="qlora", quantization="none")
     assert TrainingPlan(method="qlora", quantization="int8").optimizer.name == "adamw_torch_fused"
-
-
-# --- what is allowed but warned about
-
-
-@pytest.mark.parametrize(
-    ("changes", "native_dtype", "warned"),
-    [
-        ({"mixed_precision": "fp16", "dtype": "float16"}, "bfloat16", True),
-        ({"mixed_precision": "fp16", "dtype": "float32"}, "bfloat16", True),
-        ({"mixed_precision": "no", "dtype": "float16"}, "bfloat16", True),
-        ({"mixed_precision": "fp16", "dtype": "float16"}, "float16", False),
-        ({"mixed_precision": "no", "dtype": "float32"}, "bfloat16", False),
-        ({}, "bfloat16", False),
-    ],
-)
-def test_fp16_for_a_model_trained_in_bf16_is_warned_about(
-    changes: dict[str, str], native_dtype: str, warned: bool, small_llama: ModelSpec
-) -> None:
-    model = dataclasses.replace(small_llama, native_dtype=native_dtype)
-    warnings = plan_warnings(model, reasoned(TrainingPlan(**changes)), None)
-    assert any("trained in bf16" in line for line in warnings) == warned
-
-
-def test_what_the_card_lacks_is_warned_about(
-    small_llama: ModelSpec, devices: dict[str, Device]
-) -> None:
-    volta = dataclasses.replace(devices["T4"], name="V100", compute_capability=(7, 0))
-    plan = TrainingPlan(
-        method="qlora", quantization="int8", attn_implementation="flash_attention_2"
-    )
-    warnings = plan_warnings(small_llama, reasoned(plan), volta)
-    assert [line for line in warnings if "V100" in line] == [
-        "V100 has no bf16; use `--mixed-precision fp16`",
-        "FlashAttention-2 does not run on V100; use sdpa",
-        "int8 bases need compute capability 7.5, which V100 has not",
-    ]
-    assert plan_warnings(small_llama, reasoned(plan), devices["A100"]) == []
 
 
 # --- what follows from the settings

@@ -425,10 +425,11 @@ def test_the_attention_kernel_is_one_that_the_model_has(
     """transformers refuses to build a model with a kernel it lacks (Gemma 2 has no SDPA)."""
     torch = pytest.importorskip("torch", reason="models are torch modules")
     transformers = pytest.importorskip("transformers", reason="the reference is transformers")
-    spec = tiny_spec(family)
-    if not spec.loads_as_causal_lm:
+    model = tiny_spec(family)
+    if model.code != "transformers" or not model.loads_as_causal_lm:
         pytest.skip("AutoModelForCausalLM does not build it")
-    plan = chosen(spec, make_data([40] * 50), devices["A100"]).plan
+    data = make_data([40] * 50)
+    plan = next(candidates(model, data, devices["A100"], {}, method="lora")).plan
     with torch.device("meta"):
         transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(**tiny_config(family)),
@@ -445,6 +446,50 @@ def test_a_kernel_that_the_model_lacks_is_refused(
     with pytest.raises(InputError, match="no `sdpa` attention for gemma2"):
         estimate_recipe(tiny_spec("gemma2"), None, given)
     assert estimate_recipe(tiny_spec("gemma2"), None, {}).plan.attn_implementation == "eager"
+
+
+# --- candidates that are refused
+
+
+def test_plans_that_are_not_modelled_are_left_out(
+    tiny_spec: MakeSpec, devices: Devices, make_data: MakeData
+) -> None:
+    """Gemma 3 with its tower, which is modelled under checkpointing only."""
+    ranking = choose_plan(tiny_spec("gemma3"), make_data([40] * 50), devices["A100"], {})
+    assert ranking.best is not None
+    for evaluated in (ranking.best, *ranking.alternatives):
+        assert evaluated.plan.gradient_checkpointing
+    assert {left.method for left in ranking.left_out} == set(COMPARED_METHODS)
+    for left in ranking.left_out:
+        assert "without gradient checkpointing" in left.reason and "--exact" in left.hint
+        assert left.count == 4  # micro-batches of 1, 2, 4 and 8 rows
+
+
+def test_where_all_plans_are_refused_the_refusal_is_shown(
+    tiny_spec: MakeSpec, devices: Devices, make_data: MakeData
+) -> None:
+    model, data = tiny_spec("gemma3"), make_data([40] * 50)
+    given = {"gradient_checkpointing": False}
+    with pytest.raises(InputError, match="without gradient checkpointing") as refused:
+        choose_plan(model, data, devices["A100"], given)
+    assert "--exact" in (refused.value.hint or "")
+
+
+def test_plans_that_cannot_be_are_left_out(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """A layerwise optimizer does not accumulate: only the micro-batch of all rows remains."""
+    given = {"method": "lora", "optim": "galore_adamw_layerwise"}
+    ranking = choose_plan(small_llama, few_short_rows, devices["A100"], given)
+    assert ranking.best is not None and ranking.best.plan.gradient_accumulation_steps == 1
+    (left,) = ranking.left_out
+    assert left.count == 3 and "cannot accumulate" in left.reason
+
+
+def test_nothing_is_left_out_of_a_usual_search(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    assert choose_plan(small_llama, few_short_rows, devices["A100"], {}).left_out == ()
 
 
 def test_the_loss_is_one_that_the_trainer_has(

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from ftplan.launcher.commands.estimate import plan_warnings
 from ftplan.launcher.emit import accelerate_config
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.planning import check_settings
@@ -93,11 +92,3 @@ def test_a_sharded_run_is_not_launched() -> None:
         check_settings({"packing": True})
     with pytest.raises(InputError, match="does not launch"):
         accelerate_config(TrainingPlan(sharding="fsdp", num_gpus=2), find_gpu("l4").device())
-
-
-@pytest.mark.parametrize(("sharding", "warned"), [("zero2", True), ("fsdp", False)])
-def test_zero_leaves_a_quantized_base_whole(sharding: str, warned: bool) -> None:
-    model = find_source("llama-3.1-8b").spec
-    reasoned = estimate_recipe(model, None, {**QLORA, "sharding": sharding, "num_gpus": 2})
-    told = [text for text in plan_warnings(model, reasoned, None) if "quantized base" in text]
-    assert bool(told) is warned

@@ -13,16 +13,16 @@ from ftplan.launcher.estimate_json import estimate_to_dict, parameter_counts
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
+from ftplan.planner.combinations import cautions, check_together
 from ftplan.planner.errors import InputError
 from ftplan.planner.explain import Term, explain
-from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
+from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
 from ftplan.planner.methods import COMPARED_METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.sharding import ZERO
 from ftplan.planner.units import format_bytes, format_count, parse_bytes
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     source = find_source(arguments.model, any_architecture=arguments.exact)
     model = source.spec
     reasoned = estimate_recipe(model, device, given)
-    warnings = plan_warnings(model, reasoned, device)
+    check_together(model, reasoned.plan)
+    warnings = cautions(model, reasoned.plan, device)
     dry_run = None
     if not arguments.exact:
         memory = replayed_memory(model, reasoned.plan, device=device)
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     elif not ui.as_json:
         _show(ui, model, reasoned, memory, device, given, dry_run, terms)
         for warning in warnings:
-            ui.warn(warning)
+            ui.warn(str(warning))
     if dry_run and arguments.plot:
         _plot(ui, dry_run, arguments.plot, f"{model.name}, {reasoned.plan.method}")
     return 0 if device is None or fits(memory, device) else 1
@@ -128,52 +129,6 @@ def named_device(gpu: str | None, free_memory: str | None) -> Device | None:
     if free_memory is None:
         return device
     return dataclasses.replace(device, free_bytes=parse_bytes(free_memory))
-
-
-def plan_warnings(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> list[str]:
-    """Combinations that are known to disappoint, and numbers that are not what they seem."""
-    plan, warnings = reasoned.plan, []
-    if plan.max_length > model.max_position_embeddings:
-        warnings.append(
-            f"{model.name} knows {model.max_position_embeddings} positions, "
-            f"`--max-length {plan.max_length}` is beyond them"
-        )
-    if device is not None:
-        warnings += _device_lacks(device, plan)
-    fp16 = plan.mixed_precision == "fp16" or plan.dtype == "float16"
-    if fp16 and model.native_dtype == "bfloat16":
-        warnings.append(
-            f"{model.name} was trained in bf16, and fp16 holds nothing above 65,504: activations "
-            "may overflow. Should the loss become nan, use `--dtype float32 --mixed-precision no`"
-        )
-    if plan.quantization != "none" and plan.sharding in ZERO:
-        warnings.append(
-            f"`--sharding {plan.sharding}` leaves the whole quantized base on each GPU; "
-            "`--sharding fsdp` divides it"
-        )
-    if plan.num_gpus > 1 and plan.sharding == "none":
-        warnings.append(
-            "the figures are per GPU: under data parallelism more GPUs save time, not memory"
-        )
-    return warnings
-
-
-def _device_lacks(device: Device, plan: TrainingPlan) -> list[str]:
-    """What the plan uses and the device does not have."""
-    lacks = []
-    bf16 = plan.mixed_precision == "bf16" or plan.dtype == "bfloat16"
-    if bf16 and not device.supports_bfloat16:
-        lacks.append(f"{device.name} has no bf16; use `--mixed-precision fp16`")
-    flash = plan.attn_implementation == "flash_attention_2"
-    if flash and (device.compute_capability or (0, 0)) < (8, 0):
-        lacks.append(f"FlashAttention-2 does not run on {device.name}; use sdpa")
-    kind = plan.quantization
-    if kind != "none" and not device.supports_quantization(kind):
-        major, minor = QUANTIZATION_CAPABILITY[kind]
-        lacks.append(
-            f"{kind} bases need compute capability {major}.{minor}, which {device.name} has not"
-        )
-    return lacks
 
 
 def _show(
@@ -210,12 +165,10 @@ def _show(
         return
     if plan.method == "full":
         ui.show(views.rule_table(model.num_parameters, memory), "", views.RULE_NOTE, "")
-    others = [
-        (name, *_other_method(model, name, device, given))
-        for name in COMPARED_METHODS
-        if name != plan.method
-    ]
-    ui.show(views.methods_table(others))
+    names = [name for name in COMPARED_METHODS if name != plan.method]
+    others = [row for name in names for row in _other_method(model, name, device, given)]
+    if others:
+        ui.show(views.methods_table(others))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,14 +240,19 @@ def _gpus(plan: TrainingPlan) -> str:
 
 def _other_method(
     model: ModelSpec, name: str, device: Device | None, given: Mapping[str, Any]
-) -> tuple[int, int, str]:
-    """(trained parameters, required bytes, cards it fits on) of the model by another method."""
+) -> list[tuple[str, int, int, str]]:
+    """(method, trained parameters, required bytes, cards it fits on) of the model by another
+    method; nothing where the given settings are not for it."""
     kept = {key: value for key, value in given.items() if key not in _METHOD_BOUND}
-    plan = estimate_recipe(model, device, {**kept, "method": name}).plan
-    trained = plan.resolved_method.count(model, plan.method_settings)
-    memory = estimate_memory(model, plan, device=device)
+    try:
+        plan = estimate_recipe(model, device, {**kept, "method": name}).plan
+        check_together(model, plan)
+        trained = plan.resolved_method.count(model, plan.method_settings)
+        memory = estimate_memory(model, plan, device=device)
+    except InputError:
+        return []
     card = smallest_card(needed_bytes(memory))
-    return trained.num_trainable_parameters, memory.required_bytes, card
+    return [(name, trained.num_trainable_parameters, memory.required_bytes, card)]
 
 
 def smallest_card(free_bytes: int) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ftplan.launcher.commands.estimate import named_device, plan_warnings
+from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
+from ftplan.planner.combinations import Caution
 from ftplan.planner.search import Evaluated
 
 
@@ -64,33 +68,17 @@ def show_plan(ui: Ui, planned: Planned) -> None:
         ui.say("memory by a dry run of the training step on the longest batch")
     for note in planned.machine.notes if planned.machine else ():
         ui.say(note)
-    for warning in warnings_of(planned):
-        ui.warn(warning)
-
-
-def warnings_of(planned: Planned) -> list[str]:
-    reasoned = planned.chosen.reasoned
-    return [
-        *planned.profile.warnings,
-        *plan_warnings(planned.source.spec, reasoned, planned.device),
-        *_cut_rows(planned),
-    ]
-
-
-def _cut_rows(planned: Planned) -> list[str]:
-    max_length = planned.chosen.plan.max_length
-    cut = planned.profile.cut_rows(max_length)
-    if not cut:
-        return []
-    return [f"{cut} of {planned.profile.num_train_rows} rows are cut at {max_length} tokens"]
+    for caution in plan_cautions(planned):
+        ui.warn(str(caution))
 
 
 def planned_to_dict(planned: Planned) -> dict[str, Any]:
     """The object of `plan --json`."""
+    warnings = plan_cautions(planned)
     return {
         "schema": 1,
         "plan": planned.chosen.reasoned.to_dict(),
-        "estimate": _estimate(planned, planned.chosen, warnings_of(planned)),
+        "estimate": _estimate(planned, planned.chosen, warnings),
         "alternatives": [
             {
                 "plan": other.reasoned.to_dict(),
@@ -103,11 +91,14 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
             {"method": r.method, "reason": r.reason, "needs_bytes": r.needs_bytes}
             for r in planned.ranking.rejected
         ],
-        "warnings": warnings_of(planned),
+        "left_out": [dataclasses.asdict(left) for left in planned.ranking.left_out],
+        "warnings": [caution.to_dict() for caution in warnings],
     }
 
 
-def _estimate(planned: Planned, evaluated: Evaluated, warnings: list[str]) -> dict[str, Any]:
+def _estimate(
+    planned: Planned, evaluated: Evaluated, warnings: Sequence[Caution]
+) -> dict[str, Any]:
     return estimate_to_dict(
         planned.source.spec,
         evaluated.reasoned,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,10 +73,27 @@ def use_liger_loss(model: Any) -> None:
 
 
 def shifted_logits_loss(
-    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    *,
+    in_16_bits: bool = False,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """`ForCausalLMLoss` as transformers had it before 4.50: fp32 logits, and a shifted copy."""
-    logits = logits.float()
+    """`ForCausalLMLoss` as transformers had it before 4.50: fp32 logits, and a shifted copy.
+    `in_16_bits`: of the logits as they are."""
+    logits = logits if in_16_bits else logits.float()
     shift_logits = logits[..., :-1, :].contiguous().view(-1, vocab_size)
     shift_labels = labels[..., 1:].contiguous().view(-1)
     return nn.functional.cross_entropy(shift_logits, shift_labels, ignore_index=-100)
+
+
+@contextmanager
+def logits_in_float32(model: Any) -> Iterator[None]:
+    """Within, a causal model's logits are fp32 under their own name, as before transformers 4.46:
+    those of the output projection go."""
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, logits: logits.float()
+    )
+    yield
+    hook.remove()

@@ -106,9 +106,13 @@ class _DryRun:
     def _may_repeat(self, model: Any, peft_config: Any) -> bool:
         """Whether equal layers may be expected to do the same."""
         # FSDP1 gathers two layers ahead of adapters, further than what is known to repeat; ZeRO-3
-        # keeps what is used again within a billion elements, across any number of layers.
-        first_fsdp = self.plan.sharding == "fsdp" and self.case.fsdp_version == 1
-        if first_fsdp or self.plan.sharding == "zero3":
+        # keeps what is used again within a billion elements, across any number of layers. The
+        # shares that ZeRO has of adapters' gradients are alike, so that one layer's is not known
+        # from another's.
+        sharding = self.plan.sharding
+        first_fsdp = sharding == "fsdp" and self.case.fsdp_version == 1
+        adapted_zero = sharding in ZERO and peft_config is not None
+        if first_fsdp or adapted_zero or sharding == "zero3":
             return False
         alone = not meet_outside(model.config, self.plan.trainer)
         return alone and same_on_every_layer(peft_config)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -12,7 +14,7 @@ import torch
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.cuda import cuda_behaviour
 from ftplan.launcher.dry_run.fused_kernels import fused_rotary_embeddings
-from ftplan.launcher.dry_run.losses import shifted_logits_loss
+from ftplan.launcher.dry_run.losses import logits_in_float32, shifted_logits_loss
 from ftplan.launcher.dry_run.optimizers import optimizer_behaviour
 from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul
 from ftplan.launcher.dry_run.trainers import causal_model
@@ -50,14 +52,21 @@ def surroundings(case: DryRunCase, trainer: Any) -> ExitStack:
     if case.fused_kernels:
         stack.enter_context(fused_rotary_embeddings(causal_model(trainer.model)))
     if plan.loss == "stock" and case.shifts_logits:
-        trainer.model.config.loss_type = "ForCausalLM"
-        stack.enter_context(
-            mock.patch.dict(
-                "transformers.loss.loss_utils.LOSS_MAPPING",
-                {"ForCausalLM": shifted_logits_loss},
-            )
-        )
+        stack.enter_context(_former_loss(case, trainer))
     return stack
+
+
+@contextmanager
+def _former_loss(case: DryRunCase, trainer: Any) -> Iterator[None]:
+    """Within, models take their loss as the case's release of transformers does."""
+    in_16_bits = case.loses_in_16_bits(case.config["model_type"])
+    trainer.model.config.loss_type = "ForCausalLM"
+    loss = {"ForCausalLM": partial(shifted_logits_loss, in_16_bits=in_16_bits)}
+    with ExitStack() as stack:
+        if case.lets_logits_go and not in_16_bits:
+            stack.enter_context(logits_in_float32(causal_model(trainer.model)))
+        stack.enter_context(mock.patch.dict("transformers.loss.loss_utils.LOSS_MAPPING", loss))
+        yield
 
 
 def _never(tensor: Any = None) -> bool:

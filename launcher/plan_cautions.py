@@ -1,0 +1,64 @@
+"""What to be warned about before a planned run: its data, its model, its settings, its device."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ftplan.launcher.planning import Planned
+from ftplan.planner.combinations import Caution, cautions
+from ftplan.planner.peft_options import read_options
+from ftplan.profiles import model_catalog
+
+
+def plan_cautions(planned: Planned) -> list[Caution]:
+    """Everything of `plan --json`'s `warnings`, in the order in which it is printed."""
+    return [
+        *(Caution(name="data", text=text) for text in planned.profile.warnings),
+        *cautions(planned.source.spec, planned.chosen.plan, planned.device),
+        *_cut_rows(planned),
+        *_untrained_template(planned),
+        *_left_out(planned),
+    ]
+
+
+def _cut_rows(planned: Planned) -> list[Caution]:
+    max_length = planned.chosen.plan.max_length
+    cut = planned.profile.cut_rows(max_length)
+    if not cut:
+        return []
+    text = f"{cut} of {planned.profile.num_train_rows} rows are cut at {max_length} tokens"
+    return [Caution(name="cut-rows", text=text)]
+
+
+def _untrained_template(planned: Planned) -> list[Caution]:
+    """A base model may never have seen the tokens of the chat template that it comes with
+    (LLaMA-Factory issues 2684 and 7943, Qwen issue 622)."""
+    entry, plan = model_catalog().get(planned.source.spec.name), planned.chosen.plan
+    freezes_tokens = (
+        plan.resolved_method.adapter
+        and not plan.modules_to_save
+        and "trainable_token_indices" not in read_options(plan.peft_config)
+    )
+    is_base = entry is not None and entry.kind == "base"
+    if not (is_base and freezes_tokens and planned.chat_template):
+        return []
+    return [
+        Caution(
+            name="untrained-template",
+            text=f"{planned.source.spec.name} is a base model, and adapters leave its embeddings "
+            "as they are: tokens of its chat template that it never saw, such as the one that ends "
+            "an answer, are not learnt",
+            way_out="train a chat model, or add `--modules-to-save embed_tokens,lm_head`",
+        )
+    ]
+
+
+def _left_out(planned: Planned) -> list[Caution]:
+    """Of all methods' candidates, by reason."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for left in planned.ranking.left_out:
+        counts[left.reason, left.hint] += left.count
+    return [
+        Caution(name="left-out", text=f"{count} plans were left out: {reason}", way_out=hint)
+        for (reason, hint), count in counts.items()
+    ]

@@ -1,0 +1,394 @@
+"""Combinations of model, plan and device that cannot be, or disappoint: each with a name and the
+way out. What contradicts itself within a plan is refused in `plan.py`, `objectives.py` and
+`sharding.py`, before any model is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ftplan.planner.errors import InputError
+from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.peft_options import read_options
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.trained import LM_HEAD, embedding_name, routers_taken_for_linear
+from ftplan.planner.units import format_bytes
+
+# `warned`: it runs; `not run`: an estimate warns, `plan` and `auto` refuse; `refused`: by all.
+Outcome = Literal["warned", "not run", "refused"]
+
+# FlashAttention-2's README: Ampere, Ada or Hopper GPUs.
+_FLASH_ATTENTION_CAPABILITY = (8, 0)
+
+# Architectures whose classes in transformers 5.23 have no `_supports_flash_attn`.
+WITHOUT_FLASH_ATTENTION = frozenset(("bloom", "codegen", "llama4", "llama4_text", "mpt"))
+
+# `TrainingArguments.per_device_eval_batch_size` of transformers.
+_DEFAULT_EVAL_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caution:
+    """What a person is warned about: a stable name, what is so, and what to do instead."""
+
+    name: str
+    text: str
+    way_out: str = ""
+
+    def __str__(self) -> str:
+        return "; ".join(part for part in (self.text, self.way_out) if part) + f" [{self.name}]"
+
+    def to_dict(self) -> dict[str, str]:
+        return {"name": self.name, "text": self.text, "way_out": self.way_out}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a combination is looked for in; `device` is None where none is named."""
+
+    model: ModelSpec
+    plan: TrainingPlan
+    device: Device | None
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The device's compute capability, (0, 0) where it has none; None without a device."""
+        return (self.device.compute_capability or (0, 0)) if self.device else None
+
+    @property
+    def device_name(self) -> str:
+        return self.device.name if self.device else ""
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        return self.plan.attn_implementation == "flash_attention_2"
+
+    @property
+    def is_16_bit_float(self) -> bool:
+        return self.plan.mixed_precision == "fp16" or self.plan.dtype == "float16"
+
+
+Say = Callable[[Asked], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Combination:
+    """When something `applies`, its `text` and `way_out`; `source`: how it is known."""
+
+    name: str
+    outcome: Outcome
+    applies: Callable[[Asked], bool]
+    text: Say
+    way_out: Say
+    source: str
+
+    def caution(self, asked: Asked) -> Caution:
+        return Caution(name=self.name, text=self.text(asked), way_out=self.way_out(asked))
+
+
+def cautions(model: ModelSpec, plan: TrainingPlan, device: Device | None) -> list[Caution]:
+    """What to be warned about before running the plan."""
+    asked = Asked(model=model, plan=plan, device=device)
+    return [
+        known.caution(asked)
+        for known in COMBINATIONS
+        if known.outcome != "refused" and known.applies(asked)
+    ]
+
+
+def check_together(model: ModelSpec, plan: TrainingPlan) -> None:
+    """Raises InputError for what no device can run."""
+    _refuse(Asked(model=model, plan=plan, device=None), ("refused",))
+
+
+def check_runs(model: ModelSpec, plan: TrainingPlan, device: Device) -> None:
+    """Raises InputError for what this device cannot run."""
+    _refuse(Asked(model=model, plan=plan, device=device), ("refused", "not run"))
+
+
+def _refuse(asked: Asked, outcomes: tuple[Outcome, ...]) -> None:
+    for known in COMBINATIONS:
+        if known.outcome in outcomes and known.applies(asked):
+            raise InputError(known.text(asked), known.way_out(asked))
+
+
+# --- when they apply
+
+
+def _lacks_bfloat16(asked: Asked) -> bool:
+    plan, device = asked.plan, asked.device
+    uses = plan.mixed_precision == "bf16" or plan.dtype == "bfloat16"
+    return uses and device is not None and not device.supports_bfloat16
+
+
+def _flash_attention_cannot_run(asked: Asked) -> bool:
+    capability = asked.capability
+    return (
+        asked.uses_flash_attention
+        and capability is not None
+        and capability < _FLASH_ATTENTION_CAPABILITY
+    )
+
+
+def _quantizes_on_processor(asked: Asked) -> bool:
+    on_cpu = asked.device is not None and asked.device.kind == "cpu"
+    return on_cpu and asked.plan.quantization != "none"
+
+
+def _lacks_quantization(asked: Asked) -> bool:
+    device, kind = asked.device, asked.plan.quantization
+    if device is None or device.kind == "cpu" or kind == "none":
+        return False
+    return not device.supports_quantization(kind)
+
+
+def _other_than_quantized(asked: Asked) -> str:
+    assert asked.device is not None
+    four_bits = asked.plan.quantization != "nf4" and asked.device.supports_quantization("nf4")
+    return f"use {'`--quantization nf4`, or ' if four_bits else ''}`--method lora`"
+
+
+def _trains_experts(asked: Asked) -> bool:
+    """Whether parameters that are no matrix are trained: stacks of experts."""
+    trained = asked.plan.resolved_method.count(asked.model, asked.plan.method_settings)
+    return any(len(parameter.shape) > 2 for parameter in trained.own)
+
+
+def _copied_ties(asked: Asked) -> list[str]:
+    """Modules of a tied pair that PEFT trains a copy of."""
+    given = read_options(asked.plan.peft_config)
+    saved = (*asked.plan.modules_to_save, *(given.get("modules_to_save") or ()))
+    if not asked.model.tie_word_embeddings or given.get("ensure_weight_tying"):
+        return []
+    return [name for name in (embedding_name(asked.model), LM_HEAD) if name in saved]
+
+
+def _adapted_routers(asked: Asked) -> list[str]:
+    """Routers that `target_modules` names."""
+    return sorted(routers_taken_for_linear(asked.model).intersection(asked.plan.target_modules))
+
+
+def _spelled(names: Iterable[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
+
+
+def _capability(kind: str) -> str:
+    major, minor = QUANTIZATION_CAPABILITY[kind]
+    return f"{major}.{minor}"
+
+
+# --- the table
+
+COMBINATIONS: tuple[Combination, ...] = (
+    Combination(
+        name="no-bf16",
+        outcome="warned",
+        applies=_lacks_bfloat16,
+        text=lambda a: f"{a.device_name} has no bf16: torch can only imitate it, slowly",
+        way_out=lambda a: "use `--mixed-precision fp16`, with `--dtype float16` or float32",
+        source="compute capability 8.0; torch.cuda.is_bf16_supported(including_emulation=False)",
+    ),
+    Combination(
+        name="no-flash-attention",
+        outcome="not run",
+        applies=_flash_attention_cannot_run,
+        text=lambda a: f"FlashAttention-2 does not run on {a.device_name}",
+        way_out=lambda a: "use `--attn-implementation sdpa`",
+        source="FlashAttention-2's README: Ampere, Ada or Hopper GPUs",
+    ),
+    Combination(
+        name="flash-attention-float32",
+        outcome="refused",
+        applies=lambda a: (
+            a.uses_flash_attention and not a.plan.autocast and a.plan.dtype == "float32"
+        ),
+        text=lambda a: "FlashAttention-2 takes fp16 and bf16 only, and this computes in float32",
+        way_out=lambda a: "use `--mixed-precision bf16`, or `--attn-implementation sdpa`",
+        source="transformers, modeling_utils.py `_flash_attn_can_dispatch`",
+    ),
+    Combination(
+        name="no-flash-attention-class",
+        outcome="refused",
+        applies=lambda a: a.uses_flash_attention and a.model.model_type in WITHOUT_FLASH_ATTENTION,
+        text=lambda a: f"transformers has no FlashAttention-2 for `{a.model.model_type}`",
+        way_out=lambda a: "use `--attn-implementation eager`, or sdpa where there is one",
+        source="`_supports_flash_attn` of the classes of transformers 5.23",
+    ),
+    Combination(
+        name="quantized-on-processor",
+        outcome="not run",
+        applies=_quantizes_on_processor,
+        text=lambda a: (
+            "4- and 8-bit bases are for GPUs: on a processor they save little and run slowly"
+        ),
+        way_out=lambda a: "use `--method lora`",
+        source="bitsandbytes' installation guide",
+    ),
+    Combination(
+        name="no-quantization-kernels",
+        outcome="not run",
+        applies=_lacks_quantization,
+        text=lambda a: (
+            f"{a.device_name} lacks compute capability "
+            f"{_capability(a.plan.quantization)}, which {a.plan.quantization} bases need"
+        ),
+        way_out=_other_than_quantized,
+        source="bitsandbytes' installation guide; Triton's README",
+    ),
+    Combination(
+        name="fp16-overflow",
+        outcome="warned",
+        applies=lambda a: a.is_16_bit_float and a.model.native_dtype == "bfloat16",
+        text=lambda a: (
+            f"{a.model.name} was trained in bf16, and fp16 holds nothing above 65,504: "
+            "activations may overflow"
+        ),
+        way_out=lambda a: "should the loss become nan, use `--dtype float32 --mixed-precision no`",
+        source="gemma_pytorch issue 24; transformers PR 37226",
+    ),
+    Combination(
+        name="beyond-positions",
+        outcome="warned",
+        applies=lambda a: a.plan.max_length > a.model.max_position_embeddings,
+        text=lambda a: (
+            f"{a.model.name} knows {a.model.max_position_embeddings} positions, "
+            f"`--max-length {a.plan.max_length}` is beyond them"
+        ),
+        way_out=lambda a: f"use `--max-length {a.model.max_position_embeddings}`",
+        source="`max_position_embeddings` of config.json",
+    ),
+    Combination(
+        name="adapted-router",
+        outcome="refused",
+        applies=lambda a: a.plan.resolved_method.adapter and bool(_adapted_routers(a)),
+        text=lambda a: (
+            f"{_spelled(_adapted_routers(a))} of `{a.model.model_type}` returns several "
+            "tensors, and PEFT's adapters add to one"
+        ),
+        way_out=lambda a: f"leave {_spelled(_adapted_routers(a))} out of `--target-modules`",
+        source="the routers' `forward` in transformers 5.23; peft, tuners/lora/layer.py",
+    ),
+    Combination(
+        name="tied-embeddings",
+        outcome="warned",
+        applies=lambda a: bool(_copied_ties(a)),
+        text=lambda a: (
+            f"{a.model.name} ties its output projection to its embeddings, and PEFT "
+            f"trains a copy of {_spelled(_copied_ties(a))} that is not tied"
+        ),
+        way_out=lambda a: "set `ensure_weight_tying=True` in PEFT's configuration, or leave it out",
+        source="peft, tuners/tuners_utils.py `_add_modules_to_save_to_tie`; peft issue 2777",
+    ),
+    Combination(
+        name="adalomo-experts",
+        outcome="refused",
+        applies=lambda a: a.plan.optim == "adalomo" and _trains_experts(a),
+        text=lambda a: (
+            f"`--optim adalomo` cannot step on the stacked experts of "
+            f"{a.model.name}: it takes every parameter for a matrix or a vector"
+        ),
+        way_out=lambda a: "use `--optim lomo`, or `--method lora`",
+        source="lomo-optim 0.1.1, adalomo.py `fuse_update`",
+    ),
+    Combination(
+        name="liger-beside-trl",
+        outcome="warned",
+        applies=lambda a: a.plan.loss == "liger" and a.plan.trainer == "trl",
+        text=lambda a: (
+            "TRL 1.16 refuses Liger's fused linear cross-entropy beside its own: these "
+            "are the figures of earlier releases"
+        ),
+        way_out=lambda a: "use `--loss trl-fused`, or `--trainer transformers`",
+        source="trl 1.16, trainer/sft_trainer.py `SFTTrainer.__init__`",
+    ),
+    Combination(
+        name="default-eval-batch",
+        outcome="warned",
+        applies=lambda a: (
+            a.plan.trainer == "transformers"
+            and a.plan.per_device_train_batch_size < _DEFAULT_EVAL_ROWS
+        ),
+        text=lambda a: (
+            "an evaluation is taken to have as many rows as a training step; "
+            f"transformers' own default is {_DEFAULT_EVAL_ROWS}, with whole logits"
+        ),
+        way_out=lambda a: (
+            "set `per_device_eval_batch_size="
+            f"{a.plan.per_device_train_batch_size}` in TrainingArguments"
+        ),
+        source="transformers, training_args.py; issues 12878 and 25313",
+    ),
+    Combination(
+        name="data-parallel-memory",
+        outcome="warned",
+        applies=lambda a: a.plan.num_gpus > 1 and a.plan.sharding == "none",
+        text=lambda a: (
+            "the figures are per GPU: under data parallelism more GPUs save time, not memory"
+        ),
+        way_out=lambda a: "`--sharding fsdp` divides what each holds",
+        source="pytorch PR 41954: each process holds the model, its gradients and their buckets",
+    ),
+    Combination(
+        name="zero-whole-quantized-base",
+        outcome="warned",
+        applies=lambda a: a.plan.quantization != "none" and a.plan.sharding in ("zero1", "zero2"),
+        text=lambda a: (
+            f"`--sharding {a.plan.sharding}` leaves the whole quantized base on each GPU"
+        ),
+        way_out=lambda a: "`--sharding fsdp` divides it",
+        source="peft's docs, accelerate/deepspeed.md; deepspeed/runtime/zero/stage_1_and_2.py",
+    ),
+    Combination(
+        name="quant-storage",
+        outcome="warned",
+        applies=lambda a: a.plan.sharding == "fsdp" and a.plan.quantization in ("nf4", "fp4"),
+        text=lambda a: (
+            "FSDP divides a 4-bit base only where its bytes are stored as numbers of "
+            "the model's dtype, which is taken to be so: else each GPU holds all of it"
+        ),
+        way_out=lambda a: f"set `bnb_4bit_quant_storage={a.plan.dtype}` in BitsAndBytesConfig",
+        source="accelerate 1.15, utils/fsdp_utils.py `fsdp2_prepare_model`",
+    ),
+    Combination(
+        name="every-process-loads",
+        outcome="warned",
+        applies=lambda a: a.plan.sharding == "fsdp",
+        text=lambda a: (
+            f"each of the {a.plan.num_gpus} processes loads the whole model into the "
+            "host's memory, "
+            + format_bytes(a.plan.num_gpus * a.model.num_parameters * a.plan.weight_bytes)
+            + " together"
+        ),
+        way_out=lambda a: (
+            "set `fsdp_cpu_ram_efficient_loading: true` in accelerate's "
+            "configuration, with which one of them does"
+        ),
+        source="accelerate 1.15, FullyShardedDataParallelPlugin; axolotl issue 1717",
+    ),
+    Combination(
+        name="fsdp-reentrant",
+        outcome="refused",
+        applies=lambda a: (
+            a.plan.sharding == "fsdp" and a.plan.use_reentrant and a.plan.gradient_checkpointing
+        ),
+        text=lambda a: (
+            "FSDP2 is not to be checkpointed by the reentrant function: accelerate's own "
+            "checkpointing for it is the other one"
+        ),
+        way_out=lambda a: "leave out `--use-reentrant`",
+        source="accelerate 1.15, utils/fsdp_utils.py `fsdp2_apply_ac`",
+    ),
+    Combination(
+        name="relora-sharded",
+        outcome="refused",
+        applies=lambda a: a.plan.method == "relora" and a.plan.sharding != "none",
+        text=lambda a: (
+            "ReLoRA merges adapters and resets optimizer states as it goes, which is "
+            f"not done on state divided by `--sharding {a.plan.sharding}`"
+        ),
+        way_out=lambda a: "leave out `--sharding`, or use `--method lora`",
+        source="axolotl's validation: neither FSDP nor DeepSpeed with ReLoRA",
+    ),
+)
