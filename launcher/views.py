@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftplan.launcher.ui import bar, table
-from ftplan.planner import rule_of_thumb
+from ftplan.planner import rules_of_thumb
 from ftplan.planner.memory import (
     COMPONENTS,
     MEMORY_MARGIN,
@@ -174,8 +174,8 @@ def rule_table(num_parameters: int, memory: MemoryEstimate) -> Table:
     computed = memory.peak_phase.components
     overhead = memory.device_peak_bytes - memory.allocated_peak_bytes
     rows: list[list[RenderableType]] = []
-    for part, width in rule_of_thumb.PARTS_BYTES_PER_PARAMETER.items():
-        size = sum(computed[name] for name in rule_of_thumb.COMPONENTS_OF_PART[part])
+    for part, width in rules_of_thumb.PARTS_BYTES_PER_PARAMETER.items():
+        size = sum(computed[name] for name in rules_of_thumb.COMPONENTS_OF_PART[part])
         size += overhead if part == "framework" else 0
         rows.append(
             [
@@ -189,8 +189,8 @@ def rule_table(num_parameters: int, memory: MemoryEstimate) -> Table:
     rows.append(
         [
             Text("total", "bold"),
-            f"{rule_of_thumb.BYTES_PER_PARAMETER:g}",
-            format_bytes(rule_of_thumb.rule_bytes(num_parameters)),
+            f"{rules_of_thumb.BYTES_PER_PARAMETER:g}",
+            format_bytes(rules_of_thumb.rule_bytes(num_parameters)),
             format_bytes(memory.device_peak_bytes),
             f"{memory.device_peak_bytes / num_parameters:.2f}",
         ]

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import rules
 from ftplan.launcher import cli, emit
+from ftplan.launcher.cases import read_cases
 from ftplan.launcher.data_reader import read_data
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner import explain, policy
@@ -39,6 +41,7 @@ from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import SETTING_NAMES, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.rules_of_thumb import RULES
 from ftplan.planner.search import (
     MICRO_BATCHES,
     candidates,
@@ -74,8 +77,19 @@ def section(text: str, heading: str) -> str:
 
 def table(name: str, heading: str) -> list[list[str]]:
     """The cells of the only table under a heading, without its head."""
-    lines = [row for row in section(page(name), heading).splitlines() if row.startswith("|")]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in lines]
+    found = tables(name, heading)
+    assert len(found) == 1, f"{len(found)} tables under `{heading}`"
+    return found[0]
+
+
+def tables(name: str, heading: str) -> list[list[list[str]]]:
+    """The cells of each table under a heading, without their heads."""
+    blocks = re.findall(r"(?:^\|.*\n)+", section(page(name), heading), re.MULTILINE)
+    return [_cells(block, heading) for block in blocks]
+
+
+def _cells(block: str, heading: str) -> list[list[str]]:
+    cells = [[c.strip() for c in row.strip("|").split("|")] for row in block.splitlines()]
     assert len(cells) > 2 and set("".join(cells[1])) <= set("-:"), f"no table under `{heading}`"
     assert len({len(row) for row in cells}) == 1, f"ragged table under `{heading}`"
     return cells[2:]
@@ -324,6 +338,26 @@ def test_the_comparison_on_a_processor_is_current(devices: dict[str, Device]) ->
         assert error == f"{100 * (sizes[0] / sizes[1] - 1):+.1f} %"
         assert holes == f"{(sizes[2] - 636) / sizes[1] - 1:.2f}"
         assert float(holes) <= CPU_WORST_HEAP_HOLES
+
+
+# --- accuracy
+
+
+def test_the_accuracy_by_trainer_is_what_validate_prints() -> None:
+    """The row of allocated memory, of the runs in tests/measured."""
+    printed = run_ftplan("validate", str(rules.MEASURED)).splitlines()
+    cells = next(line.split("   ") for line in printed if " allocated " in line)
+    trainer, predicted, quantity, *figures = (cell.strip() for cell in cells if cell.strip())
+    assert quantity == "allocated"
+    assert table("accuracy.md", "How accurate it is") == [[trainer, predicted, *figures]]
+
+
+def test_the_rules_of_thumb_are_as_far_off_as_the_page_says() -> None:
+    figures, sources = tables("accuracy.md", "Rules of thumb beside it")
+    found = rules.groups(read_cases(rules.MEASURED, {"HF_HOME": "/nonexistent"}))
+    assert [[group.method, group.title, *group.cells] for group in found] == figures
+    listed = [[rule.title, rule.source, rule.leaves_out] for rule in RULES.values()]
+    assert listed == sources
 
 
 # --- policy

@@ -41,7 +41,7 @@ from ftplan.planner.plan import (
     TRAINERS,
     TrainingPlan,
 )
-from ftplan.planner.rule_of_thumb import (
+from ftplan.planner.rules_of_thumb import (
     COMPONENTS_OF_PART,
     PARTS_BYTES_PER_PARAMETER,
     rule_bytes,
