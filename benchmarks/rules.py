@@ -29,9 +29,9 @@ OURS = "ftplan"
 QUANTITY = "allocated_bytes"
 
 _LEGEND = (
-    "Errors are predicted / measured - 1 of what is allocated on each GPU. Median and 95th percentile are of "
-    f"their size, bias is their mean. Far under: predicted too low by more than {100 * FAR_UNDER:g} %. "
-    "`-`: the rule says nothing of such runs."
+    "Errors are predicted / measured - 1 of what is allocated on each GPU. Median and p95 (95th "
+    "percentile) are of their size, bias is their mean. Far under: predicted too low by more than "
+    f"{100 * FAR_UNDER:g} %. `-`: the rule says nothing of such runs."
 )
 
 

@@ -107,9 +107,10 @@ _HINT = (
 class Case:
     """One measured run, as ftplan would plan it.
 
-    `trainer`: the file's own word; the plan's may be another that does the same. `gpu` is None where the file names none. `kbit_prepare`: PEFT's k-bit preparation turned
-    embeddings, head and norms into fp32. `length_is`: `exact` where every row of the largest
-    micro-batch had `max_length` tokens, `cap` where that is only a limit.
+    `trainer`: the file's own word; the plan's may be another that does the same. `gpu` is None
+    where the file names none. `kbit_prepare`: PEFT's k-bit preparation turned embeddings, head and
+    norms into fp32. `length_is`: `exact` where every row of the largest micro-batch had
+    `max_length` tokens, `cap` where that is only a limit.
     """
 
     id: str
