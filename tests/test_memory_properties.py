@@ -13,6 +13,7 @@ from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.planner.errors import InputError
 from ftplan.planner.memory import COMPONENTS, MemoryEstimate
 from ftplan.planner.plan import ReasonedPlan
+from ftplan.planner.sharding import ZERO
 from tests.modelled_cases import TURNS, ModelledCase, modelled_cases
 
 # A case is as small as any other: there is nothing to shrink to.
@@ -99,17 +100,26 @@ def test_memory_never_falls_when_the_rank_grows(case: ModelledCase, more: int) -
 
 
 @few
-@given(case=cases, more=st.integers(1, 4))
-def test_memory_never_falls_when_layers_grow(case: ModelledCase, more: int) -> None:
-    layers = (*case.model.layers, *[case.model.layers[-1]] * more)
-    deeper = dataclasses.replace(case, model=dataclasses.replace(case.model, layers=layers))
-    assert not falls(case.estimate(), deeper.estimate())
+@given(case=cases, times=st.integers(2, 4))
+def test_memory_never_falls_when_layers_grow(case: ModelledCase, times: int) -> None:
+    """All layers again, so that those trained last by freeze tuning are of the same kinds."""
+    deeper = dataclasses.replace(case.model, layers=case.model.layers * times)
+    assert not falls(case.estimate(), dataclasses.replace(case, model=deeper).estimate())
+
+
+def shards_evenly(case: ModelledCase) -> bool:
+    """FSDP2 divides each parameter by its rows and fills up the last share. With fewer rows than
+    GPUs (a stack of 4 experts on 8, a gate's single row) what is gathered grows with their number,
+    in the dry run as well."""
+    experts = any(layer.feed_forward.experts for layer in case.model.layers)
+    return case.plan.sharding in ZERO or (case.plan.sharding == "fsdp" and not experts)
 
 
 @few
-@given(case=cases.filter(lambda case: case.plan.sharding != "none"), times=st.sampled_from((2, 4)))
-def test_memory_never_grows_with_more_shards(case: ModelledCase, times: int) -> None:
-    few_gpus, many = (changed(case, num_gpus=number) for number in (2, 2 * times))
+@given(case=cases.filter(shards_evenly), more=st.sampled_from((2, 4)))
+def test_memory_never_grows_with_more_shards(case: ModelledCase, more: int) -> None:
+    assume(more == 2 or case.plan.sharding in ZERO)
+    few_gpus, many = (changed(case, num_gpus=number) for number in (2, 2 * more))
     assert not falls(many, few_gpus)
 
 
