@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 
+import pytest
 from hypothesis import Phase as HypothesisPhase
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.planner.errors import InputError
-from ftplan.planner.memory import COMPONENTS, MemoryEstimate
-from ftplan.planner.plan import ReasonedPlan
+from ftplan.planner.memory import (
+    COMPONENTS,
+    MemoryEstimate,
+    estimate_memory,
+    weight_memory_bytes,
+)
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.sharding import ZERO
 from tests.modelled_cases import TURNS, ModelledCase, modelled_cases
 
@@ -131,3 +139,68 @@ def test_checkpointing_never_keeps_more_activations(case: ModelledCase) -> None:
     assume(case.plan.method != "freeze" or case.plan.num_trainable_layers > 1)
     without, with_it = (changed(case, gradient_checkpointing=on) for on in (False, True))
     assert component_peak(with_it, "activations") <= component_peak(without, "activations")
+
+
+@few
+@given(case=cases.filter(lambda case: case.plan.method == "freeze"), more=st.integers(1, 2))
+def test_memory_never_falls_when_freeze_trains_more_layers(case: ModelledCase, more: int) -> None:
+    one, several = (changed(case, num_trainable_layers=layers) for layers in (1, 1 + more))
+    assert not falls(one, several)
+
+
+@few
+@given(case=cases, longest=st.integers(1, 9000))
+def test_rows_are_cut_at_max_length_and_no_longer_than_the_longest(
+    case: ModelledCase, longest: int
+) -> None:
+    known = estimate_memory(case.model, case.plan, longest_row=longest)
+    assert known == case.estimate(max_length=min(case.plan.max_length, longest))
+
+
+@few
+@given(case=cases)
+def test_a_fused_loss_never_holds_more_than_stock_logits_and_their_gradients(
+    case: ModelledCase,
+) -> None:
+    """But for what it makes early: gradients of the hidden states and of the head."""
+    model = dataclasses.replace(case.model, vocab_size=32768)
+    large = dataclasses.replace(case, model=model)
+    tokens = case.plan.per_device_train_batch_size * case.plan.max_length
+    early = 4 * (tokens * model.hidden_size + model.embedding_parameters)
+    stock, fused = (
+        component_peak(changed(large, loss=loss), "logits_and_loss")
+        for loss in ("stock", "trl-fused")
+    )
+    assert fused <= stock + early
+
+
+@pytest.mark.parametrize("family", TURNS["family"][1])
+def test_quantized_weights_are_smaller(family: str, tiny_spec: Callable[..., ModelSpec]) -> None:
+    model = tiny_spec(family)
+    sizes = [
+        weight_memory_bytes(model, TrainingPlan(quantization=kind, double_quant=double))
+        for kind, double in (("nf4", True), ("nf4", False), ("int8", True), ("none", True))
+    ]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+
+
+@pytest.mark.parametrize(("method", "quantization"), [("dora", "nf4"), ("shira", "int8")])
+def test_methods_read_the_biases_of_a_quantized_base(
+    method: str, quantization: str, tiny_spec: Callable[..., ModelSpec]
+) -> None:
+    """With them a layer of StarCoder 2 weighs and computes more, never less."""
+    plan = TrainingPlan(method=method, quantization=quantization)
+    biased, plain = (
+        estimate_memory(tiny_spec("starcoder2", use_bias=bias), plan) for bias in (True, False)
+    )
+    assert falls(biased, plain) and not falls(plain, biased)
+
+
+def test_zero_where_only_a_vision_towers_biases_are_trained(
+    tiny_spec: Callable[..., ModelSpec],
+) -> None:
+    """Gemma 3's text part has no biases: no backward makes a gradient, and nothing is exchanged."""
+    plan = TrainingPlan(method="bitfit", dtype="float32", sharding="zero2", num_gpus=2)
+    memory = estimate_memory(tiny_spec("gemma3"), plan)
+    backward = next(phase for phase in memory.phases if phase.name == "backward")
+    assert backward.components["gradients"] == backward.components["communication"] == 0
