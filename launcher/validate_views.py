@@ -70,21 +70,26 @@ def _far_under(comparisons: Sequence[Comparison], quantity: str) -> str:
 
 def trainers_table(comparisons: Sequence[Comparison]) -> Table:
     """How many cases of each training stack are predicted, and how far off each quantity is."""
-    cases = Counter(c.trainer for c in comparisons)
-    rows: list[list[RenderableType]] = []
-    for trainer, count in cases.most_common():
+    columns = ("trainer", ">predicted", "", ">runs", ">median", ">p95", ">bias", ">under")
+    return table("By trainer", columns, trainer_rows(comparisons))
+
+
+def trainer_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """The cells of that table; a trainer is named in the first of its rows."""
+    rows: list[list[str]] = []
+    for trainer, count in Counter(c.trainer for c in comparisons).most_common():
         predicted = [c for c in comparisons if c.trainer == trainer and c.predicted]
-        head = [trainer or "-", f"{len(predicted)} of {count}"]
         groups = [(q, [e for _, e in errors_by_group(predicted, q)]) for q in QUANTITIES]
         found = [
             [_SHORT_TITLES[quantity], *_cells(GroupStatistics.of(errors))]
             for quantity, errors in groups
             if errors
         ]
-        for number, cells in enumerate(found or [["-"] * 6]):
-            rows.append([*(head if not number else ("", "")), *cells])
-    columns = ("trainer", ">predicted", "", ">runs", ">median", ">p95", ">bias", ">under")
-    return table("By trainer", columns, rows)
+        head = [trainer or "-", f"{len(predicted)} of {count}"]
+        for cells in found or [["-"] * 6]:
+            rows.append([*head, *cells])
+            head = ["", ""]
+    return rows
 
 
 def statistics_table(comparisons: Sequence[Comparison], quantity: str) -> Table:

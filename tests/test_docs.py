@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rules
+from benchmarks import pages
 from ftplan.launcher import cli, emit
-from ftplan.launcher.cases import read_cases
 from ftplan.launcher.data_reader import read_data
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner import explain, policy
@@ -41,7 +40,6 @@ from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import SETTING_NAMES, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
-from ftplan.planner.rules_of_thumb import RULES
 from ftplan.planner.search import (
     MICRO_BATCHES,
     candidates,
@@ -343,21 +341,16 @@ def test_the_comparison_on_a_processor_is_current(devices: dict[str, Device]) ->
 # --- accuracy
 
 
-def test_the_accuracy_by_trainer_is_what_validate_prints() -> None:
-    """The row of allocated memory, of the runs in tests/measured."""
-    printed = run_ftplan("validate", str(rules.MEASURED)).splitlines()
-    cells = next(line.split("   ") for line in printed if " allocated " in line)
-    trainer, predicted, quantity, *figures = (cell.strip() for cell in cells if cell.strip())
-    assert quantity == "allocated"
-    assert table("accuracy.md", "How accurate it is") == [[trainer, predicted, *figures]]
+@pytest.mark.parametrize("heading", pages.TABLES)
+def test_the_tables_of_accuracy_are_current(heading: str) -> None:
+    """`python -m benchmarks.pages` writes them anew."""
+    expected = [rows() for rows in pages.TABLES[heading]]
+    assert tables("accuracy.md", heading) == expected
 
 
-def test_the_rules_of_thumb_are_as_far_off_as_the_page_says() -> None:
-    figures, sources = tables("accuracy.md", "Rules of thumb beside it")
-    found = rules.groups(read_cases(rules.MEASURED, {"HF_HOME": "/nonexistent"}))
-    assert [[group.method, group.title, *group.cells] for group in found] == figures
-    listed = [[rule.title, rule.source, rule.leaves_out] for rule in RULES.values()]
-    assert listed == sources
+def test_writing_the_tables_of_accuracy_leaves_the_rest_alone() -> None:
+    emptied = re.sub(r"^\| full \|.*\n", "", page("accuracy.md"), flags=re.MULTILINE)
+    assert emptied != page("accuracy.md") == pages.with_tables(emptied)
 
 
 # --- policy
