@@ -43,17 +43,21 @@ def report(found: Report, num_worst: int) -> list[RenderableType]:
 
 def groups_table(found: Report) -> Table:
     """Statistics of each group, and of all."""
+    columns = ("by", "", ">count", ">median", ">p95", ">max", ">bias")
+    return table("Allocated peak", columns, group_rows(found, tuple(found.groups())))
+
+
+def group_rows(found: Report, groupings: Sequence[str]) -> list[list[str]]:
+    """The cells of that table for these groupings; each is named in the first of its rows."""
     rows = [
         _row(grouping if not number else "", group, errors)
-        for grouping, groups in found.groups().items()
-        for number, (group, errors) in enumerate(sorted(groups.items()))
+        for grouping in groupings
+        for number, (group, errors) in enumerate(sorted(found.groups()[grouping].items()))
     ]
-    rows.append(_row("all", "", found.errors))
-    columns = ("by", "", ">count", ">median", ">p95", ">max", ">bias")
-    return table("Allocated peak", columns, rows)
+    return [*rows, _row("all", "", found.errors)]
 
 
-def _row(grouping: str, group: str, errors: Sequence[float]) -> list[RenderableType]:
+def _row(grouping: str, group: str, errors: Sequence[float]) -> list[str]:
     stats = statistics(errors)
     assert stats is not None
     shares = [f"{100 * stats[name]:.2f} %" for name in ("median", "p95", "max")]

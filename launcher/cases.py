@@ -107,13 +107,15 @@ _HINT = (
 class Case:
     """One measured run, as ftplan would plan it.
 
-    `gpu` is None where the file names none. `kbit_prepare`: PEFT's k-bit preparation turned
-    embeddings, head and norms into fp32. `length_is`: `exact` where every row of the largest
-    micro-batch had `max_length` tokens, `cap` where that is only a limit.
+    `trainer`: the file's own word; the plan's may be another that does the same. `gpu` is None
+    where the file names none. `kbit_prepare`: PEFT's k-bit preparation turned embeddings, head and
+    norms into fp32. `length_is`: `exact` where every row of the largest micro-batch had
+    `max_length` tokens, `cap` where that is only a limit.
     """
 
     id: str
     source: str
+    trainer: str
     software: str
     gpu: Device | None
     model: ModelSource
@@ -135,6 +137,7 @@ class Refusal:
 
     id: str
     source: str
+    trainer: str
     method: str
     measured: Mapping[str, float | None]
     reasons: tuple[str, ...]
@@ -222,6 +225,7 @@ def _case(
     return Case(
         id=id_,
         source=source,
+        trainer=_config_text(value, "trainer"),
         software=software,
         gpu=gpu,
         model=model,
@@ -239,12 +243,11 @@ def _case(
 def _refusal(
     id_: str, value: Mapping[str, Any], measured: Mapping[str, float | None], reasons: list[str]
 ) -> Refusal:
-    config = value.get("config")
-    method = config.get("method") if isinstance(config, Mapping) else None
     return Refusal(
         id=id_,
         source=_optional_text(value, "source"),
-        method=method if isinstance(method, str) else "",
+        trainer=_config_text(value, "trainer"),
+        method=_config_text(value, "method"),
         measured=measured,
         reasons=tuple(reasons),
     )
@@ -260,6 +263,11 @@ def _text(value: Mapping[str, Any], key: str) -> str:
 def _optional_text(value: Mapping[str, Any], key: str) -> str:
     text = value.get(key)
     return text if isinstance(text, str) else ""
+
+
+def _config_text(value: Mapping[str, Any], key: str) -> str:
+    config = value.get("config")
+    return _optional_text(config, key) if isinstance(config, Mapping) else ""
 
 
 def _config(value: Mapping[str, Any]) -> Mapping[str, Any]:

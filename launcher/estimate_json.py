@@ -12,7 +12,7 @@ from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
-from ftplan.planner.rule_of_thumb import rule_to_dict
+from ftplan.planner.rules_of_thumb import rule_to_dict
 from ftplan.planner.step_time import estimate_step_time
 
 if TYPE_CHECKING:

@@ -115,9 +115,15 @@ def _width(stream: TextIO) -> int | None:
     return shutil.get_terminal_size().columns if columns == "0" else None
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[RenderableType]]) -> Table:
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[RenderableType]],
+    *,
+    folds: bool = False,
+) -> Table:
     """A plain table. A column name that starts with `>` is right-aligned; the last one folds,
-    the others keep to one line."""
+    the others keep to one line unless `folds`."""
     result = Table(
         title=title,
         title_justify="left",
@@ -129,12 +135,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Renderable
     )
     for number, name in enumerate(columns):
         right = name.startswith(">")
-        last = number == len(columns) - 1
+        folding = folds or number == len(columns) - 1
         result.add_column(
             name.removeprefix(">"),
             justify="right" if right else "left",
-            no_wrap=not last,
-            overflow="fold" if last else "ellipsis",
+            no_wrap=not folding,
+            overflow="fold" if folding else "ellipsis",
         )
     for row in rows:
         result.add_row(*row)

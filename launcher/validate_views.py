@@ -27,13 +27,14 @@ _TITLES = dict(
         strict=True,
     )
 )
+_SHORT_TITLES = dict(zip(QUANTITIES, ("allocated", "reserved", "device", "tokens/s"), strict=True))
 _WORST = 3
 # So that a row of the statistics keeps to 80 columns.
 _SOURCE_WIDTH = 26
 
 _LEGEND = (
-    "Errors are predicted / measured - 1. Median and 95th percentile are of their size, bias is "
-    "their mean, under the share of runs predicted too low."
+    "Errors are predicted / measured - 1: above 0 where ftplan says too much. Median and p95 (95th "
+    "percentile) are of their size, bias is their mean, under the share of runs predicted too low."
 )
 
 
@@ -41,7 +42,7 @@ def report(comparisons: Sequence[Comparison]) -> list[RenderableType]:
     """All tables, those that would be empty left out."""
     predicted = [c for c in comparisons if c.predicted]
     compared = [q for q in QUANTITIES if errors_by_group(predicted, q)]
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [trainers_table(comparisons), ""] if compared else []
     for quantity in compared:
         parts += [statistics_table(predicted, quantity), ""]
     if compared:
@@ -67,6 +68,30 @@ def _far_under(comparisons: Sequence[Comparison], quantity: str) -> str:
     return f"{_TITLES[quantity]} predicted too low {much}: {far} of {group.count}"
 
 
+def trainers_table(comparisons: Sequence[Comparison]) -> Table:
+    """How many cases of each training stack are predicted, and how far off each quantity is."""
+    columns = ("trainer", ">predicted", "", ">runs", ">median", ">p95", ">bias", ">under")
+    return table("By trainer", columns, trainer_rows(comparisons))
+
+
+def trainer_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """The cells of that table; a trainer is named in the first of its rows."""
+    rows: list[list[str]] = []
+    for trainer, count in Counter(c.trainer for c in comparisons).most_common():
+        predicted = [c for c in comparisons if c.trainer == trainer and c.predicted]
+        groups = [(q, [e for _, e in errors_by_group(predicted, q)]) for q in QUANTITIES]
+        found = [
+            [_SHORT_TITLES[quantity], *_cells(GroupStatistics.of(errors))]
+            for quantity, errors in groups
+            if errors
+        ]
+        head = [trainer or "-", f"{len(predicted)} of {count}"]
+        for cells in found or [["-"] * 6]:
+            rows.append([*head, *cells])
+            head = ["", ""]
+    return rows
+
+
 def statistics_table(comparisons: Sequence[Comparison], quantity: str) -> Table:
     """The errors of one quantity, a row for each source and method, and one for all."""
     errors = errors_by_group(comparisons, quantity)
@@ -84,15 +109,24 @@ def statistics_table(comparisons: Sequence[Comparison], quantity: str) -> Table:
 
 
 def _row(source: str, method: str, group: GroupStatistics) -> list[RenderableType]:
+    return [source, method, *_cells(group)]
+
+
+def _cells(group: GroupStatistics) -> list[str]:
     return [
-        source,
-        method,
         f"{group.count}",
         _percent(group.median),
         _percent(group.p95),
-        ("+" if group.bias >= 0 else "-") + _percent(abs(group.bias)),
+        signed_percent(group.bias),
         f"{100 * group.under_share:.0f} %",
     ]
+
+
+def signed_percent(share: float) -> str:
+    """With its sign, unless it is printed as 0."""
+    size = _percent(abs(share))
+    sign = "" if size == _percent(0) else "+" if share > 0 else "-"
+    return sign + size
 
 
 def worst_table(comparisons: Iterable[Comparison], quantity: str) -> Table:

@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ftplan.launcher.ui import bar, table
-from ftplan.planner import rule_of_thumb
+from ftplan.planner import rules_of_thumb
 from ftplan.planner.memory import (
     COMPONENTS,
     MEMORY_MARGIN,
+    STEP_PHASES,
     MemoryEstimate,
     fits,
     needed_bytes,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ftplan.planner.data_profile import DataProfile
     from ftplan.planner.explain import Term
     from ftplan.planner.hardware_spec import Device, Machine
-    from ftplan.planner.plan import ReasonedPlan
+    from ftplan.planner.plan import ReasonedPlan, TrainingPlan
     from ftplan.planner.search import Evaluated, Rejection
 
 
@@ -164,18 +165,20 @@ def _verdict_rows(memory: MemoryEstimate, device: Device) -> list[list[Renderabl
 
 
 RULE_NOTE = (
+    "Each part is shown where it is highest. That is not at one time: together they come to more "
+    "than the total, which is the peak.\n"
     "The rule counts 16-bit parameters; autocast keeps the trained parameters in fp32 and casts "
-    "copies. Activations depend on batch, length and checkpointing, not on parameters."
+    "16-bit copies. Activations depend on batch, length and checkpointing, not on parameters. "
+    "Framework is what the allocator holds beyond tensors, the CUDA context, and temporaries."
 )
 
 
 def rule_table(num_parameters: int, memory: MemoryEstimate) -> Table:
-    """The 17.5-bytes rule, part by part, beside what was computed."""
-    computed = memory.peak_phase.components
+    """The 17.5-bytes rule, part by part, beside the most that each part takes in any phase."""
     overhead = memory.device_peak_bytes - memory.allocated_peak_bytes
     rows: list[list[RenderableType]] = []
-    for part, width in rule_of_thumb.PARTS_BYTES_PER_PARAMETER.items():
-        size = sum(computed[name] for name in rule_of_thumb.COMPONENTS_OF_PART[part])
+    for part, width in rules_of_thumb.PARTS_BYTES_PER_PARAMETER.items():
+        size, phase = _highest(memory, rules_of_thumb.COMPONENTS_OF_PART[part])
         size += overhead if part == "framework" else 0
         rows.append(
             [
@@ -184,22 +187,34 @@ def rule_table(num_parameters: int, memory: MemoryEstimate) -> Table:
                 format_bytes(width * num_parameters),
                 format_bytes(size),
                 f"{size / num_parameters:.2f}",
+                phase,
             ]
         )
     rows.append(
         [
             Text("total", "bold"),
-            f"{rule_of_thumb.BYTES_PER_PARAMETER:g}",
-            format_bytes(rule_of_thumb.rule_bytes(num_parameters)),
+            f"{rules_of_thumb.BYTES_PER_PARAMETER:g}",
+            format_bytes(rules_of_thumb.rule_bytes(num_parameters)),
             format_bytes(memory.device_peak_bytes),
             f"{memory.device_peak_bytes / num_parameters:.2f}",
+            memory.peak_phase.name,
         ]
     )
     return table(
-        "The 17.5-bytes-a-parameter rule, beside the computed peak",
-        ("part", ">rule, B/param", ">by the rule", ">computed", ">B/param"),
+        "The 17.5-bytes-a-parameter rule, beside what was computed",
+        ("part", ">B/param", ">by the rule", ">at most", ">B/param", "in"),
         rows,
     )
+
+
+def _highest(memory: MemoryEstimate, components: Sequence[str]) -> tuple[int, str]:
+    """The most that components take together, and the first phase in which they do."""
+    sizes = {
+        phase.name: sum(phase.components[name] for name in components) for phase in memory.phases
+    }
+    highest = max(sizes.values())
+    there = [name for name, size in sizes.items() if size == highest]
+    return highest, "throughout" if {*STEP_PHASES} <= {*there} else there[0]
 
 
 def explain_table(terms: Iterable[Term]) -> Table:
@@ -217,32 +232,47 @@ def explain_table(terms: Iterable[Term]) -> Table:
     )
 
 
+COMPARE_NOTE = (
+    "Components are what is there at each method's own peak, in the phase named below them, and "
+    "sum to what is allocated. What is 0 B or left out there may be there at another time: "
+    "gradients, for one, come as activations go."
+)
+
+
 def compare_table(compared: Sequence[ComparedMethod], device: Device | None) -> Table:
     """Methods side by side: components of each one's peak, and its totals."""
     peaks = [row.memory.peak_phase.components for row in compared]
 
-    def sizes(title: str, of: Callable[[ComparedMethod], int]) -> list[RenderableType]:
-        return [title, *(format_bytes(of(row)) for row in compared)]
+    def cells(title: str, of: Callable[[ComparedMethod], str]) -> list[RenderableType]:
+        return [title, *(of(row) for row in compared)]
 
-    rows: list[list[RenderableType]] = [
-        ["trained", *(format_count(row.num_trainable_parameters) for row in compared)]
+    def sizes(title: str, of: Callable[[ComparedMethod], int]) -> list[RenderableType]:
+        return cells(title, lambda row: format_bytes(of(row)))
+
+    rows = [
+        cells("trained parameters", lambda row: format_count(row.num_trainable_parameters)),
+        cells("weights in", lambda row: _weights_in(row.plan)),
     ]
     for name, title in COMPONENTS.items():
         if any(peak[name] for peak in peaks):
             rows.append([title, *(format_bytes(peak[name]) for peak in peaks)])
     rows += [
-        ["in", *(row.memory.peak_phase.name for row in compared)],
+        cells("in", lambda row: row.memory.peak_phase.name),
         sizes("allocated", lambda row: row.memory.allocated_peak_bytes),
         sizes("device", lambda row: row.memory.device_peak_bytes),
         sizes("required", lambda row: row.memory.required_bytes),
     ]
     if device is None:
-        rows.append(["fits on", *(row.card for row in compared)])
+        rows.append(cells("fits on", lambda row: row.card))
     else:
-        verdicts = ("yes" if fits(row.memory, device) else "no" for row in compared)
-        rows.append([f"fits {device.name}", *verdicts])
+        fitting = cells(f"fits {device.name}", lambda r: "yes" if fits(r.memory, device) else "no")
+        rows.append(fitting)
     columns = ("", *(f">{row.method}" for row in compared))
-    return table("Memory at the peak by method", columns, rows)
+    return table("Memory at the peak by method", columns, rows, folds=True)
+
+
+def _weights_in(plan: TrainingPlan) -> str:
+    return plan.dtype if plan.quantization == "none" else plan.quantization
 
 
 def methods_table(rows: Iterable[tuple[str, int, int, str]]) -> Table:

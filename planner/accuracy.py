@@ -6,14 +6,17 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from ftplan.planner.memory import MEMORY_MARGIN
+
 Key = TypeVar("Key", bound=Hashable)
 
 # What is predicted of a run and compared, each apart: device and allocated memory of the same run
 # differ by gibibytes.
 QUANTITIES = ("allocated_bytes", "reserved_bytes", "device_bytes", "tokens_per_second_per_gpu")
 
-# An under-estimate by more is one that matters: the run may not survive what was planned for it.
-FAR_UNDER = 0.03
+# An under-estimate by more is one that matters: it eats up what a plan keeps free for the
+# estimate's own error, and the run may not survive.
+FAR_UNDER = MEMORY_MARGIN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,7 @@ class Comparison:
 
     id: str
     source: str
+    trainer: str
     method: str
     measured: Mapping[str, float | None]
     predicted: Prediction | None

@@ -170,7 +170,7 @@ def base_weight(tape: Tape, base: Module) -> Tensor:
 
 
 def bias_of(base: Module) -> Weight:
-    assert isinstance(base, PlainLinear) and base.bias is not None
+    assert isinstance(base, PlainLinear | Linear4bit | Linear8bit) and base.bias is not None
     return base.bias
 
 

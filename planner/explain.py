@@ -29,6 +29,11 @@ HELD_EQUATIONS = {
     "temporaries": 6,
     "communication": 8,
 }
+# What a bare number of bytes leaves open of what comes and goes.
+_PASSING_WORDS = {
+    "gradients": "those that backward has made by then: ",
+    "autocast_copies": "of the weights that were cast by then: ",
+}
 # Of all that comes and goes: within the optimizer's step, and anywhere else.
 OPTIMIZER_STEP_EQUATION, STEP_EQUATION = 5, 7
 
@@ -60,7 +65,7 @@ def explain(
     step = compiled_step(model, plan, rows, length, device, stack)
     phase, held, moment = step.peak(rows, length)
     passing = OPTIMIZER_STEP_EQUATION if phase == "optimizer step" else STEP_EQUATION
-    formulas = _held_formulas(model, plan)
+    formulas = _held_formulas(model, plan, held)
     terms = [
         Term(
             component=name,
@@ -74,7 +79,7 @@ def explain(
     for name, form in moment.components.items():
         size = value(form, rows, length)
         if size:
-            formula = _spelled(form, rows, length)
+            formula = _PASSING_WORDS.get(name, "") + _spelled(form, rows, length)
             terms.append(Term(component=name, equation=passing, formula=formula, num_bytes=size))
     totals = dict.fromkeys(COMPONENTS, 0)
     for term in terms:
@@ -99,7 +104,9 @@ def _spelled(form: Form, rows: int, length: int) -> str:
     return " + ".join(reversed(parts)).replace("+ -", "- ")
 
 
-def _held_formulas(model: ModelSpec, plan: TrainingPlan) -> Mapping[str, str]:
+def _held_formulas(
+    model: ModelSpec, plan: TrainingPlan, held: Mapping[str, int]
+) -> Mapping[str, str]:
     trained = trained_part(model, plan)
     widths = [
         (num_elements(parameters), width)
@@ -107,11 +114,13 @@ def _held_formulas(model: ModelSpec, plan: TrainingPlan) -> Mapping[str, str]:
         if parameters
     ]
     each = " + ".join(f"{count:,} x {width} B" for count, width in widths)
+    count = sum(count for count, _ in widths)
+    state_bytes = held.get("optimizer_states", 0) / count
     return {
         "weights": " + ".join(_weight_terms(model, plan)),
         "adapters": " + ".join(f"{c:,} x {w} B" for c, w in widths if trained.added_parameters),
         "gradients": f"one for each trained parameter: {each}",
-        "optimizer_states": f"what {plan.optim} keeps for {each}",
+        "optimizer_states": f"{count:,} trained x {state_bytes:.4g} B, by {plan.optim}",
         "temporaries": "workspaces of cuBLAS, one for each direction",
         "communication": f"copies of gradients, or gathered parameters: {each}",
     }

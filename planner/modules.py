@@ -91,6 +91,11 @@ class PlainLinear:
         return result if self.bias is None else f.add(tape, result, self.bias)
 
 
+def _frozen_bias(linear: Linear, numerics: Numerics) -> Weight | None:
+    """A quantized module's bias, which keeps the dtype of what is not quantized."""
+    return Weight(linear.out_features, numerics.weights, trained=False) if linear.bias else None
+
+
 class Linear4bit:
     """bitsandbytes.nn.Linear4bit: the weight is dequantized for each product, and again for the
     gradient of the input. It computes in the dtype asked for."""
@@ -98,6 +103,7 @@ class Linear4bit:
     def __init__(self, linear: Linear, numerics: Numerics) -> None:
         self.linear, self.compute, self.width = linear, numerics.compute, numerics.weights
         self.scales = -(-linear.num_weights // QUANT_BLOCK_SIZE) if numerics.double_quant else 0
+        self.bias = _frozen_bias(linear, numerics)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         before = x.width
@@ -140,8 +146,9 @@ class Linear4bit:
 class Linear8bit:
     """bitsandbytes.nn.Linear8bitLt, LLM.int8 with a threshold (arXiv 2208.07339)."""
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: Linear, numerics: Numerics) -> None:
         self.linear = linear
+        self.bias = _frozen_bias(linear, numerics)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         linear = self.linear
@@ -247,7 +254,7 @@ def base_linear(linear: Linear, numerics: Numerics) -> Module:
     if linear.quantizable and numerics.quantization in ("nf4", "fp4"):
         return Linear4bit(linear, numerics)
     if linear.quantizable and numerics.quantization == "int8":
-        return Linear8bit(linear)
+        return Linear8bit(linear, numerics)
     if numerics.quantization in PREQUANTIZED:
         return PrequantizedLinear(linear)
     return PlainLinear(linear, numerics.weights, numerics.trained)

@@ -50,7 +50,8 @@ class ZeroPlace:
 
 def zero_places(reduction: Reduction, trains: list[bool]) -> list[ZeroPlace]:
     """Of each segment, of which `trains` says whether it has trained parameters."""
-    first = max(place for place, some in enumerate(trains) if some)
+    # None has where all that is trained is beside the text's way, such as a vision tower's biases.
+    first = max((place for place, some in enumerate(trains) if some), default=None)
     return [ZeroPlace(reduction if place == first else None) for place in range(len(trains))]
 
 

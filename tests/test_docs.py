@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import pages
 from ftplan.launcher import cli, emit
 from ftplan.launcher.data_reader import read_data
 from ftplan.launcher.run_dir import RunDir
@@ -75,8 +76,19 @@ def section(text: str, heading: str) -> str:
 
 def table(name: str, heading: str) -> list[list[str]]:
     """The cells of the only table under a heading, without its head."""
-    lines = [row for row in section(page(name), heading).splitlines() if row.startswith("|")]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in lines]
+    found = tables(name, heading)
+    assert len(found) == 1, f"{len(found)} tables under `{heading}`"
+    return found[0]
+
+
+def tables(name: str, heading: str) -> list[list[list[str]]]:
+    """The cells of each table under a heading, without their heads."""
+    blocks = re.findall(r"(?:^\|.*\n)+", section(page(name), heading), re.MULTILINE)
+    return [_cells(block, heading) for block in blocks]
+
+
+def _cells(block: str, heading: str) -> list[list[str]]:
+    cells = [[c.strip() for c in row.strip("|").split("|")] for row in block.splitlines()]
     assert len(cells) > 2 and set("".join(cells[1])) <= set("-:"), f"no table under `{heading}`"
     assert len({len(row) for row in cells}) == 1, f"ragged table under `{heading}`"
     return cells[2:]
@@ -325,6 +337,21 @@ def test_the_comparison_on_a_processor_is_current(devices: dict[str, Device]) ->
         assert error == f"{100 * (sizes[0] / sizes[1] - 1):+.1f} %"
         assert holes == f"{(sizes[2] - 636) / sizes[1] - 1:.2f}"
         assert float(holes) <= CPU_WORST_HEAP_HOLES
+
+
+# --- accuracy
+
+
+@pytest.mark.parametrize("heading", pages.TABLES)
+def test_the_tables_of_accuracy_are_current(heading: str) -> None:
+    """`python -m benchmarks.pages` writes them anew."""
+    expected = [rows() for rows in pages.TABLES[heading]]
+    assert tables("accuracy.md", heading) == expected
+
+
+def test_writing_the_tables_of_accuracy_leaves_the_rest_alone() -> None:
+    emptied = re.sub(r"^\| full \|.*\n", "", page("accuracy.md"), flags=re.MULTILINE)
+    assert emptied != page("accuracy.md") == pages.with_tables(emptied)
 
 
 # --- policy

@@ -95,7 +95,15 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     if not ui.as_json and compared:
         from ftplan.launcher import views
 
-        ui.show(views.compare_table(compared, device))
+        plan = reasoned.plan
+        ui.show(
+            f"{_model_line(model, model.num_parameters)}; {_tokens(plan)}, "
+            f"{_checkpointing(plan)}{_gpus(plan)}",
+            "",
+            views.compare_table(compared, device),
+            "",
+            views.COMPARE_NOTE,
+        )
     elif not ui.as_json:
         _show(ui, model, reasoned, memory, device, given, dry_run, terms)
         for warning in warnings:
@@ -147,8 +155,7 @@ def _show(
     count, trained = parameter_counts(model, plan, dry_run)
     share = 100 * trained / count
     ui.show(
-        f"{model.name}: {format_count(count)} parameters"
-        + (f" ({model.approximate})" if model.approximate else f", {model.architecture}"),
+        _model_line(model, count),
         f"{plan.resolved_method.title} fine-tuning trains {format_count(trained)} of them "
         f"({share:.3g} %); {_configuration(reasoned)}",
         "",
@@ -171,11 +178,17 @@ def _show(
         ui.show(views.methods_table(others))
 
 
+def _model_line(model: ModelSpec, num_parameters: int) -> str:
+    what = f" ({model.approximate})" if model.approximate else f", {model.architecture}"
+    return f"{model.name}: {format_count(num_parameters)} parameters{what}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparedMethod:
     """A method beside others on the same model: its memory, and what it trains."""
 
     method: str
+    plan: TrainingPlan
     num_trainable_parameters: int
     memory: MemoryEstimate
     card: str
@@ -202,6 +215,7 @@ def _compared(
         rows.append(
             ComparedMethod(
                 method=method.name,
+                plan=plan,
                 num_trainable_parameters=trained.num_trainable_parameters,
                 memory=memory,
                 card=smallest_card(needed_bytes(memory)),
@@ -217,16 +231,24 @@ def _configuration(reasoned: ReasonedPlan) -> str:
     plan = reasoned.plan
     autocast = f", {plan.mixed_precision} autocast" if plan.autocast else ""
     base = plan.dtype if plan.quantization == "none" else f"{plan.quantization} base"
-    checkpointing = "" if plan.gradient_checkpointing else "no "
     objective = plan.resolved_objective
     what = "" if objective.name == "sft" else f"{objective.title}, "
-    each_row = f" each for {objective.each_row}" if objective.each_row else ""
-    tokens = f"{plan.per_device_train_batch_size}x{plan.max_length} tokens{each_row}"
-    packed = " packed" if plan.packing else ""
     return (
-        f"{what}{base}{autocast}, {tokens}{packed}, "
-        f"{plan.optim}, {checkpointing}gradient checkpointing, {plan.loss} loss{_gpus(plan)}"
+        f"{what}{base}{autocast}, {_tokens(plan)}, "
+        f"{plan.optim}, {_checkpointing(plan)}, {plan.loss} loss{_gpus(plan)}"
     )
+
+
+def _tokens(plan: TrainingPlan) -> str:
+    """Rows and places of a micro-batch."""
+    each_row = plan.resolved_objective.each_row
+    each = f" each for {each_row}" if each_row else ""
+    packed = " packed" if plan.packing else ""
+    return f"{plan.per_device_train_batch_size}x{plan.max_length} tokens{each}{packed}"
+
+
+def _checkpointing(plan: TrainingPlan) -> str:
+    return f"{'' if plan.gradient_checkpointing else 'no '}gradient checkpointing"
 
 
 def _gpus(plan: TrainingPlan) -> str:

@@ -106,6 +106,7 @@ def _compared(predict: Callable[[Case], Prediction], case: Case | Refusal) -> Co
         return Comparison(
             id=case.id,
             source=case.source,
+            trainer=case.trainer,
             method=case.method,
             measured=case.measured,
             predicted=None,
@@ -121,6 +122,7 @@ def _compared(predict: Callable[[Case], Prediction], case: Case | Refusal) -> Co
     return Comparison(
         id=case.id,
         source=case.source,
+        trainer=case.trainer,
         method=case.plan.method,
         measured=case.measured,
         predicted=prediction,
