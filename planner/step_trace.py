@@ -145,9 +145,9 @@ class SegmentRecord:
     """Births and deaths of a segment's storages, as `Tape.events` has them.
 
     `forward`; `held`: what goes when the model's forward pass ends, and `autocast` when autocast
-    does, with its result; `backward`. `given`: the storage of what the segment before hands on; `result`: of what
-    this one does, and whether it `keeps_result` itself; `incoming`: of that one's gradient;
-    `gradient`: of what was given.
+    does, with its result; `backward`. `given`: the storage of what the segment before hands on;
+    `result`: of what this one does, and whether it `keeps_result` itself; `incoming`: of that
+    one's gradient; `gradient`: of what was given.
     """
 
     sizes: Sequence[Form]
