@@ -6,6 +6,7 @@
   from before ftplan knew their family. Can be interrupted and goes on where it was.
 - `show KEY`: one configuration, with its settings and what lives at the peak.
 - `draw`: what is drawn and how often, and what was drawn again.
+- `reserved`: what the allocator holds by the closed form, beside the dry run's replay.
 - `speed`: estimates a second on one core.
 """
 
@@ -19,6 +20,7 @@ from random import Random
 from benchmarks import comparison, views
 from benchmarks.draws import COUNT, SEED, draw
 from benchmarks.references import REFERENCE, carry_out, read
+from benchmarks.reserved import reserved_report
 from benchmarks.speed import measure_speed
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import with_progress
@@ -99,6 +101,13 @@ def _draw(arguments: argparse.Namespace, ui: Ui) -> int:
     return 0
 
 
+def _reserved(arguments: argparse.Namespace, ui: Ui) -> int:
+    report = reserved_report(read(arguments.file))
+    ui.json({"schema": 1, **report})
+    ui.show(views.reserved(report))
+    return 0
+
+
 def _speed(arguments: argparse.Namespace, ui: Ui) -> int:
     speed = measure_speed([reference.configuration for reference in read(arguments.file)])
     ui.json(speed.to_dict())
@@ -106,7 +115,14 @@ def _speed(arguments: argparse.Namespace, ui: Ui) -> int:
     return 0 if speed.within else 1
 
 
-VERBS = {"compare": _compare, "run": _run, "show": _show, "draw": _draw, "speed": _speed}
+VERBS = {
+    "compare": _compare,
+    "run": _run,
+    "show": _show,
+    "draw": _draw,
+    "reserved": _reserved,
+    "speed": _speed,
+}
 
 
 if __name__ == "__main__":

@@ -188,6 +188,22 @@ def draw(drawn: Draw) -> list[RenderableType]:
     ]
 
 
+def reserved(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Errors of what the allocator holds: of the replay, and of a share in its place."""
+    rows: list[Sequence[RenderableType]] = [
+        [
+            allocator.replace("_", " ") if not number else "",
+            way,
+            str(of.get("count", 0)),
+            *(format_percent(of[name]) if of else "" for name in ("median", "p95", "max", "bias")),
+        ]
+        for allocator, ways in found.items()
+        for number, (way, of) in enumerate(ways.items())
+    ]
+    columns = ("allocator", "by", ">count", ">median", ">p95", ">max", ">bias")
+    return table("Peak of reserved bytes, closed form / dry run - 1", columns, rows)
+
+
 def speed(measured: Speed) -> str:
     """One line: estimates a second, and whether that is enough."""
     reached = "reached" if measured.within else "MISSED"

@@ -6,6 +6,7 @@ with a margin for the estimate's own error, is within the device's free memory.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import data_recipe
+from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.step_time import StepTime, estimate_step_time
 
 # Methods tried when none is given, best first. `freeze` is offered, not recommended, and full
@@ -115,8 +117,11 @@ def choose_plan(
         left_out += _left_out(method, refused)
         num_evaluated += len(evaluated)
         fitting = [e for e in evaluated if fits(e.memory, device)]
-        if fitting:
-            best.append(_fastest(fitting))
+        fastest = (
+            _fastest(fitting) if best and fitting else _confirmed(fitting, model, data, device)
+        )
+        if fastest is not None:
+            best.append(fastest)
             continue
         smallest = min(evaluated, key=lambda e: e.memory.required_bytes)
         missed.append(smallest)
@@ -161,6 +166,20 @@ def _left_out(method: str, refused: Sequence[InputError]) -> list[LeftOut]:
         LeftOut(method=method, reason=reason, hint=hint, count=count)
         for (reason, hint), count in counts.items()
     ]
+
+
+def _confirmed(
+    fitting: list[Evaluated], model: ModelSpec, data: DataProfile, device: Device
+) -> Evaluated | None:
+    """The fastest of these that fits with what the allocator really holds: to find that out takes
+    too long for all of them."""
+    while fitting:
+        fastest = _fastest(fitting)
+        memory = replayed_memory(model, fastest.plan, device=device, longest_row=data.longest)
+        if fits(memory, device):
+            return dataclasses.replace(fastest, memory=memory)
+        fitting = [e for e in fitting if e is not fastest]
+    return None
 
 
 def _fastest(fitting: Sequence[Evaluated]) -> Evaluated:

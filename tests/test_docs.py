@@ -41,6 +41,7 @@ from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import SETTING_NAMES, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.search import (
     MICRO_BATCHES,
     candidates,
@@ -236,7 +237,7 @@ def test_the_terms_of_an_example_are_the_planners_and_what_their_arithmetic_give
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_the_totals_of_an_example_are_the_printed_ones(title: str) -> None:
     text = " ".join(section(page("memory-model.md"), title).split())
-    memory = estimate_memory(*example(title))
+    memory = replayed_memory(*example(title))
     assert f"allocated {memory.allocated_peak_bytes:,} bytes" in text
     command = re.search(r"```sh ftplan (.*?) ```", text)
     assert command
