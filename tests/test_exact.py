@@ -28,8 +28,8 @@ from ftplan.profiles import find_gpu
 
 # A family that the closed form does not know, small enough for a test.
 UNKNOWN = {
-    "model_type": "olmo2",
-    "architectures": ["Olmo2ForCausalLM"],
+    "model_type": "olmo3",
+    "architectures": ["Olmo3ForCausalLM"],
     "hidden_size": 64,
     "intermediate_size": 160,
     "num_hidden_layers": 7,
@@ -37,6 +37,7 @@ UNKNOWN = {
     "num_key_value_heads": 2,
     "vocab_size": 500,
     "max_position_embeddings": 256,
+    "layer_types": ["full_attention"] * 7,
 }
 
 
@@ -66,7 +67,7 @@ def test_a_model_that_the_closed_form_does_not_know(
     assert status == 0, err
     told = json.loads(out)
     assert told["estimated_by"] == "dry-run"
-    assert told["model"]["architecture"] == "Olmo2ForCausalLM"
+    assert told["model"]["architecture"] == "Olmo3ForCausalLM"
     # Embeddings and head; q, k, v, o and their two norms; three matrices; two norms; the last norm.
     layer = 64 * (64 + 32 + 32 + 64) + 64 + 32 + 3 * 64 * 160 + 2 * 64
     assert told["model"]["num_parameters"] == 2 * 500 * 64 + 7 * layer + 64
@@ -100,7 +101,7 @@ def test_without_exact_the_unknown_family_is_pointed_to_it(
 ) -> None:
     status, _, err = ftplan(capsys, "estimate", unknown_model)
     assert status == 2
-    assert "unknown architecture `olmo2`" in err
+    assert "unknown architecture `olmo3`" in err
     assert "`ftplan estimate --exact` takes any decoder" in " ".join(err.split())
 
 
