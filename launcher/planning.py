@@ -27,7 +27,8 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.closed_form import check_modelled_method
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
-from ftplan.planner.hardware_spec import Device, Machine
+from ftplan.planner.hardware_spec import Device, Host, Machine
+from ftplan.planner.host_verdict import lacking_disk, lacking_ram
 from ftplan.planner.memory import needed_bytes
 from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
@@ -142,6 +143,9 @@ def make_plan(
     chosen = ranking.best
     if device.kind == "cpu":
         chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
+    if machine is not None:
+        steps = optimizer_steps(chosen.plan, profile.num_train_rows)
+        _check_host(ui, chosen, machine.host, device, steps, refuses=for_launch)
     return Planned(
         data=data,
         eval_data=eval_data,
@@ -155,6 +159,25 @@ def make_plan(
         ranking=ranking,
         chosen=chosen,
     )
+
+
+def _check_host(
+    ui: Ui, chosen: Evaluated, host: Host, device: Device, steps: int, *, refuses: bool
+) -> None:
+    """Warns where RAM or disk do not do; raises DoesNotFitError instead if that is asked for."""
+    found = {
+        "end other programs, or take a machine with more RAM": lacking_ram(
+            chosen.memory, host, device
+        ),
+        "free some disk, or write elsewhere with `--runs-dir`": lacking_disk(
+            chosen.memory, host, chosen.plan, steps
+        ),
+    }
+    for hint, lack in found.items():
+        if lack is not None and refuses:
+            raise DoesNotFitError(lack, hint)
+        if lack is not None:
+            ui.warn(f"{lack}; {hint}")
 
 
 def _probe(ui: Ui, runs_dir: Path) -> Machine:

@@ -49,13 +49,12 @@ class DiskNeeds:
         return (CHECKPOINTS_KEPT + 1) * self.checkpoint
 
     @property
-    def run(self) -> int:
-        """What the run directory comes to."""
-        return self.checkpoints + self.final_model
-
-    @property
     def total(self) -> int:
-        return self.weights + self.run
+        return self.weights + self.checkpoints + self.final_model
+
+    def run_bytes(self, num_saves: float) -> int:
+        """What the run directory comes to where so many checkpoints are written."""
+        return int(min(num_saves, CHECKPOINTS_KEPT + 1)) * self.checkpoint + self.final_model
 
     def to_dict(self) -> Mapping[str, int]:
         return {
