@@ -67,8 +67,9 @@ class DiskNeeds:
 def disk_needs(
     model: ModelSpec, plan: TrainingPlan, *, saved_bytes: int, state_bytes: int
 ) -> DiskNeeds:
-    """Disk of a run. `model`: as it is published; `saved_bytes`: weights that a save writes;
-    `state_bytes`: optimizer states of all GPUs, fp32 masters among them.
+    """Disk of a run, eq. (11).
+
+    `model`: as it is published; `saved_bytes`: weights that a save writes; `state_bytes`: optimizer states of all GPUs, fp32 masters among them.
 
     DeepSpeed's checkpoint has the module's weights once more; of stage 3 only the frozen ones, and
     with PEFT none (`save_checkpoint` of deepspeed/runtime/engine.py). Known error: within 2 % of

@@ -125,7 +125,7 @@ def host_memory(
     whole_bytes: int,
     saved_bytes: int,
 ) -> HostMemory:
-    """RAM of a run on one machine, but for training on a processor.
+    """RAM of a run on one machine, eq. (9), but for training on a processor.
 
     `model`: as it is published; `share`: what each process keeps there while it trains;
     `trained_own`, `trained_all`: trained parameters of the model itself, and with what a method
@@ -207,7 +207,7 @@ def _written(plan: TrainingPlan, whole_bytes: int, saved_bytes: int) -> int:
 def share_under_zero(
     plan: TrainingPlan, *, share: int, states: int, largest: int, base_share: int = 0
 ) -> HostShare:
-    """What DeepSpeed's offloading keeps on the host, for each process.
+    """What DeepSpeed's offloading keeps on the host, for each process, eq. (10).
 
     `share`: elements of its share of what is trained, `states`: bytes of their fp32 masters and
     the optimizer's states; `largest`: elements of the largest trained parameter; `base_share`: of

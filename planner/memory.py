@@ -67,9 +67,10 @@ COMPONENTS: dict[str, str] = {
 }
 
 # Reserved over allocated, by training stack. Ours runs with expandable segments, which the
-# launcher turns on: the allocator grows a segment by 2 MiB pages, which leaves rounding only
-# (assumed). People's own stacks seldom do: the median of what was measured without them, T4 and
-# RTX 4080 (fitcheck, canifinetune; the highest was 1.49).
+# launcher turns on; replayed by dry runs of 58 configurations the median was 1.03, and 1.01 of what
+# is required (docs/memory-model.md has the whole distribution). People's own stacks seldom do: the
+# median of what was measured without them, T4 and RTX 4080 (fitcheck, canifinetune; the highest was
+# 1.49).
 RESERVED_OVER_ALLOCATED: dict[str, float] = {"trl": 1.04, "transformers": 1.125, "loop": 1.125}
 
 # Kept free on top of `required`, for the estimate's own error. Of the nine measured runs that it is
