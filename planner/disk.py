@@ -69,11 +69,10 @@ def disk_needs(
 ) -> DiskNeeds:
     """Disk of a run, eq. (11).
 
-    `model`: as it is published; `saved_bytes`: weights that a save writes; `state_bytes`: optimizer states of all GPUs, fp32 masters among them.
-
-    DeepSpeed's checkpoint has the module's weights once more; of stage 3 only the frozen ones, and
-    with PEFT none (`save_checkpoint` of deepspeed/runtime/engine.py). Known error: within 2 % of
-    the trainer's files for models from 10 MB on, without the tokenizer's.
+    `model`: as it is published; `saved_bytes`: weights that a save writes; `state_bytes`: optimizer
+    states of all GPUs, fp32 masters among them. The checkpoint of DeepSpeed's stages 1 and 2 has
+    the module's weights once more (`save_checkpoint` of deepspeed/runtime/engine.py). Known error:
+    within 2 % of the trainer's files for models from 10 MB on, without the tokenizer's.
     """
     again = saved_bytes if plan.sharding in ("zero1", "zero2") else 0
     small = _SMALL_FILES_BYTES[plan.resolved_method.adapter]
