@@ -121,7 +121,8 @@ def make_plan(
     """Find out what is there and choose a plan.
 
     With `for_launch` weights and tokenizer are fetched where need be. Raises InputError for
-    input that cannot be used and DoesNotFitError when nothing fits.
+    input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
+    or disk for what is to be launched.
     """
     check_settings(given)
     data = read_data(data_path)
@@ -143,9 +144,9 @@ def make_plan(
     chosen = ranking.best
     if device.kind == "cpu":
         chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
-    if machine is not None:
-        steps = optimizer_steps(chosen.plan, profile.num_train_rows)
-        _check_host(ui, chosen, machine.host, device, steps, refuses=for_launch)
+    if machine is not None and for_launch:
+        for lack, hint in host_lacks(chosen, machine.host, device, profile.num_train_rows):
+            raise DoesNotFitError(lack, hint)
     return Planned(
         data=data,
         eval_data=eval_data,
@@ -161,23 +162,22 @@ def make_plan(
     )
 
 
-def _check_host(
-    ui: Ui, chosen: Evaluated, host: Host, device: Device, steps: int, *, refuses: bool
-) -> None:
-    """Warns where RAM or disk do not do; raises DoesNotFitError instead if that is asked for."""
-    found = {
-        "end other programs, or take a machine with more RAM": lacking_ram(
-            chosen.memory, host, device
+def host_lacks(
+    chosen: Evaluated, host: Host, device: Device, num_train_rows: int
+) -> list[tuple[str, str]]:
+    """What the machine around the device lacks for a run, and what to do about each."""
+    steps = optimizer_steps(chosen.plan, num_train_rows)
+    found = (
+        (
+            lacking_ram(chosen.memory, host, device),
+            "end other programs, or take a machine with more RAM",
         ),
-        "free some disk, or write elsewhere with `--runs-dir`": lacking_disk(
-            chosen.memory, host, chosen.plan, steps
+        (
+            lacking_disk(chosen.memory, host, chosen.plan, steps),
+            "free some disk, or write elsewhere with `--runs-dir`",
         ),
-    }
-    for hint, lack in found.items():
-        if lack is not None and refuses:
-            raise DoesNotFitError(lack, hint)
-        if lack is not None:
-            ui.warn(f"{lack}; {hint}")
+    )
+    return [(lack, hint) for lack, hint in found if lack is not None]
 
 
 def _probe(ui: Ui, runs_dir: Path) -> Machine:

@@ -13,9 +13,8 @@ import pytest
 from ftplan.planner.allocator import pinned_bytes
 from ftplan.planner.explain_host import explain_host
 from ftplan.planner.families import spec_from_config
-from ftplan.planner.hardware_spec import CPU_PROCESS_BYTES, CUDA_HOST_BYTES, Device, Host
+from ftplan.planner.hardware_spec import CPU_PROCESS_BYTES, CUDA_HOST_BYTES, Device
 from ftplan.planner.host_memory import HOST_COMPONENTS, SAVED_AT_ONCE_BYTES, HostMemory
-from ftplan.planner.host_verdict import lacking_disk, lacking_ram
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
@@ -149,42 +148,6 @@ def test_a_process_that_loads_is_as_large_as_predicted(
     plan = TrainingPlan(method="full", dtype=dtype, mixed_precision="no")
     host = estimate_memory(spec_from_config(CONFIG, "half"), plan, device=devices["CPU"]).host
     assert host.phases[0].peak_bytes == pytest.approx(1024 * int(shown.split()[-1]), rel=0.15)
-
-
-# --- verdicts
-
-
-def _machine(ram: int, disk: int) -> Host:
-    return Host(
-        cpu_name="",
-        num_cores=8,
-        ram_total_bytes=ram,
-        ram_available_bytes=ram,
-        disk_free_bytes=disk,
-        disk_path="/runs",
-    )
-
-
-def test_what_the_machine_lacks_is_said(llama_2_7b: ModelSpec, devices: dict[str, Device]) -> None:
-    plan = TrainingPlan(method="full", dtype="float32")
-    memory = estimate_memory(llama_2_7b, plan, device=devices["A100"])
-    needed = memory.host.required_bytes
-    assert lacking_ram(memory, _machine(needed, 0), devices["A100"]) is None
-    told = lacking_ram(memory, _machine(needed - 1, 0), devices["A100"])
-    assert told is not None and told.startswith("saving takes")
-    assert lacking_ram(memory, _machine(0, 0), devices["CPU"]) is None
-
-
-def test_a_short_run_needs_disk_for_the_checkpoints_it_writes(
-    llama_2_7b: ModelSpec, devices: dict[str, Device]
-) -> None:
-    plan = TrainingPlan(method="full", dtype="float32", save_steps=10)
-    memory = estimate_memory(llama_2_7b, plan, device=devices["A100"])
-    disk = memory.disk
-    for steps, checkpoints in ((10, 1), (11, 2), (1000, 3), (None, 3)):
-        needed = checkpoints * disk.checkpoint + disk.final_model
-        assert lacking_disk(memory, _machine(0, needed), plan, steps) is None
-        assert "`/runs`" in (lacking_disk(memory, _machine(0, needed - 1), plan, steps) or "")
 
 
 def test_terms_of_host_and_disk_sum_to_them(llama_2_7b: ModelSpec) -> None:

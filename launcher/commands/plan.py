@@ -8,7 +8,7 @@ from typing import Any
 
 from ftplan.launcher.commands.estimate import named_device, plan_warnings
 from ftplan.launcher.estimate_json import estimate_to_dict
-from ftplan.launcher.planning import Planned, make_plan
+from ftplan.launcher.planning import Planned, host_lacks, make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.search import Evaluated
@@ -74,7 +74,16 @@ def warnings_of(planned: Planned) -> list[str]:
         *planned.profile.warnings,
         *plan_warnings(planned.source.spec, reasoned, planned.device),
         *_cut_rows(planned),
+        *_host_warnings(planned),
     ]
+
+
+def _host_warnings(planned: Planned) -> list[str]:
+    if planned.machine is None:
+        return []
+    rows = planned.profile.num_train_rows
+    lacks = host_lacks(planned.chosen, planned.machine.host, planned.device, rows)
+    return [f"{lack}; {hint}" for lack, hint in lacks]
 
 
 def _cut_rows(planned: Planned) -> list[str]:
