@@ -174,14 +174,21 @@ def _loading(
 
 
 def _loaded_on_host(model: ModelSpec, plan: TrainingPlan) -> dict[str, int]:
-    """A model on the processor: its weights are the mapped file, until they are written to; in
-    another dtype than the file's they are apart from it."""
-    stored = stored_bytes(model)
-    parts = {"mapped_files": stored}
-    same_width = stored == model.num_parameters * plan.weight_bytes
-    if not same_width or (model.native_dtype != plan.dtype and not model.approximate):
+    """A model on the processor: its weights are the mapped file, until they are written to."""
+    parts = {"mapped_files": stored_bytes(model)}
+    if not _is_its_file(model, plan):
         parts["weights"] = model.num_parameters * plan.weight_bytes
     return parts
+
+
+def _is_its_file(model: ModelSpec, plan: TrainingPlan) -> bool:
+    """Whether the weights are as the file has them: of that dtype, and no experts, which
+    transformers 5 stacks anew (`MergeModulelist` of core_model_loading.py)."""
+    if any(layer.feed_forward.experts for layer in model.layer_counts):
+        return False
+    if model.approximate:
+        return stored_bytes(model) == model.num_parameters * plan.weight_bytes
+    return model.native_dtype == plan.dtype
 
 
 def _divided(plan: TrainingPlan, trained: int) -> int:
