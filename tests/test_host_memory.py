@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
+from ftplan.planner import memory as memory_module
 from ftplan.planner.allocator import pinned_bytes
+from ftplan.planner.errors import InputError
 from ftplan.planner.explain_host import explain_host
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.hardware_spec import CPU_PROCESS_BYTES, CUDA_HOST_BYTES, Device
 from ftplan.planner.host_memory import HOST_COMPONENTS, SAVED_AT_ONCE_BYTES, HostMemory
-from ftplan.planner.memory import estimate_memory
+from ftplan.planner.memory import estimate_memory, memory_from_phases
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import trained_part
 from ftplan.planner.plan import TrainingPlan
 
 PROCESS = CPU_PROCESS_BYTES + CUDA_HOST_BYTES
@@ -170,3 +173,29 @@ def test_terms_of_host_and_disk_sum_to_them(llama_2_7b: ModelSpec) -> None:
     for term in explain_host(memory, plan):
         sums[term["where"]] = sums.get(term["where"], 0) + term["num_bytes"]
     assert sums == {"host RAM, saving": memory.host_ram_peak_bytes, "disk": memory.disk_bytes}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_dry_run_alone_tells_host_and_disk(
+    method: str, llama_2_7b: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no closed form, its figures are those of what the dry run counted."""
+    plan = TrainingPlan(method=method, dtype="float32", mixed_precision="no", optim="sgd")
+    closed = estimate_memory(llama_2_7b, plan)
+
+    def refuse(*_: object) -> None:
+        raise InputError("no closed form")
+
+    monkeypatch.setattr(memory_module, "compiled_step", refuse)
+    trained = trained_part(llama_2_7b, plan).num_trainable_parameters
+    dry = memory_from_phases(
+        closed.phases,
+        llama_2_7b,
+        plan,
+        None,
+        trained_weight_bytes=4 * trained,
+        reserved_bytes=closed.reserved_peak_bytes,
+        required_reserved_bytes=closed.reserved_peak_bytes,
+    )
+    assert dry.host == closed.host
+    assert dry.disk.to_dict() == closed.disk.to_dict()
