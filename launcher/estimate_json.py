@@ -45,8 +45,6 @@ def estimate_to_dict(
         "per_gpu": memory.to_dict(),
         "host_ram_peak_bytes": memory.host_ram_peak_bytes,
         "disk_bytes": memory.disk_bytes,
-        "host": memory.host.to_dict(),
-        "disk": memory.disk.to_dict(),
         "step": step or _step(model, reasoned, device),
         "rule_of_thumb": rule_to_dict(num_parameters),
         "fits": _fits(memory, device),

@@ -91,8 +91,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     ui.json(
         {
             **estimate_to_dict(model, reasoned, memory, device, warnings, dry_run=dry_run),
-            **({"explain": [term.to_dict() for term in terms]} if terms else {}),
-            **({"explain_host": explain_host(memory, reasoned.plan)} if terms else {}),
+            **(_explained(terms, memory, reasoned.plan) if terms else {}),
             **({"compare": [row.to_dict() for row in compared]} if compared else {}),
         }
     )
@@ -114,6 +113,16 @@ def _host_warnings(memory: MemoryEstimate, plan: TrainingPlan, device: Device) -
     host = read_host(Path("runs"))
     lacks = (lacking_ram(memory, host, device), lacking_disk(memory, host, plan))
     return [lack for lack in lacks if lack is not None]
+
+
+def _explained(terms: Sequence[Term], memory: MemoryEstimate, plan: TrainingPlan) -> dict[str, Any]:
+    """What `--explain` adds to the JSON."""
+    return {
+        "explain": [term.to_dict() for term in terms],
+        "explain_host": explain_host(memory, plan),
+        "host": memory.host.to_dict(),
+        "disk": memory.disk.to_dict(),
+    }
 
 
 def _plot(ui: Ui, dry_run: DryRunSummary, path: Path, title: str) -> None:
