@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ftplan.launcher.planning import Planned
+from ftplan.launcher.planning import Planned, host_lacks
 from ftplan.planner.combinations import Caution, cautions
 from ftplan.planner.peft_options import read_options
 from ftplan.profiles import model_catalog
@@ -18,6 +18,7 @@ def plan_cautions(planned: Planned) -> list[Caution]:
         *_cut_rows(planned),
         *_untrained_template(planned),
         *_left_out(planned),
+        *_host_lacks(planned),
     ]
 
 
@@ -62,3 +63,11 @@ def _left_out(planned: Planned) -> list[Caution]:
         Caution(name="left-out", text=f"{count} plans were left out: {reason}", way_out=hint)
         for (reason, hint), count in counts.items()
     ]
+
+
+def _host_lacks(planned: Planned) -> list[Caution]:
+    if planned.machine is None:
+        return []
+    rows = planned.profile.num_train_rows
+    lacks = host_lacks(planned.chosen, planned.machine.host, planned.device, rows)
+    return [Caution(name="host", text=lack, way_out=hint) for lack, hint in lacks]

@@ -27,7 +27,8 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.closed_form import check_modelled_method
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
-from ftplan.planner.hardware_spec import Device, Machine
+from ftplan.planner.hardware_spec import Device, Host, Machine
+from ftplan.planner.host_verdict import lacking_disk, lacking_ram
 from ftplan.planner.memory import needed_bytes
 from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
@@ -122,7 +123,8 @@ def make_plan(
     """Find out what is there and choose a plan.
 
     With `for_launch` weights and tokenizer are fetched where need be. Raises InputError for
-    input that cannot be used and DoesNotFitError when nothing fits.
+    input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
+    or disk for what is to be launched.
     """
     check_settings(given)
     data = read_data(data_path)
@@ -144,6 +146,9 @@ def make_plan(
     chosen = ranking.best
     if device.kind == "cpu":
         chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
+    if machine is not None and for_launch:
+        for lack, hint in host_lacks(chosen, machine.host, device, profile.num_train_rows):
+            raise DoesNotFitError(lack, hint)
     return Planned(
         data=data,
         eval_data=eval_data,
@@ -158,6 +163,24 @@ def make_plan(
         ranking=ranking,
         chosen=chosen,
     )
+
+
+def host_lacks(
+    chosen: Evaluated, host: Host, device: Device, num_train_rows: int
+) -> list[tuple[str, str]]:
+    """What the machine around the device lacks for a run, and what to do about each."""
+    steps = optimizer_steps(chosen.plan, num_train_rows)
+    found = (
+        (
+            lacking_ram(chosen.memory, host, device),
+            "end other programs, or take a machine with more RAM",
+        ),
+        (
+            lacking_disk(chosen.memory, host, chosen.plan, steps),
+            "free some disk, or write elsewhere with `--runs-dir`",
+        ),
+    )
+    return [(lack, hint) for lack, hint in found if lack is not None]
 
 
 def _probe(ui: Ui, runs_dir: Path) -> Machine:

@@ -140,6 +140,20 @@ def totals_table(memory: MemoryEstimate, device: Device | None) -> Table:
     )
     if device is not None:
         rows += _verdict_rows(memory, device)
+    host, disk = memory.host, memory.disk
+    if not on_cpu:
+        unmapped = f"all processes, {host.peak_phase.name}"
+        if host.required_bytes < host.peak_bytes:
+            unmapped += f"; {format_bytes(host.required_bytes)} without mapped files"
+        rows.append(["host RAM", format_bytes(host.peak_bytes), unmapped])
+    rows.append(
+        [
+            "disk",
+            format_bytes(disk.total),
+            f"model {format_bytes(disk.weights)}, checkpoints {format_bytes(disk.checkpoints)}, "
+            f"result {format_bytes(disk.final_model)}",
+        ]
+    )
     return table("Totals", ("", ">size", "meaning"), rows)
 
 
@@ -237,6 +251,18 @@ COMPARE_NOTE = (
     "sum to what is allocated. What is 0 B or left out there may be there at another time: "
     "gradients, for one, come as activations go."
 )
+
+
+def host_table(terms: Iterable[Mapping[str, Any]]) -> Table:
+    """Host RAM and disk, summand by summand."""
+    rows: list[list[RenderableType]] = []
+    before = None
+    for term in terms:
+        where = "" if term["where"] == before else term["where"]
+        equation = f"({term['equation']})"
+        rows.append([where, format_bytes(term["num_bytes"]), equation, term["formula"]])
+        before = term["where"]
+    return table("Around the GPU", ("", ">size", ">eq.", "formula"), rows)
 
 
 def compare_table(compared: Sequence[ComparedMethod], device: Device | None) -> Table:

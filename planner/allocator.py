@@ -137,6 +137,12 @@ def allocator_peaks(
     return AllocatorPeaks(reserved_peak_bytes=reserved, required_bytes=enough)
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """What torch's allocator of pinned memory takes for a tensor: a power of two
+    (`ATen/core/CachingHostAllocator.h`)."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
 def _block_sizes(sizes: Sequence[int], events: Sequence[int]) -> list[int]:
     """Sizes rounded up to blocks (round_size), 0 kept; checks what can be checked at once."""
     if sizes and min(sizes) < 0:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ftplan.planner.units import MIB
+from ftplan.planner.units import KIB, MIB
 
 DeviceKind = Literal["cuda", "cpu"]
 
@@ -18,6 +18,11 @@ ASSUMED_CUDA_CONTEXT_BYTES = 512 * MIB
 # Resident memory of a training process less its tensors and the heap's holes: Python, torch,
 # transformers, peft, trl, datasets. Measured at 636 MiB (Linux x86-64, CPU build of torch 2.13).
 CPU_PROCESS_BYTES = 640 * MIB
+
+# What starting CUDA adds to a process's resident memory: 322,040 KiB before, 2,056,600 after its
+# devices were counted and one was used (pytorch/pytorch issue 113326: torch 2.2, CUDA 11.8, RTX
+# 3090). One machine's figure; libraries loaded later add to it.
+CUDA_HOST_BYTES = (2_056_600 - 322_040) * KIB
 
 # What the C library's heap keeps of freed tensors, as a share of the peak's: micro-batches differ
 # in length, and blocks under 32 MiB that are freed between others cannot be given back. Measured

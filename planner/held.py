@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ftplan.planner.host_memory import NOTHING_ON_HOST, HostShare, share_under_zero
 from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.optimizers import Optimizer
 from ftplan.planner.plan import TrainingPlan
@@ -42,7 +43,7 @@ class Held:
     there all the time, `exchanged`: from the beginning of forward to the end of backward.
     `reducing`: gradients and buffers, beside those carried, where more than backward itself needs
     is there at its end. `stepping`: moments of the optimizer's step, gradients included.
-    `host_states`: optimizer states that the host has. `saved_weights`, `saved_states`: what a
+    `on_host`: what each process keeps on the host. `saved_states`: the optimizer states that a
     checkpoint holds, of all GPUs and the host.
     """
 
@@ -52,11 +53,10 @@ class Held:
     reduced: int
     optimizer_states: int
     stepping: Sequence[Moment]
-    host_states: int = 0
+    on_host: HostShare = NOTHING_ON_HOST
     communication: int = 0
     exchanged: int = 0
     reducing: Mapping[str, int] | None = None
-    saved_weights: int
     saved_states: int
 
 
@@ -68,17 +68,20 @@ def held_of_shares(units: Units, plan: TrainingPlan, spread: Spread, scale_bytes
         *_share(whole.reduced_adapters // spread.adapters, spread.adapters),
     ]
     states = optimizer.state_bytes(shares)
-    on_host = spread.offloads
+    offloads = spread.offloads
     return Held(
         weights=whole.weights + scale_bytes,
         adapters=whole.adapters,
         carried=whole.gradients,
-        reduced=0 if on_host else whole.reduced,
-        optimizer_states=0 if on_host else states,
-        host_states=plan.num_gpus * states if on_host else 0,
-        stepping=[_stepping(0, 0) if on_host else _step_of_share(optimizer, shares)],
+        reduced=0 if offloads else whole.reduced,
+        optimizer_states=0 if offloads else states,
+        on_host=HostShare(
+            weights=whole.pinned,
+            gradients=whole.pinned_gradients,
+            optimizer_states=states if offloads else 0,
+        ),
+        stepping=[_stepping(0, 0) if offloads else _step_of_share(optimizer, shares)],
         exchanged=(units.outside if spread.kind == "fsdp1" else units.root).gathered,
-        saved_weights=plan.num_gpus * whole.reduced,
         saved_states=plan.num_gpus * states,
     )
 
@@ -114,11 +117,10 @@ def held_under_zero(
         carried=reduction.share if reduction.partitions else gradients,
         reduced=reduction.share,
         optimizer_states=0 if offloads else states,
-        host_states=plan.num_gpus * states if offloads else 0,
+        on_host=share_under_zero(plan, share=share, states=states, largest=largest),
         stepping=[_stepping(0, 0)] if offloads else [handing_over, updating],
         communication=largest * width if offloads else 0,
         exchanged=waiting,
         reducing=None if reduction.partitions else reducing,
-        saved_weights=gradients,
         saved_states=plan.num_gpus * states,
     )

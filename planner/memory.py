@@ -15,6 +15,8 @@ from operator import attrgetter
 from typing import Any
 
 from ftplan.planner.closed_form import check_closed_form
+from ftplan.planner.disk import DiskNeeds, disk_needs, saved_weight_bytes
+from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -24,6 +26,7 @@ from ftplan.planner.hardware_spec import (
     DeviceKind,
 )
 from ftplan.planner.held import Held, held_of_shares, held_under_zero
+from ftplan.planner.host_memory import HostMemory, HostShare, host_memory
 from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
 from ftplan.planner.plan import TrainingPlan
@@ -64,9 +67,10 @@ COMPONENTS: dict[str, str] = {
 }
 
 # Reserved over allocated, by training stack. Ours runs with expandable segments, which the
-# launcher turns on: the allocator grows a segment by 2 MiB pages, which leaves rounding only
-# (assumed). People's own stacks seldom do: the median of what was measured without them, T4 and
-# RTX 4080 (fitcheck, canifinetune; the highest was 1.49).
+# launcher turns on; replayed by dry runs of 58 configurations the median was 1.03, and 1.01 of what
+# is required (docs/memory-model.md has the whole distribution). People's own stacks seldom do: the
+# median of what was measured without them, T4 and RTX 4080 (fitcheck, canifinetune; the highest was
+# 1.49).
 RESERVED_OVER_ALLOCATED: dict[str, float] = {"trl": 1.04, "transformers": 1.125, "loop": 1.125}
 
 # Kept free on top of `required`, for the estimate's own error. Of the nine measured runs that it is
@@ -82,8 +86,6 @@ QUANT_BLOCK_SIZE = 64
 QUANT_SCALES_PER_BLOCK = 256
 _SINGLE_QUANT_BYTES = 0.5 + 4 / QUANT_BLOCK_SIZE
 _DOUBLE_QUANT_BYTES = 0.5 + 1 / QUANT_BLOCK_SIZE + 4 / (QUANT_BLOCK_SIZE * QUANT_SCALES_PER_BLOCK)
-
-CHECKPOINTS_KEPT = 2
 
 DEVICE_KINDS: dict[bool, DeviceKind] = {True: "cuda", False: "cpu"}  # by whether it is CUDA
 
@@ -121,13 +123,21 @@ class MemoryEstimate:
     reserved_peak_bytes: int
     device_peak_bytes: int
     required_bytes: int
-    host_ram_peak_bytes: int
-    disk_bytes: int
+    host: HostMemory
+    disk: DiskNeeds
     list_phases: Callable[[], tuple[Phase, ...]] = field(compare=False, repr=False)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
         return self.list_phases()
+
+    @property
+    def host_ram_peak_bytes(self) -> int:
+        return self.host.peak_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.disk.total
 
     @property
     def peak_phase(self) -> Phase:
@@ -167,8 +177,8 @@ def estimate_memory(
         partial(step.phases, rows, length),
         plan,
         device,
-        host_bytes=step.host_bytes,
-        disk_bytes=step.disk_bytes,
+        host=step.host,
+        disk=step.disk,
     )
 
 
@@ -187,17 +197,46 @@ def memory_from_phases(
     `reserved_bytes`: what CUDA's caching allocator holds, and `required_reserved_bytes` the least
     with which no allocation fails.
     """
-    state_bytes = max(phase.components["optimizer_states"] for phase in phases)
+    host, disk = _surroundings(phases, model, plan, device, trained_weight_bytes)
     return _with_surroundings(
         max(phase.allocated_peak_bytes for phase in phases),
         lambda: tuple(phases),
         plan,
         device,
-        host_bytes=host_loading_bytes(model, plan),
-        disk_bytes=checkpoint_disk_bytes(trained_weight_bytes, state_bytes),
+        host=host,
+        disk=disk,
         reserved_bytes=reserved_bytes,
         required_reserved_bytes=required_reserved_bytes,
     )
+
+
+def _surroundings(
+    phases: Sequence[Phase],
+    model: ModelSpec,
+    plan: TrainingPlan,
+    device: Device | None,
+    trained_weight_bytes: int,
+) -> tuple[HostMemory, DiskNeeds]:
+    """Host and disk in closed form; where there is none, by what a dry run counted."""
+    try:
+        step = compiled_step(model, plan, *model_rows(plan, plan.max_length), device, OWN_STACK)
+        return step.host, step.disk
+    except InputError:
+        adapter = plan.resolved_method.adapter
+        whole = model.num_parameters * plan.weight_bytes
+        saved = trained_weight_bytes if adapter else whole
+        trained = trained_weight_bytes // plan.weight_bytes
+        states = max(phase.components["optimizer_states"] for phase in phases)
+        host = host_memory(
+            model,
+            plan,
+            device.kind if device else "cuda",
+            trained_own=0 if adapter else trained,
+            trained_all=trained,
+            whole_bytes=whole,
+            saved_bytes=saved,
+        )
+        return host, disk_needs(model, plan, saved_bytes=saved, state_bytes=states)
 
 
 def _with_surroundings(
@@ -206,8 +245,8 @@ def _with_surroundings(
     plan: TrainingPlan,
     device: Device | None,
     *,
-    host_bytes: int,
-    disk_bytes: int,
+    host: HostMemory,
+    disk: DiskNeeds,
     reserved_bytes: int | None = None,
     required_reserved_bytes: int | None = None,
 ) -> MemoryEstimate:
@@ -217,7 +256,7 @@ def _with_surroundings(
         reserved = round(allocated * (1 + CPU_HEAP_HOLES))
         device_peak = reserved + CPU_PROCESS_BYTES
         required = round(allocated * (1 + CPU_WORST_HEAP_HOLES)) + CPU_PROCESS_BYTES
-        host_bytes = device_peak
+        host = host.trained_on_processor(device_peak)
     else:
         context = context_bytes(device)
         share = RESERVED_OVER_ALLOCATED[plan.trainer]
@@ -231,8 +270,8 @@ def _with_surroundings(
         reserved_peak_bytes=reserved,
         device_peak_bytes=device_peak,
         required_bytes=required,
-        host_ram_peak_bytes=host_bytes,
-        disk_bytes=disk_bytes,
+        host=host,
+        disk=disk,
         list_phases=list_phases,
     )
 
@@ -310,21 +349,6 @@ def quantized_bytes_per_weight(plan: TrainingPlan) -> float:
     return _DOUBLE_QUANT_BYTES if plan.double_quant else _SINGLE_QUANT_BYTES
 
 
-def host_loading_bytes(model: ModelSpec, plan: TrainingPlan) -> int:
-    """Host RAM while the processes, one a GPU, load the model.
-
-    Safetensors are mapped, not read; at most one file (5 GB by `save_pretrained`'s default
-    shard size) is resident in each process while its tensors are copied.
-    """
-    stored = model.num_parameters * plan.weight_bytes
-    return plan.num_gpus * (CPU_PROCESS_BYTES + min(stored, 5 * 10**9))
-
-
-def checkpoint_disk_bytes(weight_bytes: int, state_bytes: int) -> int:
-    """Checkpoints (trained weights and optimizer states) and the final trained weights."""
-    return CHECKPOINTS_KEPT * (weight_bytes + state_bytes) + weight_bytes
-
-
 # A plan's settings that a step's memory depends on; batch and length are put in afterwards.
 _MEASURES = ("per_device_train_batch_size", "max_length", "gradient_accumulation_steps")
 _decisive = attrgetter(
@@ -357,7 +381,8 @@ def compiled_step(
     if known is None:
         check_closed_form(plan, model)
         trained = trained_model(model, plan)
-        known = model.compiled[key] = _compile(trained, plan, workload, kind, capability, stack)
+        known = _compile(trained, plan, workload, kind, capability, stack, published=model)
+        model.compiled[key] = known
     return known
 
 
@@ -375,11 +400,11 @@ class CompiledStep:
         held: Held,
         phases: Sequence[tuple[str, Mapping[str, int], Sequence[Moment]]],
         *,
-        host_bytes: int,
-        disk_bytes: int,
+        host: HostMemory,
+        disk: DiskNeeds,
     ) -> None:
         self.trace, self.settings, self.held, self._phases = trace, settings, held, phases
-        self.host_bytes, self.disk_bytes = host_bytes, disk_bytes
+        self.host, self.disk = host, disk
         self._sums = _highest_sums(
             add_forms(constant(sum(held.values())), moment.total)
             for _, held, moments in phases
@@ -476,10 +501,9 @@ def _held_whole(
         carried=kept,
         reduced=kept,
         optimizer_states=states,
-        host_states=host_states,
+        on_host=HostShare(optimizer_states=host_states),
         communication=gradients if plan.num_gpus > 1 else 0,
         stepping=optimizer.step_moments(updated, kind, by_trainer=plan.trainer != "loop"),
-        saved_weights=gradients,
         saved_states=states + host_states,
     )
 
@@ -491,7 +515,10 @@ def _compile(
     kind: DeviceKind,
     capability: tuple[int, int],
     stack: Stack,
+    *,
+    published: ModelSpec,
 ) -> CompiledStep:
+    """`model`: as the plan's objective has it."""
     trained = trained_part(model, plan)
     settings = step_settings(model, plan, workload, kind, capability, stack, trained)
     trace = trace_step(model, settings)
@@ -528,6 +555,7 @@ def _compile(
         for name in (REFERENCE_PHASE, *STEP_PHASES)
         if name in moments
     ]
+    saved = saved_weight_bytes(model, plan, trained, stack)
     evaluating = {**behind, "communication": running["communication"]}
     return CompiledStep(
         trace,
@@ -542,8 +570,17 @@ def _compile(
             (EVALUATION_PHASE, evaluating, moments[EVALUATION_PHASE]),
             ("save", behind, (_NOTHING,)),
         ],
-        host_bytes=host_loading_bytes(model, plan) + held.host_states,
-        disk_bytes=checkpoint_disk_bytes(held.saved_weights, held.saved_states),
+        host=host_memory(
+            published,
+            plan,
+            kind,
+            share=held.on_host,
+            trained_own=trained.base_parameters,
+            trained_all=trained.num_trainable_parameters,
+            whole_bytes=held.weights + held.adapters,
+            saved_bytes=saved,
+        ),
+        disk=disk_needs(published, plan, saved_bytes=saved, state_bytes=held.saved_states),
     )
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ftplan.planner.allocator import pinned_bytes
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.optimizer_steps import Updated
@@ -44,7 +45,7 @@ class Unit:
     `weights`, `adapters`: a GPU's share at rest. `gathered`: all of them as computed with; `cast`:
     a GPU's share of those that are copied before they are sent. `gradients`: of all, as they are
     sent; `gradient_share`: what a GPU gets of them; `reduced`: in the dtype of its share, and of
-    those `reduced_adapters`.
+    those `reduced_adapters`. `pinned`, `pinned_gradients`: a GPU's share in the host's memory.
     """
 
     weights: int = 0
@@ -55,6 +56,8 @@ class Unit:
     gradient_share: int = 0
     reduced: int = 0
     reduced_adapters: int = 0
+    pinned: int = 0
+    pinned_gradients: int = 0
 
     def __add__(self, other: Unit) -> Unit:
         sums = {
@@ -215,6 +218,8 @@ def _part(parameter: Parameter, spread: Spread, trained: int | None, *, added: b
     copied = spread.offloads or gathered != stored
     at_rest = 0 if spread.offloads else share * stored
     sent, reduced = (share * gathered, share * stored) if trained else (0, 0)
+    one = share // parameter.count * stored
+    pinned = parameter.count * pinned_bytes(one) if spread.offloads else 0
     return Unit(
         weights=0 if added else at_rest,
         adapters=at_rest if added else 0,
@@ -224,6 +229,8 @@ def _part(parameter: Parameter, spread: Spread, trained: int | None, *, added: b
         gradient_share=sent,
         reduced=reduced,
         reduced_adapters=reduced if added else 0,
+        pinned=pinned,
+        pinned_gradients=pinned if trained else 0,
     )
 
 

@@ -19,18 +19,21 @@ from benchmarks import pages
 from ftplan.launcher import cli, emit
 from ftplan.launcher.data_reader import read_data
 from ftplan.launcher.run_dir import RunDir
-from ftplan.planner import explain, policy
+from ftplan.planner import explain, explain_host, policy
 from ftplan.planner.combinations import COMBINATIONS
 from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.disk import CHECKPOINTS_KEPT
 from ftplan.planner.families import spec_from_size
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
     CPU_PROCESS_BYTES,
     CPU_WORST_HEAP_HOLES,
+    CUDA_HOST_BYTES,
     QUANTIZATION_CAPABILITY,
     Device,
 )
+from ftplan.planner.host_memory import SAVED_AT_ONCE_BYTES
 from ftplan.planner.memory import (
     MEMORY_MARGIN,
     RESERVED_OVER_ALLOCATED,
@@ -120,6 +123,9 @@ def test_every_equation_that_the_code_cites_is_numbered_and_every_numbered_one_i
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "planner").glob("*.py")]
     cited = set().union(*map(cited_equations, sources), explain.HELD_EQUATIONS.values())
     cited |= {explain.OPTIMIZER_STEP_EQUATION, explain.STEP_EQUATION}
+    cited |= {
+        *(explain_host.HOST_EQUATION, explain_host.OFFLOAD_EQUATION, explain_host.DISK_EQUATION)
+    }
     numbered = numbered_equations()
     assert numbered == sorted(set(numbered)), "in order, each once"
     assert set(numbered) == cited
@@ -443,7 +449,10 @@ def test_the_pages_state_the_constants() -> None:
             for factor in RESERVED_OVER_ALLOCATED.values()
         ),
         ("memory-model.md", "Four numbers", f"{ASSUMED_CUDA_CONTEXT_BYTES / GIB:g} GiB is assumed"),
-        ("memory-model.md", "Four numbers", f"{CPU_PROCESS_BYTES / GIB:g} GiB + min("),
+        ("memory-model.md", "Eq. (9): host RAM",
+         f"P ({CPU_PROCESS_BYTES / GIB:g} GiB + {CUDA_HOST_BYTES / GIB:.2f} GiB)"),
+        ("memory-model.md", "Eq. (9): host RAM", f"min(saved, {SAVED_AT_ONCE_BYTES / 1e9:g} GB)"),
+        ("memory-model.md", "Eq. (11): disk", f"{CHECKPOINTS_KEPT + 1} (saved + states)"),
         ("memory-model.md", "On a processor", f"reserved + {CPU_PROCESS_BYTES / GIB:g} GiB"),
         ("memory-model.md", "On a processor", f"= {1 + CPU_HEAP_HOLES:g} x allocated"),
         ("memory-model.md", "On a processor", f"= {1 + CPU_WORST_HEAP_HOLES:g} x allocated + "),

@@ -19,14 +19,11 @@ from ftplan.planner.memory import (
     MEMORY_MARGIN,
     RESERVED_OVER_ALLOCATED,
     MemoryEstimate,
-    checkpoint_disk_bytes,
     estimate_memory,
     fits,
-    host_loading_bytes,
     needed_bytes,
     weight_memory_bytes,
 )
-from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import (
     TRAINERS,
@@ -39,7 +36,6 @@ from ftplan.planner.rules_of_thumb import (
     rule_to_dict,
 )
 from ftplan.planner.stack import cublas_workspace_bytes
-from ftplan.planner.trained import MethodSettings
 
 MakeConfig = Callable[..., dict[str, Any]]
 MakeSpec = Callable[..., ModelSpec]
@@ -72,7 +68,7 @@ def test_on_a_processor_the_process_and_the_holes_of_its_heap_count(
         for holes in (CPU_HEAP_HOLES, CPU_WORST_HEAP_HOLES)
     )
     assert (memory.device_peak_bytes, memory.required_bytes) == (usual, worst)
-    assert memory.host_ram_peak_bytes == memory.device_peak_bytes
+    assert memory.host.phases[-1].peak_bytes == memory.device_peak_bytes
 
 
 def test_what_the_allocator_holds_depends_on_the_stack(small_llama: ModelSpec) -> None:
@@ -91,16 +87,6 @@ def test_what_fits_leaves_the_margin_free(
     assert needed == round((1 + MEMORY_MARGIN) * memory.required_bytes)
     assert fits(memory, dataclasses.replace(devices["A100"], free_bytes=needed))
     assert not fits(memory, dataclasses.replace(devices["A100"], free_bytes=needed - 1))
-
-
-def test_each_gpus_process_loads_the_model(llama_2_7b: ModelSpec, small_llama: ModelSpec) -> None:
-    """13.5 GB in files of at most 5 GB; 135 M parameters in one file."""
-    for model, file_bytes in ((llama_2_7b, 5 * 10**9), (small_llama, 2 * 134_515_008)):
-        for num_gpus in (1, 4):
-            plan = TrainingPlan(num_gpus=num_gpus)
-            each = CPU_PROCESS_BYTES + file_bytes
-            assert host_loading_bytes(model, plan) == num_gpus * each
-            assert estimate_memory(model, plan).host_ram_peak_bytes == num_gpus * each
 
 
 # --- growth (more in test_memory_properties.py)
@@ -218,13 +204,6 @@ def test_stock_logits_by_hand(llama_2_7b: ModelSpec) -> None:
     phases = {phase.name: phase for phase in estimate_memory(llama_2_7b, plan).phases}
     entries = 4 * 4096 * 32000
     assert phases["loss"].components["logits_and_loss"] == pytest.approx(12 * entries, rel=1e-3)
-
-
-def test_a_checkpoint_on_disk_holds_trained_weights_and_states(llama_2_7b: ModelSpec) -> None:
-    """Two checkpoints of adapters and states, and the final adapters: fp32, 12 + 12 + 4 bytes."""
-    trained = METHODS["lora"].count(llama_2_7b, MethodSettings(lora_rank=16))
-    count = trained.num_trainable_parameters
-    assert checkpoint_disk_bytes(4 * count, 8 * count) == (2 * (4 + 8) + 4) * 39_976_960
 
 
 # --- the rule of thumb beside it

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan.launcher.estimate_json import estimate_to_dict, parameter_counts
+from ftplan.launcher.host import read_host
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
-from ftplan.planner.combinations import cautions, check_together
+from ftplan.planner.combinations import Caution, cautions, check_together
 from ftplan.planner.errors import InputError
 from ftplan.planner.explain import Term, explain
+from ftplan.planner.explain_host import explain_host
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.host_verdict import lacking_disk, lacking_ram
 from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
 from ftplan.planner.methods import COMPARED_METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
@@ -83,12 +86,14 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         with shown_dry_runs(ui) as runner:
             dry_run = runner.run(case_of(source, reasoned.plan, device))
         memory = memory_of(dry_run, source, reasoned.plan, device)
+    if device is not None:
+        warnings += _host_cautions(memory, reasoned.plan, device)
     terms = explain(model, reasoned.plan, device) if arguments.explain else None
     compared = _compared(arguments.compare, model, device, given) if arguments.compare else None
     ui.json(
         {
             **estimate_to_dict(model, reasoned, memory, device, warnings, dry_run=dry_run),
-            **({"explain": [term.to_dict() for term in terms]} if terms else {}),
+            **(_explained(terms, memory, reasoned.plan) if terms else {}),
             **({"compare": [row.to_dict() for row in compared]} if compared else {}),
         }
     )
@@ -111,6 +116,23 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     if dry_run and arguments.plot:
         _plot(ui, dry_run, arguments.plot, f"{model.name}, {reasoned.plan.method}")
     return 0 if device is None or fits(memory, device) else 1
+
+
+def _host_cautions(memory: MemoryEstimate, plan: TrainingPlan, device: Device) -> list[Caution]:
+    """Where this machine's RAM or disk does not do; the run may be meant for another one."""
+    host = read_host(Path("runs"))
+    lacks = (lacking_ram(memory, host, device), lacking_disk(memory, host, plan))
+    return [Caution(name="host", text=lack) for lack in lacks if lack is not None]
+
+
+def _explained(terms: Sequence[Term], memory: MemoryEstimate, plan: TrainingPlan) -> dict[str, Any]:
+    """What `--explain` adds to the JSON."""
+    return {
+        "explain": [term.to_dict() for term in terms],
+        "explain_host": explain_host(memory, plan),
+        "host": memory.host.to_dict(),
+        "disk": memory.disk.to_dict(),
+    }
 
 
 def _plot(ui: Ui, dry_run: DryRunSummary, path: Path, title: str) -> None:
@@ -168,7 +190,7 @@ def _show(
         ui.show(*dry_run_views.tables(dry_run))
         return
     if terms is not None:
-        ui.show(views.explain_table(terms))
+        ui.show(views.explain_table(terms), "", views.host_table(explain_host(memory, plan)))
         return
     if plan.method == "full":
         ui.show(views.rule_table(model.num_parameters, memory), "", views.RULE_NOTE, "")

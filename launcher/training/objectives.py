@@ -24,8 +24,8 @@ from trl import (
     SFTConfig,
 )
 
+from ftplan.planner.disk import CHECKPOINTS_KEPT
 from ftplan.planner.errors import InputError
-from ftplan.planner.memory import CHECKPOINTS_KEPT
 
 
 class TokenizedRows:

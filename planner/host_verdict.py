@@ -1,0 +1,37 @@
+"""Whether the machine around the GPUs has what a run takes of its RAM and disk."""
+
+from __future__ import annotations
+
+import math
+
+from ftplan.planner.hardware_spec import Device, Host
+from ftplan.planner.memory import MemoryEstimate
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.units import format_bytes
+
+
+def lacking_ram(memory: MemoryEstimate, host: Host, device: Device) -> str | None:
+    """What is missing of the machine's RAM; None where it does, or where it is the device that
+    trains and has been asked already."""
+    needed = memory.host.required_bytes
+    if device.kind == "cpu" or needed <= host.ram_available_bytes:
+        return None
+    phase = max(memory.host.phases, key=lambda phase: phase.required_bytes)
+    return (
+        f"{phase.name} takes {format_bytes(needed)} of the host's RAM, and this machine has "
+        f"{format_bytes(host.ram_available_bytes)} available"
+    )
+
+
+def lacking_disk(
+    memory: MemoryEstimate, host: Host, plan: TrainingPlan, steps: int | None = None
+) -> str | None:
+    """What is missing on the run's disk. `steps`: optimizer steps of the run, where known."""
+    saves = math.inf if steps is None else math.ceil(steps / plan.save_steps)
+    needed = memory.disk.run_bytes(saves)
+    if needed <= host.disk_free_bytes:
+        return None
+    return (
+        f"checkpoints and the trained model take {format_bytes(needed)}, and "
+        f"`{host.disk_path}` has {format_bytes(host.disk_free_bytes)} free"
+    )
