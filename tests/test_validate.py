@@ -227,7 +227,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "reason"),
         [
-            ({"trainer": "litgpt"}, "unknown trainer `litgpt`"),
+            ({"trainer": "torchtune"}, "unknown trainer `torchtune`"),
             ({"method": "dorra"}, "unknown method `dorra`"),
             ({"loss_kernel": "chunked"}, "unknown loss `chunked`"),
             ({"quantization": "gptq-int3"}, "unknown quantization `gptq-int3`"),
@@ -291,9 +291,9 @@ class TestRefusals:
         assert reason in found
 
     def test_all_reasons_are_told_the_stack_first(self, read: Read) -> None:
-        config = {"loss_kernel": "chunked", "trainer": "litgpt", "num_gpus": 2, "offload": "cpu"}
+        config = {"loss_kernel": "chunked", "trainer": "torchtune", "num_gpus": 2, "offload": "cpu"}
         assert reasons_of(read, config, gpu="Z1", model="unknown/model") == [
-            "unknown trainer `litgpt`",
+            "unknown trainer `torchtune`",
             "unknown loss `chunked`",
             "offload `cpu` is not modelled",
             "unknown GPU `Z1`",

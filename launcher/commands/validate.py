@@ -18,6 +18,7 @@ from ftplan.launcher.host import usable_cores
 from ftplan.launcher.ui import Ui
 from ftplan.planner.accuracy import Comparison, Prediction
 from ftplan.planner.errors import FtplanError, InputError
+from ftplan.planner.litgpt import estimate_litgpt
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import Stack
@@ -130,9 +131,15 @@ def _compared(predict: Callable[[Case], Prediction], case: Case | Refusal) -> Co
 def closed_form(case: Case) -> Prediction:
     """The prediction of `ftplan estimate`; raises InputError for what it does not model."""
     _check_length(case)
+    if case.is_litgpt:
+        return _prediction(case, _litgpt_memory(case))
     plan = _plan_of_its_time(case)
     memory = estimate_memory(case.model.spec, plan, device=case.gpu, stack=_stack(case))
     return _prediction(case, memory)
+
+
+def _litgpt_memory(case: Case) -> MemoryEstimate:
+    return estimate_litgpt(case.model.spec, case.plan, case.gpu, longest_first=case.longest_first)
 
 
 def _stack(case: Case) -> Stack:
@@ -162,6 +169,8 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
     from ftplan.launcher.exact import case_of, memory_of
 
     _check_length(case)
+    if case.is_litgpt:
+        raise InputError("litgpt is modelled in closed form only")
     version = _version("transformers", case.software)
     if (
         version
@@ -190,7 +199,7 @@ def _check_length(case: Case) -> None:
 def _prediction(case: Case, memory: MemoryEstimate) -> Prediction:
     model, plan = case.model.spec, case.plan
     speed = None
-    if case.gpu is not None:
+    if case.gpu is not None and not case.is_litgpt:
         tokens = plan.per_device_train_batch_size * plan.max_length
         step = estimate_step_time(
             model, plan, case.gpu, tokens_per_micro_batch=tokens, mean_length=plan.max_length
