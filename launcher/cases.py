@@ -24,6 +24,7 @@ from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import (
     SETTING_NAMES,
+    TRAINERS,
     TrainingPlan,
     check_setting,
     typed_setting,
@@ -67,8 +68,11 @@ OPTIONAL_FIELDS = (
 # off.
 NAME_OF_CASE: dict[str, dict[str, str]] = {
     "trainer": {"peft-loop": "loop", "litgpt": "loop"},
+    "method": {"prefix": "prefix-tuning", "ln_tuning": "ln-tuning"},
     "quantization": {"gptq-int4": "gptq", "awq-int4": "awq"},
 }
+TRAINERS_OF_CASES = (*TRAINERS, *NAME_OF_CASE["trainer"])
+UNKNOWN_TRAINER = "unknown trainer"  # how such a reason begins
 # The one loss kernel of litgpt's fine-tuning; no plan has it.
 LITGPT_LOSS = "chunked"
 # Absent or null means none.
@@ -359,9 +363,10 @@ def _check_litgpt(config: Mapping[str, Any]) -> None:
 def _check_said(config: Mapping[str, Any]) -> None:
     """Raises InputError where something that memory depends on is left open."""
     needed = [*SETTING_OF_FIELD, *RUN_FIELDS]
-    method = METHODS.get(str(config.get("method")))
+    name = str(config.get("method"))
+    method = METHODS.get(NAME_OF_CASE["method"].get(name, name))
     if method and method.adapter:
-        needed += ADAPTER_FIELDS
+        needed += [field for field in ADAPTER_FIELDS if field in method.takes.values()]
     if config.get("quantization") in ("nf4", "fp4"):
         needed += QUANTIZED_FIELDS
     missing = [name for name in needed if config.get(name) is None]
