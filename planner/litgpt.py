@@ -35,6 +35,7 @@ from ftplan.planner.tape import (
     Tensor,
     Weight,
     constant,
+    per_pair,
     per_position,
     per_row,
     per_token,
@@ -62,7 +63,6 @@ def check_litgpt(model: ModelSpec, plan: TrainingPlan) -> None:
     plain = all(
         one.feed_forward.experts is None
         and not one.attention.latents
-        and not one.attention.softcapped
         and one.attention.query_norm is None
         for one in model.layer_counts
     )
@@ -355,9 +355,21 @@ class _Attention:
             f.join(tape, [front, self._part(tape, x, a.head_dim - a.rotary_dim)])
             for front, x in zip(turned, (query, key), strict=True)
         )
-        result = self.kernel(tape, query, key, value)
+        attend = self._attend_softcapped if a.softcapped else self.kernel
+        result = attend(tape, query, key, value)
         result = f.clone(tape, result)  # from the order of heads to that of tokens
         return self.output(tape, result)
+
+    def _attend_softcapped(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        a = self.attention
+        scores = f.scale(tape, f.batched_product(tape, query, key, per_pair(a.num_heads)))
+        scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
+        mask = tape.empty(per_pair(1), WIDTH)
+        scores = f.add_mask(tape, scores, WIDTH)
+        scores = f.cast(tape, f.softmax_in_float32(tape, scores), WIDTH)
+        result = f.batched_product(tape, scores, value, per_token(a.result_width))
+        del mask
+        return result
 
     def _part(self, tape: Tape, x: Tensor, width: int) -> Tensor:
         return f.part(tape, x, scaled(x.elements, width, self.attention.head_dim))
@@ -431,20 +443,31 @@ class _Block:
         assert layer.attention_norm is not None
         self.parallel = layer.parallel
         self.first = _norm(layer.attention_norm)
-        self.second = _norm(layer.feed_forward_norm) if layer.feed_forward_norm else None
+        others = (
+            layer.feed_forward_norm,
+            layer.post_attention_norm,
+            layer.post_feed_forward_norm,
+        )
+        self.second, *self.behind = (_norm(norm) if norm else None for norm in others)
         self.attention = _Attention(layer.attention, settings)
         self.feed_forward = _FeedForward(layer.feed_forward, settings)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        behind_attention, behind_feed_forward = self.behind
         normed = self.first(tape, x)
         attended = self.attention(tape, normed)
+        if behind_attention is not None:
+            attended = behind_attention(tape, attended)
         if self.parallel:
             normed = normed if self.second is None else self.second(tape, x)
             both = f.add(tape, self.feed_forward(tape, normed), attended)
             return f.add(tape, both, x)
         assert self.second is not None
         x = f.add(tape, attended, x)
-        return f.add(tape, self.feed_forward(tape, self.second(tape, x)), x)
+        fed = self.feed_forward(tape, self.second(tape, x))
+        if behind_feed_forward is not None:
+            fed = behind_feed_forward(tape, fed)
+        return f.add(tape, fed, x)
 
 
 class Gpt:

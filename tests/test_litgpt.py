@@ -66,6 +66,16 @@ OWN_CODE: list[tuple[str, dict[str, Any], int]] = [
         {"max_length": 256, "lora_rank": 32, "quantization": "nf4", "double_quant": False},
         1_739_759_616,
     ),
+    (  # 0.5.3
+        "gemma-2-2b",
+        {
+            "per_device_train_batch_size": 2,
+            "max_length": 512,
+            "lora_rank": 8,
+            "target_modules": EVERY,
+        },
+        5_694_721_024,
+    ),
 ]
 
 
