@@ -68,11 +68,17 @@ OPTIONAL_FIELDS = (
 # off.
 NAME_OF_CASE: dict[str, dict[str, str]] = {
     "trainer": {"peft-loop": "loop", "litgpt": "loop"},
-    "method": {"prefix": "prefix-tuning", "ln_tuning": "ln-tuning"},
+    "method": {
+        "prefix": "prefix-tuning",
+        "ln_tuning": "ln-tuning",
+        "llama-adapter": "adaption-prompt",
+    },
     "quantization": {"gptq-int4": "gptq", "awq-int4": "awq"},
 }
 TRAINERS_OF_CASES = (*TRAINERS, *NAME_OF_CASE["trainer"])
 UNKNOWN_TRAINER = "unknown trainer"  # how such a reason begins
+# litgpt's second LLaMA-Adapter; plans know the first one only, PEFT's.
+SECOND_ADAPTER = "adapter_v2"
 # The one loss kernel of litgpt's fine-tuning; no plan has it.
 LITGPT_LOSS = "chunked"
 # Absent or null means none.
@@ -143,12 +149,16 @@ class Case:
     kbit_prepare: bool
     packing: bool
     length_is: str
+    method: str
+    """The case's own word for it."""
     repeats_key_value: bool = False
     """Grouped heads are repeated before the attention kernel."""
     fused_kernels: bool = False
     """Norms and rotary embeddings are fms-acceleration's."""
     fsdp_version: int = 2
     is_litgpt: bool = False
+    second_adapter: bool = False
+    """litgpt's `adapter_v2`."""
     longest_first: bool = False
     """The run begins with its longest batch."""
 
@@ -255,10 +265,12 @@ def _case(
         kbit_prepare=config["kbit_prepare"],
         packing=config["packing"],
         length_is=config["length_is"],
+        method=config["method"],
         repeats_key_value=bool(stack),
         fused_kernels=name in FUSED_WITH_LIGER and config["loss_kernel"] in ("liger", "triton_ce"),
         fsdp_version=SHARDING_OF_CASE[config.get("sharding") or "none"][1],
         is_litgpt=is_litgpt,
+        second_adapter=is_litgpt and config["method"] == SECOND_ADAPTER,
         longest_first=source in LONGEST_FIRST,
     )
 
@@ -333,11 +345,14 @@ def _settings(config: Mapping[str, Any], attempt: _Attempts) -> dict[str, Any]:
 
 
 def _litgpt(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a plan says otherwise than a run of litgpt: its loss, and remarks behind the targets."""
+    """What a plan says otherwise than a run of litgpt: its loss, its second adapter, and remarks
+    behind the targets."""
     targets, loss = config.get("target_modules"), config.get("loss_kernel")
     said: dict[str, Any] = {"attn_implementation": None}  # its modelling code decides
     if loss == LITGPT_LOSS:
         said["loss_kernel"] = "stock"
+    if config.get("method") == SECOND_ADAPTER:
+        said["method"] = "adaption-prompt"
     if isinstance(targets, list):
         said["target_modules"] = [
             _without_remark(name) if isinstance(name, str) else name for name in targets

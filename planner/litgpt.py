@@ -1,5 +1,5 @@
-"""litgpt's LoRA step on one GPU, on a tape (`litgpt/model.py`, `litgpt/lora.py` and
-`litgpt/finetune/lora.py`; Lightning's Fabric with `bf16-true`, and bitsandbytes 0.42 for 4 bits).
+"""litgpt's fine-tuning step on one GPU, on a tape (`litgpt/model.py`, `lora.py`, `adapter.py`,
+`adapter_v2.py` and `finetune/`; Lightning's Fabric with `bf16-true`, bitsandbytes 0.42 for 4 bits).
 
 It has modelling code of its own: one product for query, key and value, rotary embeddings over
 fp32 tables, an output projection that is never tied, and a loss in chunks of 128 places. Here the
@@ -46,7 +46,12 @@ from ftplan.planner.tape import (
 
 # `lora_query` and so on, without `lora_`.
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
-METHODS = ("lora", "qlora")
+# A plan's methods that litgpt has; LLaMA-Adapter's second version, of which plans know nothing, has
+# the first one's name there.
+METHODS = ("lora", "qlora", "adaption-prompt")
+# Learned tokens of LLaMA-Adapter, and the first layer that has some (`adapter.py`, `Config`).
+PROMPT_LENGTH = 10
+FIRST_PROMPTED = 2
 # Places of a row that `fit` projects and takes the loss of at a time (`lm_head_chunk_size`).
 CHUNK_LENGTH = 128
 # Tensors of bitsandbytes' paged optimizers with at least so many elements have their states in
@@ -68,8 +73,8 @@ def check_litgpt(model: ModelSpec, plan: TrainingPlan) -> None:
     )
     unknown = sorted(set(plan.target_modules) - set(TARGETS))
     if plan.method not in METHODS:
-        raise InputError(f"of litgpt's methods only LoRA is modelled, not `{plan.method}`")
-    if unknown:
+        raise InputError(f"of litgpt only LoRA and its adapters are modelled, not `{plan.method}`")
+    if unknown and plan.method != "adaption-prompt":
         raise InputError(f"litgpt has no LoRA for `{unknown[0]}`: only for {', '.join(TARGETS)}")
     if plan.gradient_checkpointing:
         raise InputError("litgpt checkpoints on several GPUs only")
@@ -80,9 +85,15 @@ def check_litgpt(model: ModelSpec, plan: TrainingPlan) -> None:
 
 
 def estimate_litgpt(
-    model: ModelSpec, plan: TrainingPlan, device: Device | None, *, longest_first: bool
+    model: ModelSpec,
+    plan: TrainingPlan,
+    device: Device | None,
+    *,
+    longest_first: bool,
+    second_adapter: bool = False,
 ) -> MemoryEstimate:
-    """Peak memory of `litgpt finetune_lora`.
+    """Peak memory of `litgpt finetune_lora`, `finetune_adapter` and, with `second_adapter`,
+    `finetune_adapter_v2`.
 
     `longest_first`: the run begins with its longest batch. If not, the worst is taken: two of them
     one after the other, since the logits of a batch, and with them its graph, live until those of
@@ -92,7 +103,7 @@ def estimate_litgpt(
     rows, length = plan.per_device_train_batch_size, plan.max_length
     capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
     tape = Tape(capability=capability, single_row=rows == 1)
-    gpt = Gpt(model, plan, length)
+    gpt = Gpt(model, plan, length, second_adapter=second_adapter)
     before = gpt.step(tape, [])
     if not longest_first:
         tape.moments()
@@ -171,13 +182,18 @@ def _state_bytes(weight: Weight, plan: TrainingPlan) -> int:
 
 @dataclass(frozen=True)
 class _Settings:
+    """`prompts`: LLaMA-Adapter's. `scales`: its second version trains a bias and a scale of each
+    product, and norms. `targets`: of LoRA. `held`: what the nodes of a graph hold beside what torch
+    knows they save."""
+
+    prompts: bool
+    scales: bool
     targets: frozenset[str]
     rank: int
     dropout: float
     is_4bit: bool
     double_quant: bool
     held: list[Tensor]
-    """What the nodes of a graph hold beside what torch knows they save."""
 
 
 class _Linear:
@@ -245,22 +261,35 @@ class _LoraLinear:
         return f.add(tape, pretrained, change)
 
 
+class _ScaledLinear:
+    """`AdapterV2Linear`."""
+
+    def __init__(self, linear: Linear, settings: _Settings) -> None:
+        self.linear = _Linear(linear, settings)
+        self.weights = [Weight(linear.out_features, WIDTH, trained=True) for _ in "bs"]
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        bias, scale = self.weights
+        return f.multiply(tape, scale, f.add(tape, self.linear(tape, x), bias))
+
+
+def _adapted(linear: Linear, settings: _Settings, target: str) -> _LoraLinear | _ScaledLinear:
+    if settings.scales:
+        return _ScaledLinear(linear, settings)
+    return _LoraLinear(linear, settings, target)
+
+
 class _LoraQkvLinear:
     """`LoRAQKVLinear`: one product, and a convolution for the second matrices of those of query,
     key and value that have some."""
 
-    def __init__(self, attention: Attention, settings: _Settings) -> None:
+    def __init__(self, linear: Linear, attention: Attention, settings: _Settings) -> None:
         self.settings, self.attention = settings, attention
         widths = {
             "query": attention.query_width,
             "key": attention.key_width,
             "value": attention.value_width,
         }
-        linear = Linear(
-            name="attn",
-            in_features=attention.inputs[0].in_features,
-            out_features=sum(widths.values()),
-        )
         self.linear = _Linear(linear, settings)
         self.widths = [width for name, width in widths.items() if name in settings.targets]
         self.is_whole = len(self.widths) == len(widths)
@@ -330,19 +359,27 @@ def _spread(tape: Tape, x: Tensor, elements: Form) -> Tensor:
 
 
 class _Attention:
-    """`CausalSelfAttention`."""
+    """`CausalSelfAttention`. `prompted`: with learned tokens, and a gate for each head."""
 
-    def __init__(self, attention: Attention, settings: _Settings) -> None:
+    def __init__(self, attention: Attention, settings: _Settings, *, prompted: bool) -> None:
         self.attention = attention
-        self.inputs = _LoraQkvLinear(attention, settings)
-        self.output = _LoraLinear(attention.output, settings, "projection")
+        self.widths = (attention.query_width, attention.key_width, attention.value_width)
+        width = attention.inputs[0].in_features
+        linear = Linear(name="attn", in_features=width, out_features=sum(self.widths))
+        self.inputs = (
+            _ScaledLinear(linear, settings)
+            if settings.scales
+            else _LoraQkvLinear(linear, attention, settings)
+        )
+        self.output = _adapted(attention.output, settings, "projection")
+        sizes = (PROMPT_LENGTH * width, attention.num_heads) if prompted else ()
+        self.prompt = [Weight(size, WIDTH, trained=True) for size in sizes]
         self.kernel = AttentionKernel(attention, "sdpa", mask_width=WIDTH)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         a = self.attention
         whole = self.inputs(tape, x)
-        widths = (a.query_width, a.key_width, a.value_width)
-        query, key, value = f.split(tape, whole, [per_token(width) for width in widths])
+        query, key, value = f.split(tape, whole, [per_token(width) for width in self.widths])
         del whole
         if a.num_heads != a.num_key_value_heads:
             # `reshape` after `expand` copies, unless one head is seen many times.
@@ -357,8 +394,33 @@ class _Attention:
         )
         attend = self._attend_softcapped if a.softcapped else self.kernel
         result = attend(tape, query, key, value)
+        if self.prompt:
+            tokens, gate = self.prompt
+            attended = self._attend_to(tape, tokens, query)
+            result = f.add(tape, result, f.multiply(tape, gate, attended))
         result = f.clone(tape, result)  # from the order of heads to that of tokens
         return self.output(tape, result)
+
+    def _attend_to(self, tape: Tape, tokens: Weight, query: Tensor) -> Tensor:
+        """Attention to the learned tokens, with a mask: ATen's memory-efficient kernel. A mask of
+        so few columns is not counted."""
+        a = self.attention
+        whole = self.inputs(tape, tokens)
+        sizes = [constant(PROMPT_LENGTH * width) for width in self.widths]
+        _, key, value = f.split(tape, whole, sizes)
+        result = tape.empty(per_token(a.result_width), WIDTH)
+        sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
+        saved = tape.save(query, key, value, result, sums)
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            grads: f.Gradients = [tape.like(one) for one in saved[:3]]
+            products = tape.empty(per_token(a.num_heads), f.FLOAT32)
+            workspace = tape.like(saved[0], f.FLOAT32)
+            del products, workspace
+            return grads
+
+        tape.attach([result], [query, key, value], saved, backward)
+        return result
 
     def _attend_softcapped(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         a = self.attention
@@ -399,8 +461,8 @@ class _FeedForward:
                 out_features=inputs[0].out_features // 2,
             )
             inputs = (half, half)
-        self.inputs = [_LoraLinear(linear, settings, "mlp") for linear in inputs]
-        self.output = _LoraLinear(block.output, settings, "mlp")
+        self.inputs = [_adapted(linear, settings, "mlp") for linear in inputs]
+        self.output = _adapted(block.output, settings, "mlp")
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         fed = [module(tape, x) for module in self.inputs]
@@ -412,11 +474,12 @@ class _FeedForward:
 
 
 class _Norm:
-    """`RMSNorm`, which multiplies x by itself."""
+    """`RMSNorm`, which multiplies x by itself. Its weight multiplies fp32 values; in some releases
+    (0.3, 0.4) 16-bit ones, which keeps the same while it is frozen."""
 
-    def __init__(self, norm: Norm) -> None:
+    def __init__(self, norm: Norm, trained: bool) -> None:
         self.norm = norm
-        self.weight = Weight(norm.width, WIDTH, trained=False)
+        self.weight = Weight(norm.width, WIDTH, trained=trained)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         hidden = f.cast(tape, x, f.FLOAT32)
@@ -425,31 +488,34 @@ class _Norm:
         del squares
         root = f.reciprocal_root(tape, mean)
         hidden = f.multiply(tape, hidden, root)
-        hidden = f.cast(tape, hidden, WIDTH)
-        return f.multiply(tape, hidden, self.weight)
+        return f.cast(tape, f.multiply(tape, hidden, self.weight), WIDTH)
 
 
-def _norm(norm: Norm) -> Module:
+def _norm(norm: Norm, settings: _Settings) -> Module:
     if norm.kind == "rms":
-        return _Norm(norm)
-    plain = Numerics(weights=WIDTH, residual=WIDTH, norms=WIDTH, adapters=WIDTH, compute=WIDTH)
-    return norm_module(norm, plain)
+        return _Norm(norm, settings.scales)
+    trained = frozenset(p.name for p in norm.parameters()) if settings.scales else frozenset()
+    numerics = Numerics(
+        weights=WIDTH, residual=WIDTH, norms=WIDTH, adapters=WIDTH, compute=WIDTH, trained=trained
+    )
+    return norm_module(norm, numerics)
 
 
 class _Block:
     """`Block`."""
 
-    def __init__(self, layer: Layer, settings: _Settings) -> None:
+    def __init__(self, layer: Layer, settings: _Settings, place: int) -> None:
         assert layer.attention_norm is not None
         self.parallel = layer.parallel
-        self.first = _norm(layer.attention_norm)
+        self.first = _norm(layer.attention_norm, settings)
         others = (
             layer.feed_forward_norm,
             layer.post_attention_norm,
             layer.post_feed_forward_norm,
         )
-        self.second, *self.behind = (_norm(norm) if norm else None for norm in others)
-        self.attention = _Attention(layer.attention, settings)
+        self.second, *self.behind = (_norm(norm, settings) if norm else None for norm in others)
+        prompted = settings.prompts and place >= FIRST_PROMPTED
+        self.attention = _Attention(layer.attention, settings, prompted=prompted)
         self.feed_forward = _FeedForward(layer.feed_forward, settings)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
@@ -471,31 +537,39 @@ class _Block:
 
 
 class Gpt:
-    """`GPT` with LoRA, for rows of `length` tokens."""
+    """`GPT` for rows of `length` tokens."""
 
-    def __init__(self, model: ModelSpec, plan: TrainingPlan, length: int) -> None:
+    def __init__(
+        self, model: ModelSpec, plan: TrainingPlan, length: int, *, second_adapter: bool = False
+    ) -> None:
         assert model.final_norm is not None
         self.model, self.single_row = model, plan.per_device_train_batch_size == 1
+        prompts = plan.method == "adaption-prompt"
         self.settings = _Settings(
-            targets=frozenset(plan.target_modules),
+            prompts=prompts,
+            scales=second_adapter,
+            targets=frozenset(() if prompts else plan.target_modules),
             rank=plan.lora_rank,
             dropout=plan.lora_dropout,
             is_4bit=plan.quantization != "none",
             double_quant=plan.double_quant,
             held=[],
         )
-        self.blocks = [_Block(layer, self.settings) for layer in model.layers]
-        self.norm = _norm(model.final_norm)
+        self.blocks = [
+            _Block(layer, self.settings, place) for place, layer in enumerate(model.layers)
+        ]
+        self.norm = _norm(model.final_norm, self.settings)
         head = Linear(name="lm_head", in_features=model.hidden_size, out_features=model.vocab_size)
-        self.head = _LoraLinear(head, self.settings, "head")
+        self.head = _adapted(head, self.settings, "head")
         self.embeddings = Weight(model.embedding_parameters, WIDTH, trained=False)
         last = length - (length - 1) // CHUNK_LENGTH * CHUNK_LENGTH
         self.chunks = [CHUNK_LENGTH] * ((length - 1) // CHUNK_LENGTH) + [last]
 
     def trained(self) -> Iterator[Weight]:
-        """The weights of all adapters."""
+        """The weights of all adapters; trained norms, which are the model's own, are left out."""
         for block in self.blocks:
             attention, feed_forward = block.attention, block.feed_forward
+            yield from attention.prompt
             yield from attention.inputs.weights
             yield from attention.output.weights
             for module in (*feed_forward.inputs, feed_forward.output):

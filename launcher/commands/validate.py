@@ -121,7 +121,7 @@ def _compared(predict: Callable[[Case], Prediction], case: Case | Refusal) -> Co
     return Comparison(
         id=case.id,
         source=case.source,
-        method=case.plan.method,
+        method=case.method,
         measured=case.measured,
         predicted=prediction,
         refused=(refused,) if refused else (),
@@ -139,7 +139,13 @@ def closed_form(case: Case) -> Prediction:
 
 
 def _litgpt_memory(case: Case) -> MemoryEstimate:
-    return estimate_litgpt(case.model.spec, case.plan, case.gpu, longest_first=case.longest_first)
+    return estimate_litgpt(
+        case.model.spec,
+        case.plan,
+        case.gpu,
+        longest_first=case.longest_first,
+        second_adapter=case.second_adapter,
+    )
 
 
 def _stack(case: Case) -> Stack:
