@@ -79,8 +79,10 @@ TRAINERS_OF_CASES = (*TRAINERS, *NAME_OF_CASE["trainer"])
 UNKNOWN_TRAINER = "unknown trainer"  # how such a reason begins
 # litgpt's second LLaMA-Adapter; plans know the first one only, PEFT's.
 SECOND_ADAPTER = "adapter_v2"
-# The one loss kernel of litgpt's fine-tuning; no plan has it.
+# The one loss kernel of litgpt's fine-tuning, which no plan has, and its `lora_dropout` (Gemma's in
+# config_hub/finetune is another above 0, which makes no difference).
 LITGPT_LOSS = "chunked"
+LITGPT_DROPOUT = 0.05
 # Absent or null means none.
 SPREADING_FIELDS = ("sharding", "offload")
 # A case's `sharding` as a plan's, and which FSDP it is: `full_shard` is a word of the first one.
@@ -108,12 +110,7 @@ STACK_OF_SOURCE: dict[str, dict[str, str]] = {
 # What a source's files say of all its runs with adapters and its rows leave out: column
 # `lora_dropout` of scripts/benchmarks/refs/a100_80gb.csv and a100_80gb_liger.csv, and the same in
 # their scenarios.yaml. It counts where a row does not say it itself.
-# `lora_dropout` of litgpt's finetune/lora.py and of config_hub/finetune, where Gemma has another
-# above 0.
-DROPOUT_OF_SOURCE = {
-    "foundation-model-stack/fms-acceleration": 0.1,
-    "Lightning-AI/litgpt": 0.05,
-}
+DROPOUT_OF_SOURCE = {"foundation-model-stack/fms-acceleration": 0.1}
 # The runs that begin with the longest row of their data (`longest_seq_ix` in the finetune/lora.py
 # that they were made with).
 LONGEST_FIRST = ("Lightning-AI/litgpt tutorials/resource-tables.md",)
@@ -345,10 +342,12 @@ def _settings(config: Mapping[str, Any], attempt: _Attempts) -> dict[str, Any]:
 
 
 def _litgpt(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a plan says otherwise than a run of litgpt: its loss, its second adapter, and remarks
-    behind the targets."""
+    """What a plan says otherwise than a run of litgpt: its loss, its second adapter, its dropout,
+    and remarks behind the targets."""
     targets, loss = config.get("target_modules"), config.get("loss_kernel")
     said: dict[str, Any] = {"attn_implementation": None}  # its modelling code decides
+    if config.get("lora_dropout") is None:
+        said["lora_dropout"] = LITGPT_DROPOUT
     if loss == LITGPT_LOSS:
         said["loss_kernel"] = "stock"
     if config.get("method") == SECOND_ADAPTER:

@@ -64,11 +64,12 @@ INDEX_BYTES = 8
 
 def check_litgpt(model: ModelSpec, plan: TrainingPlan) -> None:
     """Raises InputError for what is not modelled of litgpt."""
-    layer = model.layers[0]
-    plain = all(
+    outside = (model.positions, model.embedding_norm, model.embedding_width)
+    plain = not any(outside) and all(
         one.feed_forward.experts is None
         and not one.attention.latents
         and one.attention.query_norm is None
+        and one.attention.rotary_dim
         for one in model.layer_counts
     )
     unknown = sorted(set(plan.target_modules) - set(TARGETS))
@@ -80,8 +81,13 @@ def check_litgpt(model: ModelSpec, plan: TrainingPlan) -> None:
         raise InputError("litgpt checkpoints on several GPUs only")
     if plan.quantization not in ("none", "nf4", "fp4") or plan.dtype != "bfloat16":
         raise InputError("litgpt is modelled in bf16, plain or with a 4-bit base")
-    if not plain or not layer.attention.rotary_dim:
+    if not plain:
         raise InputError(f"litgpt's modelling of `{model.name}` is not followed")
+    if plan.max_length > model.max_position_embeddings:
+        raise InputError(
+            f"litgpt takes rows of at most {model.max_position_embeddings} tokens for "
+            f"`{model.name}`, not {plan.max_length}"
+        )
 
 
 def estimate_litgpt(
@@ -104,13 +110,15 @@ def estimate_litgpt(
     capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
     tape = Tape(capability=capability, single_row=rows == 1)
     gpt = Gpt(model, plan, length, second_adapter=second_adapter)
+    trained = list(gpt.trained())
+    if not trained:
+        raise InputError("nothing is trained: no target, or no layer that has one")
     before = gpt.step(tape, [])
     if not longest_first:
         tape.moments()
         gpt.step(tape, before)
     moments = tape.moments()
     highest = max(moments, key=lambda moment: value(moment.total, rows, length))
-    trained = list(gpt.trained())
     elements = sum(weight.elements[0] for weight in trained)
     held = {
         "weights": _weight_bytes(model, plan),
@@ -579,10 +587,10 @@ class Gpt:
     def step(self, tape: Tape, before: list[Tensor]) -> list[Tensor]:
         """Forward and backward of a micro-batch. `before`: what is left of the one before, which is
         let go of when the logits are there; returns what is left of this one."""
+        tape.component = "temporaries"
         given = tape.empty(per_token(1), 2 * INDEX_BYTES)
         rotary_dim = self.model.layers[0].attention.rotary_dim
         tables = tape.empty(per_position(rotary_dim), 2 * f.FLOAT32)
-        tape.component = "temporaries"
         # Fabric turns the logits into fp32 once all are there.
         logits = [f.cast(tape, chunk, f.FLOAT32) for chunk in self._logits(tape)]
         before.clear()

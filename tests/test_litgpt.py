@@ -222,6 +222,11 @@ class TestRefusals:
         assert isinstance(refusal, Refusal)
         assert message in refusal.reasons[0]
 
+    def test_nothing_to_train(self) -> None:
+        """The first two layers have no learned tokens."""
+        with pytest.raises(InputError, match="nothing is trained"):
+            estimated(shallow("llama-2-7b"), method="adaption-prompt")
+
     def test_no_dry_run(self) -> None:
         runner: Any = None
         with pytest.raises(InputError, match="in closed form only"):
@@ -240,6 +245,7 @@ class TestRefusals:
             ("llama-2-7b", {"dtype": "float32"}, "modelled in bf16"),
             ("mixtral-8x7b", {}, "is not followed"),
             ("opt-1.3b", {}, "is not followed"),
+            ("llama-2-7b", {"max_length": 4097}, "at most 4096 tokens"),
         ],
     )
     def test_what_is_not_modelled(self, name: str, changes: dict[str, Any], message: str) -> None:
