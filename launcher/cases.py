@@ -247,6 +247,8 @@ def _case(
     gpu = attempt(_gpu, value.get("gpu"))
     model = attempt(find_model, value.get("model"))
     plan = None
+    if model and not is_litgpt:
+        settings = _with_modules_found(model.spec, settings)
     if model and not attempt.reasons:
         plan = attempt(_plan, model, gpu, settings, check_litgpt if is_litgpt else _check_modules)
     if plan is None or model is None or id_ is None or measured is None:
@@ -471,6 +473,14 @@ def _plan(
     plan = estimate_recipe(model.spec, gpu, settings).plan
     check(model.spec, plan)
     return plan
+
+
+def _with_modules_found(model: ModelSpec, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without target modules that the model has not: PEFT adapts those that it finds,
+    and complains where it finds none."""
+    known = {linear.name for linear in model.linears}
+    found = tuple(name for name in settings.get("target_modules") or () if name in known)
+    return {**settings, "target_modules": found} if found else settings
 
 
 def _check_modules(model: ModelSpec, plan: TrainingPlan) -> None:

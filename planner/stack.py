@@ -33,6 +33,12 @@ _LOSS_FUNCTIONS_SINCE = (4, 46)
 # from then on layers do it themselves (4.52's modeling_layers.py).
 _CHECKPOINTS_WITHIN_SINCE = (4, 52)
 
+# Until then GPT-BigCode filled its cache of keys and values in training too, checkpointed or not:
+# views of each layer's whole projection (`presents` in modeling_gpt_bigcode.py of 4.48.1 and
+# 4.52.4; "`use_cache=True` is incompatible with gradient checkpointing" in 4.53.3's).
+_CACHES_IN_TRAINING_BEFORE = (4, 53)
+_CACHE_IN_TRAINING = ("gpt_bigcode",)
+
 # Of a GPU that is not named: Ampere and later have the kernels that matter.
 DEFAULT_CAPABILITY = (8, 0)
 
@@ -68,6 +74,12 @@ class Stack:
         version = self.transformers_version
         old = version is not None and version < _LOSS_IN_16_BITS_BEFORE
         return old and model_type in _LOSS_IN_16_BITS
+
+    def caches_in_training(self, model_type: str) -> bool:
+        """Whether the model's forward pass keeps keys and values, although nothing reads them."""
+        version = self.transformers_version
+        old = version is not None and version < _CACHES_IN_TRAINING_BEFORE
+        return old and model_type in _CACHE_IN_TRAINING
 
     @property
     def separates_experts(self) -> bool:

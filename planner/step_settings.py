@@ -137,6 +137,7 @@ def step_settings(
         num_trained_tokens=trained.num_trained_tokens,
         early_gradients=early_gradient_bytes(options, trained, width, loss_in_model=in_model),
         loss_copies=loss_copy_bytes(options, trained, loss_in_model=in_model),
+        cached_projections=_cached_projections(model, plan, stack, autocast=autocast),
     )
     settings = _spread_out(settings, plan)
     if not objective.has_reference:
@@ -146,6 +147,20 @@ def step_settings(
         reference=_of_reference(model, plan, settings),
         asks_before=plan.precompute_ref_log_probs,
     )
+
+
+def _cached_projections(
+    model: ModelSpec, plan: TrainingPlan, stack: Stack, *, autocast: bool
+) -> int:
+    """Bytes a token of the fused projection that keys and values are views of. Without
+    checkpointing it is kept for backward anyhow. A 4-bit one has the width of its input, which a
+    LayerNorm under autocast gives fp32."""
+    if not (plan.gradient_checkpointing and stack.caches_in_training(model.model_type)):
+        return 0
+    width = plan.compute_bytes if autocast else plan.weight_bytes
+    if plan.quantization in ("nf4", "fp4") and autocast:
+        width = FLOAT32_BYTES
+    return width * sum(linear.out_features for linear in model.layers[0].attention.inputs)
 
 
 def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) -> StepSettings:

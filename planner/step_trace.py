@@ -72,6 +72,8 @@ class StepSettings:
     `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
     bytes of gradients that are there from the loss on; `loss_copies`: bytes that are held between
     loss and backward.
+    `cached_projections`: bytes a token of what each layer's unused cache of keys and values keeps
+    until forward ends.
     """
 
     numerics: Numerics
@@ -114,6 +116,7 @@ class StepSettings:
     num_trained_tokens: int = 0
     early_gradients: int = 0
     loss_copies: int = 0
+    cached_projections: int = 0
 
     @property
     def in_evaluation(self) -> StepSettings:
@@ -301,6 +304,8 @@ class _StepTracer:
                 self._add(loss_phase if is_loss else phase, segment.forward, _sum(base, under))
             held = _sum(held, segment.held)
             base = _sum(base, segment.kept_forward)
+            if self.with_gradients and 0 < index < len(segments) - 1:
+                base = _sum(base, {"activations": per_token(self.settings.cached_projections)})
 
     def _mask(self) -> Parts:
         """The masks that layers share, one of each kind that some layer needs: eager attention adds

@@ -218,6 +218,13 @@ class TestCases:
             validate.dry_run(cast(Any, Runner()), case_of(read, software=software))
         assert asked[0].plan.use_reentrant == reentrant
 
+    def test_modules_that_the_model_has_not_are_left_out_as_peft_does(self, read: Read) -> None:
+        targets = ["c_attn", "v_proj", "q_proj"]
+        assert case_of(read, {"target_modules": targets}).plan.target_modules == (
+            "v_proj",
+            "q_proj",
+        )
+
     def test_full_tuning_needs_no_adapter(self, read: Read) -> None:
         config = {"method": "full", "lora_rank": None, "target_modules": None}
         assert case_of(read, {**config, "torch_dtype": "bfloat16", "mixed_precision": "no"})
