@@ -19,9 +19,12 @@ from ftplan.launcher.data_reader import decode, read_bytes
 from ftplan.launcher.model_source import ModelSource, cached_folder, find_source
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.litgpt import check_litgpt
 from ftplan.planner.methods import METHODS
+from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import (
     SETTING_NAMES,
+    TRAINERS,
     TrainingPlan,
     check_setting,
     typed_setting,
@@ -60,8 +63,26 @@ OPTIONAL_FIELDS = (
     "gradient_accumulation_steps",
     "num_trainable_layers",
 )
-# Names of quantizations that a case may give otherwise than a plan.
-QUANTIZATION_OF_CASE = {"gptq-int4": "gptq", "awq-int4": "awq"}
+# Names that a case may give otherwise than a plan. litgpt is a plain loop around models of its own
+# (`planner/litgpt.py`), peft-loop PEFT's method_comparison/MetaMathQA/run.py, whose `use_amp` is
+# off.
+NAME_OF_CASE: dict[str, dict[str, str]] = {
+    "trainer": {"peft-loop": "loop", "litgpt": "loop"},
+    "method": {
+        "prefix": "prefix-tuning",
+        "ln_tuning": "ln-tuning",
+        "llama-adapter": "adaption-prompt",
+    },
+    "quantization": {"gptq-int4": "gptq", "awq-int4": "awq"},
+}
+TRAINERS_OF_CASES = (*TRAINERS, *NAME_OF_CASE["trainer"])
+UNKNOWN_TRAINER = "unknown trainer"  # how such a reason begins
+# litgpt's second LLaMA-Adapter; plans know the first one only, PEFT's.
+SECOND_ADAPTER = "adapter_v2"
+# The one loss kernel of litgpt's fine-tuning, which no plan has, and its `lora_dropout` (Gemma's in
+# config_hub/finetune is another above 0, which makes no difference).
+LITGPT_LOSS = "chunked"
+LITGPT_DROPOUT = 0.05
 # Absent or null means none.
 SPREADING_FIELDS = ("sharding", "offload")
 # A case's `sharding` as a plan's, and which FSDP it is: `full_shard` is a word of the first one.
@@ -90,6 +111,9 @@ STACK_OF_SOURCE: dict[str, dict[str, str]] = {
 # `lora_dropout` of scripts/benchmarks/refs/a100_80gb.csv and a100_80gb_liger.csv, and the same in
 # their scenarios.yaml. It counts where a row does not say it itself.
 DROPOUT_OF_SOURCE = {"foundation-model-stack/fms-acceleration": 0.1}
+# The runs that begin with the longest row of their data (`longest_seq_ix` in the finetune/lora.py
+# that they were made with).
+LONGEST_FIRST = ("Lightning-AI/litgpt tutorials/resource-tables.md",)
 # Whose rows with Liger's or Unsloth's loss fuse norms and rotary embeddings too: framework
 # configurations `*-foak-fast-kernels-liger`, `*-foak-liger`, `foak-fast-kernels` and `*-foak` of
 # its scenarios-liger.yaml and scenarios.yaml.
@@ -124,11 +148,18 @@ class Case:
     kbit_prepare: bool
     packing: bool
     length_is: str
+    method: str
+    """The case's own word for it."""
     repeats_key_value: bool = False
     """Grouped heads are repeated before the attention kernel."""
     fused_kernels: bool = False
     """Norms and rotary embeddings are fms-acceleration's."""
     fsdp_version: int = 2
+    is_litgpt: bool = False
+    second_adapter: bool = False
+    """litgpt's `adapter_v2`."""
+    longest_first: bool = False
+    """The run begins with its longest batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,19 +238,22 @@ def _case(
         return _refusal(id_ or f"line {number}", value, measured or {}, attempt.reasons)
     name = source.partition(" ")[0]
     stack = STACK_OF_SOURCE.get(name, {})
-    settings = _settings({**config, **stack}, attempt)
+    is_litgpt = config.get("trainer") == "litgpt"
+    settings = _settings({**config, **stack, **(_litgpt(config) if is_litgpt else {})}, attempt)
     if "lora_rank" in settings and name in DROPOUT_OF_SOURCE:
         settings.setdefault("lora_dropout", DROPOUT_OF_SOURCE[name])
     spread = SHARDING_OF_CASE.get(config.get("sharding") or "none")
     settings |= {"sharding": spread[0]} if spread else {}
     settings["offload"] = config.get("offload") or "none"
-    for check in (_check_spreading, _check_said, _check_run, _check_fields):
+    for check in (_check_litgpt, _check_spreading, _check_said, _check_run, _check_fields):
         attempt(check, config)
     gpu = attempt(_gpu, value.get("gpu"))
     model = attempt(find_model, value.get("model"))
     plan = None
+    if model and not is_litgpt:
+        settings = _with_modules_found(model.spec, settings)
     if model and not attempt.reasons:
-        plan = attempt(_plan, model, gpu, settings)
+        plan = attempt(_plan, model, gpu, settings, check_litgpt if is_litgpt else _check_modules)
     if plan is None or model is None or id_ is None or measured is None:
         return _refusal(id_ or f"line {number}", value, measured or {}, attempt.reasons)
     return Case(
@@ -234,9 +268,13 @@ def _case(
         kbit_prepare=config["kbit_prepare"],
         packing=config["packing"],
         length_is=config["length_is"],
+        method=config["method"],
         repeats_key_value=bool(stack),
         fused_kernels=name in FUSED_WITH_LIGER and config["loss_kernel"] in ("liger", "triton_ce"),
         fsdp_version=SHARDING_OF_CASE[config.get("sharding") or "none"][1],
+        is_litgpt=is_litgpt,
+        second_adapter=is_litgpt and config["method"] == SECOND_ADAPTER,
+        longest_first=source in LONGEST_FIRST,
     )
 
 
@@ -307,9 +345,28 @@ def _settings(config: Mapping[str, Any], attempt: _Attempts) -> dict[str, Any]:
     }
     assert set(fields.values()) <= set(SETTING_NAMES)
     given = {name: config[field] for field, name in fields.items() if config.get(field) is not None}
-    if given.get("quantization") in QUANTIZATION_OF_CASE:
-        given["quantization"] = QUANTIZATION_OF_CASE[given["quantization"]]
+    for name, names in NAME_OF_CASE.items():
+        if isinstance(given.get(name), str):
+            given[name] = names.get(given[name], given[name])
     return {name: attempt(_setting, name, value) for name, value in given.items()}
+
+
+def _litgpt(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a plan says otherwise than a run of litgpt: its loss, its second adapter, its dropout,
+    and remarks behind the targets."""
+    targets, loss = config.get("target_modules"), config.get("loss_kernel")
+    said: dict[str, Any] = {"attn_implementation": None}  # its modelling code decides
+    if config.get("lora_dropout") is None:
+        said["lora_dropout"] = LITGPT_DROPOUT
+    if loss == LITGPT_LOSS:
+        said["loss_kernel"] = "stock"
+    if config.get("method") == SECOND_ADAPTER:
+        said["method"] = "adaption-prompt"
+    if isinstance(targets, list):
+        said["target_modules"] = [
+            _without_remark(name) if isinstance(name, str) else name for name in targets
+        ]
+    return said
 
 
 def _setting(name: str, value: object) -> Any:
@@ -318,12 +375,22 @@ def _setting(name: str, value: object) -> Any:
     return typed
 
 
+def _check_litgpt(config: Mapping[str, Any]) -> None:
+    if config.get("trainer") != "litgpt":
+        return
+    if config.get("num_gpus") not in (None, 1):
+        raise InputError("litgpt on several GPUs is not modelled")
+    if config.get("loss_kernel") not in (None, LITGPT_LOSS):
+        raise InputError(f"litgpt is modelled with the loss `{LITGPT_LOSS}` only")
+
+
 def _check_said(config: Mapping[str, Any]) -> None:
     """Raises InputError where something that memory depends on is left open."""
     needed = [*SETTING_OF_FIELD, *RUN_FIELDS]
-    method = METHODS.get(str(config.get("method")))
+    name = str(config.get("method"))
+    method = METHODS.get(NAME_OF_CASE["method"].get(name, name))
     if method and method.adapter:
-        needed += ADAPTER_FIELDS
+        needed += [field for field in ADAPTER_FIELDS if field in method.takes.values()]
     if config.get("quantization") in ("nf4", "fp4"):
         needed += QUANTIZED_FIELDS
     missing = [name for name in needed if config.get(name) is None]
@@ -363,7 +430,12 @@ def _gpu(name: object) -> Device | None:
         return None
     if not isinstance(name, str):
         raise InputError("`gpu` is not text")
-    return find_gpu(re.sub(r"\s*\([^()]*\)\s*$", "", name)).device()
+    return find_gpu(_without_remark(name)).device()
+
+
+def _without_remark(name: str) -> str:
+    """The name, without what follows in parentheses."""
+    return re.sub(r"\s*\([^()]*\)\s*$", "", name)
 
 
 class _ModelFinder:
@@ -385,7 +457,7 @@ class _ModelFinder:
 
     def _find(self, name: str) -> ModelSource | InputError:
         try:
-            source = find_source(_base_of_quantized(name), self.environ)
+            source = find_source(_base_of_quantized(_without_remark(name)), self.environ)
         except InputError as error:
             at_hand = os.path.isdir(name) or cached_folder(name, self.environ)
             return error if at_hand else InputError(f"unknown model `{name}`")
@@ -400,10 +472,28 @@ def _base_of_quantized(name: str) -> str:
     return base if base != name.rpartition("/")[2] and find_model(base) is not None else name
 
 
-def _plan(model: ModelSource, gpu: Device | None, settings: Mapping[str, Any]) -> TrainingPlan:
+def _plan(
+    model: ModelSource,
+    gpu: Device | None,
+    settings: Mapping[str, Any],
+    check: Callable[[ModelSpec, TrainingPlan], object],
+) -> TrainingPlan:
     plan = estimate_recipe(model.spec, gpu, settings).plan
-    plan.resolved_method.count(model.spec, plan.method_settings)  # every target module is there
+    check(model.spec, plan)
     return plan
+
+
+def _with_modules_found(model: ModelSpec, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without target modules that the model has not: PEFT adapts those that it finds,
+    and complains where it finds none."""
+    known = {linear.name for linear in model.linears}
+    found = tuple(name for name in settings.get("target_modules") or () if name in known)
+    return {**settings, "target_modules": found} if found else settings
+
+
+def _check_modules(model: ModelSpec, plan: TrainingPlan) -> None:
+    """Raises InputError unless every target module is there."""
+    plan.resolved_method.count(model, plan.method_settings)
 
 
 def _listed(names: list[str]) -> str:

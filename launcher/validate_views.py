@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
+from ftplan.launcher.cases import TRAINERS_OF_CASES, UNKNOWN_TRAINER
 from ftplan.launcher.ui import table
 from ftplan.planner.accuracy import (
     FAR_UNDER,
@@ -17,6 +18,7 @@ from ftplan.planner.accuracy import (
     GroupStatistics,
     errors_by_group,
     grouped,
+    percentile,
 )
 from ftplan.planner.units import format_bytes, format_count, format_percent
 
@@ -37,6 +39,12 @@ _LEGEND = (
     "percentile) are of their size, bias is their mean, under the share of runs predicted too low."
 )
 
+_BOUNDS_LEGEND = (
+    "Of these runs only a limit of the rows' length is known. They are predicted at that limit, "
+    "which should be above what was measured. Held: the share where it is; closest and median: "
+    "predicted / measured - 1."
+)
+
 
 def report(comparisons: Sequence[Comparison]) -> list[RenderableType]:
     """All tables, those that would be empty left out."""
@@ -47,8 +55,13 @@ def report(comparisons: Sequence[Comparison]) -> list[RenderableType]:
         parts += [statistics_table(predicted, quantity), ""]
     if compared:
         parts += [_LEGEND, "", worst_table(predicted, compared[0]), ""]
+    bounds = [c for c in predicted if c.is_bound]
+    if any(c.excess(q) is not None for c in bounds for q in QUANTITIES):
+        parts += [bounds_table(bounds), "", _BOUNDS_LEGEND, ""]
     if len(predicted) < len(comparisons):
         parts += [refusals_table(comparisons), ""]
+    if any(c.refused[0].startswith(UNKNOWN_TRAINER) for c in comparisons if c.refused):
+        parts += [f"Trainers that are modelled: {', '.join(TRAINERS_OF_CASES)}.", ""]
     count, refused = len(comparisons), len(comparisons) - len(predicted)
     cases = "1 case" if count == 1 else f"{count} cases"
     parts.append(f"{cases}: {len(predicted)} predicted, {refused} refused")
@@ -148,6 +161,31 @@ def worst_table(comparisons: Iterable[Comparison], quantity: str) -> Table:
         (">off by", ">predicted", ">measured", "case"),
         rows,
     )
+
+
+def bounds_table(bounds: Sequence[Comparison]) -> Table:
+    """How far upper bounds are above what was measured, by quantity and source."""
+    names = short_sources({c.source for c in bounds})
+    rows: list[list[RenderableType]] = []
+    for quantity in QUANTITIES:
+        for source in sorted(names):
+            found = [c.excess(quantity) for c in bounds if c.source == source]
+            above = [excess for excess in found if excess is not None]
+            if not above:
+                continue
+            held = sum(excess >= 0 for excess in above) / len(above)
+            rows.append(
+                [
+                    _TITLES[quantity].lower(),
+                    names[source],
+                    f"{len(above)}",
+                    f"{100 * held:.0f} %",
+                    format_percent(min(above)),
+                    format_percent(percentile(above, 0.5)),
+                ]
+            )
+    columns = ("quantity", "source", ">runs", ">held", ">closest", ">median")
+    return table("Upper bounds", columns, rows)
 
 
 def refusals_table(comparisons: Iterable[Comparison]) -> Table:

@@ -33,7 +33,9 @@ class Prediction:
 class Comparison:
     """A prediction beside what was measured; or, with no prediction, why it was refused.
 
-    `refused` names every reason, the weightiest first.
+    `refused` names every reason, the weightiest first. `is_bound`: the rows' length is known as a
+    limit only, at which they were predicted: the prediction is an upper bound, and no error of it
+    can be told.
     """
 
     id: str
@@ -43,12 +45,21 @@ class Comparison:
     measured: Mapping[str, float | None]
     predicted: Prediction | None
     refused: tuple[str, ...] = ()
+    is_bound: bool = False
 
     def __post_init__(self) -> None:
         assert (self.predicted is None) == bool(self.refused), "predicted, or refused with a reason"
 
     def error(self, quantity: str) -> float | None:
-        """Relative error of one quantity; None unless it was predicted and measured."""
+        """Relative error of one quantity; None unless it was predicted, not as a bound, and
+        measured."""
+        return None if self.is_bound else self._difference(quantity)
+
+    def excess(self, quantity: str) -> float | None:
+        """How far an upper bound is above what was measured, relative to that; None as above."""
+        return self._difference(quantity) if self.is_bound else None
+
+    def _difference(self, quantity: str) -> float | None:
         predicted = getattr(self.predicted, quantity, None)
         measured = self.measured.get(quantity)
         if predicted is None or measured is None:
@@ -62,6 +73,7 @@ class Comparison:
             "predicted": asdict(self.predicted) if self.predicted else None,
             "measured": dict(self.measured),
             "relative_error": {quantity: self.error(quantity) for quantity in QUANTITIES},
+            "bound": "upper" if self.is_bound else None,
             "refused": "; ".join(self.refused) or None,
         }
 

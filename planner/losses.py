@@ -75,7 +75,6 @@ class StockLoss:
         bias: Weight | None,
         *,
         shifts_logits: bool,
-        returns_fp32: bool,
         lets_logits_go: bool = False,
         in_16_bits: bool = False,
         in_place: bool = False,
@@ -85,7 +84,7 @@ class StockLoss:
         are none. `in_place`: the cross-entropy writes its gradient over the logits (Unsloth's, in
         fms-acceleration). `watch` gets the output projection's result, and returns it."""
         self.head, self.weight, self.bias, self.watch = head, weight, bias, watch
-        self.shifts_logits, self.returns_fp32 = shifts_logits, returns_fp32
+        self.shifts_logits = shifts_logits
         self.lets_logits_go, self.in_16_bits = lets_logits_go, in_16_bits
         self.in_place = in_place
 
@@ -95,8 +94,6 @@ class StockLoss:
         if self.lets_logits_go and not self.in_16_bits:
             logits = f.cast(tape, logits, FLOAT32)
         loss = self._cross_entropy(tape, logits)
-        if self.returns_fp32:  # accelerate's autocast converts what the model returns
-            logits = f.cast(tape, logits, FLOAT32)
         held.append(logits)
         return loss
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ftplan.planner import functions as f
 from ftplan.planner.decoder_layer import DecoderLayer
 from ftplan.planner.embeddings import Embeddings
 from ftplan.planner.exchange import Alone, Exchange, Place
@@ -583,6 +584,10 @@ class _StepTracer:
                 hidden = module(tape, hidden)
             tape.component = "logits_and_loss"
             result = loss(tape, hidden, self.held)
+            del hidden
+            if settings.returns_fp32 and self.held:
+                # accelerate's autocast converts what the model returns.
+                self.held.append(f.cast(tape, self.held.pop(), FLOAT32))
             if self.with_gradients:
                 self.held_to_backward = tape.empty(constant(settings.loss_copies), 1)
             if not settings.holds_logits:
@@ -614,7 +619,6 @@ class _StepTracer:
             weight,
             bias,
             shifts_logits=settings.shifts_logits,
-            returns_fp32=settings.returns_fp32,
             lets_logits_go=settings.lets_logits_go,
             in_16_bits=settings.loses_in_16_bits,
             in_place=settings.loss == "triton_ce",

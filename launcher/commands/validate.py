@@ -18,6 +18,7 @@ from ftplan.launcher.host import usable_cores
 from ftplan.launcher.ui import Ui
 from ftplan.planner.accuracy import Comparison, Prediction
 from ftplan.planner.errors import FtplanError, InputError
+from ftplan.planner.litgpt import estimate_litgpt
 from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.replayed import replayed_memory
@@ -123,31 +124,46 @@ def _compared(predict: Callable[[Case], Prediction], case: Case | Refusal) -> Co
         id=case.id,
         source=case.source,
         trainer=case.trainer,
-        method=case.plan.method,
+        method=case.method,
         measured=case.measured,
         predicted=prediction,
         refused=(refused,) if refused else (),
+        is_bound=prediction is not None and case.length_is == "cap",
     )
 
 
 def closed_form(case: Case) -> Prediction:
     """The prediction of `ftplan estimate`; raises InputError for what it does not model."""
-    _check_length(case)
+    if case.is_litgpt:
+        return _prediction(case, _litgpt_memory(case))
     plan = _plan_of_its_time(case)
     memory = replayed_memory(case.model.spec, plan, device=case.gpu, stack=_stack(case))
     return _prediction(case, memory)
+
+
+def _litgpt_memory(case: Case) -> MemoryEstimate:
+    return estimate_litgpt(
+        case.model.spec,
+        case.plan,
+        case.gpu,
+        longest_first=case.longest_first,
+        second_adapter=case.second_adapter,
+    )
 
 
 def _stack(case: Case) -> Stack:
     """What the case's software does beyond the plan's settings."""
     # TRL leaves it out for a base to be sharded (`is_sharded_qlora` in 0.13's sft_trainer.py).
     prepared = case.kbit_prepare and not case.plan.shards_parameters
+    # Rows below a limit differ in length, and the shorter ones of a batch are padded.
+    several = case.plan.per_device_train_batch_size > 1 and not case.packing
     return Stack(
         kbit_prepare=prepared,
         casts_back=prepared and (_version("trl", case.software) or (1,)) < (1,),
         repeats_key_value=case.repeats_key_value,
         fused_kernels=case.fused_kernels,
         fsdp_version=case.fsdp_version,
+        padded=several and case.length_is == "cap",
         transformers_version=_version("transformers", case.software),
     )
 
@@ -164,7 +180,8 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
     """The prediction of `ftplan estimate --exact`; raises InputError for what it cannot model."""
     from ftplan.launcher.exact import case_of, memory_of
 
-    _check_length(case)
+    if case.is_litgpt:
+        raise InputError("litgpt is modelled in closed form only")
     version = _version("transformers", case.software)
     if (
         version
@@ -185,15 +202,10 @@ def _version(package: str, software: str) -> tuple[int, ...] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _check_length(case: Case) -> None:
-    if case.length_is != "exact":
-        raise InputError("the length of the rows is not said, only a limit (`cap`)")
-
-
 def _prediction(case: Case, memory: MemoryEstimate) -> Prediction:
     model, plan = case.model.spec, case.plan
     speed = None
-    if case.gpu is not None:
+    if case.gpu is not None and case.length_is == "exact" and not case.is_litgpt:
         tokens = plan.per_device_train_batch_size * plan.max_length
         step = estimate_step_time(
             model, plan, case.gpu, tokens_per_micro_batch=tokens, mean_length=plan.max_length
