@@ -12,13 +12,10 @@ from ftplan.planner.prequantized import PREQUANTIZED
 
 MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form does not model; what they train and add is counted for all.
-# Keys and values in front of a layer's own change attention itself, and so do the prompts of
-# LLaMA-Adapter; OSF's gradients go through hooks, BOFT's rotations through a solver.
+# The prompts of LLaMA-Adapter change attention itself, and the keys and values of Cartridges begin
+# with frozen ones; OSF's gradients go through hooks, BOFT's rotations through a solver.
 UNMODELLED_METHODS = frozenset(
-    (
-        *("adaption-prompt", "boft", "bottleneck", "cartridge", "osf", "p-tuning-v2"),
-        *("prefix-tuning", "shadow"),
-    )
+    ("adaption-prompt", "boft", "bottleneck", "cartridge", "osf", "shadow")
 )
 MODELLED_METHODS = frozenset(METHODS) - UNMODELLED_METHODS
 # Methods that are modelled with every base and sharding, with PEFT's options as they are.

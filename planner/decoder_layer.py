@@ -18,13 +18,17 @@ from ftplan.planner.modules import (
     base_linear,
     norm_module,
 )
+from ftplan.planner.prefixes import KeyValueCache
 from ftplan.planner.separate_experts import SeparateExperts
 from ftplan.planner.tape import Tape, Tensor
 
 
-def attention_module(attention: Attention, numerics: Numerics) -> Module:
-    kind = LatentAttention if attention.latents else SelfAttention
-    return kind(attention, numerics)
+def attention_module(
+    attention: Attention, numerics: Numerics, cache: KeyValueCache | None = None
+) -> Module:
+    if attention.latents:
+        return LatentAttention(attention, numerics)
+    return SelfAttention(attention, numerics, cache)
 
 
 def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
@@ -40,9 +44,11 @@ def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
 class DecoderLayer:
     """One layer, built once and run as often as it is computed."""
 
-    def __init__(self, layer: Layer, numerics: Numerics) -> None:
+    def __init__(
+        self, layer: Layer, numerics: Numerics, cache: KeyValueCache | None = None
+    ) -> None:
         self.layer = layer
-        self.attention = attention_module(layer.attention, numerics)
+        self.attention = attention_module(layer.attention, numerics, cache)
         self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
         self.feeding = [self.feed_forward]
         if layer.feeds_by_itself:

@@ -69,6 +69,12 @@ class Method:
     peft_options: Mapping[str, Any] = field(default_factory=dict)
     takes: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def fills_cache(self) -> bool:
+        """Layers are given what it trains by their cache of keys and values. Checkpointed ones are
+        given no cache (`GradientCheckpointingLayer` of transformers 5)."""
+        return self.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
+
     def check_trained(self) -> None:
         """Raises InputError where ftplan has no trainer for the method."""
         if not self.has_trainer:

@@ -14,6 +14,7 @@ from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
 from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm
 from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
+from ftplan.planner.prefixes import KeyValueCache
 from ftplan.planner.prequantized import PREQUANTIZED, PrequantizedLinear
 from ftplan.planner.rotary import Rotary
 from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant, per_token, scaled, times
@@ -35,7 +36,8 @@ class Numerics:
     rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
     `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
     are modules. `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is
-    longer than; either needs a mask.
+    longer than, `keys_in_front`: learned keys of each row; each of them needs a mask, of which a
+    kernel's copy has rows that are `mask_padding` entries longer.
     """
 
     weights: int
@@ -58,6 +60,8 @@ class Numerics:
     separate_experts: bool = False
     padded: bool = False
     masked_windows: frozenset[int] = frozenset()
+    keys_in_front: int = 0
+    mask_padding: int = 0
 
 
 class PlainLinear:
@@ -315,7 +319,11 @@ def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKerne
         numerics.attn_implementation,
         mask_width=numerics.residual,
         repeats_key_value=numerics.repeats_key_value,
-        masked=numerics.padded or attention.reach in numerics.masked_windows,
+        masked=numerics.padded
+        or bool(numerics.keys_in_front)
+        or attention.reach in numerics.masked_windows,
+        keys_in_front=numerics.keys_in_front,
+        mask_padding=numerics.mask_padding,
         sinks=sinks,
     )
 
@@ -323,8 +331,10 @@ def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKerne
 class SelfAttention:
     """Projections, rotation, the kernel, and the output projection."""
 
-    def __init__(self, attention: Attention, numerics: Numerics) -> None:
-        self.attention = attention
+    def __init__(
+        self, attention: Attention, numerics: Numerics, cache: KeyValueCache | None = None
+    ) -> None:
+        self.attention, self.cache = attention, cache
         self.inputs = [linear_module(linear, numerics) for linear in attention.inputs]
         self.output = linear_module(attention.output, numerics)
         norms = (attention.query_norm, attention.key_norm)
@@ -341,6 +351,8 @@ class SelfAttention:
             query, key = self.rotary(tape, query, key)
         if self.attention.normalizes_after_rotation:
             query, key = self._normalize(tape, query, key)
+        if self.cache is not None:
+            key, value = self.cache.update(tape, key, value)
         result = self.kernel(tape, query, key, value)
         return self.output(tape, result)
 

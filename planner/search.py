@@ -206,7 +206,7 @@ def candidates(
     batch = policy.effective_batch_size(data.num_train_rows)
     for size in _micro_batches(base.plan, given, batch.value):
         for plan in _with_losses(_with_batch(base, given, size, batch), device, given):
-            if "gradient_checkpointing" in given:
+            if "gradient_checkpointing" in given or chosen.fills_cache:
                 yield plan
                 continue
             for checkpointing, why in _CHECKPOINTING.items():

@@ -12,6 +12,7 @@ from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.objectives import keeps_reference
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.prefixes import keys_in_front, prefix_of
 from ftplan.planner.prompts import prompt_maker, tokens_in_front
 from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
@@ -20,6 +21,7 @@ from ftplan.planner.trained import COPIES, Trained
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 
 FLOAT32_BYTES = 4
+MASK_ALIGNMENT = 16  # ATen's memory-efficient kernel reads a mask in pieces of so many entries
 NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 
 
@@ -27,22 +29,26 @@ NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 class Workload:
     """What is discrete about the largest micro-batch: all else is linear in its rows and tokens.
 
-    `masked_windows`: sliding windows that do not see all of a row.
+    `masked_windows`: sliding windows that do not see all of a row. `mask_padding`: entries by which
+    a kernel that copies masks makes their rows longer.
     """
 
     single_row: bool
     accumulates: bool
     loss_shape: LossShape
     masked_windows: frozenset[int]
+    mask_padding: int
 
     @staticmethod
     def of(model: ModelSpec, plan: TrainingPlan, rows: int, length: int) -> Workload:
         """Of a micro-batch of so many rows, as the model is given them (`model_rows`)."""
+        in_front = keys_in_front(plan.resolved_method.options(plan.method_settings))
         return Workload(
             rows == 1,
             plan.gradient_accumulation_steps > 1,
             LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size),
             frozenset(window for window in model.sliding_windows if window < length),
+            -(length + in_front) % MASK_ALIGNMENT if in_front else 0,
         )
 
 
@@ -93,6 +99,8 @@ def step_settings(
             separate_experts=stack.separates_experts,
             padded=stack.padded,
             masked_windows=workload.masked_windows,
+            keys_in_front=keys_in_front(options),
+            mask_padding=workload.mask_padding,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_names=_trained_in_layers(model, trained),
@@ -132,6 +140,7 @@ def step_settings(
         reduction=_reduction(plan, trained),
         update=plan.optimizer.update(),
         pairs_rows=objective.pairs_rows,
+        prefix=prefix_of(options, trained, model.num_hidden_layers, width, outer),
         prompts=prompt_maker(options, trained, model.hidden_size, width),
         tokens_in_front=in_front,
         num_trained_tokens=trained.num_trained_tokens,
@@ -152,7 +161,10 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
     """The model as it was: without adapters, or a second one. TRL does not freeze that, so autocast
     takes its parameters as trained ones."""
     if not keeps_reference(plan) and plan.resolved_method.adapter:
-        return dataclasses.replace(settings, adapted={}, num_trained_tokens=0)
+        numerics = dataclasses.replace(settings.numerics, keys_in_front=0)
+        return dataclasses.replace(
+            settings, numerics=numerics, adapted={}, num_trained_tokens=0, prefix=None
+        )
     if not keeps_reference(plan):
         return settings
     return dataclasses.replace(
