@@ -12,11 +12,9 @@ from ftplan.planner.prequantized import PREQUANTIZED
 
 MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form does not model; what they train and add is counted for all.
-# The prompts of LLaMA-Adapter change attention itself, and the keys and values of Cartridges begin
-# with frozen ones; OSF's gradients go through hooks, BOFT's rotations through a solver.
-UNMODELLED_METHODS = frozenset(
-    ("adaption-prompt", "boft", "bottleneck", "cartridge", "osf", "shadow")
-)
+# The prompts of LLaMA-Adapter change attention itself; OSF's gradients go through hooks, BOFT's
+# rotations through a solver.
+UNMODELLED_METHODS = frozenset(("adaption-prompt", "boft", "bottleneck", "osf", "shadow"))
 MODELLED_METHODS = frozenset(METHODS) - UNMODELLED_METHODS
 # Methods that are modelled with every base and sharding, with PEFT's options as they are.
 _PLAIN_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))

@@ -1,5 +1,5 @@
-"""Learned keys and values in front of each layer's own on a tape: prefix tuning (PEFT 0.21,
-`PeftModel.get_prompt`).
+"""Learned keys and values in front of each layer's own on a tape: prefix tuning and Cartridges
+(PEFT 0.21, `PeftModel.get_prompt`).
 
 PEFT makes those of all layers at once and puts a copy of each layer's into a cache, which the layer
 joins with its own and keeps so until the loss is computed (transformers' `DynamicCache`).
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftplan.planner import functions as f
-from ftplan.planner.peft_options import PeftOptions
+from ftplan.planner.peft_options import CACHE_FILLING, PeftOptions
 from ftplan.planner.tape import (
     Form,
     Tape,
@@ -26,7 +26,8 @@ from ftplan.planner.trained import Trained
 
 def keys_in_front(options: PeftOptions) -> int:
     """For how many tokens each layer is given keys and values."""
-    return options.count("num_virtual_tokens") if options.peft_type == "PREFIX_TUNING" else 0
+    filling = options.peft_type in CACHE_FILLING
+    return options.count("num_virtual_tokens") if filling else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,9 @@ class Prefix:
     """Keys and values of `num_tokens` in front of each row, for `num_layers` layers.
 
     `embedding`, `transform`: elements of the table, and of the weights and biases of the network
-    that makes them of it, if there is one. `weight_width`: bytes of these; `width`: of a key's
-    value, as the base is held. `key_width`: values of a token's keys.
+    that makes them of it, if there is one. `frozen`: elements of the table's part that is not
+    trained; `looks_up`: it is asked for tokens, not taken whole. `weight_width`: bytes of these;
+    `width`: of a key's value, as the base is held. `key_width`: values of a token's keys.
     """
 
     num_tokens: int
@@ -43,6 +45,8 @@ class Prefix:
     key_width: int
     embedding: int
     transform: tuple[int, ...]
+    frozen: int
+    looks_up: bool
     weight_width: int
     width: int
 
@@ -96,14 +100,23 @@ class Prefix:
         """(rows, tokens, keys and values of all layers)."""
         embedding = Weight(self.embedding, self.weight_width, trained=True)
         size = 2 * self.num_layers * self.key_width
+        whole = per_row(self.num_tokens * size)
+        if not self.looks_up:
+            return f.broadcast(tape, self._joined(tape, embedding), whole)
         if not self.transform:
-            return f.look_up(tape, embedding, per_row(self.num_tokens * size))
+            return f.look_up(tape, embedding, whole)
         inner = self.transform[1]
         wide = self.embedding // self.num_tokens
         weights = [Weight(n, self.weight_width, trained=True) for n in self.transform]
         made = f.look_up(tape, embedding, per_row(self.embedding))
         made = self._product(tape, made, weights[:2], wide, inner)
         return self._product(tape, f.tanh(tape, made), weights[2:], inner, size)
+
+    def _joined(self, tape: Tape, trained: Weight) -> Tensor:
+        if not self.frozen:
+            return trained
+        frozen = Weight(self.frozen, f.FLOAT32, trained=False)
+        return f.join(tape, [frozen, trained])
 
     @staticmethod
     def _product(tape: Tape, x: Tensor, own: list[Weight], deep: int, wide: int) -> Tensor:
@@ -119,13 +132,16 @@ def prefix_of(
     if not tokens:
         return None
     embedding, *transform = (p.num_elements for p in trained.adapters)
-    last = transform[-1] if transform else embedding // tokens
+    frozen = trained.frozen_parameters
+    last = transform[-1] if transform else (embedding + frozen) // tokens
     return Prefix(
         num_tokens=tokens,
         num_layers=num_layers,
         key_width=last // (2 * num_layers),
         embedding=embedding,
         transform=tuple(transform),
+        frozen=frozen,
+        looks_up=options.peft_type != "CARTRIDGE",
         weight_width=weight_width,
         width=width,
     )
