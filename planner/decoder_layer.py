@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ftplan.planner import functions as f
+from ftplan.planner.bottlenecks import Bottleneck
 from ftplan.planner.latent_attention import LatentAttention
 from ftplan.planner.mixtures import EveryExpert, MixtureOfExperts
 from ftplan.planner.model_spec import Attention, FeedForward, Layer
@@ -54,6 +55,10 @@ class DecoderLayer:
         if layer.feeds_by_itself:
             assert isinstance(self.feed_forward, Mlp)
             self.feeding = self.feed_forward.steps
+        width = layer.attention.output.out_features
+        self.behind_attention, self.behind_feed_forward = (
+            [Bottleneck(width, numerics)] if numerics.has_bottlenecks else [] for _ in range(2)
+        )
         places = (
             layer.attention_norm,
             layer.post_attention_norm,
@@ -67,8 +72,11 @@ class DecoderLayer:
             return self._in_parallel(tape, hidden)
         before, behind, before_second, behind_second = self.norms
         held: dict[str, Tensor] = {}
-        hidden = self._block(tape, hidden, before, [self.attention], behind, held)
-        return self._block(tape, hidden, before_second, self.feeding, behind_second, {})
+        attend, feed = [self.attention], self.feeding
+        hidden = self._block(tape, hidden, before, attend, self.behind_attention, behind, held)
+        return self._block(
+            tape, hidden, before_second, feed, self.behind_feed_forward, behind_second, {}
+        )
 
     def _block(
         self,
@@ -76,6 +84,7 @@ class DecoderLayer:
         hidden: Tensor,
         before: Module | None,
         modules: Sequence[Module],
+        bottlenecks: Sequence[Bottleneck],
         behind: Module | None,
         held: dict[str, Tensor],
     ) -> Tensor:
@@ -88,6 +97,8 @@ class DecoderLayer:
         for module in modules:
             hidden = module(tape, hidden)
         hidden = f.dropout(tape, hidden, self.layer.dropout)
+        for bottleneck in bottlenecks:
+            hidden = bottleneck(tape, hidden)
         if "attended" in self.layer.holds:
             held["attended"] = hidden
         if self.layer.normalizes_sums:
@@ -104,7 +115,11 @@ class DecoderLayer:
         before, _, before_second, _ = self.norms
         normalized = before(tape, hidden) if before else hidden
         attended = f.dropout(tape, self.attention(tape, normalized), self.layer.dropout)
+        for bottleneck in self.behind_attention:
+            attended = bottleneck(tape, attended)
         if before_second is not None:
             normalized = before_second(tape, hidden)
         fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
+        for bottleneck in self.behind_feed_forward:
+            fed = bottleneck(tape, fed)
         return f.add(tape, f.add(tape, attended, fed), residual)

@@ -37,7 +37,8 @@ class Numerics:
     `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
     are modules. `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is
     longer than, `keys_in_front`: learned keys of each row; each of them needs a mask, of which a
-    kernel's copy has rows that are `mask_padding` entries longer.
+    kernel's copy has rows that are `mask_padding` entries longer. `has_bottlenecks`: small networks
+    stand behind attention and feed-forward.
     """
 
     weights: int
@@ -62,6 +63,13 @@ class Numerics:
     masked_windows: frozenset[int] = frozenset()
     keys_in_front: int = 0
     mask_padding: int = 0
+    has_bottlenecks: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether the layer has something that is trained, or is given it."""
+        beside = self.adapted or self.keys_in_front or self.has_bottlenecks
+        return bool(self.trained or beside)
 
 
 class PlainLinear:

@@ -101,6 +101,7 @@ def step_settings(
             masked_windows=workload.masked_windows,
             keys_in_front=keys_in_front(options),
             mask_padding=workload.mask_padding,
+            has_bottlenecks=plan.method == "bottleneck",
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_names=_trained_in_layers(model, trained),
@@ -161,7 +162,7 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
     """The model as it was: without adapters, or a second one. TRL does not freeze that, so autocast
     takes its parameters as trained ones."""
     if not keeps_reference(plan) and plan.resolved_method.adapter:
-        numerics = dataclasses.replace(settings.numerics, keys_in_front=0)
+        numerics = dataclasses.replace(settings.numerics, keys_in_front=0, has_bottlenecks=False)
         return dataclasses.replace(
             settings, numerics=numerics, adapted={}, num_trained_tokens=0, prefix=None
         )

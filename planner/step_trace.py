@@ -366,7 +366,7 @@ class _StepTracer:
                 known[key] = self._layer(layer, numerics, learns, width, exchange, holds_input)
             segments.append(known[key])
             found.append(key)
-            learns = learns or bool(numerics.trained or numerics.adapted or settings.prefix)
+            learns = learns or numerics.learns
         segments.append(self._loss(learns, segments[-1].result_width, places[-1].exchange()))
         found.append("loss")
         if self._tied:
@@ -380,7 +380,7 @@ class _StepTracer:
         settings, model = self.settings, self.model
         if settings.reduction is not None:
             learn = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
-            trains = [bool(numerics.trained or numerics.adapted) for numerics in learn]
+            trains = [bool(n.trained or n.adapted or n.has_bottlenecks) for n in learn]
             outside = (settings.trains_input, settings.trains_head)
             return zero_places(settings.reduction, [outside[0], *trains, outside[1]])
         if settings.spread is None:

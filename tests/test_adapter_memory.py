@@ -14,6 +14,7 @@ from ftplan.planner.families import spec_from_config
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.methods import METHODS
 from ftplan.planner.trained import target_names
+from tests.bottlenecks import insert_bottlenecks
 from tests.dry_runs import GPT2, LLAMA, cuda_case
 from tests.test_dry_run_methods import SMALL
 
@@ -108,5 +109,23 @@ def test_options_of_lora(settings: dict[str, Any]) -> None:
 )
 def test_keys_and_values_in_front(settings: dict[str, Any]) -> None:
     given = {"method": "prefix-tuning", **settings}
+    config = given.pop("config", WIDE_LLAMA)
+    assert abs(relative_error(config, **given)) < 0.001
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="kept"),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointed"),
+        pytest.param({"mixed_precision": "no"}, id="without autocast"),
+        pytest.param({"quantization": "nf4"}, id="a quantized base"),
+        pytest.param({"config": WIDE_GPT2}, id="GPT-2"),
+    ],
+)
+def test_bottlenecks(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No trainer builds them: they are put into the model that the dry run traces."""
+    monkeypatch.setattr("ftplan.launcher.dry_run.step.apply_method", insert_bottlenecks)
+    given = {"method": "bottleneck", **settings}
     config = given.pop("config", WIDE_LLAMA)
     assert abs(relative_error(config, **given)) < 0.001
