@@ -14,7 +14,7 @@ MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form does not model; what they train and add is counted for all.
 # The prompts of LLaMA-Adapter change attention itself; OSF's gradients go through hooks, BOFT's
 # rotations through a solver.
-UNMODELLED_METHODS = frozenset(("adaption-prompt", "boft", "osf", "shadow"))
+UNMODELLED_METHODS = frozenset(("boft", "osf", "shadow"))
 MODELLED_METHODS = frozenset(METHODS) - UNMODELLED_METHODS
 # Methods that are modelled with every base and sharding, with PEFT's options as they are.
 _PLAIN_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))

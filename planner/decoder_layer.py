@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ftplan.planner import functions as f
+from ftplan.planner.adaption_prompts import prompted
 from ftplan.planner.bottlenecks import Bottleneck
 from ftplan.planner.latent_attention import LatentAttention
 from ftplan.planner.mixtures import EveryExpert, MixtureOfExperts
@@ -49,13 +50,14 @@ class DecoderLayer:
         self, layer: Layer, numerics: Numerics, cache: KeyValueCache | None = None
     ) -> None:
         self.layer = layer
-        self.attention = attention_module(layer.attention, numerics, cache)
+        width = layer.attention.output.out_features
+        attention = attention_module(layer.attention, numerics, cache)
+        self.attention = prompted(attention, width, numerics)
         self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
         self.feeding = [self.feed_forward]
         if layer.feeds_by_itself:
             assert isinstance(self.feed_forward, Mlp)
             self.feeding = self.feed_forward.steps
-        width = layer.attention.output.out_features
         self.behind_attention, self.behind_feed_forward = (
             [Bottleneck(width, numerics)] if numerics.has_bottlenecks else [] for _ in range(2)
         )

@@ -38,7 +38,8 @@ class Numerics:
     are modules. `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is
     longer than, `keys_in_front`: learned keys of each row; each of them needs a mask, of which a
     kernel's copy has rows that are `mask_padding` entries longer. `has_bottlenecks`: small networks
-    stand behind attention and feed-forward.
+    stand behind attention and feed-forward. `prompt_tokens`: of a prompt that attention also looks
+    at, in `prompt_width` bytes a parameter.
     """
 
     weights: int
@@ -64,12 +65,19 @@ class Numerics:
     keys_in_front: int = 0
     mask_padding: int = 0
     has_bottlenecks: bool = False
+    prompt_tokens: int = 0
+    prompt_width: int = 2
+
+    @property
+    def trains(self) -> bool:
+        """Whether something is trained in the layer."""
+        beside = self.adapted or self.has_bottlenecks or self.prompt_tokens
+        return bool(self.trained or beside)
 
     @property
     def learns(self) -> bool:
-        """Whether the layer has something that is trained, or is given it."""
-        beside = self.adapted or self.keys_in_front or self.has_bottlenecks
-        return bool(self.trained or beside)
+        """Whether something is trained in the layer, or comes to it from what is."""
+        return self.trains or bool(self.keys_in_front)
 
 
 class PlainLinear:

@@ -79,6 +79,7 @@ def step_settings(
     )
     in_model = plan.loss != "trl-fused"  # TRL's own is computed outside of the model
     in_front, width = tokens_in_front(options), adapter_weight_bytes(plan)
+    attends_prompts = options.peft_type == "ADAPTION_PROMPT"
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
     spread = spread_of(plan, stack)
     settings = StepSettings(
@@ -102,6 +103,8 @@ def step_settings(
             keys_in_front=keys_in_front(options),
             mask_padding=workload.mask_padding,
             has_bottlenecks=plan.method == "bottleneck",
+            prompt_tokens=options.count("adapter_len") if attends_prompts else 0,
+            prompt_width=plan.weight_bytes if plan.quantization == "none" else width,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_names=_trained_in_layers(model, trained),
@@ -141,6 +144,7 @@ def step_settings(
         reduction=_reduction(plan, trained),
         update=plan.optimizer.update(),
         pairs_rows=objective.pairs_rows,
+        prompted=frozenset(trained.adapted_layers if attends_prompts else ()),
         prefix=prefix_of(options, trained, model.num_hidden_layers, width, outer),
         prompts=prompt_maker(options, trained, model.hidden_size, width),
         tokens_in_front=in_front,
@@ -164,7 +168,12 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
     if not keeps_reference(plan) and plan.resolved_method.adapter:
         numerics = dataclasses.replace(settings.numerics, keys_in_front=0, has_bottlenecks=False)
         return dataclasses.replace(
-            settings, numerics=numerics, adapted={}, num_trained_tokens=0, prefix=None
+            settings,
+            numerics=numerics,
+            adapted={},
+            num_trained_tokens=0,
+            prefix=None,
+            prompted=frozenset(),
         )
     if not keeps_reference(plan):
         return settings

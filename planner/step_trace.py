@@ -69,7 +69,8 @@ class StepSettings:
     `asks_before` it comes before training instead.
     `spread`: how several GPUs divide parameters, if they do; `reduction`: how they divide
     gradients alone. `update`: of an optimizer that steps within backward.
-    `prefix`: learned keys and values in front of each layer's own.
+    `prefix`: learned keys and values in front of each layer's own; `prompted`: places of the layers
+    whose attention looks at a prompt.
     `prompts` makes embeddings of `tokens_in_front` learned tokens, which rows are counted with;
     `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
     bytes of gradients that are there from the loss on; `loss_copies`: bytes that are held between
@@ -117,6 +118,7 @@ class StepSettings:
     early_gradients: int = 0
     loss_copies: int = 0
     prefix: Prefix | None = None
+    prompted: frozenset[int] = frozenset()
 
     @property
     def in_evaluation(self) -> StepSettings:
@@ -137,6 +139,7 @@ class StepSettings:
             self.numerics,
             trained=self.trained_names.get(place, frozenset()),
             adapted=self.adapted.get(place, frozenset()),
+            prompt_tokens=self.numerics.prompt_tokens if place in self.prompted else 0,
         )
 
 
@@ -380,7 +383,7 @@ class _StepTracer:
         settings, model = self.settings, self.model
         if settings.reduction is not None:
             learn = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
-            trains = [bool(n.trained or n.adapted or n.has_bottlenecks) for n in learn]
+            trains = [numerics.trains for numerics in learn]
             outside = (settings.trains_input, settings.trains_head)
             return zero_places(settings.reduction, [outside[0], *trains, outside[1]])
         if settings.spread is None:

@@ -110,7 +110,7 @@ def test_options_of_lora(settings: dict[str, Any]) -> None:
 def test_keys_and_values_in_front(settings: dict[str, Any]) -> None:
     given = {"method": "prefix-tuning", **settings}
     config = given.pop("config", WIDE_LLAMA)
-    assert abs(relative_error(config, **given)) < 0.001
+    assert abs(relative_error(config, **given)) < 0.002
 
 
 @pytest.mark.parametrize(
@@ -128,4 +128,4 @@ def test_bottlenecks(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("ftplan.launcher.dry_run.step.apply_method", insert_bottlenecks)
     given = {"method": "bottleneck", **settings}
     config = given.pop("config", WIDE_LLAMA)
-    assert abs(relative_error(config, **given)) < 0.001
+    assert abs(relative_error(config, **given)) < 0.002
