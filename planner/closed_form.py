@@ -12,9 +12,8 @@ from ftplan.planner.prequantized import PREQUANTIZED
 
 MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form does not model; what they train and add is counted for all.
-# The prompts of LLaMA-Adapter change attention itself; OSF's gradients go through hooks, BOFT's
-# rotations through a solver.
-UNMODELLED_METHODS = frozenset(("boft", "osf", "shadow"))
+# BOFT's kernel is one that PEFT compiles where it can; ShadowPEFT runs a second decoder.
+UNMODELLED_METHODS = frozenset(("boft", "shadow"))
 MODELLED_METHODS = frozenset(METHODS) - UNMODELLED_METHODS
 # Methods that are modelled with every base and sharding, with PEFT's options as they are.
 _PLAIN_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))

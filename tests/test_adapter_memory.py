@@ -24,6 +24,7 @@ WIDE_LLAMA = {**LLAMA, "hidden_size": 256, "intermediate_size": 512}
 WIDE_QWEN2 = {**WIDE_LLAMA, "model_type": "qwen2"}
 WIDE_GPT2 = {**GPT2, "n_embd": 256, "n_positions": 512}
 TOLERANCE = 0.006
+OPTIONS = {**SMALL, "adaption-prompt": ("adapter_layers=3",)}
 ADAPTERS = sorted(
     name
     for name in MODELLED_METHODS
@@ -60,7 +61,7 @@ def test_a_method_takes_what_its_step_takes(name: str, checkpointing: bool) -> N
     error = relative_error(
         WIDE_LLAMA,
         method=name,
-        peft_config=SMALL.get(name, ()),
+        peft_config=OPTIONS.get(name, ()),
         gradient_checkpointing=checkpointing,
     )
     assert abs(error) < TOLERANCE
@@ -109,6 +110,27 @@ def test_options_of_lora(settings: dict[str, Any]) -> None:
 )
 def test_keys_and_values_in_front(settings: dict[str, Any]) -> None:
     given = {"method": "prefix-tuning", **settings}
+    config = given.pop("config", WIDE_LLAMA)
+    assert abs(relative_error(config, **given)) < 0.002
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"method": "cartridge"}, id="a cache"),
+        pytest.param({"method": "adaption-prompt"}, id="prompts in three of four layers"),
+        pytest.param(
+            {"method": "adaption-prompt", "config": WIDE_GPT2, "gradient_checkpointing": True},
+            id="prompts in GPT-2",
+        ),
+        pytest.param(
+            {"method": "osf", "gradient_checkpointing": True}, id="gradients seen in part"
+        ),
+        pytest.param({"method": "osf", "dtype": "float32"}, id="hooks on gradients"),
+    ],
+)
+def test_methods_that_reach_into_attention_or_gradients(settings: dict[str, Any]) -> None:
+    given = {"peft_config": OPTIONS.get(settings["method"], ()), **settings}
     config = given.pop("config", WIDE_LLAMA)
     assert abs(relative_error(config, **given)) < 0.002
 
