@@ -279,3 +279,15 @@ def projected(tape: Tape, x: Tensor, inner: Form, *, subtracts: bool) -> Tensor:
 
         tape.attach([result], [x], [], backward)
     return result
+
+
+def solved(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    """The solution of linear equations in batches of matrices. Keeps x, its factors and the
+    solution (`linalg_solve_backward`)."""
+    tape.read(x, y)
+    saved = tape.save(x)
+    factors, result = tape.like(x), tape.like(y)
+    if tape.differentiates(x, y):
+        saved += tape.save(factors, result)
+        tape.attach([result], [x, y], saved, f._new(f._size(x), f._size(y)))
+    return result

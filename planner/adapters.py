@@ -965,6 +965,51 @@ class TinyloraLinear(Adapter):
         return f.cast(tape, result, before)
 
 
+class BoftLinear(Adapter):
+    """The input is turned by a matrix of orthogonal blocks, permuted there and back (tuners/boft).
+    PEFT's own kernel, where it could be compiled, makes a matrix of the same size."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        identity = g.matrix(tape, self.deep, self.deep, before)
+        ones = tape.empty(constant(self.wide), before)
+        blocks = self._blocks(tape)
+        permutation = f.cast(tape, self.added["boft_P"], before)
+        blocks = f.cast(tape, blocks, before)
+        mixed = self._square(tape, blocks, permutation)
+        mixed = self._square(tape, permutation, mixed)
+        rotation = f.cast(tape, self._square(tape, mixed, identity), before)
+        del identity
+        scale = f.multiply(tape, self.added["boft_s"], ones)
+        turned = g.matmul(tape, x, rotation, self.deep, self.deep)
+        result = self.base(tape, turned)
+        bias = self._bias()
+        if bias is not None:
+            result = g.subtract(tape, result, bias)
+        result = f.multiply(tape, result, scale)
+        if bias is not None:
+            result = f.add(tape, result, bias)
+        return f.cast(tape, result, before)
+
+    def _bias(self) -> Weight | None:
+        if not self.linear.bias:
+            return None
+        if isinstance(self.base, PlainLinear):
+            return bias_of(self.base)
+        return Weight(self.wide, self.numerics.weights, trained=False)
+
+    def _square(self, tape: Tape, left: Tensor, right: Tensor) -> Tensor:
+        return g.matmul(tape, left, right, self.deep, self.deep)
+
+    def _blocks(self, tape: Tape) -> Tensor:
+        """Cayley's transform of each block, put on the diagonal of a matrix."""
+        weight = self.added["boft_R"]
+        skew = f.scale(tape, g.subtract(tape, weight, weight))
+        left, right = f.scale(tape, skew), f.scale(tape, skew)  # identity plus and minus it
+        turns = g.solved(tape, left, right)
+        return g.put_at(tape, turns, constant(self.deep * self.deep))
+
+
 class OsfLinear(Adapter):
     """The lesser singular directions of the weight (tuners/osf). Hooks keep their gradients
     orthogonal to the others where the base is fp32: PEFT loses them as it casts adapters."""
@@ -1027,4 +1072,5 @@ _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "POLY": PolyLinear,
     "TINYLORA": TinyloraLinear,
     "OSF": OsfLinear,
+    "BOFT": BoftLinear,
 }

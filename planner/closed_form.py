@@ -12,8 +12,8 @@ from ftplan.planner.prequantized import PREQUANTIZED
 
 MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form does not model; what they train and add is counted for all.
-# BOFT's kernel is one that PEFT compiles where it can; ShadowPEFT runs a second decoder.
-UNMODELLED_METHODS = frozenset(("boft", "shadow"))
+# ShadowPEFT runs a second decoder beside the layers.
+UNMODELLED_METHODS = frozenset(("shadow",))
 MODELLED_METHODS = frozenset(METHODS) - UNMODELLED_METHODS
 # Methods that are modelled with every base and sharding, with PEFT's options as they are.
 _PLAIN_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))

@@ -127,9 +127,13 @@ def test_keys_and_values_in_front(settings: dict[str, Any]) -> None:
             {"method": "osf", "gradient_checkpointing": True}, id="gradients seen in part"
         ),
         pytest.param({"method": "osf", "dtype": "float32"}, id="hooks on gradients"),
+        pytest.param({"method": "boft"}, id="permuted blocks"),
+        pytest.param(
+            {"method": "boft", "config": WIDE_QWEN2, "quantization": "nf4"}, id="biases on nf4"
+        ),
     ],
 )
-def test_methods_that_reach_into_attention_or_gradients(settings: dict[str, Any]) -> None:
+def test_methods_with_ways_of_their_own(settings: dict[str, Any]) -> None:
     given = {"peft_config": OPTIONS.get(settings["method"], ()), **settings}
     config = given.pop("config", WIDE_LLAMA)
     assert abs(relative_error(config, **given)) < 0.002
