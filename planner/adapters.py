@@ -1002,11 +1002,12 @@ class BoftLinear(Adapter):
         return g.matmul(tape, left, right, self.deep, self.deep)
 
     def _blocks(self, tape: Tape) -> Tensor:
-        """Cayley's transform of each block, put on the diagonal of a matrix."""
+        """Cayley's transform of each block, in fp32, put on the diagonal of a matrix."""
         weight = self.added["boft_R"]
         skew = f.scale(tape, g.subtract(tape, weight, weight))
-        left, right = f.scale(tape, skew), f.scale(tape, skew)  # identity plus and minus it
-        turns = g.solved(tape, left, right)
+        identity = tape.empty(constant(self.deep), FLOAT32)
+        plus, minus = f.add(tape, identity, skew), g.subtract(tape, identity, skew)
+        turns = f.cast(tape, g.solved(tape, plus, minus), weight.width)
         return g.put_at(tape, turns, constant(self.deep * self.deep))
 
 
