@@ -24,7 +24,7 @@ WIDE_LLAMA = {**LLAMA, "hidden_size": 256, "intermediate_size": 512}
 WIDE_QWEN2 = {**WIDE_LLAMA, "model_type": "qwen2"}
 WIDE_GPT2 = {**GPT2, "n_embd": 256, "n_positions": 512}
 TOLERANCE = 0.006
-OPTIONS = {**SMALL, "adaption-prompt": ("adapter_layers=3",)}
+OPTIONS = {**SMALL, "adaption-prompt": ("adapter_layers=3",), "boft": ()}
 ADAPTERS = sorted(
     name
     for name in MODELLED_METHODS
