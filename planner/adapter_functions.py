@@ -261,3 +261,33 @@ def exponential(tape: Tape, x: Tensor) -> Tensor:
 def convolved(tape: Tape, x: Tensor) -> Tensor:
     """As many values by a convolution with frozen filters, which keeps its input."""
     return f._each_value(tape, x, saves_input=True)
+
+
+def projected(tape: Tape, x: Tensor, inner: Form, *, subtracts: bool) -> Tensor:
+    """x as it is. A hook multiplies its gradient by a matrix and its transpose, over `inner`
+    values; or subtracts that from it."""
+    result = Tensor(x.storage, x.elements, x.width)
+    if tape.differentiates(x):
+
+        def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
+            incoming = gradients[0]
+            assert incoming is not None
+            coefficients = tape.empty(inner, incoming.width)
+            product = tape.like(incoming)
+            del coefficients
+            return [tape.like(incoming) if subtracts else product]
+
+        tape.attach([result], [x], [], backward)
+    return result
+
+
+def solved(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    """The solution of linear equations in batches of matrices. Keeps x, its factors and the
+    solution (`linalg_solve_backward`)."""
+    tape.read(x, y)
+    saved = tape.save(x)
+    factors, result = tape.like(x), tape.like(y)
+    if tape.differentiates(x, y):
+        saved += tape.save(factors, result)
+        tape.attach([result], [x, y], saved, f._new(f._size(x), f._size(y)))
+    return result

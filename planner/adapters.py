@@ -78,6 +78,14 @@ def loss_copy_bytes(options: PeftOptions, trained: Trained, *, loss_in_model: bo
     return 2 * 2 * sum(p.num_elements for p in _early(options, trained))
 
 
+def unseen_gradient_bytes(options: PeftOptions, trained: Trained, width: int) -> int:
+    """Bytes that gradients hold beside what they are gradients of: OSF's are views of those of
+    matrices joined with frozen ones, where no hook makes new ones."""
+    if options.peft_type != "OSF":
+        return 0
+    return width * sum(p.num_elements for p in trained.adapters if p.name.endswith("V_low"))
+
+
 def _early(options: PeftOptions, trained: Trained) -> list[Parameter]:
     if options.peft_type == "ADALORA":
         return [p for p in trained.adapters if p.name.endswith(_REGULARIZED)]
@@ -957,6 +965,84 @@ class TinyloraLinear(Adapter):
         return f.cast(tape, result, before)
 
 
+class BoftLinear(Adapter):
+    """The input is turned by a matrix of orthogonal blocks, permuted there and back (tuners/boft).
+    PEFT's own kernel, where it could be compiled, makes a matrix of the same size."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before = x.width
+        identity = g.matrix(tape, self.deep, self.deep, before)
+        ones = tape.empty(constant(self.wide), before)
+        blocks = self._blocks(tape)
+        permutation = f.cast(tape, self.added["boft_P"], before)
+        blocks = f.cast(tape, blocks, before)
+        mixed = self._square(tape, blocks, permutation)
+        mixed = self._square(tape, permutation, mixed)
+        rotation = f.cast(tape, self._square(tape, mixed, identity), before)
+        del identity
+        scale = f.multiply(tape, self.added["boft_s"], ones)
+        turned = g.matmul(tape, x, rotation, self.deep, self.deep)
+        result = self.base(tape, turned)
+        bias = self._bias()
+        if bias is not None:
+            result = g.subtract(tape, result, bias)
+        result = f.multiply(tape, result, scale)
+        if bias is not None:
+            result = f.add(tape, result, bias)
+        return f.cast(tape, result, before)
+
+    def _bias(self) -> Weight | None:
+        if not self.linear.bias:
+            return None
+        if isinstance(self.base, PlainLinear):
+            return bias_of(self.base)
+        return Weight(self.wide, self.numerics.weights, trained=False)
+
+    def _square(self, tape: Tape, left: Tensor, right: Tensor) -> Tensor:
+        return g.matmul(tape, left, right, self.deep, self.deep)
+
+    def _blocks(self, tape: Tape) -> Tensor:
+        """Cayley's transform of each block, in fp32, put on the diagonal of a matrix."""
+        weight = self.added["boft_R"]
+        skew = f.scale(tape, g.subtract(tape, weight, weight))
+        identity = tape.empty(constant(self.deep), FLOAT32)
+        plus, minus = f.add(tape, identity, skew), g.subtract(tape, identity, skew)
+        turns = f.cast(tape, g.solved(tape, plus, minus), weight.width)
+        return g.put_at(tape, turns, constant(self.deep * self.deep))
+
+
+class OsfLinear(Adapter):
+    """The lesser singular directions of the weight (tuners/osf). Hooks keep their gradients
+    orthogonal to the others where the base is fp32: PEFT loses them as it casts adapters."""
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        before, w = x.width, self.added
+        result = self.base(tape, x)
+        low = w["osf_svd_params.S_low"].elements[0]
+        scaled_ = f.multiply(tape, self._projected(tape, "U"), w["osf_svd_params.S_low"])
+        at_first = f.multiply(tape, w["_osf_U_low_init"], w["_osf_S_low_init"])
+        up = f.join(tape, [scaled_, f.scale(tape, at_first)])
+        del scaled_, at_first
+        down = f.join(tape, [self._projected(tape, "V"), w["_osf_V_low_init"]])
+        x = self.cast_input(tape, x)
+        inner = g.matmul(tape, x, down, self.deep, 2 * low)
+        change = g.matmul(tape, inner, up, 2 * low, self.wide)
+        result = f.add(tape, result, f.cast(tape, change, before))
+        return f.cast(tape, result, before)
+
+    def _projected(self, tape: Tape, letter: str) -> Tensor:
+        """A factor, whose gradient the hook replaces: it multiplies by the kept directions and
+        subtracts, or by its own at first where these span the rest."""
+        factor = self.added[f"osf_svd_params.{letter}_low"]
+        if self.numerics.weights != FLOAT32:
+            return factor
+        kept = self.added.get(f"_osf_{letter}_high")
+        low = self.added["osf_svd_params.S_low"].elements[0]
+        side = self.wide if letter == "U" else self.deep
+        inner = constant(low * (low if kept is None else kept.elements[0] // side))
+        return g.projected(tape, factor, inner, subtracts=kept is not None)
+
+
 _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "LORA": _lora,
     "LOHA": LohaLinear,
@@ -986,4 +1072,6 @@ _ADAPTERS: dict[str, Callable[[Linear, Numerics, PeftOptions], Module]] = {
     "PVERA": PveraLinear,
     "POLY": PolyLinear,
     "TINYLORA": TinyloraLinear,
+    "OSF": OsfLinear,
+    "BOFT": BoftLinear,
 }

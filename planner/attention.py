@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from ftplan.planner import functions as f
 from ftplan.planner.model_spec import Attention
-from ftplan.planner.tape import Form, Tape, Tensor, Weight, per_pair, per_token
+from ftplan.planner.tape import (
+    Form,
+    Tape,
+    Tensor,
+    Weight,
+    add_forms,
+    per_pair,
+    per_token,
+    scaled,
+)
 
 # FlashAttention's backward works on head dimensions rounded up to a multiple of this.
 FLASH_HEAD_DIM = 32
@@ -19,7 +28,11 @@ INDEX_BYTES = 8
 
 
 class AttentionKernel:
-    """From rotated query, key and value to the result that the output projection reads."""
+    """From rotated query, key and value to the result that the output projection reads.
+
+    `keys_in_front`: of each row, which all its tokens see. `mask_padding`: entries by which the
+    efficient kernel's copy of a mask has longer rows.
+    """
 
     def __init__(
         self,
@@ -29,11 +42,14 @@ class AttentionKernel:
         mask_width: int,
         repeats_key_value: bool = False,
         masked: bool = False,
+        keys_in_front: int = 0,
+        mask_padding: int = 0,
         sinks: Weight | None = None,
     ) -> None:
         self.attention, self.implementation, self.sinks = attention, implementation, sinks
         self.mask_width, self.repeats_key_value = mask_width, repeats_key_value
-        self.masked = masked
+        self.masked, self.keys_in_front = masked, keys_in_front
+        self.mask_padding = mask_padding
 
     def __call__(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.implementation == "eager":
@@ -43,13 +59,14 @@ class AttentionKernel:
         key = f.cast(tape, key, width)
         value = f.cast(tape, value, width)
         flash_2 = self.implementation == "flash_attention_2"
-        if self.repeats_key_value or (self._is_given_mask and not self.attention.picks_heads):
+        repeats = self.repeats_key_value or (self._is_given_mask and not self.attention.picks_heads)
+        if repeats:
             key, value = self._repeat_both(tape, key, value)
         if not tape.on_cuda and self._has_one_head_dim() and not self.masked:
             return self._flash_on_processor(tape, query, key, value)
         if flash_2 or self._takes_flash(tape, width):
             return self._flash(tape, query, key, value)
-        if self._takes_math(tape, query, key):
+        if self._takes_math(tape, query, repeats):
             return self._math(tape, query, key, value)
         return self._efficient(tape, query, key, value)
 
@@ -57,10 +74,12 @@ class AttentionKernel:
     def _is_given_mask(self) -> bool:
         return self.masked and self.implementation != "flash_attention_2"
 
-    def _takes_math(self, tape: Tape, query: Tensor, key: Tensor) -> bool:
+    def _takes_math(self, tape: Tape, query: Tensor, repeats: bool) -> bool:
         """The efficient kernel takes no grouped heads, nor bf16 where the card has none."""
         bf16_on_old = query.width == 2 and not tape.is_fp16 and tape.capability < FLASH_CAPABILITY
-        return key.elements != query.elements or bf16_on_old
+        a = self.attention
+        grouped = a.num_heads != a.num_key_value_heads and not repeats
+        return grouped or bf16_on_old
 
     def _takes_flash(self, tape: Tape, width: int) -> bool:
         modern = tape.capability >= FLASH_CAPABILITY
@@ -80,7 +99,7 @@ class AttentionKernel:
         self._count(tape)
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-            tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))
+            tape.count(self._causal(5 * (a.query_width + a.result_width) // 2))
             return [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
 
         if tape.differentiates(query, key, value):
@@ -101,12 +120,14 @@ class AttentionKernel:
         padded = a.num_heads * -(-a.head_dim // FLASH_HEAD_DIM) * FLASH_HEAD_DIM
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-            tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))  # scores once more
+            # Scores once more.
+            tape.count(self._causal(5 * (a.query_width + a.result_width) // 2))
             grads: f.Gradients = [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
             products = tape.empty(per_token(a.num_heads), f.FLOAT32)
             accumulator = tape.empty(per_token(padded), f.FLOAT32)
             if saved[1].elements != saved[0].elements:  # of every query head, then summed by group
-                expanded = [tape.empty(per_token(a.query_width), saved[1].width) for _ in "kv"]
+                size = self._of_all_heads(saved[1])
+                expanded = [tape.empty(size, saved[1].width) for _ in "kv"]
                 del expanded
             del products, accumulator
             return grads
@@ -117,7 +138,7 @@ class AttentionKernel:
     def _count(self, tape: Tape) -> None:
         """Two products, half of whose scores causality masks out."""
         a = self.attention
-        tape.count(per_pair(a.query_width + a.result_width))
+        tape.count(self._causal(a.query_width + a.result_width))
 
     def _efficient(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """ATen's memory-efficient kernel, which reads a mask as a bias of the query's dtype.
@@ -132,7 +153,7 @@ class AttentionKernel:
         saved = tape.save(query, key, value, result, sums, *bias)
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-            tape.count(per_pair(5 * (a.query_width + a.result_width) // 2))
+            tape.count(self._causal(5 * (a.query_width + a.result_width) // 2))
             grads: f.Gradients = [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
             query, result = saved[0], saved[3]
             if query.width == f.FLOAT32:  # gradient times result, before it is summed up
@@ -149,14 +170,26 @@ class AttentionKernel:
         return result
 
     def _bias(self, tape: Tape, width: int) -> list[Tensor]:
-        """What is made of the mask for the kernel. ALiBi's is a bias already, one for each head;
-        autocast casts it all the same."""
+        """What is made of the mask for the kernel, a longer copy where its rows do not suit.
+        ALiBi's is a bias already, one for each head; autocast casts it all the same."""
         a = self.attention
         if not self.masked:
             return []
-        if not a.alibi:
-            return [tape.empty(per_pair(1), width)]
-        return [] if self.mask_width == width else [tape.empty(per_pair(a.num_heads), width)]
+        if a.alibi:
+            return [] if self.mask_width == width else [tape.empty(per_pair(a.num_heads), width)]
+        pairs = self._pairs(1)
+        bias = tape.empty(pairs, width)
+        if self.mask_padding:
+            bias = tape.empty(add_forms(pairs, per_token(self.mask_padding)), width)
+        return [bias]
+
+    def _pairs(self, number: int) -> Form:
+        """So many for each token and each key that it may see."""
+        return add_forms(per_pair(number), per_token(number * self.keys_in_front))
+
+    def _causal(self, number: int) -> Form:
+        """The same of products of which half are masked out, but for keys in front."""
+        return add_forms(per_pair(number), per_token(2 * number * self.keys_in_front))
 
     def _eager(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Scores of every pair of tokens, their softmax in fp32, and the mix of values
@@ -178,7 +211,7 @@ class AttentionKernel:
         a = self.attention
         if a.scores_in_float32:
             query, key = f.cast(tape, query, f.FLOAT32), f.cast(tape, key, f.FLOAT32)
-        scores = self._products(tape, query, key, per_pair(a.num_heads))
+        scores = self._products(tape, query, key, self._pairs(a.num_heads))
         return scores if a.alibi else f.scale(tape, scores)  # ALiBi's product scales by itself
 
     def _with_sinks(self, tape: Tape, scores: Tensor) -> Tensor:
@@ -197,10 +230,10 @@ class AttentionKernel:
         a, before = self.attention, query.width
         bias = self._bias(tape, before)
         query, key, value = (f.cast(tape, x, f.FLOAT32) for x in (query, key, value))
-        scaled = f.scale(tape, query)
+        scaled_query = f.scale(tape, query)
         grouped = (key, value) if a.picks_heads else self._repeat_both(tape, key, value)
         keys = self._of_each_head(tape, f.scale(tape, grouped[0]), per_token(a.query_width))
-        scores = self._multiply(tape, scaled, keys, per_pair(a.num_heads))
+        scores = self._multiply(tape, scaled_query, keys, self._pairs(a.num_heads))
         del keys
         weights = f.safe_softmax(tape, scores)  # the mask is added to the scores in place
         del scores
@@ -211,11 +244,10 @@ class AttentionKernel:
         del returned, mixed, bias
         return f.clone(tape, result)
 
-    @staticmethod
-    def _of_each_head(tape: Tape, x: Tensor, elements: Form) -> Tensor:
+    def _of_each_head(self, tape: Tape, x: Tensor, elements: Form) -> Tensor:
         """One head for all queries as the batched product takes it: a copy for each of them, where
         rows keep them from being one view (ATen/native/LinearAlgebra.cpp, `_matmul_impl`)."""
-        if x.elements == elements:
+        if not self.attention.picks_heads or x.elements == elements:
             return x
         return (f.broadcast if tape.single_row else f.expand)(tape, x, elements)
 
@@ -224,8 +256,13 @@ class AttentionKernel:
         a = self.attention
         if a.num_heads == a.num_key_value_heads:
             return key, value
-        key = f.expand(tape, key, per_token(a.query_width))
-        return key, f.expand(tape, value, per_token(a.result_width))
+        key = f.expand(tape, key, self._of_all_heads(key))
+        return key, f.expand(tape, value, self._of_all_heads(value))
+
+    def _of_all_heads(self, x: Tensor) -> Form:
+        """The elements of a key or value for each query head."""
+        a = self.attention
+        return scaled(x.elements, a.num_heads, a.num_key_value_heads)
 
     def _products(self, tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
         """A batched product under autocast, head by head."""
@@ -234,7 +271,7 @@ class AttentionKernel:
 
     def _multiply(self, tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
         """A batched product, head by head."""
-        tape.count(per_pair(self.attention.query_width))
+        tape.count(self._pairs(self.attention.query_width))
         left = f.by_heads(tape, left)
         right = f.by_heads(tape, right)
         return f.batched_product(tape, left, right, elements)

@@ -12,14 +12,8 @@ from ftplan.planner.prequantized import PREQUANTIZED
 
 MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form does not model; what they train and add is counted for all.
-# Keys and values in front of a layer's own change attention itself, and so do the prompts of
-# LLaMA-Adapter; OSF's gradients go through hooks, BOFT's rotations through a solver.
-UNMODELLED_METHODS = frozenset(
-    (
-        *("adaption-prompt", "boft", "bottleneck", "cartridge", "osf", "p-tuning-v2"),
-        *("prefix-tuning", "shadow"),
-    )
-)
+# ShadowPEFT runs a second decoder beside the layers.
+UNMODELLED_METHODS = frozenset(("shadow",))
 MODELLED_METHODS = frozenset(METHODS) - UNMODELLED_METHODS
 # Methods that are modelled with every base and sharding, with PEFT's options as they are.
 _PLAIN_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from ftplan.planner import functions as f
+from ftplan.planner.adaption_prompts import prompted
+from ftplan.planner.bottlenecks import Bottleneck
 from ftplan.planner.falcon_attention import FalconAttention
 from ftplan.planner.latent_attention import LatentAttention
 from ftplan.planner.mixtures import EveryExpert, MixtureOfExperts
@@ -19,15 +21,19 @@ from ftplan.planner.modules import (
     base_linear,
     norm_module,
 )
+from ftplan.planner.prefixes import KeyValueCache
 from ftplan.planner.separate_experts import SeparateExperts
 from ftplan.planner.tape import Tape, Tensor
 
 
-def attention_module(attention: Attention, numerics: Numerics) -> Module:
+def attention_module(
+    attention: Attention, numerics: Numerics, prefix: KeyValueCache | None = None
+) -> Module:
     if attention.picks_heads:
         return FalconAttention(attention, numerics)
-    kind = LatentAttention if attention.latents else SelfAttention
-    return kind(attention, numerics)
+    if attention.latents:
+        return LatentAttention(attention, numerics)
+    return SelfAttention(attention, numerics, prefix)
 
 
 def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
@@ -43,14 +49,21 @@ def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
 class DecoderLayer:
     """One layer, built once and run as often as it is computed."""
 
-    def __init__(self, layer: Layer, numerics: Numerics) -> None:
+    def __init__(
+        self, layer: Layer, numerics: Numerics, cache: KeyValueCache | None = None
+    ) -> None:
         self.layer = layer
-        self.attention = attention_module(layer.attention, numerics)
+        width = layer.attention.output.out_features
+        attention = attention_module(layer.attention, numerics, cache)
+        self.attention = prompted(attention, width, numerics)
         self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
         self.feeding = [self.feed_forward]
         if layer.feeds_by_itself:
             assert isinstance(self.feed_forward, Mlp)
             self.feeding = self.feed_forward.steps
+        self.behind_attention, self.behind_feed_forward = (
+            [Bottleneck(width, numerics)] if numerics.has_bottlenecks else [] for _ in range(2)
+        )
         places = (
             layer.attention_norm,
             layer.post_attention_norm,
@@ -64,8 +77,11 @@ class DecoderLayer:
             return self._in_parallel(tape, hidden)
         before, behind, before_second, behind_second = self.norms
         held: dict[str, Tensor] = {}
-        hidden = self._block(tape, hidden, before, [self.attention], behind, held)
-        return self._block(tape, hidden, before_second, self.feeding, behind_second, {})
+        attend, feed = [self.attention], self.feeding
+        hidden = self._block(tape, hidden, before, attend, self.behind_attention, behind, held)
+        return self._block(
+            tape, hidden, before_second, feed, self.behind_feed_forward, behind_second, {}
+        )
 
     def _block(
         self,
@@ -73,6 +89,7 @@ class DecoderLayer:
         hidden: Tensor,
         before: Module | None,
         modules: Sequence[Module],
+        bottlenecks: Sequence[Bottleneck],
         behind: Module | None,
         held: dict[str, Tensor],
     ) -> Tensor:
@@ -85,6 +102,8 @@ class DecoderLayer:
         for module in modules:
             hidden = module(tape, hidden)
         hidden = f.dropout(tape, hidden, self.layer.dropout)
+        for bottleneck in bottlenecks:
+            hidden = bottleneck(tape, hidden)
         if "attended" in self.layer.holds:
             held["attended"] = hidden
         if self.layer.normalizes_sums:
@@ -104,11 +123,15 @@ class DecoderLayer:
         second = before_second(tape, hidden) if first and before_second else None
         held = normalized if "normalized" in self.layer.holds else None
         attended = f.dropout(tape, self.attention(tape, normalized), self.layer.dropout)
+        for bottleneck in self.behind_attention:
+            attended = bottleneck(tape, attended)
         if second is not None:
             normalized = second
         elif before_second is not None:
             normalized = before_second(tape, hidden)
         fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
+        for bottleneck in self.behind_feed_forward:
+            fed = bottleneck(tape, fed)
         if self.layer.adds_in_place:
             result = f.add(tape, f.add_in_place(tape, fed, attended), residual)
             del held

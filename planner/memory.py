@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
+from ftplan.planner.adapters import unseen_gradient_bytes
 from ftplan.planner.closed_form import check_closed_form
 from ftplan.planner.disk import DiskNeeds, disk_needs, saved_weight_bytes
 from ftplan.planner.errors import InputError
@@ -491,7 +492,8 @@ def _held_whole(
         with_states += frozen_parameters(model, plan, trained)
     states = optimizer.state_bytes(with_states, kind)
     host_states = optimizer.host_state_bytes(with_states) if kind == "cuda" else 0
-    kept = 0 if optimizer.steps_in_backward else gradients
+    unseen = _unseen_bytes(plan, trained, settings)
+    kept = 0 if optimizer.steps_in_backward else gradients + unseen
     return Held(
         weights=weight_memory_bytes(model, plan, stack),
         adapters=num_elements(trained.adapters) * settings.numerics.adapters
@@ -503,9 +505,20 @@ def _held_whole(
         optimizer_states=states,
         on_host=HostShare(optimizer_states=host_states),
         communication=gradients if plan.num_gpus > 1 else 0,
-        stepping=optimizer.step_moments(updated, kind, by_trainer=plan.trainer != "loop"),
+        stepping=[
+            with_parts(moment, {"gradients": constant(unseen)})
+            for moment in optimizer.step_moments(updated, kind, by_trainer=plan.trainer != "loop")
+        ],
         saved_states=states + host_states,
     )
+
+
+def _unseen_bytes(plan: TrainingPlan, trained: Trained, settings: StepSettings) -> int:
+    """What gradients hold beside themselves, beside a base whose adapters are cast."""
+    if settings.numerics.weights == FLOAT32_BYTES or plan.optimizer.steps_in_backward:
+        return 0
+    options = plan.resolved_method.options(plan.method_settings)
+    return unseen_gradient_bytes(options, trained, settings.numerics.adapters)
 
 
 def _compile(

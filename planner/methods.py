@@ -19,7 +19,7 @@ from ftplan.planner.adapter_counts import (
 )
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.peft_options import PeftOptions, read_options, resolve_options
+from ftplan.planner.peft_options import CACHE_FILLING, PeftOptions, read_options, resolve_options
 from ftplan.planner.prompt_counts import (
     adaption_prompt_count,
     bottleneck_count,
@@ -68,6 +68,12 @@ class Method:
     peft_type: str | None = None
     peft_options: Mapping[str, Any] = field(default_factory=dict)
     takes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fills_cache(self) -> bool:
+        """Layers are given what it trains by their cache of keys and values. Checkpointed ones are
+        given no cache (`GradientCheckpointingLayer` of transformers 5)."""
+        return self.peft_type in CACHE_FILLING
 
     def check_trained(self) -> None:
         """Raises InputError where ftplan has no trainer for the method."""

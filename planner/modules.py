@@ -15,6 +15,7 @@ from ftplan.planner.attention import AttentionKernel
 from ftplan.planner.kv_cache import CacheKind, fill
 from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm
 from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
+from ftplan.planner.prefixes import KeyValueCache
 from ftplan.planner.prequantized import PREQUANTIZED, PrequantizedLinear
 from ftplan.planner.rotary import Rotary
 from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant, per_token, scaled, times
@@ -36,7 +37,10 @@ class Numerics:
     rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
     `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
     are modules. `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is
-    longer than; either needs a mask. `cache`: of keys and values, which is filled.
+    longer than, `keys_in_front`: learned keys of each row; each of them needs a mask, of which a
+    kernel's copy has rows that are `mask_padding` entries longer. `cache`: of keys and values,
+    which is filled. `has_bottlenecks`: small networks stand behind attention and feed-forward.
+    `prompt_tokens`: of a prompt that attention also looks at, in `prompt_width` bytes a parameter.
     """
 
     weights: int
@@ -60,6 +64,22 @@ class Numerics:
     padded: bool = False
     masked_windows: frozenset[int] = frozenset()
     cache: CacheKind | None = None
+    keys_in_front: int = 0
+    mask_padding: int = 0
+    has_bottlenecks: bool = False
+    prompt_tokens: int = 0
+    prompt_width: int = 2
+
+    @property
+    def trains(self) -> bool:
+        """Whether something is trained in the layer."""
+        beside = self.adapted or self.has_bottlenecks or self.prompt_tokens
+        return bool(self.trained or beside)
+
+    @property
+    def learns(self) -> bool:
+        """Whether something is trained in the layer, or comes to it from what is."""
+        return self.trains or bool(self.keys_in_front)
 
 
 class PlainLinear:
@@ -336,7 +356,10 @@ def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKerne
         repeats_key_value=numerics.repeats_key_value,
         masked=attention.picks_heads
         or numerics.padded
+        or bool(numerics.keys_in_front)
         or attention.reach in numerics.masked_windows,
+        keys_in_front=numerics.keys_in_front,
+        mask_padding=numerics.mask_padding,
         sinks=sinks,
     )
 
@@ -344,8 +367,10 @@ def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKerne
 class SelfAttention:
     """Projections, rotation, the kernel, and the output projection."""
 
-    def __init__(self, attention: Attention, numerics: Numerics) -> None:
-        self.attention = attention
+    def __init__(
+        self, attention: Attention, numerics: Numerics, prefix: KeyValueCache | None = None
+    ) -> None:
+        self.attention, self.prefix = attention, prefix
         self.inputs = [linear_module(linear, numerics) for linear in attention.inputs]
         self.output = linear_module(attention.output, numerics)
         norms = (attention.query_norm, attention.key_norm)
@@ -365,6 +390,8 @@ class SelfAttention:
             query, key = self._normalize(tape, query, key)
         if self.cache is not None:
             key, value = fill(tape, self.cache, key, value)
+        if self.prefix is not None:
+            key, value = self.prefix.update(tape, key, value)
         result = self.kernel(tape, query, key, value)
         return self.output(tape, result)
 

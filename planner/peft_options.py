@@ -102,6 +102,9 @@ COUNTED: dict[str, dict[str, Any]] = {
     },
 }
 
+# What they train reaches the layers as keys and values in their cache.
+CACHE_FILLING = frozenset(("PREFIX_TUNING", "CARTRIDGE"))
+
 # What changes no count: scales, dropout, how weights begin, what a checkpoint holds.
 NEUTRAL = frozenset(
     (

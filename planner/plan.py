@@ -273,6 +273,12 @@ def _check_method(plan: TrainingPlan) -> None:
             "is so of those that method `freeze` trains",
             "leave out `--use-reentrant`",
         )
+    if method.fills_cache and plan.gradient_checkpointing:
+        raise InputError(
+            f"method `{plan.method}` puts keys and values into the layers' cache, and checkpointed "
+            "layers are given none",
+            "use `--gradient-checkpointing false`",
+        )
     if plan.dtype == "float16" and plan.mixed_precision == "fp16":
         _check_trained_in_float32(plan, method)
 

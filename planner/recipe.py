@@ -174,6 +174,9 @@ def _method_settings(
     if method.quantized_base:
         why = "4-bit NormalFloat, the QLoRA paper's choice"
         derived["quantization"] = (DEFAULT_QUANTIZATION, why)
+    if method.fills_cache:
+        why = "checkpointed layers are given no cache, through which this method reaches them"
+        derived["gradient_checkpointing"] = (False, why)
     if method.name == "freeze":
         layers = min(_TRAINED_LAYERS, model.num_hidden_layers)
         why = f"the last {layers} of {model.num_hidden_layers}; more take more memory and time"

@@ -248,7 +248,10 @@ def candidates(
     for size in _micro_batches(base.plan, given, batch.value):
         for sized in _made(partial(_with_batch, base, given, size, batch), errors):
             for plan in _with_losses(sized, device, given):
-                yield from _with_checkpointing(plan, given, errors)
+                if chosen.fills_cache:
+                    yield plan
+                else:
+                    yield from _with_checkpointing(plan, given, errors)
 
 
 def _made(make: Callable[[], ReasonedPlan], refused: list[InputError]) -> Iterator[ReasonedPlan]:

@@ -13,6 +13,7 @@ from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.objectives import keeps_reference
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.prefixes import keys_in_front, prefix_of
 from ftplan.planner.prompts import prompt_maker, tokens_in_front
 from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
@@ -21,6 +22,7 @@ from ftplan.planner.trained import COPIES, Trained
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 
 FLOAT32_BYTES = 4
+MASK_ALIGNMENT = 16  # ATen's memory-efficient kernel reads a mask in pieces of so many entries
 NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 
 
@@ -28,22 +30,26 @@ NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 class Workload:
     """What is discrete about the largest micro-batch: all else is linear in its rows and tokens.
 
-    `masked_windows`: sliding windows that do not see all of a row.
+    `masked_windows`: sliding windows that do not see all of a row. `mask_padding`: entries by which
+    a kernel that copies masks makes their rows longer.
     """
 
     single_row: bool
     accumulates: bool
     loss_shape: LossShape
     masked_windows: frozenset[int]
+    mask_padding: int
 
     @staticmethod
     def of(model: ModelSpec, plan: TrainingPlan, rows: int, length: int) -> Workload:
         """Of a micro-batch of so many rows, as the model is given them (`model_rows`)."""
+        in_front = keys_in_front(plan.resolved_method.options(plan.method_settings))
         return Workload(
             rows == 1,
             plan.gradient_accumulation_steps > 1,
             LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size),
             frozenset(window for window in model.sliding_windows if window < length),
+            -(length + in_front) % MASK_ALIGNMENT if in_front else 0,
         )
 
 
@@ -74,6 +80,7 @@ def step_settings(
     )
     in_model = plan.loss != "trl-fused"  # TRL's own is computed outside of the model
     in_front, width = tokens_in_front(options), adapter_weight_bytes(plan)
+    attends_prompts = options.peft_type == "ADAPTION_PROMPT"
     outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
     spread, cache = spread_of(plan, stack), _cache(model, plan, stack)
     settings = StepSettings(
@@ -95,6 +102,11 @@ def step_settings(
             padded=stack.padded,
             masked_windows=workload.masked_windows,
             cache=None if cache == "copies" and plan.gradient_checkpointing else cache,
+            keys_in_front=keys_in_front(options),
+            mask_padding=workload.mask_padding,
+            has_bottlenecks=plan.method == "bottleneck",
+            prompt_tokens=options.count("adapter_len") if attends_prompts else 0,
+            prompt_width=plan.weight_bytes if plan.quantization == "none" else width,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_names=_trained_in_layers(model, trained),
@@ -135,6 +147,8 @@ def step_settings(
         reduction=_reduction(plan, trained),
         update=plan.optimizer.update(),
         pairs_rows=objective.pairs_rows,
+        prompted=frozenset(trained.adapted_layers if attends_prompts else ()),
+        prefix=prefix_of(options, trained, model.num_hidden_layers, width, outer),
         prompts=prompt_maker(options, trained, model.hidden_size, width),
         tokens_in_front=in_front,
         num_trained_tokens=trained.num_trained_tokens,
@@ -166,7 +180,15 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
     """The model as it was: without adapters, or a second one. TRL does not freeze that, so autocast
     takes its parameters as trained ones."""
     if not keeps_reference(plan) and plan.resolved_method.adapter:
-        return dataclasses.replace(settings, adapted={}, num_trained_tokens=0)
+        numerics = dataclasses.replace(settings.numerics, keys_in_front=0, has_bottlenecks=False)
+        return dataclasses.replace(
+            settings,
+            numerics=numerics,
+            adapted={},
+            num_trained_tokens=0,
+            prefix=None,
+            prompted=frozenset(),
+        )
     if not keeps_reference(plan):
         return settings
     return dataclasses.replace(

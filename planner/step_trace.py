@@ -24,6 +24,7 @@ from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import Head, LigerLoss, LossShape, Score, StockLoss, TrlFusedLoss
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec
 from ftplan.planner.modules import Module, Numerics, linear_module, norm_module
+from ftplan.planner.prefixes import KeyValueCache, Prefix
 from ftplan.planner.prompts import PromptMaker
 from ftplan.planner.rotary import POSITION_NUMBER_BYTES, table_bytes
 from ftplan.planner.sharded import Spread, Units, units_of
@@ -72,6 +73,8 @@ class StepSettings:
     `asks_before` it comes before training instead.
     `spread`: how several GPUs divide parameters, if they do; `reduction`: how they divide
     gradients alone. `update`: of an optimizer that steps within backward.
+    `prefix`: learned keys and values in front of each layer's own; `prompted`: places of the layers
+    whose attention looks at a prompt.
     `prompts` makes embeddings of `tokens_in_front` learned tokens, which rows are counted with;
     `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
     bytes of gradients that are there from the loss on; `cache`: what is filled without
@@ -120,6 +123,8 @@ class StepSettings:
     num_trained_tokens: int = 0
     early_gradients: int = 0
     loss_copies: int = 0
+    prefix: Prefix | None = None
+    prompted: frozenset[int] = frozenset()
 
     @property
     def in_evaluation(self) -> StepSettings:
@@ -130,7 +135,9 @@ class StepSettings:
     @property
     def trains_input(self) -> bool:
         """Something is trained before the first layer."""
-        return self.trains_embeddings or bool(self.num_trained_tokens or self.tokens_in_front)
+        return bool(
+            self.trains_embeddings or self.num_trained_tokens or self.tokens_in_front or self.prefix
+        )
 
     def numerics_of(self, model: ModelSpec, place: int) -> Numerics:
         """Of the layer at that place."""
@@ -138,6 +145,7 @@ class StepSettings:
             self.numerics,
             trained=self.trained_names.get(place, frozenset()),
             adapted=self.adapted.get(place, frozenset()),
+            prompt_tokens=self.numerics.prompt_tokens if place in self.prompted else 0,
         )
 
 
@@ -192,6 +200,8 @@ class Segment:
     `result_width`: bytes an element of what it hands on.
     `held`: what the model's forward pass holds on to while later layers run; with `holds_result`
     what it hands on, too.
+    `cached`: what the model holds on to until the loss is computed; `given`: learned keys and
+    values that are there before and that it counts itself.
     `kept_forward`: what it leaves behind until forward ends, its result not counted;
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
     `taken_over`: of what is there without it, what its backward counts itself.
@@ -202,6 +212,8 @@ class Segment:
     result_width: int
     holds_result: bool
     held: Parts
+    cached: Parts
+    given: Parts
     kept_forward: Parts
     kept: Parts
     left: Parts
@@ -366,13 +378,16 @@ class _StepTracer:
         of_model = _sum(self._tables(), self._mask())  # what its forward holds to its end
         of_graph = of_model if self._keeps_mask else self._tables()
         held: Parts = {}
+        cached: Parts = {}
         of_loss = of_graph if self.with_gradients else {}
         for index, segment in enumerate(segments):
+            held = _less(held, segment.given)
             if index in places:
                 is_loss = index == len(segments) - 1
-                under = of_loss if is_loss else _sum(of_model, held)
+                under = _sum(cached, of_loss if is_loss else _sum(of_model, held))
                 self._add(loss_phase if is_loss else phase, segment.forward, _sum(base, under))
             held = _sum(held, segment.held)
+            cached = _sum(cached, segment.cached)
             base = _sum(base, segment.kept_forward)
 
     def _mask(self) -> Parts:
@@ -383,15 +398,19 @@ class _StepTracer:
         if numerics.attn_implementation == "flash_attention_2":
             return {}
         eager, kinds = numerics.attn_implementation == "eager", {}
-        width = self.settings.embedding_width
+        width, in_front = self.settings.embedding_width, numerics.keys_in_front
         for layer in self.model.layer_counts:
             a = layer.attention
             if eager:
                 kinds[a.reach] = width
-            elif a.reach in numerics.masked_windows or numerics.padded or a.picks_heads:
+                continue
+            given = numerics.padded or a.picks_heads or in_front
+            if given or a.reach in numerics.masked_windows:
                 kind = a.reach if a.reach in numerics.masked_windows else None
                 kinds[kind] = a.num_heads * width if a.alibi else 1
-        return {"temporaries": per_pair(sum(kinds.values()))} if kinds else {}
+        each = sum(kinds.values())
+        size = add_forms(per_pair(each), per_token(each * in_front))
+        return {"temporaries": size} if kinds else {}
 
     @property
     def _keeps_mask(self) -> bool:
@@ -436,7 +455,7 @@ class _StepTracer:
                 known[key] = self._layer(layer, numerics, learns, width, exchange, holds_input)
             segments.append(known[key])
             found.append(key)
-            learns = learns or bool(numerics.trained or numerics.adapted)
+            learns = learns or numerics.learns
         segments.append(self._loss(learns, segments[-1].result_width, places[-1].exchange()))
         found.append("loss")
         if self._tied:
@@ -450,7 +469,7 @@ class _StepTracer:
         settings, model = self.settings, self.model
         if settings.reduction is not None:
             learn = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
-            trains = [bool(numerics.trained or numerics.adapted) for numerics in learn]
+            trains = [numerics.trains for numerics in learn]
             outside = (settings.trains_input, settings.trains_head)
             return zero_places(settings.reduction, [outside[0], *trains, outside[1]])
         if settings.spread is None:
@@ -516,8 +535,41 @@ class _StepTracer:
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             return module(tape, held)
 
-        learns = settings.input_learns
-        return self._segment(forward, None, exchange, learns=learns, held=held)
+        learns, prefix = settings.input_learns, settings.prefix
+        if prefix is None:
+            return self._segment(forward, None, exchange, learns=learns, held=held)
+        embedding = self._segment(forward, None, Exchange(), learns=learns, held=held)
+        return self._behind_prefix(embedding, prefix, exchange)
+
+    def _behind_prefix(self, embedding: Segment, prefix: Prefix, exchange: Exchange) -> Segment:
+        """The segment that makes keys and values for all layers before it looks tokens up."""
+
+        def forward(tape: Tape, given: list[Tensor]) -> Tensor:
+            return prefix.cached(tape)
+
+        whole = self._segment(forward, None, exchange, learns=True, comes_back=prefix.gradients)
+        copies = {"temporaries": prefix.all_bytes}
+        masks = {} if self.settings.holds_logits else {"temporaries": prefix.mask_bytes}
+        back = {"temporaries": times(prefix.gradients, prefix.width)}
+        above = _sum(_sum(copies, masks), whole.kept_forward)
+        return dataclasses.replace(
+            embedding,
+            forward=(*whole.forward, *(with_parts(m, above) for m in embedding.forward)),
+            backward=(
+                *(with_parts(m, back) for m in embedding.backward),
+                *(with_parts(m, embedding.left) for m in whole.backward),
+            ),
+            held=_sum(embedding.held, copies),
+            cached=masks,
+            kept_forward=_sum(embedding.kept_forward, whole.kept_forward),
+            kept=_sum(embedding.kept, whole.kept),
+            left=_sum(embedding.left, whole.left),
+            taken_over=_sum(whole.taken_over, back) if whole.backward else {},
+            forward_flops=add_forms(embedding.forward_flops, whole.forward_flops),
+            backward_flops=add_forms(embedding.backward_flops, whole.backward_flops),
+            forward_moved=add_forms(embedding.forward_moved, whole.forward_moved),
+            backward_moved=add_forms(embedding.backward_moved, whole.backward_moved),
+        )
 
     def _layer(
         self,
@@ -529,7 +581,8 @@ class _StepTracer:
         holds_input: bool,
     ) -> Segment:
         settings = self.settings
-        module = DecoderLayer(layer, numerics)
+        cache = KeyValueCache(settings.prefix) if settings.prefix else None
+        module = DecoderLayer(layer, numerics, cache)
         held: list[Tensor] = []
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
@@ -547,7 +600,7 @@ class _StepTracer:
             return run(call, given)
 
         size = per_token(self.model.hidden_size), width
-        return self._segment(forward, size, exchange, learns=learns, held=held)
+        return self._segment(forward, size, exchange, learns=learns, held=held, cache=cache)
 
     def _loss(self, learns: bool, width: int, exchange: Exchange) -> Segment:
         model, settings = self.model, self.settings
@@ -633,8 +686,12 @@ class _StepTracer:
         *,
         learns: bool,
         held: list[Tensor] | None = None,
+        cache: KeyValueCache | None = None,
+        comes_back: Form | None = None,
     ) -> Segment:
-        """`held` is what the model's forward pass holds on to, once `forward` has run."""
+        """`held` is what the model's forward pass holds on to, once `forward` has run; `cache`:
+        the layer's keys and values. `comes_back`: elements of what holds the result's gradient,
+        where that is more than the result's."""
         held = [] if held is None else held
         tape = self._tape()
         recording = _Recording(tape, has_input=input_size is not None)
@@ -645,6 +702,8 @@ class _StepTracer:
             given = [tape.empty(*input_size)]
             if learns and self.with_gradients:
                 gradient = tape.leaf(given[0])
+        if cache is not None:
+            cache.fill(tape)
         exchange.before_forward(tape)
         result = forward(tape, given)
         exchange.after_forward(tape)
@@ -660,7 +719,10 @@ class _StepTracer:
         recording.end("held")
         recording.handing_on(result)
         without_held = tape.state()
-        kept_forward = _without(without_held, result)
+        if cache is not None and not self.settings.holds_logits:
+            cache.held.clear()
+        without_cache = tape.state()
+        kept_forward = _without(without_cache, result)
         tape.end_autocast()
         tape.release_cached()
         recording.end("autocast")
@@ -668,7 +730,7 @@ class _StepTracer:
         kept = _without(tape.state(), result)
         backward_moments: tuple[Moment, ...] = ()
         if result.requires_grad:
-            of_result = tape.like(result)
+            of_result = tape.empty(comes_back or result.elements, result.width)
             recording.incoming = _number(of_result)
             exchange.before_backward(tape, of_result)
             incoming: list[Tensor | None] = [of_result]
@@ -690,6 +752,8 @@ class _StepTracer:
             result_width=result_width,
             holds_result=holds_result,
             held=_difference(with_held, without_held),
+            cached=_difference(without_held, without_cache),
+            given={} if cache is None else {"temporaries": cache.prefix.layer_bytes},
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_moments else {},

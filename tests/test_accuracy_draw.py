@@ -126,7 +126,7 @@ def test_an_error_is_counted_with_its_sign_and_its_components(modelled: Configur
 
 
 def test_what_is_refused_is_counted_apart(modelled: Configuration) -> None:
-    unmodelled = Configuration(model="smollm2-135m", config=None, given={"method": "boft"})
+    unmodelled = Configuration(model="smollm2-135m", config=None, given={"method": "shadow"})
     refused = dataclasses.replace(_reference(modelled, 1), phases=(), refused="no such kernel")
     report = Report.of([compare(_reference(unmodelled, 1)), compare(refused)])
     assert report.refused_by_closed_form == {"the closed form does not model `--method`": 1}

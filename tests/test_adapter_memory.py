@@ -14,14 +14,17 @@ from ftplan.planner.families import spec_from_config
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.methods import METHODS
 from ftplan.planner.trained import target_names
-from tests.dry_runs import LLAMA, cuda_case
+from tests.bottlenecks import insert_bottlenecks
+from tests.dry_runs import GPT2, LLAMA, cuda_case
 from tests.test_dry_run_methods import SMALL
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
 WIDE_LLAMA = {**LLAMA, "hidden_size": 256, "intermediate_size": 512}
 WIDE_QWEN2 = {**WIDE_LLAMA, "model_type": "qwen2"}
+WIDE_GPT2 = {**GPT2, "n_embd": 256, "n_positions": 512}
 TOLERANCE = 0.006
+OPTIONS = {**SMALL, "adaption-prompt": ("adapter_layers=3",), "boft": ()}
 ADAPTERS = sorted(
     name
     for name in MODELLED_METHODS
@@ -33,7 +36,8 @@ ON_NF4 = ("dora", "ia3", "adalora", "oft", "vera", "c3a", "miss", "randlora", "l
 def relative_error(config: dict[str, Any], **settings: Any) -> float:
     """Of the estimate's peak; what is resident from the start, which dry runs round up to blocks,
     is taken off."""
-    spec = spec_from_config({**config, "num_hidden_layers": 4}, "tiny")
+    layers = "n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers"
+    spec = spec_from_config({**config, layers: 4}, "tiny")
     given = {
         **{"per_device_train_batch_size": 2, "max_length": 256, "lora_rank": 8},
         **{"target_modules": target_names(spec, ("all-linear",)), **settings},
@@ -52,10 +56,12 @@ def relative_error(config: dict[str, Any], **settings: Any) -> float:
 def test_a_method_takes_what_its_step_takes(name: str, checkpointing: bool) -> None:
     if name == "poly" and checkpointing:
         pytest.skip("PEFT loses the rows' tasks")
+    if METHODS[name].fills_cache and checkpointing:
+        pytest.skip("checkpointed layers have no cache")
     error = relative_error(
         WIDE_LLAMA,
         method=name,
-        peft_config=SMALL.get(name, ()),
+        peft_config=OPTIONS.get(name, ()),
         gradient_checkpointing=checkpointing,
     )
     assert abs(error) < TOLERANCE
@@ -88,3 +94,64 @@ def test_options_of_lora(settings: dict[str, Any]) -> None:
     config = settings.get("config", WIDE_LLAMA)
     rest = {name: value for name, value in settings.items() if name != "config"}
     assert abs(relative_error(config, **rest)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="a table"),
+        pytest.param({"peft_config": ("prefix_projection=true",)}, id="a network"),
+        pytest.param({"max_length": 100, "attn_implementation": "eager"}, id="eager attention"),
+        pytest.param({"attn_implementation": "flash_attention_2"}, id="FlashAttention"),
+        pytest.param({"method": "p-tuning-v2", "quantization": "nf4"}, id="a quantized base"),
+        pytest.param({"trainer": "transformers"}, id="another trainer"),
+        pytest.param({"config": WIDE_GPT2, "max_length": 100}, id="GPT-2"),
+    ],
+)
+def test_keys_and_values_in_front(settings: dict[str, Any]) -> None:
+    given = {"method": "prefix-tuning", **settings}
+    config = given.pop("config", WIDE_LLAMA)
+    assert abs(relative_error(config, **given)) < 0.002
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"method": "cartridge"}, id="a cache"),
+        pytest.param({"method": "adaption-prompt"}, id="prompts in three of four layers"),
+        pytest.param(
+            {"method": "adaption-prompt", "config": WIDE_GPT2, "gradient_checkpointing": True},
+            id="prompts in GPT-2",
+        ),
+        pytest.param(
+            {"method": "osf", "gradient_checkpointing": True}, id="gradients seen in part"
+        ),
+        pytest.param({"method": "osf", "dtype": "float32"}, id="hooks on gradients"),
+        pytest.param({"method": "boft"}, id="permuted blocks"),
+        pytest.param(
+            {"method": "boft", "config": WIDE_QWEN2, "quantization": "nf4"}, id="biases on nf4"
+        ),
+    ],
+)
+def test_methods_with_ways_of_their_own(settings: dict[str, Any]) -> None:
+    given = {"peft_config": OPTIONS.get(settings["method"], ()), **settings}
+    config = given.pop("config", WIDE_LLAMA)
+    assert abs(relative_error(config, **given)) < 0.002
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="kept"),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointed"),
+        pytest.param({"mixed_precision": "no"}, id="without autocast"),
+        pytest.param({"quantization": "nf4"}, id="a quantized base"),
+        pytest.param({"config": WIDE_GPT2}, id="GPT-2"),
+    ],
+)
+def test_bottlenecks(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No trainer builds them: they are put into the model that the dry run traces."""
+    monkeypatch.setattr("ftplan.launcher.dry_run.step.apply_method", insert_bottlenecks)
+    given = {"method": "bottleneck", **settings}
+    config = given.pop("config", WIDE_LLAMA)
+    assert abs(relative_error(config, **given)) < 0.002

@@ -68,7 +68,7 @@ def plans(draw: st.DrawFn) -> TrainingPlan:
         lora_dropout=draw(st.floats(0, 0.99)),
         target_modules=tuple(draw(st.just(["all-linear"]) | modules)),
         per_device_train_batch_size=draw(st.integers(1, 512)),
-        gradient_checkpointing=draw(st.booleans()),
+        gradient_checkpointing=not METHODS[method].fills_cache and draw(st.booleans()),
         learning_rate=draw(st.floats(1e-9, 1.0)),
         num_train_epochs=draw(st.integers(1, 9) | st.floats(0.01, 9.0)),
         max_steps=draw(st.none() | st.integers(1, 10**6)),
@@ -341,6 +341,13 @@ def test_reentrant_checkpointing_would_leave_frozen_layers_neighbours_untrained(
     with pytest.raises(InputError, match="hands no gradients"):
         TrainingPlan(method="freeze", use_reentrant=True)
     TrainingPlan(method="freeze", use_reentrant=True, gradient_checkpointing=False)
+
+
+@pytest.mark.parametrize("method", ["prefix-tuning", "p-tuning-v2", "cartridge"])
+def test_checkpointed_layers_are_given_no_keys_and_values(method: str) -> None:
+    with pytest.raises(InputError, match="checkpointed layers are given none"):
+        TrainingPlan(method=method)
+    TrainingPlan(method=method, gradient_checkpointing=False)
 
 
 @pytest.mark.parametrize(
