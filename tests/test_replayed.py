@@ -43,8 +43,6 @@ PLANS: list[dict[str, Any]] = [
     {"method": "vera", "optim": "adafactor"},
     {"method": "prompt-tuning"},
     {"method": "prefix-tuning"},
-    {"method": "adaption-prompt"},
-    {"method": "osf"},
     {"method": "lora", "objective": "dpo"},
     {"method": "full", "objective": "dpo"},
     {"method": "full", **SHARDED},
