@@ -36,6 +36,7 @@ PLAIN: dict[str, Any] = {"gradient_checkpointing": False}
 FREEZE: dict[str, Any] = {"method": "freeze", "num_trainable_layers": 2}
 ZERO1: dict[str, Any] = {"sharding": "zero1"}
 ZERO2: dict[str, Any] = {"sharding": "zero2"}
+WAITING: dict[str, Any] = {"gradient_accumulation_steps": 2, "offload": "parameters"}
 OWN: dict[str, Any] = {"trainer": "transformers"}
 
 # Storages are rounded up to 512 bytes, which counts in models this small; the buffers of a constant
@@ -77,7 +78,17 @@ def estimate(model: ModelSpec, plan: TrainingPlan, **stack: Any) -> MemoryEstima
         pytest.param(LLAMA, FREEZE, {}, id="FSDP2, freeze"),
         pytest.param(LLAMA, {**FULL, "gradient_accumulation_steps": 2}, {}, id="FSDP2, accumulate"),
         pytest.param(LLAMA, {**FULL, "offload": "parameters"}, {}, id="FSDP2, offload"),
+        pytest.param(
+            LLAMA, {**FULL, **WAITING, "num_gpus": 1}, {}, id="FSDP2, offload, accumulate, 1 GPU"
+        ),
+        pytest.param(LLAMA, {**FREEZE, **WAITING}, {}, id="FSDP2, offload, accumulate"),
         pytest.param(LLAMA, {**FULL, **OWN}, {"fsdp_version": 1}, id="FSDP1, full"),
+        pytest.param(
+            LLAMA,
+            {**FULL, **OWN, "gradient_accumulation_steps": 2},
+            {"fsdp_version": 1},
+            id="FSDP1, accumulate",
+        ),
         pytest.param(LLAMA, {**PLAIN, **OWN}, {"fsdp_version": 1}, id="FSDP1, lora"),
         pytest.param(
             LLAMA,
