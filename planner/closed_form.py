@@ -10,7 +10,6 @@ from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
 
-MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form does not model; what they train and add is counted for all.
 # Keys and values in front of a layer's own change attention itself, and so do the prompts of
 # LLaMA-Adapter; OSF's gradients go through hooks, BOFT's rotations through a solver.
@@ -46,18 +45,16 @@ CHECKPOINTED_FAMILIES = frozenset(("gemma3",))
 def unmodelled(plan: TrainingPlan) -> str | None:
     """What the closed form does not model of `plan`, as the command line spells it; None where it
     models all."""
-    if plan.sharding not in MODELLED_SHARDINGS:
-        return _spelled(plan, "sharding")
     if plan.method not in MODELLED_METHODS:
         return _spelled(plan, "method")
     return _unmodelled_together(plan) or _unmodelled_with_method(plan)
 
 
 def _unmodelled_together(plan: TrainingPlan) -> str | None:
-    """What is not modelled under FSDP, or with a base that came quantized."""
+    """What is not modelled where parameters are divided, or with a base that came quantized."""
     if plan.quantization in PREQUANTIZED:
         beside = _spelled(plan, "quantization")
-    elif plan.sharding == "fsdp":
+    elif plan.shards_parameters:
         beside = _spelled(plan, "sharding")
     else:
         return None

@@ -16,6 +16,7 @@ from ftplan.planner.modules import (
     PlainLinear,
     SelfAttention,
     base_linear,
+    called,
     norm_module,
 )
 from ftplan.planner.separate_experts import SeparateExperts
@@ -24,7 +25,7 @@ from ftplan.planner.tape import Tape, Tensor
 
 def attention_module(attention: Attention, numerics: Numerics) -> Module:
     kind = LatentAttention if attention.latents else SelfAttention
-    return kind(attention, numerics)
+    return called(kind(attention, numerics), numerics, by_name=True)
 
 
 def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
@@ -44,7 +45,7 @@ class DecoderLayer:
         self.layer = layer
         self.attention = attention_module(layer.attention, numerics)
         self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
-        self.feeding = [self.feed_forward]
+        self.feeding = [called(self.feed_forward, numerics)]
         if layer.feeds_by_itself:
             assert isinstance(self.feed_forward, Mlp)
             self.feeding = self.feed_forward.steps
@@ -100,5 +101,5 @@ class DecoderLayer:
         attended = f.dropout(tape, self.attention(tape, normalized), self.layer.dropout)
         if before_second is not None:
             normalized = before_second(tape, hidden)
-        fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
+        fed = f.dropout(tape, self.feeding[0](tape, normalized), self.layer.dropout)
         return f.add(tape, f.add(tape, attended, fed), residual)

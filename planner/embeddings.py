@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ftplan.planner import functions as f
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.modules import Numerics, linear_module, norm_module
+from ftplan.planner.modules import Numerics, called, linear_module, norm_module
 from ftplan.planner.prompts import PromptMaker
 from ftplan.planner.tape import (
+    ZERO,
+    Form,
     Tape,
     Tensor,
     Weight,
@@ -15,6 +19,13 @@ from ftplan.planner.tape import (
     per_row,
     per_token,
 )
+
+# Of tokens and positions: they are counted with what the model is given.
+NUMBERS = Tensor(None, ZERO, 8)
+
+
+def _look_up(tape: Tape, numbers: Tensor, *, weight: Weight, elements: Form) -> Tensor:
+    return f.look_up(tape, weight, elements)
 
 
 class Embeddings:
@@ -49,6 +60,17 @@ class Embeddings:
         self.positions = Weight(
             model.positions * model.hidden_size, width, trained=trains_positions
         )
+        self.look_up_tokens = called(
+            partial(_look_up, weight=self.tokens, elements=self._own_tokens()),
+            numerics,
+            [p for p in model.outer_parameters if p.name == "embed_tokens.weight"],
+        )
+        form = per_token if model.counts_positions else per_position
+        self.look_up_positions = called(
+            partial(_look_up, weight=self.positions, elements=form(model.hidden_size)),
+            numerics,
+            [p for p in model.outer_parameters if p.name == "wpe.weight"],
+        )
         linears, norm = model.embedding_linears, model.embedding_norm
         self.project_in = linear_module(linears[0], numerics) if linears else None
         self.norm = norm_module(norm, numerics) if norm else None
@@ -71,8 +93,7 @@ class Embeddings:
         hidden = embedded
         del embedded
         if model.positions:
-            form = per_token if model.counts_positions else per_position
-            places = f.look_up(tape, self.positions, form(model.hidden_size))
+            places = self.look_up_positions(tape, NUMBERS)
             held.append(places)
             hidden = f.add(tape, hidden, places)
         if self.norm is not None:
@@ -82,11 +103,13 @@ class Embeddings:
     def _looked_up(self, tape: Tape) -> Tensor:
         """The row's own tokens. Where some are trained, all embeddings are copied for it
         (PEFT's `TrainableTokensLayer`)."""
-        elements = add_forms(per_token(self.wide), per_row(-self.tokens_in_front * self.wide))
         if not self.delta.elements[0]:
-            return f.look_up(tape, self.tokens, elements)
+            return self.look_up_tokens(tape, NUMBERS)
         merged = f.merge_rows(tape, self.tokens, f.cast(tape, self.delta, self.tokens.width))
-        return f.look_up(tape, merged, elements)
+        return f.look_up(tape, merged, self._own_tokens())
+
+    def _own_tokens(self) -> Form:
+        return add_forms(per_token(self.wide), per_row(-self.tokens_in_front * self.wide))
 
     def _behind_prompts(self, tape: Tape, embedded: Tensor) -> Tensor:
         if self.prompts is None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ftplan.planner.optimizer_steps import Updated
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.optimizer_steps import Updated, decay_groups
 from ftplan.planner.optimizers import Optimizer
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.sharded import Spread, Units
 from ftplan.planner.tape import Moment, constant
 from ftplan.planner.trained import Trained, num_elements
-from ftplan.planner.zero import Reduction, share_elements
+from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
+from ftplan.planner.zero3 import FLOAT64_BYTES, Partition, sub_groups
 
 FLOAT32_BYTES = 4
 
@@ -38,8 +40,9 @@ class Held:
     """What a GPU holds whatever the batch, in bytes.
 
     `carried`: gradients that wait for further micro-batches; `reduced`: those that the optimizer's
-    step begins with. `communication`: buffers that are
-    there all the time, `exchanged`: from the beginning of forward to the end of backward.
+    step begins with; `gradient_buffer`: what they are kept in all the time. `communication`:
+    buffers that are there all the time, `exchanged`: from the beginning of forward to the end of
+    backward.
     `reducing`: gradients and buffers, beside those carried, where more than backward itself needs
     is there at its end. `stepping`: moments of the optimizer's step, gradients included.
     `host_states`: optimizer states that the host has. `saved_weights`, `saved_states`: what a
@@ -53,6 +56,7 @@ class Held:
     optimizer_states: int
     stepping: Sequence[Moment]
     host_states: int = 0
+    gradient_buffer: int = 0
     communication: int = 0
     exchanged: int = 0
     reducing: Mapping[str, int] | None = None
@@ -122,3 +126,60 @@ def held_under_zero(
         saved_weights=gradients,
         saved_states=plan.num_gpus * states,
     )
+
+
+def held_under_zero3(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    trained: Trained,
+    partition: Partition,
+    updated: Sequence[Updated],
+) -> Held:
+    """Under ZeRO-3: shares of all parameters, and a buffer each for the shares of the gradients and
+    for gradients on their way.
+
+    The step takes the norm of one parameter's gradient after the other, then updates one group of
+    parameters after the other, whose gradients in fp32 live only then
+    (`_prepare_fp32_grad_for_sub_group`). `updated`: what is trained.
+    """
+    width, on_host = partition.width, partition.offloads_gradients
+    shares = [[partition.share(p.num_elements) for p in group] for group in decay_groups(updated)]
+    groups = [group for some in shares for group in sub_groups(some, int)]
+    share = sum(map(sum, groups))
+    own, added = _shares_at_rest(model, trained, partition)
+    masters = [_share(sum(group), FLOAT32_BYTES) for group in groups]
+    states = sum(plan.optimizer.state_bytes(master) for master in masters)
+    if on_host or width < FLOAT32_BYTES:  # else the weights are their own masters
+        states += share * FLOAT32_BYTES
+    stepping = [_stepping(0, max(map(max, groups)) * FLOAT64_BYTES)]
+    for group, master in zip(groups, masters, strict=True):
+        in_float32 = sum(group) * FLOAT32_BYTES
+        joined = sum(group) * width if len(group) > 1 and width < FLOAT32_BYTES else 0
+        stepping += [_stepping(joined + in_float32, 0), _step_of_share(plan.optimizer, master)]
+    gradients = 0 if on_host else share * width
+    return Held(
+        weights=own + model.buffer_bytes,
+        adapters=added,
+        carried=gradients,
+        reduced=gradients,
+        gradient_buffer=gradients,
+        optimizer_states=0 if on_host else states,
+        host_states=plan.num_gpus * states if on_host else 0,
+        stepping=[_stepping(0, 0)] if on_host else stepping,
+        communication=REDUCE_BUCKET_SIZE * width,
+        saved_weights=trained.num_trainable_parameters * width,
+        saved_states=plan.num_gpus * states,
+    )
+
+
+def _shares_at_rest(model: ModelSpec, trained: Trained, partition: Partition) -> tuple[int, int]:
+    """Bytes of a GPU's share of the model, and of what is added to it."""
+    if partition.offloads_parameters:
+        return 0, 0
+    num_gpus = partition.num_gpus
+    own = sum(
+        count * share_elements(layer.parameters(), num_gpus)
+        for layer, count in model.layer_counts.items()
+    )
+    own += share_elements(model.outer_parameters, num_gpus)
+    return own * partition.width, share_elements(trained.added, num_gpus) * partition.width

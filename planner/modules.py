@@ -6,13 +6,14 @@ Local variables live here as long as they do there: that is what memory is made 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
-from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm
+from ftplan.planner.called import Called
+from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm, Parameter
 from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
 from ftplan.planner.prequantized import PREQUANTIZED, PrequantizedLinear
 from ftplan.planner.rotary import Rotary
@@ -34,8 +35,8 @@ class Numerics:
     bytes a value of what they read, where that is not their own width. `fused_kernels`: norms,
     rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
     `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
-    are modules. `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is
-    longer than; either needs a mask.
+    are modules. `gathers`: ZeRO-3 gathers each module's parameters. `padded`: some rows are
+    shorter, `masked_windows`: sliding windows that a row is longer than; either needs a mask.
     """
 
     weights: int
@@ -56,8 +57,20 @@ class Numerics:
     fused_kernels: bool = False
     repeats_key_value: bool = False
     separate_experts: bool = False
+    gathers: bool = False
     padded: bool = False
     masked_windows: frozenset[int] = frozenset()
+
+
+def called(
+    module: Module,
+    numerics: Numerics,
+    parameters: Iterable[Parameter] = (),
+    *,
+    by_name: bool = False,
+) -> Module:
+    """A module that another one calls, with its own parameters."""
+    return Called(module, parameters, by_name=by_name) if numerics.gathers else module
 
 
 class PlainLinear:
@@ -188,11 +201,16 @@ class LoraLinear:
         rank, width = numerics.rank, numerics.adapters
         down = Linear(name="lora_A", in_features=linear.in_features, out_features=rank)
         up = Linear(name="lora_B", in_features=rank, out_features=linear.out_features, bias=bias)
-        self.lora_a = PlainLinear(down, width, ("lora_A.weight",) if trains_a else ())
-        self.lora_b = PlainLinear(up, width, ("lora_B.weight", "lora_B.bias"))
+        trained_a = ("lora_A.weight",) if trains_a else ()
+        matrix_a = PlainLinear(down, width, trained_a)
+        matrix_b = PlainLinear(up, width, ("lora_B.weight", "lora_B.bias"))
+        self.lora_a = called(matrix_a, numerics, down.parameters())
+        self.lora_b = called(matrix_b, numerics, up.parameters())
         self.width, self.dropout = numerics.adapter_input or width, numerics.dropout
         self.quantization = numerics.quantization
-        self.fused_dropout = numerics.fused_kernels and numerics.quantization != "none"
+        fused = numerics.fused_kernels and numerics.quantization != "none" and self.dropout
+        dropped = f.fused_dropout if fused else partial(f.dropout, rate=self.dropout)
+        self.drop = called(dropped, numerics)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         if self.quantization == "none":
@@ -219,10 +237,7 @@ class LoraLinear:
         return f.add(tape, result, output)
 
     def _change(self, tape: Tape, x: Tensor) -> Tensor:
-        if self.fused_dropout and self.dropout:
-            dropped = f.fused_dropout(tape, x)
-        else:
-            dropped = f.dropout(tape, x, self.dropout)
+        dropped = self.drop(tape, x)
         middle = self.lora_a(tape, dropped)
         del dropped
         change = self.lora_b(tape, middle)
@@ -238,12 +253,13 @@ def base_linear(linear: Linear, numerics: Numerics) -> Module:
         return Linear8bit(linear)
     if numerics.quantization in PREQUANTIZED:
         return PrequantizedLinear(linear)
-    return PlainLinear(linear, numerics.weights, numerics.trained)
+    plain = PlainLinear(linear, numerics.weights, numerics.trained)
+    return called(plain, numerics, linear.parameters())
 
 
 def linear_module(linear: Linear, numerics: Numerics) -> Module:
     if numerics.adapter is not None and linear in numerics.adapted:
-        return numerics.adapter(linear, numerics)
+        return called(numerics.adapter(linear, numerics), numerics)
     return base_linear(linear, numerics)
 
 
@@ -296,6 +312,10 @@ class FusedRmsNorm:
 
 
 def norm_module(norm: Norm, numerics: Numerics) -> Module:
+    return called(_norm_module(norm, numerics), numerics, norm.parameters())
+
+
+def _norm_module(norm: Norm, numerics: Numerics) -> Module:
     if norm.kind == "rms":
         return FusedRmsNorm(norm) if numerics.fused_kernels else RmsNorm(norm, numerics)
     if norm.kind == "centered":
@@ -366,6 +386,7 @@ class Mlp:
         self.block = block
         self.inputs = [linear_module(linear, numerics) for linear in block.inputs]
         self.output = linear_module(block.output, numerics)
+        self.activate = called(partial(f.activate, name=block.activation), numerics)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         return self.output(tape, self._activated(tape, x))
@@ -373,20 +394,18 @@ class Mlp:
     @property
     def steps(self) -> list[Module]:
         """One after the other, of a block without a gate."""
-        activate = partial(f.activate, name=self.block.activation)
-        return [*self.inputs, activate, self.output]
+        return [*self.inputs, self.activate, self.output]
 
     def _activated(self, tape: Tape, x: Tensor) -> Tensor:
-        name = self.block.activation
         if not self.block.gated:
-            return f.activate(tape, self.inputs[0](tape, x), name)
+            return self.activate(tape, self.inputs[0](tape, x))
         if len(self.inputs) == 1:
             return self._gate_both(tape, self.inputs[0](tape, x))
         gate, up = self.inputs
-        return f.multiply(tape, f.activate(tape, gate(tape, x), name), up(tape, x))
+        return f.multiply(tape, self.activate(tape, gate(tape, x)), up(tape, x))
 
     def _gate_both(self, tape: Tape, both: Tensor) -> Tensor:
         """Gate and the other operand are views of one product's result (Phi 3)."""
         half = scaled(both.elements, 1, 2)
         gate, up = f.split(tape, both, [half, half])
-        return f.multiply(tape, up, f.activate(tape, gate, self.block.activation))
+        return f.multiply(tape, up, self.activate(tape, gate))

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from types import MethodType
 from typing import Any
 
@@ -23,11 +24,7 @@ from ftplan.launcher.dry_run.zero import (
 from ftplan.launcher.dry_run.zero3_parameters import PartitionedParameters, TensorParameter
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE
-
-# Elements of the share that the optimizer steps on at once.
-SUB_GROUP_SIZE = 1_000_000_000
-# Elements of a gradient whose norm is taken at once (`_constant_buffered_norm2`).
-_NORM_BUFFER_SIZE = 250_000_000
+from ftplan.planner.zero3 import NORM_BUFFER_SIZE, sub_groups
 
 
 @contextmanager
@@ -68,7 +65,7 @@ class _Stage3:
         """`_create_fp16_partitions_with_defragmentation` and `_setup_for_real_optimizer`."""
         for number, group in enumerate(optimizer.param_groups):
             params = [self.parameters.all[parameter] for parameter in group["params"]]
-            for sub_group in _sub_groups(params):
+            for sub_group in sub_groups(params, attrgetter("partition_numel")):
                 self.sub_groups.append(sub_group)
                 self.param_groups.append(number)
             group["params"] = []
@@ -142,7 +139,7 @@ class _Stage3:
         """`partition_grads`: a copy on the device, its norm, and one in fp32."""
         with self.makes("temporaries"):
             gradient = torch.empty(param.partition_numel, dtype=self.dtype)
-            for part in gradient.split(_NORM_BUFFER_SIZE):
+            for part in gradient.split(NORM_BUFFER_SIZE):
                 part.double()
             gradient.float()
 
@@ -185,19 +182,6 @@ class _Stage3:
             gradients = [self.averaged[param] for param in sub_group]
             flat = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
             return flat.to(torch.float32)
-
-
-def _sub_groups(params: list[TensorParameter]) -> list[list[TensorParameter]]:
-    """`_create_fp16_sub_groups`."""
-    sub_groups: list[list[TensorParameter]] = []
-    numel = SUB_GROUP_SIZE
-    for param in params:
-        if numel >= SUB_GROUP_SIZE:
-            sub_groups.append([])
-            numel = 0
-        sub_groups[-1].append(param)
-        numel += param.partition_numel
-    return sub_groups
 
 
 def _pieces(flat: torch.Tensor, params: list[TensorParameter]) -> list[torch.Tensor]:
