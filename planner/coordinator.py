@@ -9,6 +9,7 @@ fetched ahead in that order, and those that are used again soon are not released
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -68,6 +69,8 @@ class Coordinator(ABC):
         self._param_queue: deque[tuple[Any, int]] = deque()
         self._fetched_for: dict[Any, int] = {}
         self._releasable: dict[tuple[Hashable, int], set[Any]] = {}
+        self._uses: dict[Any, list[int]] = {}
+        self._traversed: list[int] = []
         self._step_id = 0
         self._num_available = 0
 
@@ -88,12 +91,22 @@ class Coordinator(ABC):
                 for step, module in enumerate(self._trace)
                 for param in sorted(self.params_of(module), key=lambda p: p.ds_id)
             ]
+            self._index_trace()
             self._recording, self._complete = False, True
         elif not self._complete:
             self._recording = True
         self._param_queue = deque(self._param_order)
         self._fetched_for = {}
         self._step_id = self._num_available = 0
+
+    def _index_trace(self) -> None:
+        """When each parameter is used, and how many elements are before each module."""
+        self._uses, self._traversed = {}, [0]
+        for param, step in self._param_order:
+            self._uses.setdefault(param, []).append(step)
+        for module in self._trace:
+            numel = sum(param.ds_numel for param in self.params_of(module))
+            self._traversed.append(self._traversed[-1] + numel)
 
     def _clean_inflight(self) -> None:
         for param, handle in self.inflight.items():
@@ -173,17 +186,17 @@ class Coordinator(ABC):
         found for a place in the order is kept for the next time."""
         key = module, self._step_id
         if key not in self._releasable:
-            found = {
+            self._releasable[key] = {
                 param
                 for param in self.params_of(module)
-                if not param.ds_persist and self._fetched_for.get(param, -1) <= self._step_id
+                if not param.ds_persist
+                and self._fetched_for.get(param, -1) <= self._step_id
+                and not self._used_soon(param)
             }
-            traversed = 0
-            for later in self._trace[self._step_id :]:
-                if traversed >= MAX_REUSE_DISTANCE:
-                    break
-                params = self.params_of(later)
-                found.difference_update(params)
-                traversed += sum(param.ds_numel for param in params)
-            self._releasable[key] = found
         return self._releasable[key]
+
+    def _used_soon(self, param: Any) -> bool:
+        uses = self._uses.get(param, [])
+        later = uses[bisect_left(uses, self._step_id) :][:1]
+        passed = [self._traversed[step] - self._traversed[self._step_id] for step in later]
+        return any(numel < MAX_REUSE_DISTANCE for numel in passed)

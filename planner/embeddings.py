@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from ftplan.planner import functions as f
+from ftplan.planner.called import Called
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.modules import Numerics, called, linear_module, norm_module
+from ftplan.planner.modules import Module, Numerics, linear_module, norm_module
 from ftplan.planner.prompts import PromptMaker
 from ftplan.planner.tape import (
     ZERO,
-    Form,
     Tape,
     Tensor,
     Weight,
@@ -22,10 +20,6 @@ from ftplan.planner.tape import (
 
 # Of tokens and positions: they are counted with what the model is given.
 NUMBERS = Tensor(None, ZERO, 8)
-
-
-def _look_up(tape: Tape, numbers: Tensor, *, weight: Weight, elements: Form) -> Tensor:
-    return f.look_up(tape, weight, elements)
 
 
 class Embeddings:
@@ -60,17 +54,7 @@ class Embeddings:
         self.positions = Weight(
             model.positions * model.hidden_size, width, trained=trains_positions
         )
-        self.look_up_tokens = called(
-            partial(_look_up, weight=self.tokens, elements=self._own_tokens()),
-            numerics,
-            [p for p in model.outer_parameters if p.name == "embed_tokens.weight"],
-        )
-        form = per_token if model.counts_positions else per_position
-        self.look_up_positions = called(
-            partial(_look_up, weight=self.positions, elements=form(model.hidden_size)),
-            numerics,
-            [p for p in model.outer_parameters if p.name == "wpe.weight"],
-        )
+        self.gathers = numerics.gathers
         linears, norm = model.embedding_linears, model.embedding_norm
         self.project_in = linear_module(linears[0], numerics) if linears else None
         self.norm = norm_module(norm, numerics) if norm else None
@@ -78,12 +62,7 @@ class Embeddings:
     def __call__(self, tape: Tape, held: list[Tensor]) -> Tensor:
         """What the first layer reads. `held` gets what the model's forward pass holds on to."""
         model = self.model
-        embedded = self._looked_up(tape)
-        if model.scales_embeddings:
-            embedded = f.scale(tape, embedded)
-        if self.input_learns and not embedded.requires_grad:
-            tape.leaf(embedded)
-            tape.hold(embedded)  # by the node that collects its gradient
+        embedded = self._called(self._embedded, "embed_tokens")(tape, NUMBERS)
         embedded = self._behind_prompts(tape, embedded)
         if model.scales_inputs:
             embedded = f.scale(tape, embedded)
@@ -93,23 +72,40 @@ class Embeddings:
         hidden = embedded
         del embedded
         if model.positions:
-            places = self.look_up_positions(tape, NUMBERS)
+            places = self._called(self._placed, "wpe")(tape, NUMBERS)
             held.append(places)
             hidden = f.add(tape, hidden, places)
         if self.norm is not None:
             hidden = self.norm(tape, hidden)
         return f.dropout(tape, hidden, model.embedding_dropout)
 
+    def _called(self, module: Module, name: str) -> Module:
+        if not self.gathers:
+            return module
+        own = [p for p in self.model.outer_parameters if p.name == f"{name}.weight"]
+        return Called(module, own, name=name)
+
+    def _embedded(self, tape: Tape, numbers: Tensor) -> Tensor:
+        embedded = self._looked_up(tape)
+        if self.model.scales_embeddings:
+            embedded = f.scale(tape, embedded)
+        if self.input_learns and not embedded.requires_grad:
+            tape.leaf(embedded)
+            tape.hold(embedded)  # by the node that collects its gradient
+        return embedded
+
+    def _placed(self, tape: Tape, numbers: Tensor) -> Tensor:
+        form = per_token if self.model.counts_positions else per_position
+        return f.look_up(tape, self.positions, form(self.model.hidden_size))
+
     def _looked_up(self, tape: Tape) -> Tensor:
         """The row's own tokens. Where some are trained, all embeddings are copied for it
         (PEFT's `TrainableTokensLayer`)."""
+        elements = add_forms(per_token(self.wide), per_row(-self.tokens_in_front * self.wide))
         if not self.delta.elements[0]:
-            return self.look_up_tokens(tape, NUMBERS)
+            return f.look_up(tape, self.tokens, elements)
         merged = f.merge_rows(tape, self.tokens, f.cast(tape, self.delta, self.tokens.width))
-        return f.look_up(tape, merged, self._own_tokens())
-
-    def _own_tokens(self) -> Form:
-        return add_forms(per_token(self.wide), per_row(-self.tokens_in_front * self.wide))
+        return f.look_up(tape, merged, elements)
 
     def _behind_prompts(self, tape: Tape, embedded: Tensor) -> Tensor:
         if self.prompts is None:

@@ -230,7 +230,7 @@ class _StepTracer:
         segments, labels = self._segments()
         if self.settings.partition is not None:
             self.gathering = Gathering(self.settings.partition)
-            self.gathering.play_step(segments)  # whose order the next one knows
+            self.gathering.learn_order(segments)
             segments, labels = _with_gathered(segments, self.gathering.play_step(segments))
         self._add_forward(segments, labels, self._inputs(), "forward", "loss")
         base, bases = _sum(self._inputs(), self._tables()), []
@@ -455,12 +455,17 @@ class _StepTracer:
         )
         held: list[Tensor] = []
 
-        callers = self._callers()
+        callers, rotary = self._callers(), Called(_unchanged, name="rotary_emb")
+        turns = any(layer.attention.rotary_dim for layer in model.layer_counts)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             for caller in callers:
                 caller.begin(tape)
-            return module(tape, held)
+            result = module(tape, held)
+            if tape.partitioned and turns:
+                rotary.begin(tape)
+                rotary.finish(tape)
+            return result
 
         learns = settings.input_learns
         return self._segment(forward, None, exchange, learns=learns, held=held)

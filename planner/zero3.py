@@ -20,12 +20,14 @@ from ftplan.planner.tape import (
     ZERO,
     Form,
     Moment,
+    Storage,
     Stretch,
     Tape,
     Tensor,
     Weight,
     add_forms,
     added,
+    covers,
     value,
 )
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE
@@ -153,13 +155,41 @@ class _Handle:
         self.complete = True
 
 
+class _Record(Tape):
+    """A tape that is asked much more often than anything changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now: Moment | None = None
+
+    def born(self, storage: Storage) -> None:
+        self._now = None
+        super().born(storage)
+
+    def died(self, storage: Storage) -> None:
+        super().died(storage)
+        self._now = None
+
+    @property
+    def now(self) -> Moment:
+        """What is alive."""
+        if self._now is None:
+            parts = self.state()
+            self._now = Moment(added(parts.values()), parts)
+        return self._now
+
+    def since(self) -> tuple[Moment, ...]:
+        """The high moments since this was last asked."""
+        return self.moments() if self._now is None else (self._now,)
+
+
 class Gathering(Coordinator):
     """What is gathered and on its way, on a tape of its own."""
 
     def __init__(self, partition: Partition) -> None:
         super().__init__()
         self.partition = partition
-        self.tape = Tape()
+        self.tape = _Record()
         self._parameters: dict[Hashable, _Gathered] = {}
         self._modules: dict[Hashable, list[_Gathered]] = {}
         self.bucket: list[int] = []
@@ -191,6 +221,19 @@ class Gathering(Coordinator):
         offloads = self.partition.offloads_parameters
         return [self.new(param.partition_numel if offloads else 0) for param in params]
 
+    def learn_order(self, segments: Sequence[Segment]) -> None:
+        """A step like all later ones, whose order these know."""
+        for _ in range(1 + self.partition.accumulates):
+            self.reset_step()
+            for place, segment in enumerate(segments):
+                for stretch in segment.forward_stretches:
+                    self._happen(place, stretch.event)
+            for place in reversed(range(len(segments))):
+                for stretch in segments[place].backward_stretches:
+                    self._happen(place, stretch.event)
+            self._reduce_and_partition()
+        self._step()
+
     def play_step(self, segments: Sequence[Segment]) -> Beside:
         """A step of the optimizer: forward and backward of each micro-batch, of which two are like
         any number of them."""
@@ -202,28 +245,37 @@ class Gathering(Coordinator):
         return beside
 
     def play_forward(self, segments: Sequence[Segment], found: list[list[Moment]]) -> None:
+        """A forward pass, whose moments are added to what is found of each segment."""
         self.reset_step()
         for place, segment in enumerate(segments):
             found[place] += self._play(place, segment.forward_stretches)
 
     def _play_backward(self, segments: Sequence[Segment], found: list[list[Moment]]) -> None:
-        """Backward ends with `independent_gradient_partition_epilogue`."""
+        """The same of backward, which ends with `independent_gradient_partition_epilogue`."""
         passed = [place for place, segment in enumerate(segments) if segment.backward_stretches]
         for place in reversed(passed):
             found[place] += self._play(place, segments[place].backward_stretches)
         self._reduce_and_partition()
         left = segments[passed[0]].left
         after = Moment(added(left.values()), left)
-        found[passed[0]] += self._beside(after, self.tape.moments())
+        found[passed[0]] += [_together(after, own) for own in self.tape.since()]
 
     def _play(self, place: int, stretches: Sequence[Stretch]) -> list[Moment]:
-        """The moments of a segment."""
-        found: list[Moment] = []
+        """The high moments of a segment."""
+        pairs: list[tuple[Form, Moment, Moment]] = []
+
+        def keep(moment: Moment, own: Moment) -> None:
+            total = add_forms(moment.total, own.total)
+            if not any(covers(pair[0], total) for pair in pairs):
+                pairs[:] = [pair for pair in pairs if not covers(total, pair[0])]
+                pairs.append((total, moment, own))
+
         for stretch in stretches:
-            found.extend(self._beside(stretch.begins, self._happen(place, stretch.event)))
-            state = self._state()
-            found.extend(_together(moment, state) for moment in stretch.moments)
-        return found
+            for own in self._happen(place, stretch.event):
+                keep(stretch.begins, own)
+            for moment in stretch.moments:
+                keep(moment, self.tape.now)
+        return [_together(moment, own) for _, moment, own in pairs]
 
     def _happen(self, place: int, event: object) -> tuple[Moment, ...]:
         """The moments of an event."""
@@ -234,10 +286,10 @@ class Gathering(Coordinator):
             else:
                 self.release_sub_module(module)
         if not isinstance(event, GradientEvent):
-            return self.tape.moments()
+            return self.tape.since()
         if sum(self.bucket) + event.numel > REDUCE_BUCKET_SIZE:
             self._reduce_and_partition()
-        moments = self.tape.moments()
+        moments = self.tape.since()
         self.bucket.append(event.numel)
         if event.numel > REDUCE_BUCKET_SIZE:  # it waits where it is
             self.large = self.new(event.numel, "gradients")
@@ -296,13 +348,7 @@ class Gathering(Coordinator):
             in_place = self.partition.num_gpus == 1 and not self.partition.offloads_parameters
             param.data = self.new(0 if in_place else whole)
             param.status = Status.AVAILABLE
-
-    def _beside(self, moment: Moment, own: Iterable[Moment]) -> list[Moment]:
-        return [_together(moment, one) for one in own]
-
-    def _state(self) -> Moment:
-        parts = self.tape.state()
-        return Moment(added(parts.values()), parts)
+        self.tape.since()  # moments of the step itself, which nothing is beside
 
 
 def _together(left: Moment, right: Moment) -> Moment:
