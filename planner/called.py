@@ -15,12 +15,13 @@ from ftplan.planner.tape import Tape, Tensor
 class ModuleEvent:
     """A module is about to run, or has run: forward or backward.
 
-    `module`: its number among those that the tape met, or its name where several tapes meet it.
+    `module`: its number among what the tape met, or its name where several tapes meet it.
+    `parameters`: each with its number.
     """
 
     kind: Literal["fetch", "release"]
     module: Hashable
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[tuple[int, Parameter], ...]
 
 
 class Called:
@@ -60,4 +61,5 @@ class Called:
         name: Hashable = self.name
         if name is None:
             name = tape.number_of(self)
-        return ModuleEvent(kind, name, self.parameters)
+        own = tuple((tape.number_of(parameter), parameter) for parameter in self.parameters)
+        return ModuleEvent(kind, name, own)

@@ -201,10 +201,10 @@ class LoraLinear:
         rank, width = numerics.rank, numerics.adapters
         down = Linear(name="lora_A", in_features=linear.in_features, out_features=rank)
         up = Linear(name="lora_B", in_features=rank, out_features=linear.out_features, bias=bias)
-        trained_a = ("lora_A.weight",) if trains_a else ()
-        matrix_a = PlainLinear(down, width, trained_a)
+        matrix_a = PlainLinear(down, width, ("lora_A.weight",) if trains_a else ())
         matrix_b = PlainLinear(up, width, ("lora_B.weight", "lora_B.bias"))
-        self.lora_a = called(matrix_a, numerics, down.parameters())
+        self.reads = tuple(down.parameters())  # whose dtype PEFT asks for
+        self.lora_a = called(matrix_a, numerics, self.reads)
         self.lora_b = called(matrix_b, numerics, up.parameters())
         self.width, self.dropout = numerics.adapter_input or width, numerics.dropout
         self.quantization = numerics.quantization
@@ -259,7 +259,7 @@ def base_linear(linear: Linear, numerics: Numerics) -> Module:
 
 def linear_module(linear: Linear, numerics: Numerics) -> Module:
     if numerics.adapter is not None and linear in numerics.adapted:
-        return called(numerics.adapter(linear, numerics), numerics)
+        return numerics.adapter(linear, numerics)
     return base_linear(linear, numerics)
 
 

@@ -480,22 +480,18 @@ class _StepTracer:
         holds_input: bool,
     ) -> Segment:
         settings = self.settings
-        module = called(DecoderLayer(layer, numerics), numerics)
+        module: Module = DecoderLayer(layer, numerics)
+        if settings.gradient_checkpointing and self.with_gradients:
+            module = partial(
+                _checkpointed, module=exchange.around(module), use_reentrant=settings.use_reentrant
+            )
+        module = called(module, numerics)
         held: list[Tensor] = []
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             if holds_input:
                 held.append(given[0])
-            if not (settings.gradient_checkpointing and self.with_gradients):
-                return module(tape, given[0])
-
-            layer = exchange.around(module)
-
-            def call(hidden: Tensor) -> Tensor:
-                return layer(tape, hidden)
-
-            run = tape.checkpoint_reentrant if settings.use_reentrant else tape.checkpoint
-            return run(call, given)
+            return module(tape, given.pop())
 
         size = per_token(self.model.hidden_size), width
         return self._segment(forward, size, exchange, learns=learns, held=held)
@@ -664,6 +660,14 @@ class _StepTracer:
             forward_stretches=forward_stretches,
             backward_stretches=backward_stretches,
         )
+
+
+def _checkpointed(tape: Tape, hidden: Tensor, *, module: Module, use_reentrant: bool) -> Tensor:
+    def call(hidden: Tensor) -> Tensor:
+        return module(tape, hidden)
+
+    run = tape.checkpoint_reentrant if use_reentrant else tape.checkpoint
+    return run(call, [hidden])
 
 
 def _unchanged(tape: Tape, x: Tensor) -> Tensor:

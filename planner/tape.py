@@ -341,9 +341,9 @@ class Tape:
         self._stretches = [Stretch(None, Moment(_form(self._total), self.state()))]
         return found
 
-    def number_of(self, module: object) -> int:
-        """Which one a module is, by when it was first asked for."""
-        return self._numbers.setdefault(id(module), len(self._numbers))
+    def number_of(self, item: object) -> int:
+        """Which one a module or parameter is, by when it was first asked for."""
+        return self._numbers.setdefault(id(item), len(self._numbers))
 
     def _note(self) -> None:
         self._risen = False

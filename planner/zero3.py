@@ -301,8 +301,8 @@ class Gathering(Coordinator):
         module = event.module if isinstance(event.module, str) else (place, event.module)
         if module not in self._modules:
             self._modules[module] = [
-                self._parameter((module, parameter.name, copy), parameter)
-                for parameter in event.parameters
+                self._parameter((place, number, copy), parameter)
+                for number, parameter in event.parameters
                 for copy in range(parameter.count)
             ]
         return module
