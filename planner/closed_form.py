@@ -81,12 +81,26 @@ def _unmodelled_with_method(plan: TrainingPlan) -> str | None:
 
 
 def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
+    beside = _not_gathered(model) if plan.sharding == "zero3" else None
+    if beside is not None:
+        return f"{_spelled(plan, 'sharding')} with {beside}"
     given = read_options(plan.peft_config)
     trains_tokens = plan.method == "trainable-tokens" or "trainable_token_indices" in given
     if trains_tokens and model.tie_word_embeddings:
         return f"trained tokens of `{model.model_type}`, whose output projection shares them"
     if plan.method == "hira" and model.model_type in CONV1D_MODEL_TYPES:
         return f"`--method hira` on `{model.model_type}`"
+    return None
+
+
+def _not_gathered(model: ModelSpec) -> str | None:
+    """What of a model ZeRO-3's gathering is not followed through."""
+    if any(layer.feed_forward.experts for layer in model.layer_counts):
+        return "experts"
+    if any(layer.attention.latents for layer in model.layer_counts):
+        return "latent attention"
+    if model.other_parameters or model.other_linears:
+        return "parts beside the decoder"
     return None
 
 
