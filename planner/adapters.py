@@ -22,6 +22,7 @@ from ftplan.planner.modules import (
     Numerics,
     PlainLinear,
     base_linear,
+    called,
 )
 from ftplan.planner.peft_options import PeftOptions
 from ftplan.planner.tape import Tape, Tensor, Weight, constant, per_row, scaled, times
@@ -103,7 +104,8 @@ def _lora(linear: Linear, numerics: Numerics, options: PeftOptions) -> Module:
     if options.flag("use_dora"):
         return DoraLinear(linear, numerics)
     bias, trains_a = options.flag("lora_bias"), options.method != "lora-fa"
-    return LoraLinear(linear, numerics, bias=bias, trains_a=trains_a)
+    lora = LoraLinear(linear, numerics, bias=bias, trains_a=trains_a)
+    return called(lora, numerics, lora.reads)
 
 
 class DoraLinear(LoraLinear):

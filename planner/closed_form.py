@@ -10,7 +10,6 @@ from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
 
-MODELLED_SHARDINGS = ("none", "fsdp", "zero1", "zero2")
 # Methods whose step the closed form does not model; what they train and add is counted for all.
 # ShadowPEFT runs a second decoder beside the layers.
 UNMODELLED_METHODS = frozenset(("shadow",))
@@ -32,18 +31,16 @@ _UNMODELLED_OPTIONS = frozenset(
 def unmodelled(plan: TrainingPlan) -> str | None:
     """What the closed form does not model of `plan`, as the command line spells it; None where it
     models all."""
-    if plan.sharding not in MODELLED_SHARDINGS:
-        return _spelled(plan, "sharding")
     if plan.method not in MODELLED_METHODS:
         return _spelled(plan, "method")
     return _unmodelled_together(plan) or _unmodelled_with_method(plan)
 
 
 def _unmodelled_together(plan: TrainingPlan) -> str | None:
-    """What is not modelled under FSDP, or with a base that came quantized."""
+    """What is not modelled where parameters are divided, or with a base that came quantized."""
     if plan.quantization in PREQUANTIZED:
         beside = _spelled(plan, "quantization")
-    elif plan.sharding == "fsdp":
+    elif plan.shards_parameters:
         beside = _spelled(plan, "sharding")
     else:
         return None
@@ -70,12 +67,26 @@ def _unmodelled_with_method(plan: TrainingPlan) -> str | None:
 
 
 def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
+    beside = _not_gathered(model) if plan.sharding == "zero3" else None
+    if beside is not None:
+        return f"{_spelled(plan, 'sharding')} with {beside}"
     given = read_options(plan.peft_config)
     trains_tokens = plan.method == "trainable-tokens" or "trainable_token_indices" in given
     if trains_tokens and model.tie_word_embeddings:
         return f"trained tokens of `{model.model_type}`, whose output projection shares them"
     if plan.method == "hira" and model.model_type in CONV1D_MODEL_TYPES:
         return f"`--method hira` on `{model.model_type}`"
+    return None
+
+
+def _not_gathered(model: ModelSpec) -> str | None:
+    """What of a model ZeRO-3's gathering is not followed through."""
+    if any(layer.feed_forward.experts for layer in model.layer_counts):
+        return "experts"
+    if any(layer.attention.latents for layer in model.layer_counts):
+        return "latent attention"
+    if model.other_parameters or model.other_linears:
+        return "parts beside the decoder"
     return None
 
 

@@ -19,6 +19,7 @@ from ftplan.planner.modules import (
     PlainLinear,
     SelfAttention,
     base_linear,
+    called,
     norm_module,
 )
 from ftplan.planner.prefixes import KeyValueCache
@@ -29,11 +30,14 @@ from ftplan.planner.tape import Tape, Tensor
 def attention_module(
     attention: Attention, numerics: Numerics, prefix: KeyValueCache | None = None
 ) -> Module:
+    module: Module
     if attention.picks_heads:
-        return FalconAttention(attention, numerics)
-    if attention.latents:
-        return LatentAttention(attention, numerics)
-    return SelfAttention(attention, numerics, prefix)
+        module = FalconAttention(attention, numerics)
+    elif attention.latents:
+        module = LatentAttention(attention, numerics)
+    else:
+        module = SelfAttention(attention, numerics, prefix)
+    return called(module, numerics, by_name=True)
 
 
 def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
@@ -57,7 +61,7 @@ class DecoderLayer:
         attention = attention_module(layer.attention, numerics, cache)
         self.attention = prompted(attention, width, numerics)
         self.feed_forward = feed_forward_module(layer.feed_forward, numerics)
-        self.feeding = [self.feed_forward]
+        self.feeding = [called(self.feed_forward, numerics)]
         if layer.feeds_by_itself:
             assert isinstance(self.feed_forward, Mlp)
             self.feeding = self.feed_forward.steps
@@ -129,7 +133,7 @@ class DecoderLayer:
             normalized = second
         elif before_second is not None:
             normalized = before_second(tape, hidden)
-        fed = f.dropout(tape, self.feed_forward(tape, normalized), self.layer.dropout)
+        fed = f.dropout(tape, self.feeding[0](tape, normalized), self.layer.dropout)
         for bottleneck in self.behind_feed_forward:
             fed = bottleneck(tape, fed)
         if self.layer.adds_in_place:

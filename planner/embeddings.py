@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ftplan.planner import functions as f
+from ftplan.planner.called import Called
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.modules import Numerics, linear_module, norm_module
+from ftplan.planner.modules import Module, Numerics, linear_module, norm_module
 from ftplan.planner.prompts import PromptMaker
 from ftplan.planner.tape import (
+    ZERO,
     Tape,
     Tensor,
     Weight,
@@ -15,6 +17,9 @@ from ftplan.planner.tape import (
     per_row,
     per_token,
 )
+
+# Of tokens and positions: they are counted with what the model is given.
+NUMBERS = Tensor(None, ZERO, 8)
 
 
 class Embeddings:
@@ -49,6 +54,7 @@ class Embeddings:
         self.positions = Weight(
             model.positions * model.hidden_size, width, trained=trains_positions
         )
+        self.gathers = numerics.gathers
         linears, norm = model.embedding_linears, model.embedding_norm
         self.project_in = linear_module(linears[0], numerics) if linears else None
         self.norm = norm_module(norm, numerics) if norm else None
@@ -56,12 +62,7 @@ class Embeddings:
     def __call__(self, tape: Tape, held: list[Tensor]) -> Tensor:
         """What the first layer reads. `held` gets what the model's forward pass holds on to."""
         model = self.model
-        embedded = self._looked_up(tape)
-        if model.scales_embeddings:
-            embedded = f.scale(tape, embedded)
-        if self.input_learns and not embedded.requires_grad:
-            tape.leaf(embedded)
-            tape.hold(embedded)  # by the node that collects its gradient
+        embedded = self._called(self._embedded, "embed_tokens")(tape, NUMBERS)
         embedded = self._behind_prompts(tape, embedded)
         if model.scales_inputs:
             embedded = f.scale(tape, embedded)
@@ -71,13 +72,31 @@ class Embeddings:
         hidden = embedded
         del embedded
         if model.positions:
-            form = per_token if model.counts_positions else per_position
-            places = f.look_up(tape, self.positions, form(model.hidden_size))
+            places = self._called(self._placed, "wpe")(tape, NUMBERS)
             held.append(places)
             hidden = f.add(tape, hidden, places)
         if self.norm is not None:
             hidden = self.norm(tape, hidden)
         return f.dropout(tape, hidden, model.embedding_dropout)
+
+    def _called(self, module: Module, name: str) -> Module:
+        if not self.gathers:
+            return module
+        own = [p for p in self.model.outer_parameters if p.name == f"{name}.weight"]
+        return Called(module, own, name=name)
+
+    def _embedded(self, tape: Tape, numbers: Tensor) -> Tensor:
+        embedded = self._looked_up(tape)
+        if self.model.scales_embeddings:
+            embedded = f.scale(tape, embedded)
+        if self.input_learns and not embedded.requires_grad:
+            tape.leaf(embedded)
+            tape.hold(embedded)  # by the node that collects its gradient
+        return embedded
+
+    def _placed(self, tape: Tape, numbers: Tensor) -> Tensor:
+        form = per_token if self.model.counts_positions else per_position
+        return f.look_up(tape, self.positions, form(self.model.hidden_size))
 
     def _looked_up(self, tape: Tape) -> Tensor:
         """The row's own tokens. Where some are trained, all embeddings are copied for it

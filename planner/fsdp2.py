@@ -119,12 +119,12 @@ class _Fsdp2(Exchange):
         return watched(tape, result, self._fetch)
 
     def before_backward(self, tape: Tape, incoming: Tensor) -> None:
+        self.earlier = buffer(tape, self.near.met_gradients, "gradients")
         if not self.is_watching:
             self._fetch(tape)
 
     def _fetch(self, tape: Tape) -> None:
         self.sending = buffer(tape, self.near.reduced_after.gradients)
-        self.earlier = buffer(tape, self.near.met_gradients, "gradients")
         if self.parameters is None:
             own = buffer(tape, self.unit.gathered)
             self.parameters = buffer(tape, self.unit.gathered)

@@ -295,11 +295,15 @@ def product(
     out_features: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """A linear module's product, in x's width and the weight's, which are the same."""
+    """A linear module's product, in x's width and the weight's, which are the same.
+
+    ZeRO-3's keeps both operands, whichever learns (`LinearFunctionForZeroStage3` of
+    deepspeed/runtime/zero/linear.py).
+    """
     tape.read(x)
     x_learns, weight_learns = tape.differentiates(x), tape.differentiates(weight)
     saved = []
-    if weight_learns:
+    if weight_learns or (tape.partitioned and x_learns):
         saved += tape.save(x)
     if x_learns:
         saved += tape.save(weight)
@@ -322,7 +326,7 @@ def product(
         if grads[0] is not None:
             grads[0].is_view = True  # rows of all batches, seen as a batch of rows
         if grads[1] is not None:
-            grads[1].is_view = True  # transposed
+            grads[1].is_view = not tape.partitioned  # transposed
         return grads
 
     tape.attach([result], inputs, saved, backward)

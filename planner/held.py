@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ftplan.planner.host_memory import NOTHING_ON_HOST, HostShare, share_under_zero
-from ftplan.planner.optimizer_steps import Updated
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.optimizer_steps import Updated, decay_groups
 from ftplan.planner.optimizers import Optimizer
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.sharded import Spread, Units
 from ftplan.planner.tape import Moment, constant
 from ftplan.planner.trained import Trained, num_elements
-from ftplan.planner.zero import Reduction, share_elements
+from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
+from ftplan.planner.zero3 import FLOAT64_BYTES, Partition, sub_groups
 
 FLOAT32_BYTES = 4
 
@@ -39,8 +41,9 @@ class Held:
     """What a GPU holds whatever the batch, in bytes.
 
     `carried`: gradients that wait for further micro-batches; `reduced`: those that the optimizer's
-    step begins with. `communication`: buffers that are
-    there all the time, `exchanged`: from the beginning of forward to the end of backward.
+    step begins with; `gradient_buffer`: what they are kept in all the time. `communication`:
+    buffers that are there all the time, `exchanged`: from the beginning of forward to the end of
+    backward.
     `reducing`: gradients and buffers, beside those carried, where more than backward itself needs
     is there at its end. `stepping`: moments of the optimizer's step, gradients included.
     `on_host`: what each process keeps on the host. `saved_states`: the optimizer states that a
@@ -54,6 +57,7 @@ class Held:
     optimizer_states: int
     stepping: Sequence[Moment]
     on_host: HostShare = NOTHING_ON_HOST
+    gradient_buffer: int = 0
     communication: int = 0
     exchanged: int = 0
     reducing: Mapping[str, int] | None = None
@@ -124,3 +128,62 @@ def held_under_zero(
         reducing=None if reduction.partitions else reducing,
         saved_states=plan.num_gpus * states,
     )
+
+
+def held_under_zero3(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    trained: Trained,
+    partition: Partition,
+    updated: Sequence[Updated],
+) -> Held:
+    """Under ZeRO-3: shares of all parameters, and a buffer each for the shares of the gradients and
+    for gradients on their way.
+
+    The step takes the norm of one parameter's gradient after the other, then updates one group of
+    parameters after the other, whose gradients in fp32 live only then
+    (`_prepare_fp32_grad_for_sub_group`). `updated`: what is trained.
+    """
+    width, on_host = partition.width, partition.offloads_gradients
+    shares = [[partition.share(p.num_elements) for p in group] for group in decay_groups(updated)]
+    groups = [group for some in shares for group in sub_groups(some, int)]
+    share = sum(map(sum, groups))
+    base_share = _base_share(model, partition.num_gpus)
+    at_rest = 0 if partition.offloads_parameters else width
+    masters = [_share(sum(group), FLOAT32_BYTES) for group in groups]
+    states = sum(plan.optimizer.state_bytes(master) for master in masters)
+    if on_host or width < FLOAT32_BYTES:  # else the weights are their own masters
+        states += share * FLOAT32_BYTES
+    stepping = [_stepping(0, max(map(max, groups)) * FLOAT64_BYTES)]
+    for group, master in zip(groups, masters, strict=True):
+        in_float32 = sum(group) * FLOAT32_BYTES
+        joined = sum(group) * width if len(group) > 1 and width < FLOAT32_BYTES else 0
+        stepping += [_stepping(joined + in_float32, 0), _step_of_share(plan.optimizer, master)]
+    gradients = 0 if on_host else share * width
+    return Held(
+        weights=base_share * at_rest + model.buffer_bytes,
+        adapters=share_elements(trained.added, partition.num_gpus) * at_rest,
+        carried=gradients,
+        reduced=gradients,
+        gradient_buffer=gradients,
+        optimizer_states=0 if on_host else states,
+        on_host=share_under_zero(
+            plan,
+            share=share,
+            states=states,
+            largest=max(p.num_elements for p in updated),
+            base_share=base_share,
+        ),
+        stepping=[_stepping(0, 0)] if on_host else stepping,
+        communication=REDUCE_BUCKET_SIZE * width,
+        saved_states=plan.num_gpus * states,
+    )
+
+
+def _base_share(model: ModelSpec, num_gpus: int) -> int:
+    """Elements of a GPU's share of the model."""
+    layers = sum(
+        count * share_elements(layer.parameters(), num_gpus)
+        for layer, count in model.layer_counts.items()
+    )
+    return layers + share_elements(model.outer_parameters, num_gpus)

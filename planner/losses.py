@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ftplan.planner import functions as f
+from ftplan.planner.exchange import Call
 from ftplan.planner.tape import (
     Form,
     Tape,
@@ -79,11 +81,14 @@ class StockLoss:
         in_16_bits: bool = False,
         in_place: bool = False,
         watch: Callable[[Tape, Tensor], Tensor],
+        called: Callable[[Call], Call],
     ) -> None:
         """`lets_logits_go`: the fp32 logits take the name of the 16-bit ones; `in_16_bits`: there
         are none. `in_place`: the cross-entropy writes its gradient over the logits (Unsloth's, in
-        fms-acceleration). `watch` gets the output projection's result, and returns it."""
-        self.head, self.weight, self.bias, self.watch = head, weight, bias, watch
+        fms-acceleration). `watch` gets the output projection's result, and returns it; `called`
+        gets the projection itself."""
+        self.head, self.watch = head, watch
+        self.project = called(partial(_project, head=head, weight=weight, bias=bias))
         self.shifts_logits = shifts_logits
         self.lets_logits_go, self.in_16_bits = lets_logits_go, in_16_bits
         self.in_place = in_place
@@ -99,11 +104,7 @@ class StockLoss:
 
     def _logits(self, tape: Tape, hidden: Tensor) -> Tensor:
         head = self.head
-        hidden = f.to_product(tape, hidden)
-        weight = tape.cast_weight(self.weight)
-        bias = None if self.bias is None else tape.cast_weight(self.bias)
-        logits = f.product(tape, hidden, weight, head.hidden_size, head.vocab_size, bias)
-        logits = self.watch(tape, logits)
+        logits = self.watch(tape, self.project(tape, hidden))
         if head.scaled:
             logits = f.scale(tape, logits)
         if head.softcapped:
@@ -120,6 +121,16 @@ class StockLoss:
             return cross_entropy(tape, logits)
         shifted = f.part_copied(tape, logits, times(PREDICTING, self.head.vocab_size))
         return cross_entropy(tape, shifted)
+
+
+def _project(
+    tape: Tape, hidden: Tensor, *, head: Head, weight: Weight, bias: Weight | None
+) -> Tensor:
+    """The logits: a torch.nn.Linear."""
+    hidden = f.to_product(tape, hidden)
+    matrix = tape.cast_weight(weight)
+    added = None if bias is None else tape.cast_weight(bias)
+    return f.product(tape, hidden, matrix, head.hidden_size, head.vocab_size, added)
 
 
 class TrlFusedLoss:

@@ -26,7 +26,7 @@ from ftplan.planner.hardware_spec import (
     Device,
     DeviceKind,
 )
-from ftplan.planner.held import Held, held_of_shares, held_under_zero
+from ftplan.planner.held import Held, held_of_shares, held_under_zero, held_under_zero3
 from ftplan.planner.host_memory import HostMemory, HostShare, host_memory
 from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
@@ -477,6 +477,9 @@ def _held(
     if settings.reduction is not None:
         weights = weight_memory_bytes(model, plan, stack, settings.numerics.weights)
         return held_under_zero(weights, plan, trained, settings.reduction)
+    if settings.partition is not None:
+        updated = updated_parameters(model, plan, trained)
+        return held_under_zero3(model, plan, trained, settings.partition, updated)
     return _held_whole(model, plan, stack, trained, settings)
 
 
@@ -544,19 +547,21 @@ def _compile(
     }
     resident = {
         **loaded,
+        "gradients": held.gradient_buffer,
         "optimizer_states": held.optimizer_states,
         "communication": held.communication,
         "temporaries": 2 * workspace,  # one of the forward pass's thread, one of backward's
     }
     running = {
         **resident,
-        "gradients": held.carried if workload.accumulates else 0,
+        "gradients": held.carried if workload.accumulates else held.gradient_buffer,
         "communication": held.communication + held.exchanged,
     }
     stepping = [with_parts(moment, trace.inputs) for moment in held.stepping]
     before_step = {**resident, "gradients": held.reduced}
     # A loop of one's own lets go of gradients at the beginning of the next step.
-    behind = {**resident, "gradients": held.carried if plan.trainer == "loop" else 0}
+    kept = held.carried if plan.trainer == "loop" else held.gradient_buffer
+    behind = {**resident, "gradients": kept}
     held_in = {REFERENCE_PHASE: {**loaded, "temporaries": workspace}, EVALUATION_PHASE: behind}
     left = {part: form for part, form in trace.after_backward.items() if part not in _GIVEN_BACK}
     moments = dict(trace.phases)

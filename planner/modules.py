@@ -6,14 +6,15 @@ Local variables live here as long as they do there: that is what memory is made 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
+from ftplan.planner.called import Called
 from ftplan.planner.kv_cache import CacheKind, fill
-from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm
+from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm, Parameter
 from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
 from ftplan.planner.prefixes import KeyValueCache
 from ftplan.planner.prequantized import PREQUANTIZED, PrequantizedLinear
@@ -36,11 +37,12 @@ class Numerics:
     bytes a value of what they read, where that is not their own width. `fused_kernels`: norms,
     rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
     `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
-    are modules. `padded`: some rows are shorter, `masked_windows`: sliding windows that a row is
-    longer than, `keys_in_front`: learned keys of each row; each of them needs a mask, of which a
-    kernel's copy has rows that are `mask_padding` entries longer. `cache`: of keys and values,
-    which is filled. `has_bottlenecks`: small networks stand behind attention and feed-forward.
-    `prompt_tokens`: of a prompt that attention also looks at, in `prompt_width` bytes a parameter.
+    are modules. `gathers`: ZeRO-3 gathers each module's parameters. `padded`: some rows are
+    shorter, `masked_windows`: sliding windows that a row is longer than, `keys_in_front`: learned
+    keys of each row; each of them needs a mask, of which a kernel's copy has rows that are
+    `mask_padding` entries longer. `cache`: of keys and values, which is filled. `has_bottlenecks`:
+    small networks stand behind attention and feed-forward. `prompt_tokens`: of a prompt that
+    attention also looks at, in `prompt_width` bytes a parameter.
     """
 
     weights: int
@@ -61,6 +63,7 @@ class Numerics:
     fused_kernels: bool = False
     repeats_key_value: bool = False
     separate_experts: bool = False
+    gathers: bool = False
     padded: bool = False
     masked_windows: frozenset[int] = frozenset()
     cache: CacheKind | None = None
@@ -80,6 +83,17 @@ class Numerics:
     def learns(self) -> bool:
         """Whether something is trained in the layer, or comes to it from what is."""
         return self.trains or bool(self.keys_in_front)
+
+
+def called(
+    module: Module,
+    numerics: Numerics,
+    parameters: Iterable[Parameter] = (),
+    *,
+    by_name: bool = False,
+) -> Module:
+    """A module that another one calls, with its own parameters."""
+    return Called(module, parameters, by_name=by_name) if numerics.gathers else module
 
 
 class PlainLinear:
@@ -227,11 +241,16 @@ class LoraLinear:
         rank, width = numerics.rank, numerics.adapters
         down = Linear(name="lora_A", in_features=linear.in_features, out_features=rank)
         up = Linear(name="lora_B", in_features=rank, out_features=linear.out_features, bias=bias)
-        self.lora_a = PlainLinear(down, width, ("lora_A.weight",) if trains_a else ())
-        self.lora_b = PlainLinear(up, width, ("lora_B.weight", "lora_B.bias"))
+        matrix_a = PlainLinear(down, width, ("lora_A.weight",) if trains_a else ())
+        matrix_b = PlainLinear(up, width, ("lora_B.weight", "lora_B.bias"))
+        self.reads = tuple(down.parameters())  # whose dtype PEFT asks for
+        self.lora_a = called(matrix_a, numerics, self.reads)
+        self.lora_b = called(matrix_b, numerics, up.parameters())
         self.width, self.dropout = numerics.adapter_input or width, numerics.dropout
         self.quantization = numerics.quantization
-        self.fused_dropout = numerics.fused_kernels and numerics.quantization != "none"
+        fused = numerics.fused_kernels and numerics.quantization != "none" and self.dropout
+        dropped = f.fused_dropout if fused else partial(f.dropout, rate=self.dropout)
+        self.drop = called(dropped, numerics)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         if self.quantization == "none":
@@ -258,10 +277,7 @@ class LoraLinear:
         return f.add(tape, result, output)
 
     def _change(self, tape: Tape, x: Tensor) -> Tensor:
-        if self.fused_dropout and self.dropout:
-            dropped = f.fused_dropout(tape, x)
-        else:
-            dropped = f.dropout(tape, x, self.dropout)
+        dropped = self.drop(tape, x)
         middle = self.lora_a(tape, dropped)
         del dropped
         change = self.lora_b(tape, middle)
@@ -277,7 +293,8 @@ def base_linear(linear: Linear, numerics: Numerics) -> Module:
         return Linear8bit(linear, numerics)
     if numerics.quantization in PREQUANTIZED:
         return PrequantizedLinear(linear)
-    return PlainLinear(linear, numerics.weights, numerics.trained)
+    plain = PlainLinear(linear, numerics.weights, numerics.trained)
+    return called(plain, numerics, linear.parameters())
 
 
 def linear_module(linear: Linear, numerics: Numerics) -> Module:
@@ -335,6 +352,10 @@ class FusedRmsNorm:
 
 
 def norm_module(norm: Norm, numerics: Numerics) -> Module:
+    return called(_norm_module(norm, numerics), numerics, norm.parameters())
+
+
+def _norm_module(norm: Norm, numerics: Numerics) -> Module:
     if norm.kind == "rms":
         return FusedRmsNorm(norm) if numerics.fused_kernels else RmsNorm(norm, numerics)
     if norm.kind == "centered":
@@ -417,6 +438,7 @@ class Mlp:
         self.block = block
         self.inputs = [linear_module(linear, numerics) for linear in block.inputs]
         self.output = linear_module(block.output, numerics)
+        self.activate = called(partial(f.activate, name=block.activation), numerics)
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         return self.output(tape, self._activated(tape, x))
@@ -424,20 +446,18 @@ class Mlp:
     @property
     def steps(self) -> list[Module]:
         """One after the other, of a block without a gate."""
-        activate = partial(f.activate, name=self.block.activation)
-        return [*self.inputs, activate, self.output]
+        return [*self.inputs, self.activate, self.output]
 
     def _activated(self, tape: Tape, x: Tensor) -> Tensor:
-        name = self.block.activation
         if not self.block.gated:
-            return f.activate(tape, self.inputs[0](tape, x), name)
+            return self.activate(tape, self.inputs[0](tape, x))
         if len(self.inputs) == 1:
             return self._gate_both(tape, self.inputs[0](tape, x))
         gate, up = self.inputs
-        return f.multiply(tape, f.activate(tape, gate(tape, x), name), up(tape, x))
+        return f.multiply(tape, self.activate(tape, gate(tape, x)), up(tape, x))
 
     def _gate_both(self, tape: Tape, both: Tensor) -> Tensor:
         """Gate and the other operand are views of one product's result (Phi 3)."""
         half = scaled(both.elements, 1, 2)
         gate, up = f.split(tape, both, [half, half])
-        return f.multiply(tape, up, f.activate(tape, gate, self.block.activation))
+        return f.multiply(tape, up, self.activate(tape, gate))

@@ -98,6 +98,7 @@ def data_recipe(
         "num_train_epochs": _advised(policy.num_train_epochs(rows)),
         "num_gpus": (1, f"one device: {device.name}"),
         **_method_settings(method, model, device, given),
+        **_sharding_settings(method, given),
     }
     if "lora_rank" in given:
         derived["lora_alpha"] = (2 * given["lora_rank"], "twice the rank")

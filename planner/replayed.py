@@ -84,8 +84,9 @@ def replayed_memory(
 
 def is_ordered(settings: StepSettings) -> bool:
     """Whether the order of all storages is known."""
+    under_zero = settings.reduction is not None or settings.partition is not None
     divides = settings.spread is not None and settings.accumulates
-    return settings.on_cuda and settings.reduction is None and not divides
+    return settings.on_cuda and not under_zero and not divides
 
 
 def run_storages(

@@ -89,8 +89,15 @@ def _check_zero3(plan: TrainingPlan) -> None:
             "a quantized base under `--sharding zero3` is not modelled",
             "use `--sharding fsdp`, which divides it as well",
         )
-    adapters_checkpointed = plan.resolved_method.adapter and plan.gradient_checkpointing
-    if adapters_checkpointed and not plan.use_reentrant:
+    if not plan.gradient_checkpointing:
+        return
+    if plan.method == "freeze":
+        raise InputError(
+            "`--method freeze` under ZeRO-3 cannot be checkpointed: torch finds frozen parameters "
+            "gone when it compares what it computed again (transformers issue 47254)",
+            "use `--gradient-checkpointing false`, or `--sharding fsdp`",
+        )
+    if plan.resolved_method.adapter and not plan.use_reentrant:
         raise InputError(
             "ZeRO-3 with adapters checkpoints by the reentrant function: TRL sees to it",
             "use `--use-reentrant`, or `--gradient-checkpointing false`",

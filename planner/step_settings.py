@@ -20,6 +20,7 @@ from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings
 from ftplan.planner.trained import COPIES, Trained
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
+from ftplan.planner.zero3 import Partition
 
 FLOAT32_BYTES = 4
 MASK_ALIGNMENT = 16  # ATen's memory-efficient kernel reads a mask in pieces of so many entries
@@ -145,6 +146,7 @@ def step_settings(
         cache=cache,
         spread=spread,
         reduction=_reduction(plan, trained),
+        partition=_partition(plan),
         update=plan.optimizer.update(),
         pairs_rows=objective.pairs_rows,
         prompted=frozenset(trained.adapted_layers if attends_prompts else ()),
@@ -209,6 +211,11 @@ def _spread_out(settings: StepSettings, plan: TrainingPlan) -> StepSettings:
     spread = settings.spread
     if settings.reduction is not None:
         return _without_autocast(_computing_in(settings, plan.compute_bytes))
+    if settings.partition is not None:
+        engine = _without_autocast(_computing_in(settings, settings.partition.width))
+        return dataclasses.replace(
+            engine, numerics=dataclasses.replace(engine.numerics, gathers=True)
+        )
     if spread is None or spread.gathered is None:
         return settings
     computing = _computing_in(settings, spread.gathered)
@@ -240,6 +247,21 @@ def _reduction(plan: TrainingPlan, trained: Trained) -> Reduction | None:
         bucket=REDUCE_BUCKET_SIZE * plan.compute_bytes,
         share=0 if plan.offload == "optimizer" else share * plan.compute_bytes,
         partitions=plan.sharding == "zero2",
+        accumulates=plan.gradient_accumulation_steps > 1,
+    )
+
+
+def _partition(plan: TrainingPlan) -> Partition | None:
+    """How ZeRO-3 divides the model; PEFT's wrappers are two modules around it."""
+    if plan.sharding != "zero3":
+        return None
+    wrappers = ("peft_model", "tuner") if plan.resolved_method.adapter else ()
+    return Partition(
+        num_gpus=plan.num_gpus,
+        width=plan.compute_bytes,
+        offloads_parameters=plan.offload == "parameters",
+        offloads_gradients=plan.offload != "none",
+        callers=(*wrappers, "causal_lm", "model"),
         accumulates=plan.gradient_accumulation_steps > 1,
     )
 

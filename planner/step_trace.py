@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from ftplan.planner import functions as f
+from ftplan.planner.called import Called
 from ftplan.planner.decoder_layer import DecoderLayer
 from ftplan.planner.embeddings import Embeddings
 from ftplan.planner.exchange import Alone, Exchange, Place
@@ -22,8 +23,8 @@ from ftplan.planner.fsdp2 import fsdp2_places
 from ftplan.planner.functions import FLOAT32
 from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import Head, LigerLoss, LossShape, Score, StockLoss, TrlFusedLoss
-from ftplan.planner.model_spec import Layer, Linear, ModelSpec
-from ftplan.planner.modules import Module, Numerics, linear_module, norm_module
+from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Parameter
+from ftplan.planner.modules import Module, Numerics, called, linear_module, norm_module
 from ftplan.planner.prefixes import KeyValueCache, Prefix
 from ftplan.planner.prompts import PromptMaker
 from ftplan.planner.rotary import POSITION_NUMBER_BYTES, table_bytes
@@ -32,6 +33,7 @@ from ftplan.planner.tape import (
     ZERO,
     Form,
     Moment,
+    Stretch,
     Tape,
     Tensor,
     Update,
@@ -49,8 +51,12 @@ from ftplan.planner.tape import (
     times,
 )
 from ftplan.planner.zero import Reduction, zero_places
+from ftplan.planner.zero3 import Beside, Gathering, Partition, Reduced
 
 Parts = dict[str, Form]
+
+# Losses that call the output projection as a module.
+_CALL_HEAD = ("stock", "triton_ce")
 
 EVALUATION_PHASE = "evaluation"
 # Where a reference's log-probabilities are computed before training.
@@ -72,7 +78,8 @@ class StepSettings:
     `reference`: of the model that a preference is measured against, whose pass comes behind; with
     `asks_before` it comes before training instead.
     `spread`: how several GPUs divide parameters, if they do; `reduction`: how they divide
-    gradients alone. `update`: of an optimizer that steps within backward.
+    gradients alone; `partition`: how ZeRO-3 divides all. `update`: of an optimizer that steps
+    within backward.
     `prefix`: learned keys and values in front of each layer's own; `prompted`: places of the layers
     whose attention looks at a prompt.
     `prompts` makes embeddings of `tokens_in_front` learned tokens, which rows are counted with;
@@ -117,6 +124,7 @@ class StepSettings:
     pairs_rows: bool = False
     spread: Spread | None = None
     reduction: Reduction | None = None
+    partition: Partition | None = None
     update: Update | None = None
     prompts: PromptMaker | None = None
     tokens_in_front: int = 0
@@ -131,6 +139,11 @@ class StepSettings:
         """Of an evaluation's pass, which has no dropout."""
         numerics = dataclasses.replace(self.numerics, dropout=0.0, cache=self.cache)
         return dataclasses.replace(self, numerics=numerics, has_dropout=False)
+
+    @property
+    def update_in_backward(self) -> Update | None:
+        """What takes each gradient within backward."""
+        return self.update if self.partition is None else Reduced()
 
     @property
     def trains_input(self) -> bool:
@@ -205,6 +218,7 @@ class Segment:
     `kept_forward`: what it leaves behind until forward ends, its result not counted;
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
     `taken_over`: of what is there without it, what its backward counts itself.
+    `forward_stretches`, `backward_stretches`: the same moments, between the marks of modules.
     """
 
     forward: tuple[Moment, ...]
@@ -223,6 +237,8 @@ class Segment:
     forward_moved: Form
     backward_moved: Form
     record: SegmentRecord
+    forward_stretches: tuple[Stretch, ...] = ()
+    backward_stretches: tuple[Stretch, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +293,7 @@ class _StepTracer:
     phases: dict[str, list[Moment]] = field(default_factory=dict)
     with_gradients: bool = True
     held_to_backward: Tensor | None = None
+    gathering: Gathering | None = None
 
     def trace(self) -> StepTrace:
         reference, before = self.settings.reference, list[Segment]()
@@ -285,6 +302,10 @@ class _StepTracer:
             before = self._pass_forward(reference, self._inputs(), phase, phase)
             reference = None
         segments, labels = self._segments()
+        if self.settings.partition is not None:
+            self.gathering = Gathering(self.settings.partition)
+            self.gathering.learn_order(segments)
+            segments, labels = _with_gathered(segments, self.gathering.play_step(segments))
         self._add_forward(segments, labels, self._inputs(), "forward", "loss")
         base, bases = _sum(self._inputs(), self._tables()), []
         if self._keeps_mask:
@@ -298,7 +319,7 @@ class _StepTracer:
         for index in reversed(range(len(segments))):
             segment = segments[index]
             left = _less(left, segment.taken_over)
-            if index == 0 and self._tied and self.settings.update is not None:
+            if index == 0 and self._tied and self.settings.update_in_backward is not None:
                 left = {**left, "gradients": ZERO}  # the head's: the embedding has it `beside`
             if index in places and segment.backward:
                 phase = "loss" if index == len(segments) - 1 else "backward"
@@ -362,6 +383,10 @@ class _StepTracer:
         its end."""
         tracer = _StepTracer(self.model, settings, self.phases, with_gradients=False)
         segments, labels = tracer._segments()
+        if self.gathering is not None:
+            beside = Beside.of(segments)
+            self.gathering.play_forward(segments, beside.forward)
+            segments, labels = _with_gathered(segments, beside)
         tracer._add_forward(segments, labels, base, phase, loss_phase)
         return segments
 
@@ -460,7 +485,8 @@ class _StepTracer:
         found.append("loss")
         if self._tied:
             # A sum is put in the head's gradient where that is no view.
-            beside = self.head_weight.gradient_is_view + (settings.update is not None)
+            taken = settings.update_in_backward is not None
+            beside = self.head_weight.gradient_is_view + taken
             segments[0] = self._embedding(places[0].exchange(), beside)
         return segments, found
 
@@ -491,11 +517,13 @@ class _StepTracer:
             on_cuda=s.on_cuda,
             capability=s.capability,
             is_fp16=s.is_fp16,
-            accumulates=s.accumulates or (s.reduction is not None and s.reduction.partitions),
+            accumulates=(s.accumulates and s.partition is None)
+            or (s.reduction is not None and s.reduction.partitions),
             residual=s.embedding_width,
             single_row=s.single_row,
-            update=s.update,
+            update=s.update_in_backward,
             has_dropout=s.has_dropout,
+            partitioned=s.partition is not None,
         )
 
     def _inputs(self) -> Parts:
@@ -532,8 +560,17 @@ class _StepTracer:
         )
         held: list[Tensor] = []
 
+        callers, rotary = self._callers(), Called(_unchanged, name="rotary_emb")
+        turns = any(layer.attention.rotary_dim for layer in model.layer_counts)
+
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
-            return module(tape, held)
+            for caller in callers:
+                caller.begin(tape)
+            result = module(tape, held)
+            if tape.partitioned and turns:
+                rotary.begin(tape)
+                rotary.finish(tape)
+            return result
 
         learns, prefix = settings.input_learns, settings.prefix
         if prefix is None:
@@ -582,22 +619,18 @@ class _StepTracer:
     ) -> Segment:
         settings = self.settings
         cache = KeyValueCache(settings.prefix) if settings.prefix else None
-        module = DecoderLayer(layer, numerics, cache)
+        module: Module = DecoderLayer(layer, numerics, cache)
+        if settings.gradient_checkpointing and self.with_gradients:
+            module = partial(
+                _checkpointed, module=exchange.around(module), use_reentrant=settings.use_reentrant
+            )
+        module = called(module, numerics)
         held: list[Tensor] = []
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             if holds_input:
                 held.append(given[0])
-            if not (settings.gradient_checkpointing and self.with_gradients):
-                return module(tape, given[0])
-
-            layer = exchange.around(module)
-
-            def call(hidden: Tensor) -> Tensor:
-                return layer(tape, hidden)
-
-            run = tape.checkpoint_reentrant if settings.use_reentrant else tape.checkpoint
-            return run(call, given)
+            return module(tape, given.pop())
 
         size = per_token(self.model.hidden_size), width
         return self._segment(forward, size, exchange, learns=learns, held=held, cache=cache)
@@ -630,17 +663,22 @@ class _StepTracer:
         self.head_weight = weight
         score = settings.scores
         loss = self._score() if score else self._loss_module(head, weight, bias, exchange)
+        *outer, inner = self._callers() or (Called(_unchanged),)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             hidden = given.pop()
             for module in behind:
                 hidden = module(tape, hidden)
+            if tape.partitioned:
+                hidden = inner.end(tape, hidden)
             tape.component = "logits_and_loss"
             result = loss(tape, hidden, self.held)
             del hidden
             if settings.returns_fp32 and self.held:
                 # accelerate's autocast converts what the model returns.
                 self.held.append(f.cast(tape, self.held.pop(), FLOAT32))
+            for caller in reversed(outer):
+                result = caller.end(tape, result)
             if self.with_gradients:
                 self.held_to_backward = tape.empty(constant(settings.loss_copies), 1)
             if not settings.holds_logits:
@@ -650,6 +688,23 @@ class _StepTracer:
         self.held: list[Tensor] = []
         size = per_token(model.hidden_size), width
         return self._segment(forward, size, exchange, learns=learns)
+
+    def _callers(self) -> list[Called]:
+        """The modules around the layers, from the outermost. A loss that calls no output projection
+        reads its weight within the one that computes it."""
+        partition = self.settings.partition
+        if partition is None:
+            return []
+        *_, of_loss, _ = partition.callers
+        reads = [] if self.settings.loss in _CALL_HEAD else self._head_parameters()
+        return [
+            Called(_unchanged, reads if name == of_loss else (), name=name)
+            for name in partition.callers
+        ]
+
+    def _head_parameters(self) -> list[Parameter]:
+        weight = "embed_tokens.weight" if self.model.tie_word_embeddings else "lm_head.weight"
+        return [p for p in self.model.outer_parameters if p.name in (weight, "lm_head.bias")]
 
     def _score(self) -> Score:
         """PEFT trains a copy of it beside adapters."""
@@ -676,6 +731,7 @@ class _StepTracer:
             in_16_bits=settings.loses_in_16_bits,
             in_place=settings.loss == "triton_ce",
             watch=exchange.watch,
+            called=partial(called, numerics=settings.numerics, parameters=self._head_parameters()),
         )
 
     def _segment(
@@ -709,7 +765,7 @@ class _StepTracer:
         exchange.after_forward(tape)
         given.clear()
         result_width = result.width
-        forward_moments = tape.moments()
+        forward_stretches = tape.stretches()
         forward_flops, forward_moved = tape.flops, tape.moved
         exchange.hand_on()
         recording.end("forward")
@@ -728,7 +784,7 @@ class _StepTracer:
         recording.end("autocast")
         self.held_to_backward = None
         kept = _without(tape.state(), result)
-        backward_moments: tuple[Moment, ...] = ()
+        backward_stretches: tuple[Stretch, ...] = ()
         if result.requires_grad:
             of_result = tape.empty(comes_back or result.elements, result.width)
             recording.incoming = _number(of_result)
@@ -741,14 +797,14 @@ class _StepTracer:
             exchange.after_backward(tape)
             if tape.update is not None:
                 tape.update.end(tape)
-            backward_moments = tape.moments()
+            backward_stretches = tape.stretches()
         exchange.hand_on()
         record = recording.finish(gradient)
         gradient.clear()
         taken_over = {part: constant(size) for part, size in exchange.taken_over.items()}
         return Segment(
-            forward=forward_moments,
-            backward=backward_moments,
+            forward=_moments_of(forward_stretches),
+            backward=_moments_of(backward_stretches),
             result_width=result_width,
             holds_result=holds_result,
             held=_difference(with_held, without_held),
@@ -756,13 +812,15 @@ class _StepTracer:
             given={} if cache is None else {"temporaries": cache.prefix.layer_bytes},
             kept_forward=kept_forward,
             kept=kept,
-            left=tape.state() if backward_moments else {},
-            taken_over=taken_over if backward_moments else {},
+            left=tape.state() if backward_stretches else {},
+            taken_over=taken_over if backward_stretches else {},
             forward_flops=forward_flops,
             backward_flops=subtract_forms(tape.flops, forward_flops),
             forward_moved=forward_moved,
             backward_moved=subtract_forms(tape.moved, forward_moved),
             record=record,
+            forward_stretches=forward_stretches,
+            backward_stretches=backward_stretches,
         )
 
 
@@ -809,6 +867,35 @@ class _Recording:
 def _number(tensor: Tensor) -> int:
     assert tensor.storage is not None
     return tensor.storage.number
+
+
+def _checkpointed(tape: Tape, hidden: Tensor, *, module: Module, use_reentrant: bool) -> Tensor:
+    def call(hidden: Tensor) -> Tensor:
+        return module(tape, hidden)
+
+    run = tape.checkpoint_reentrant if use_reentrant else tape.checkpoint
+    return run(call, [hidden])
+
+
+def _unchanged(tape: Tape, x: Tensor) -> Tensor:
+    return x
+
+
+def _moments_of(stretches: Iterable[Stretch]) -> tuple[Moment, ...]:
+    return tuple(moment for stretch in stretches for moment in stretch.moments)
+
+
+def _with_gathered(
+    segments: Sequence[Segment], beside: Beside
+) -> tuple[list[Segment], list[object]]:
+    """The segments, each with its own moments: of a kind of its own."""
+    found = [
+        dataclasses.replace(segment, forward=tuple(forward), backward=tuple(backward))
+        for segment, forward, backward in zip(
+            segments, beside.forward, beside.backward, strict=True
+        )
+    ]
+    return found, list(range(len(found)))
 
 
 def _extremes(labels: list[object]) -> set[int]:

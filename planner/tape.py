@@ -100,6 +100,16 @@ class Moment:
     components: dict[str, Form]
 
 
+@dataclass(slots=True)
+class Stretch:
+    """A part of a trace between two marks: what was marked (None at a trace's beginning), what was
+    alive then, and the high moments until the next mark."""
+
+    event: object
+    begins: Moment
+    moments: tuple[Moment, ...] = ()
+
+
 class Storage:
     """Memory of one or several tensors; it is given back when the last of them goes."""
 
@@ -244,6 +254,7 @@ class Tape:
     `accumulates`: gradients of an earlier micro-batch are there already. `residual`: width of
     embeddings, and so of masks. `single_row`: the micro-batch is one row. `update`: what an
     optimizer does with each gradient within backward. `has_dropout`: dropout drops some.
+    `partitioned`: ZeRO-3 gathers the parameters, in whose place it puts its own linear function.
     """
 
     def __init__(
@@ -258,8 +269,10 @@ class Tape:
         single_row: bool = False,
         update: Update | None = None,
         has_dropout: bool = True,
+        partitioned: bool = False,
     ) -> None:
         self.update, self.has_dropout = update, has_dropout
+        self.partitioned = partitioned
         self.autocast, self.on_cuda, self.capability = autocast, on_cuda, capability
         self.is_fp16, self.accumulates = is_fp16, accumulates
         self.residual, self.single_row = residual, single_row
@@ -286,6 +299,8 @@ class Tape:
         self._held_again: list[Tensor] = []
         self._with_gradients: list[Weight] = []
         self.at_first_gradient: Callable[[Tape], None] | None = None
+        self._stretches = [Stretch(None, Moment(ZERO, {}))]
+        self._numbers: dict[int, int] = {}
 
     # What is alive.
 
@@ -326,6 +341,22 @@ class Tape:
         self._note()
         found, self._moments = tuple(self._moments), []
         return found
+
+    def mark(self, event: object) -> None:
+        """Begin a stretch."""
+        self._stretches[-1].moments = self.moments()
+        self._stretches.append(Stretch(event, Moment(_form(self._total), self.state())))
+
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Those since this was last asked."""
+        self._stretches[-1].moments = self.moments()
+        found = tuple(self._stretches)
+        self._stretches = [Stretch(None, Moment(_form(self._total), self.state()))]
+        return found
+
+    def number_of(self, item: object) -> int:
+        """Which one a module or parameter is, by when it was first asked for."""
+        return self._numbers.setdefault(id(item), len(self._numbers))
 
     def _note(self) -> None:
         self._risen = False

@@ -14,10 +14,12 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
-from ftplan.launcher.dry_run import zero3, zero3_parameters
+from ftplan.launcher.dry_run import zero3
 from ftplan.launcher.dry_run.step import DryRun, dry_run
 from ftplan.launcher.emit import method_settings
 from ftplan.launcher.training.build import meta_model
+from ftplan.planner import coordinator
+from ftplan.planner import zero3 as planner_zero3
 from ftplan.planner.memory_record import MemoryRecord
 from ftplan.planner.plan import TrainingPlan
 from tests.dry_runs import LLAMA, PHASES, REENTRANT, case
@@ -33,12 +35,12 @@ AT_ONCE = {
     "PARAM_PERSISTENCE_THRESHOLD": 100,
     "MAX_REUSE_DISTANCE": 0,
 }
-DEFAULTS = {"MAX_REUSE_DISTANCE": zero3_parameters.MAX_REUSE_DISTANCE}
+DEFAULTS = {"MAX_REUSE_DISTANCE": coordinator.MAX_REUSE_DISTANCE}
 
 
 def zero3_run(constants: dict[str, int], **settings: Any) -> DryRun:
     with (
-        mock.patch.multiple(zero3_parameters, **constants),
+        mock.patch.multiple(coordinator, **constants),
         mock.patch.object(zero3, "REDUCE_BUCKET_SIZE", BUCKET),
     ):
         return dry_run(case(**{**ZERO3, **FULL, **settings}))
@@ -135,7 +137,7 @@ def test_more_gpus_never_take_more(settings: dict[str, Any]) -> None:
 def test_one_sub_group_is_stepped_on_at_a_time() -> None:
     """Its gradients in fp32 live only then."""
     whole = zero3_run(AT_ONCE).record
-    with mock.patch.object(zero3, "SUB_GROUP_SIZE", 10_000):
+    with mock.patch.object(planner_zero3, "SUB_GROUP_SIZE", 10_000):
         parts = zero3_run(AT_ONCE).record
 
     def at_step(record: MemoryRecord) -> int:

@@ -676,3 +676,15 @@ def test_the_best_device_is_the_gpu_with_most_free_memory_else_the_processor(
     busy = with_free(devices["A100"], 2 * GIB)
     assert Machine(gpus=(busy, devices["T4"]), cpu=cpu, host=host).best_device.name == "T4"
     assert Machine(gpus=(), cpu=cpu, host=host).best_device is cpu
+
+
+def test_a_sharding_asked_for_is_kept(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """What a sharding cannot be combined with is rejected with its reason."""
+    given = {"sharding": "zero3", "num_gpus": 4}
+    ranking = choose_plan(sized["8B"], few_short_rows, devices["RTX 4090"], given)
+    assert ranking.best is not None
+    assert (ranking.best.plan.sharding, ranking.best.plan.method) == ("zero3", "lora")
+    (quantized,) = (r for r in ranking.rejected if r.method == "qlora")
+    assert "quantized base" in quantized.reason

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftplan.planner import coordinator, held, zero3
 from ftplan.planner.errors import InputError
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
@@ -36,6 +39,7 @@ PLAIN: dict[str, Any] = {"gradient_checkpointing": False}
 FREEZE: dict[str, Any] = {"method": "freeze", "num_trainable_layers": 2}
 ZERO1: dict[str, Any] = {"sharding": "zero1"}
 ZERO2: dict[str, Any] = {"sharding": "zero2"}
+WAITING: dict[str, Any] = {"gradient_accumulation_steps": 2, "offload": "parameters"}
 OWN: dict[str, Any] = {"trainer": "transformers"}
 
 # Storages are rounded up to 512 bytes, which counts in models this small; the buffers of a constant
@@ -46,6 +50,11 @@ BUCKET_BYTES = 2 * REDUCE_BUCKET_SIZE
 
 
 def sharded_plan(**changes: Any) -> TrainingPlan:
+    if changes.get("sharding") == "zero3":  # what it can be trained with
+        checkpointed = changes.get("gradient_checkpointing", True)
+        method = changes.get("method", "lora")
+        changes["gradient_checkpointing"] = checkpointed and method != "freeze"
+        changes["use_reentrant"] = changes["gradient_checkpointing"] and method == "lora"
     return TrainingPlan(
         **{
             "sharding": "fsdp",
@@ -77,7 +86,17 @@ def estimate(model: ModelSpec, plan: TrainingPlan, **stack: Any) -> MemoryEstima
         pytest.param(LLAMA, FREEZE, {}, id="FSDP2, freeze"),
         pytest.param(LLAMA, {**FULL, "gradient_accumulation_steps": 2}, {}, id="FSDP2, accumulate"),
         pytest.param(LLAMA, {**FULL, "offload": "parameters"}, {}, id="FSDP2, offload"),
+        pytest.param(
+            LLAMA, {**FULL, **WAITING, "num_gpus": 1}, {}, id="FSDP2, offload, accumulate, 1 GPU"
+        ),
+        pytest.param(LLAMA, {**FREEZE, **WAITING}, {}, id="FSDP2, offload, accumulate"),
         pytest.param(LLAMA, {**FULL, **OWN}, {"fsdp_version": 1}, id="FSDP1, full"),
+        pytest.param(
+            LLAMA,
+            {**FULL, **OWN, "gradient_accumulation_steps": 2},
+            {"fsdp_version": 1},
+            id="FSDP1, accumulate",
+        ),
         pytest.param(LLAMA, {**PLAIN, **OWN}, {"fsdp_version": 1}, id="FSDP1, lora"),
         pytest.param(
             LLAMA,
@@ -109,9 +128,65 @@ def test_the_closed_form_equals_the_dry_run(
     assert found - constant == pytest.approx(expected, rel=TOLERANCE)
 
 
+SMALL = {
+    "PREFETCH_BUCKET_SIZE": 100_000,
+    "PARAM_PERSISTENCE_THRESHOLD": 300,
+    "MAX_LIVE_PARAMETERS": 700_000,
+    "MAX_REUSE_DISTANCE": 700_000,
+}
+SMALL_BUCKET = 600_000
+
+
+@pytest.fixture
+def small_buckets() -> Iterator[None]:
+    """DeepSpeed's settings as small as the model is, so that parameters come and go."""
+    pytest.importorskip("trl", reason="needs the `train` extra")
+    from ftplan.launcher.dry_run import zero3 as dry_zero3
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(coordinator, **SMALL))
+        stack.enter_context(mock.patch.object(zero3, "SUB_GROUP_SIZE", 400_000))
+        for module in (zero3, held, dry_zero3):
+            stack.enter_context(mock.patch.object(module, "REDUCE_BUCKET_SIZE", SMALL_BUCKET))
+        yield
+
+
+@pytest.mark.train
+@pytest.mark.usefixtures("on_the_processor", "small_buckets")
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        pytest.param(LLAMA, FULL, id="full"),
+        pytest.param(LLAMA, {**FULL, **PLAIN, "offload": "parameters"}, id="offload of all"),
+        pytest.param(
+            LLAMA, {**FULL, "offload": "optimizer", "num_gpus": 3}, id="offload of states"
+        ),
+        pytest.param(TIED, {**FULL, "loss": "trl-fused"}, id="tied, fused loss"),
+        pytest.param(TIED, {**FULL, "gradient_accumulation_steps": 2}, id="tied, accumulate"),
+        pytest.param(LLAMA, {"gradient_accumulation_steps": 2}, id="lora"),
+        pytest.param(LLAMA, {**PLAIN, "loss": "trl-fused"}, id="lora, not checkpointed"),
+        pytest.param(LLAMA, {**FREEZE, **PLAIN, "loss": "liger"}, id="freeze"),
+    ],
+)
+def test_zero3_in_closed_form_equals_the_dry_run(
+    config: Mapping[str, Any], changes: dict[str, Any]
+) -> None:
+    from ftplan.launcher.dry_run.case import DryRunCase
+    from ftplan.launcher.dry_run.step import dry_run
+
+    plan = sharded_plan(sharding="zero3", **changes)
+    case = DryRunCase(config=config, plan=plan, kind="cuda", row_length=plan.max_length)
+    peaks = dry_run(case).record.phase_peaks()
+    found = estimate(spec_from_config(config, "tiny"), plan)
+    expected = max(peak.allocated_bytes for peak in peaks.values()) - OF_ANY_SIZE
+    assert found.allocated_peak_bytes - OF_ANY_SIZE == pytest.approx(expected, rel=TOLERANCE)
+    gathered = {phase.name: phase.components["communication"] for phase in found.phases}
+    assert gathered["forward"] > 2 * SMALL_BUCKET
+
+
 # --- what must hold of any model -----------------------------------------------------------------
 
-SHARDINGS = ("fsdp", "zero1", "zero2")
+SHARDINGS = ("fsdp", "zero1", "zero2", "zero3")
 plans = st.fixed_dictionaries(
     {
         "sharding": st.sampled_from(SHARDINGS),
@@ -179,12 +254,14 @@ def test_what_is_offloaded_is_not_on_the_gpu() -> None:
     for changes in (
         {"offload": "parameters"},
         {"sharding": "zero2", "offload": "optimizer"},
+        {"sharding": "zero3", "offload": "optimizer"},
     ):
         memory = estimate(model, sharded_plan(method="full", **changes))
         (step,) = (phase for phase in memory.phases if phase.name == "optimizer step")
         assert step.components["optimizer_states"] == step.components["gradients"] == 0
 
 
-def test_zero_3_is_left_to_the_dry_run() -> None:
-    with pytest.raises(InputError, match="does not model `--sharding zero3`"):
-        estimate(spec_from_config(LLAMA, "tiny"), sharded_plan(method="full", sharding="zero3"))
+def test_zero3_of_a_mixture_is_left_to_the_dry_run() -> None:
+    mixture = {"model_type": "mixtral", **SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(InputError, match="does not model `--sharding zero3` with experts"):
+        estimate(spec_from_config(mixture, "tiny"), sharded_plan(method="full", sharding="zero3"))

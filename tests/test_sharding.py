@@ -44,6 +44,11 @@ def test_every_sharding_says_what_it_can_offload() -> None:
         ({"sharding": "zero3", "num_gpus": 2, **QLORA}, "quantized base", "--sharding fsdp"),
         ({"sharding": "zero3", "num_gpus": 2}, "reentrant function", "--use-reentrant"),
         (
+            {"sharding": "zero3", "num_gpus": 2, "method": "freeze"},
+            "cannot be checkpointed",
+            "--gradient-checkpointing false",
+        ),
+        (
             {"sharding": "zero2", "num_gpus": 2, "mixed_precision": "no"},
             "under mixed precision only",
             "--mixed-precision bf16",
@@ -79,8 +84,8 @@ def test_adapters_under_zero3_are_checkpointed_as_by_trl(
 
 
 def test_the_closed_form_points_to_the_dry_run() -> None:
-    plan = TrainingPlan(sharding="fsdp", num_gpus=2)
-    with pytest.raises(InputError, match="does not model `--sharding fsdp`") as raised:
+    plan = TrainingPlan(sharding="fsdp", num_gpus=2, method="dora")
+    with pytest.raises(InputError, match="`--method dora` with `--sharding fsdp`") as raised:
         estimate_memory(find_source("llama-3.1-8b").spec, plan)
     assert "--exact" in str(raised.value.hint)
 

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -142,6 +143,10 @@ def enable(trainer: Any, plan: TrainingPlan, version: int) -> None:
         plugin.set_mixed_precision(plan.mixed_precision)
     state = trainer.accelerator.state
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    # Where `AcceleratorState` leaves it: each further one looks there first.
+    PartialState._shared_state["distributed_type"] = state.distributed_type
+    if first and plan.num_gpus > 1:  # accelerate counts processes, and there is one
+        trainer.accelerator.no_sync = lambda model: model.no_sync()
     trainer.is_fsdp_enabled = True
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from types import MethodType
 from typing import Any
 
@@ -20,14 +21,10 @@ from ftplan.launcher.dry_run.zero import (
     have_divided,
     making,
 )
-from ftplan.launcher.dry_run.zero3_parameters import PartitionedParameters, ZeroParameter
+from ftplan.launcher.dry_run.zero3_parameters import PartitionedParameters, TensorParameter
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE
-
-# Elements of the share that the optimizer steps on at once.
-SUB_GROUP_SIZE = 1_000_000_000
-# Elements of a gradient whose norm is taken at once (`_constant_buffered_norm2`).
-_NORM_BUFFER_SIZE = 250_000_000
+from ftplan.planner.zero3 import NORM_BUFFER_SIZE, sub_groups
 
 
 @contextmanager
@@ -56,9 +53,9 @@ class _Stage3:
         self.parameters, self.recorder = parameters, parameters.recorder
         self.num_gpus, self.dtype = plan.num_gpus, engine_dtype(plan)
         self.offload_optimizer = plan.offload != "none"
-        self.sub_groups: list[list[ZeroParameter]] = []
+        self.sub_groups: list[list[TensorParameter]] = []
         self.param_groups: list[int] = []
-        self.bucket: list[ZeroParameter] = []
+        self.bucket: list[TensorParameter] = []
         self.bucket_elements = 0
         self.makes = partial(making, self.recorder)
         self.recorder.backward_ended = self._end_of_backward
@@ -68,7 +65,7 @@ class _Stage3:
         """`_create_fp16_partitions_with_defragmentation` and `_setup_for_real_optimizer`."""
         for number, group in enumerate(optimizer.param_groups):
             params = [self.parameters.all[parameter] for parameter in group["params"]]
-            for sub_group in _sub_groups(params):
+            for sub_group in sub_groups(params, attrgetter("partition_numel")):
                 self.sub_groups.append(sub_group)
                 self.param_groups.append(number)
             group["params"] = []
@@ -87,7 +84,7 @@ class _Stage3:
         step = optimizer.step
         optimizer.step = MethodType(partial(self._step, step), optimizer)
 
-    def _defragment(self, params: list[ZeroParameter]) -> None:
+    def _defragment(self, params: list[TensorParameter]) -> None:
         """Shares of what is trained move into one buffer."""
         for param in params:
             param.ds_tensor = param.ds_tensor.new_empty(0)
@@ -129,7 +126,7 @@ class _Stage3:
             param.parameter.grad = None
         del flat
 
-    def _reduce_scatter(self, params: list[ZeroParameter]) -> torch.Tensor:
+    def _reduce_scatter(self, params: list[TensorParameter]) -> torch.Tensor:
         """`reduce_scatter_coalesced`: shares side by side, unless one gradient needs no padding."""
         if len(params) == 1 and params[0].ds_numel % self.num_gpus == 0:
             gradient = params[0].parameter.grad
@@ -138,11 +135,11 @@ class _Stage3:
         numel = sum(param.partition_numel for param in params) * self.num_gpus
         return torch.empty(numel, dtype=self.dtype)
 
-    def _send_to_host(self, param: ZeroParameter) -> None:
+    def _send_to_host(self, param: TensorParameter) -> None:
         """`partition_grads`: a copy on the device, its norm, and one in fp32."""
         with self.makes("temporaries"):
             gradient = torch.empty(param.partition_numel, dtype=self.dtype)
-            for part in gradient.split(_NORM_BUFFER_SIZE):
+            for part in gradient.split(NORM_BUFFER_SIZE):
                 part.double()
             gradient.float()
 
@@ -177,7 +174,7 @@ class _Stage3:
                 for param in sub_group:
                     self.averaged[param].double()
 
-    def _gradient_of(self, sub_group: list[ZeroParameter], fp32: nn.Parameter) -> torch.Tensor:
+    def _gradient_of(self, sub_group: list[TensorParameter], fp32: nn.Parameter) -> torch.Tensor:
         """`_prepare_fp32_grad_for_sub_group`; with offloading it waits on the host."""
         with self.makes("gradients", on_host=self.offload_optimizer):
             if self.offload_optimizer:
@@ -187,18 +184,5 @@ class _Stage3:
             return flat.to(torch.float32)
 
 
-def _sub_groups(params: list[ZeroParameter]) -> list[list[ZeroParameter]]:
-    """`_create_fp16_sub_groups`."""
-    sub_groups: list[list[ZeroParameter]] = []
-    numel = SUB_GROUP_SIZE
-    for param in params:
-        if numel >= SUB_GROUP_SIZE:
-            sub_groups.append([])
-            numel = 0
-        sub_groups[-1].append(param)
-        numel += param.partition_numel
-    return sub_groups
-
-
-def _pieces(flat: torch.Tensor, params: list[ZeroParameter]) -> list[torch.Tensor]:
+def _pieces(flat: torch.Tensor, params: list[TensorParameter]) -> list[torch.Tensor]:
     return list(flat.split([param.partition_numel for param in params]))

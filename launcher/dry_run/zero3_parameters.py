@@ -1,18 +1,12 @@
-"""ZeRO-3's parameters: partitioned, gathered, fetched ahead and released as DeepSpeed 0.18 does
-(deepspeed/runtime/zero: partition_parameters.py, parameter_offload.py,
-partitioned_param_coordinator.py), whose names are kept here.
-
-In the first forward and backward the order of modules is recorded; from then on parameters are
-fetched ahead in that order, and those that are used again soon are not released.
+"""ZeRO-3's parameters as tensors: partitioned and gathered as DeepSpeed 0.18 does
+(deepspeed/runtime/zero: partition_parameters.py, parameter_offload.py), whose names are kept here.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -20,46 +14,22 @@ import torch
 from torch import nn
 
 from ftplan.launcher.dry_run.recorder import Recorder
-
-# Elements, DeepSpeed's defaults (zero/config.py): accelerate's plugin leaves them alone unless it
-# is given a configuration file.
-PREFETCH_BUCKET_SIZE = 50_000_000
-PARAM_PERSISTENCE_THRESHOLD = 100_000
-MAX_LIVE_PARAMETERS = 1_000_000_000
-MAX_REUSE_DISTANCE = 1_000_000_000
-
-
-class Status(Enum):
-    """Of a parameter: `ZeroParamStatus`."""
-
-    NOT_AVAILABLE = 0
-    INFLIGHT = 1
-    AVAILABLE = 2
+from ftplan.planner.coordinator import Coordinator, Status, ZeroParameter
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class ZeroParameter:
+class TensorParameter(ZeroParameter):
     """A parameter and this GPU's share of it, `ds_tensor`."""
 
     parameter: nn.Parameter
-    ds_id: int
     ds_shape: torch.Size
     ds_tensor: torch.Tensor
-    ds_numel: int
-    partition_numel: int
-    status: Status = Status.NOT_AVAILABLE
-    active_sub_modules: set[nn.Module] = field(default_factory=set)
-
-    @property
-    def ds_persist(self) -> bool:
-        return self.ds_numel <= PARAM_PERSISTENCE_THRESHOLD
 
     def hold(self, flat: torch.Tensor) -> None:
         """The parameter lies at the beginning of `flat`."""
         self.parameter.data = flat.narrow(0, 0, self.ds_numel).view(self.ds_shape)
 
     def free(self) -> None:
-        """`free_param`."""
         self.parameter.data = self.parameter.data.new_empty(0)
         self.status = Status.NOT_AVAILABLE
 
@@ -68,16 +38,23 @@ class _Handle:
     """`AllGatherCoalescedHandle`: the buffer of several parameters lives as long as one of them has
     not been waited for, beside the copies that the first wait makes."""
 
-    def __init__(self, params: list[ZeroParameter], flat_tensor: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        params: list[TensorParameter],
+        flat_tensor: torch.Tensor | None,
+        communicating: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self.params, self.flat_tensor, self.complete = params, flat_tensor, False
+        self.communicating = communicating
 
     def wait(self) -> None:
         if self.complete:
             return
-        for param in self.params:
-            if self.flat_tensor is not None:
-                param.hold(self.flat_tensor.new_empty(param.ds_numel))
-            param.status = Status.AVAILABLE
+        with self.communicating():
+            for param in self.params:
+                if self.flat_tensor is not None:
+                    param.hold(self.flat_tensor.new_empty(param.ds_numel))
+                param.status = Status.AVAILABLE
         self.complete = True
 
 
@@ -105,7 +82,7 @@ class PartitionedParameters:
         self.model, self.recorder = model, recorder
         self.num_gpus, self.offloads = num_gpus, offloads
         self._adapted = hasattr(model, "peft_config")
-        self.all: dict[nn.Parameter, ZeroParameter] = {}
+        self.all: dict[nn.Parameter, TensorParameter] = {}
         for module in model.modules():
             for parameter in module._parameters.values():
                 if parameter is not None and parameter not in self.all:
@@ -113,14 +90,14 @@ class PartitionedParameters:
         self.persistent = [param for param in self.all.values() if param.ds_persist]
         self.coordinator = _Coordinator(self)
 
-    def _partition(self, parameter: nn.Parameter, path: str) -> ZeroParameter:
+    def _partition(self, parameter: nn.Parameter, path: str) -> TensorParameter:
         size = -(-parameter.numel() // self.num_gpus)
         self.recorder.on_host = True
         share = parameter.data.new_empty(size)
         self.recorder.on_host = False
         if not self.offloads:
             self.recorder.adopt([share], self.component_of(parameter), path)
-        param = ZeroParameter(
+        param = TensorParameter(
             parameter=parameter,
             ds_id=len(self.all),
             ds_shape=parameter.shape,
@@ -134,7 +111,7 @@ class PartitionedParameters:
     def component_of(self, parameter: nn.Parameter) -> str:
         return "adapters" if self._adapted and parameter.requires_grad else "weights"
 
-    def all_gather_coalesced(self, params: list[ZeroParameter]) -> _Handle:
+    def all_gather_coalesced(self, params: list[TensorParameter]) -> _Handle:
         """The buffers of parameters on their way."""
         params = sorted(params, key=lambda param: param.ds_id)
         for param in params:
@@ -144,15 +121,15 @@ class PartitionedParameters:
             if self.num_gpus == 1:  # `_no_gather_coalesced`
                 for param, share in zip(params, shares, strict=True):
                     param.hold(share)
-                return _Handle(params, None)
+                return _Handle(params, None, self._communicating)
             numel = sum(param.partition_numel for param in params) * self.num_gpus
             flat_tensor = shares[0].new_empty(numel)
             if len(params) > 1:
-                return _Handle(params, flat_tensor)
+                return _Handle(params, flat_tensor, self._communicating)
             params[0].hold(flat_tensor)
-            return _Handle(params, None)
+            return _Handle(params, None, self._communicating)
 
-    def all_gather(self, params: list[ZeroParameter]) -> None:
+    def all_gather(self, params: list[TensorParameter]) -> None:
         """At once, each parameter in a buffer of its own (`_allgather_params_coalesced`)."""
         missing = [param for param in params if param.status is Status.NOT_AVAILABLE]
         with self._communicating():
@@ -169,7 +146,7 @@ class PartitionedParameters:
             param.active_sub_modules.clear()
             param.free()
 
-    def _on_device(self, param: ZeroParameter) -> torch.Tensor:
+    def _on_device(self, param: TensorParameter) -> torch.Tensor:
         return param.ds_tensor.clone() if self.offloads else param.ds_tensor
 
     @contextmanager
@@ -207,27 +184,21 @@ class PartitionedParameters:
         self.recorder.on_host = False
 
 
-class _Coordinator:
-    """`PartitionedParameterCoordinator`."""
+class _Coordinator(Coordinator):
+    """Of modules and tensors."""
 
     def __init__(self, parameters: PartitionedParameters) -> None:
+        super().__init__()
         self.parameters = parameters
-        self.inflight: dict[ZeroParameter, _Handle] = {}
         self.running: list[nn.Module] = []
-        self._external: dict[nn.Module, dict[ZeroParameter, None]] = {}
-        self._trace: list[nn.Module] = []
-        self._recording = self._complete = False
-        self._param_order: list[tuple[ZeroParameter, int]] = []
-        self._param_queue: deque[tuple[ZeroParameter, int]] = deque()
-        self._fetched_for: dict[ZeroParameter, int] = {}
-        self._releasable: dict[tuple[nn.Module, int], set[ZeroParameter]] = {}
-        self._step_id = 0
-        self._num_available = 0
+        self._external: dict[nn.Module, dict[TensorParameter, None]] = {}
 
-    def params_of(self, module: nn.Module) -> list[ZeroParameter]:
-        """A module's own parameters, and those of others that it reads."""
+    def params_of(self, module: nn.Module) -> list[TensorParameter]:
         own = [self.parameters.all[p] for p in module._parameters.values() if p is not None]
         return list(dict.fromkeys((*own, *self._external.get(module, ()))))
+
+    def all_gather_coalesced(self, params: list[TensorParameter]) -> _Handle:
+        return self.parameters.all_gather_coalesced(params)
 
     def read(self, parameter: nn.Parameter) -> None:
         """`ZeROOrderedDict.__getitem__`."""
@@ -235,114 +206,6 @@ class _Coordinator:
         if self.running and param is not None and param.status is Status.NOT_AVAILABLE:
             self._external.setdefault(self.running[-1], {})[param] = None
             self.parameters.all_gather([param])
-
-    def reset_step(self) -> None:
-        """A forward begins."""
-        self._clean_inflight()
-        if self._recording:
-            self._param_order = [
-                (param, step)
-                for step, module in enumerate(self._trace)
-                for param in sorted(self.params_of(module), key=lambda p: p.ds_id)
-            ]
-            self._recording, self._complete = False, True
-        elif not self._complete:
-            self._recording = True
-        self._param_queue = deque(self._param_order)
-        self._fetched_for = {}
-        self._step_id = self._num_available = 0
-
-    def _clean_inflight(self) -> None:
-        for param, handle in self.inflight.items():
-            handle.wait()
-            self._release(param)
-        self.inflight.clear()
-
-    def _check_trace(self, module: nn.Module) -> None:
-        """`trace_prologue`: another order of modules than recorded ends fetching ahead."""
-        expected = self._trace[self._step_id : self._step_id + 1]
-        if self._complete and expected != [module]:
-            self._complete = False
-            self._trace, self._param_order = [], []
-            self._fetched_for = {}
-            self._param_queue.clear()
-            self._clean_inflight()
-
-    def fetch_sub_module(self, module: nn.Module) -> None:
-        self._check_trace(module)
-        if self._recording:
-            self._trace.append(module)
-        params = self.params_of(module)
-        self._all_gather(params)
-        for param in params:
-            param.active_sub_modules.add(module)
-            if param in self.inflight:
-                with self.parameters._communicating():
-                    self.inflight.pop(param).wait()
-        if self._complete:
-            self._skip_in_queue(params)
-            self._prefetch()
-        self._step_id += 1
-
-    def _all_gather(self, params: list[ZeroParameter]) -> None:
-        missing = [param for param in params if param.status is Status.NOT_AVAILABLE]
-        if missing:
-            self._num_available += sum(param.ds_numel for param in missing)
-            handle = self.parameters.all_gather_coalesced(missing)
-            self.inflight.update(dict.fromkeys(missing, handle))
-
-    def _skip_in_queue(self, params: list[ZeroParameter]) -> None:
-        to_skip = sum(self._fetched_for.get(param, -1) < self._step_id for param in params)
-        skipped: set[ZeroParameter] = set()
-        while self._param_queue and len(skipped) < to_skip:
-            param, last_used = self._param_queue.popleft()
-            self._fetched_for[param] = last_used
-            skipped.add(param)
-
-    def _prefetch(self) -> None:
-        most = min(MAX_LIVE_PARAMETERS - self._num_available, PREFETCH_BUCKET_SIZE)
-        ahead: dict[ZeroParameter, None] = {}
-        numel = 0
-        while self._param_queue and numel < most:
-            param, last_used = self._param_queue.popleft()
-            self._fetched_for[param] = max(self._fetched_for.get(param, -1), last_used)
-            if param.status is Status.NOT_AVAILABLE and param not in ahead:
-                ahead[param] = None
-                numel += param.ds_numel
-        self._all_gather(list(ahead))
-
-    def release_sub_module(self, module: nn.Module) -> None:
-        params = self.params_of(module)
-        releasable = self._params_to_release(module) if self._complete else params
-        for param in params:
-            param.active_sub_modules.discard(module)
-            if param in releasable:
-                self._release(param)
-
-    def _release(self, param: ZeroParameter) -> None:
-        if param.status is Status.AVAILABLE and not param.active_sub_modules:
-            param.free()
-            self._num_available -= param.ds_numel
-
-    def _params_to_release(self, module: nn.Module) -> set[ZeroParameter]:
-        """All but what is small, or is used again within `MAX_REUSE_DISTANCE`. As there, what was
-        found for a place in the order is kept for the next time."""
-        key = module, self._step_id
-        if key not in self._releasable:
-            found = {
-                param
-                for param in self.params_of(module)
-                if not param.ds_persist and self._fetched_for.get(param, -1) <= self._step_id
-            }
-            traversed = 0
-            for later in self._trace[self._step_id :]:
-                if traversed >= MAX_REUSE_DISTANCE:
-                    break
-                params = self.params_of(later)
-                found.difference_update(params)
-                traversed += sum(param.ds_numel for param in params)
-            self._releasable[key] = found
-        return self._releasable[key]
 
 
 class _ModuleHooks:
