@@ -50,8 +50,7 @@ def replayed_memory(
 ) -> MemoryEstimate:
     """`estimate_memory`, with what the allocator reserves and requires from its replay.
 
-    On the processor, under ZeRO, and where FSDP accumulates gradients it is `estimate_memory`'s
-    own.
+    On the processor and under ZeRO it is `estimate_memory`'s own.
     """
     memory = estimate_memory(model, plan, device=device, longest_row=longest_row, stack=stack)
     rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
@@ -84,16 +83,15 @@ def replayed_memory(
 
 def is_ordered(settings: StepSettings) -> bool:
     """Whether the order of all storages is known."""
-    under_zero = settings.reduction is not None or settings.partition is not None
-    divides = settings.spread is not None and settings.accumulates
-    return settings.on_cuda and not under_zero and not divides
+    return settings.on_cuda and settings.reduction is None and settings.partition is None
 
 
 def run_storages(
     model: ModelSpec, plan: TrainingPlan, step: CompiledStep, rows: int, length: int, stack: Stack
 ) -> RunStorages:
     """Loading, two steps, the second of which has optimizer states, and an evaluation's pass. With
-    accumulation each step has two micro-batches, and gradients are there from the first one on."""
+    accumulation each step has two micro-batches, and gradients are there from the first one on;
+    under FSDP it has the last one."""
     settings, held, optimizer = step.settings, step.held, plan.optimizer
     by_trainer = plan.trainer != "loop"
     run = RunStorages(
@@ -114,12 +112,12 @@ def run_storages(
     for first in (True, False):
         if not by_trainer:  # a loop of one's own lets go of them as late
             run.died(gradients)
-        if settings.accumulates:
+        if settings.accumulates and settings.spread is None:
             gradients = run.born(p.num_bytes for p in updated for _ in range(p.count))
             for _ in range(2):
                 run.died(run.micro_batch())
         else:
-            gradients = run.micro_batch(exchanged)
+            gradients = run.micro_batch(exchanged, carries=settings.accumulates)
         if settings.spread is None or not settings.spread.offloads:
             if first:
                 run.born(optimizer.state_sizes(updated))

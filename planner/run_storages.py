@@ -44,22 +44,29 @@ class RunStorages:
     def died(self, numbers: Iterable[int]) -> None:
         self.events += [~number for number in numbers]
 
-    def micro_batch(self, throughout: Iterable[int] = ()) -> list[int]:
+    def micro_batch(self, throughout: Iterable[int] = (), *, carries: bool = False) -> list[int]:
         """Forward and backward; the gradients that are left. `throughout`: bytes of what is there
-        all the while, or until a segment takes it over."""
+        all the while, or until a segment takes it over; `carries`: gradients of the micro-batch
+        before wait until then, too."""
         trace = self.trace
         around = self.born(throughout)
+        carried = [
+            self._parts({"gradients": segment.taken_over.get("gradients", ZERO)}) if carries else []
+            for segment in trace.segments
+        ]
         inputs, mask, tables = map(self._parts, (trace.inputs, trace.mask, trace.tables))
         places = self._forward(trace.segments)
         if not self.keeps_mask:
             self.died(mask)
         for segments in trace.further:
             self.forward_only(segments)
-        gradients = self._backward(places, around)
+        gradients = self._backward(places, around, carried)
         self.died([*(mask if self.keeps_mask else ()), *tables, *inputs, *around])
         return gradients
 
-    def _backward(self, places: list[_Place], around: list[int]) -> list[int]:
+    def _backward(
+        self, places: list[_Place], around: list[int], carried: list[list[int]]
+    ) -> list[int]:
         trace = self.trace
         gradients: dict[int, list[int]] = {}
         left: list[int] = []
@@ -70,7 +77,9 @@ class RunStorages:
                 self.died(around)
                 around.clear()
             ties = index == 0 and trace.ties_gradients
-            if any(taken_over.get("gradients", ZERO)) or (ties and trace.updates):
+            self.died(carried[index])
+            takes = any(taken_over.get("gradients", ZERO)) and not carried[index]
+            if takes or (ties and trace.updates):
                 self.died(gradients.pop(len(places) - 1, []))  # what the loss leaves
             self.events += place.backward(of_result)
             if place.record.gradient != place.record.incoming:  # else it was summed in place

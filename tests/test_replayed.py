@@ -48,6 +48,7 @@ PLANS: list[dict[str, Any]] = [
     {"method": "full", **SHARDED},
     {"method": "full", "gradient_checkpointing": False, **SHARDED},
     {"method": "lora", "offload": "parameters", **SHARDED},
+    {"method": "full", "gradient_accumulation_steps": 4, **SHARDED},
 ]
 MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "gpt2", "falcon-7b", "gemma-3-4b-it")
 
