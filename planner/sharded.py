@@ -109,7 +109,7 @@ def units_of(
         embedding=_unit(embedding, spread, trained_outside),
         layers=tuple(layers),
         tail=_unit(tail, spread, trained_outside),
-        root=_unit(rest, spread, trained_outside),
+        root=_unit(rest, spread, trained_outside, unused=model.parameters_beside),
     )
 
 
@@ -128,11 +128,11 @@ def shards_of(
     at_rest: list[int] = []
     updated: list[Updated] = []
 
-    def add(parameter: Parameter, trained: int | None) -> None:
+    def add(parameter: Parameter, trained: int | None, *, learns: bool = True) -> None:
         elements = _share(parameter, spread) // parameter.count
         stored = trained or spread.frozen
         at_rest.extend([0 if spread.offloads else elements * stored] * parameter.count)
-        if trained:
+        if trained and learns:
             updated.append(Updated(shape=(elements,), width=stored, count=parameter.count))
 
     for layer, own in zip(model.layers, numerics, strict=True):
@@ -140,8 +140,10 @@ def shards_of(
             add(parameter, spread.trained if parameter.name in own.trained else None)
         for parameter in _adapters(layer, own):
             add(parameter, spread.adapters)
+    unused = () if spread.kind == "fsdp1" else model.parameters_beside
     for parameter in itertools.chain(*_outside(model)):
-        add(parameter, spread.trained if parameter.name in trained_outside else None)
+        trained = spread.trained if parameter.name in trained_outside else None
+        add(parameter, trained, learns=parameter not in unused)
     return Shards(at_rest=tuple(at_rest), updated=tuple(updated))
 
 
@@ -199,25 +201,39 @@ def _adapters(layer: Layer, numerics: Numerics) -> Iterator[Parameter]:
             yield Parameter(name="lora_B.weight", shape=(linear.out_features, numerics.rank))
 
 
-def _unit(parameters: Iterable[Parameter], spread: Spread, trained: Collection[str]) -> Unit:
-    """Parameters of the model itself."""
+def _unit(
+    parameters: Iterable[Parameter],
+    spread: Spread,
+    trained: Collection[str],
+    unused: Collection[Parameter] = (),
+) -> Unit:
+    """Parameters of the model itself. `unused`: those that get no gradient; FSDP1's flat parameter
+    has one as a whole."""
     parts = (
-        _part(p, spread, spread.trained if p.name in trained else None, added=False)
+        _part(
+            p,
+            spread,
+            spread.trained if p.name in trained else None,
+            added=False,
+            learns=spread.kind == "fsdp1" or p not in unused,
+        )
         for p in parameters
     )
     return sum(parts, NO_UNIT)
 
 
-def _part(parameter: Parameter, spread: Spread, trained: int | None, *, added: bool) -> Unit:
-    """One parameter. `trained`: bytes each at rest, if it is trained; `added`: it is an adapter's,
-    which FSDP1 gathers by itself."""
+def _part(
+    parameter: Parameter, spread: Spread, trained: int | None, *, added: bool, learns: bool = True
+) -> Unit:
+    """One parameter. `trained`: bytes each at rest, if it is trained; `learns`: and has a gradient;
+    `added`: it is an adapter's, which FSDP1 gathers by itself."""
     stored = trained or spread.frozen
     gathered = spread.gathered or stored
     share = _share(parameter, spread)
     alone = added and spread.kind == "fsdp1"
     copied = spread.offloads or gathered != stored
     at_rest = 0 if spread.offloads else share * stored
-    sent, reduced = (share * gathered, share * stored) if trained else (0, 0)
+    sent, reduced = (share * gathered, share * stored) if trained and learns else (0, 0)
     one = share // parameter.count * stored
     pinned = parameter.count * pinned_bytes(one) if spread.offloads else 0
     return Unit(
