@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.comparison import statistics
+from benchmarks.comparison import compare, statistics
 from benchmarks.references import Reference
 from ftplan.planner.allocator import replay
-from ftplan.planner.errors import InputError
-from ftplan.planner.memory import RESERVED_OVER_ALLOCATED, compiled_step, estimate_memory
+from ftplan.planner.memory import RESERVED_OVER_ALLOCATED, compiled_step
 from ftplan.planner.replayed import is_ordered, run_storages
 from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_settings import model_rows
@@ -41,13 +40,10 @@ def _compared(
     reference: Reference, expandable: bool, most_events: int | None
 ) -> ReservedErrors | None:
     peaks = reference.expandable if expandable else reference.allocator
-    if peaks is None or reference.stale:
+    memory = None if peaks is None else compare(reference).estimate
+    if peaks is None or memory is None:
         return None
     model, plan = reference.configuration.source.spec, reference.configuration.plan
-    try:
-        memory = estimate_memory(model, plan)
-    except InputError:
-        return None
     rows, length = model_rows(plan, plan.max_length)
     step = compiled_step(model, plan, rows, length, None, OWN_STACK)
     if not is_ordered(step.settings):

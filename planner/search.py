@@ -20,7 +20,14 @@ from ftplan.planner.combinations import check_runs
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
+from ftplan.planner.memory import (
+    MEMORY_MARGIN,
+    MemoryEstimate,
+    context_bytes,
+    estimate_memory,
+    fits,
+    needed_bytes,
+)
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
@@ -117,13 +124,14 @@ def choose_plan(
         left_out += _left_out(method, refused)
         num_evaluated += len(evaluated)
         fitting = [e for e in evaluated if fits(e.memory, device)]
-        fastest = (
-            _fastest(fitting) if best and fitting else _confirmed(fitting, model, data, device)
-        )
+        if best and fitting:
+            fastest: Evaluated | None = _fastest(fitting)
+        else:
+            fastest = _confirmed([e for e in evaluated if _may_fit(e, device)], model, data, device)
         if fastest is not None:
             best.append(fastest)
             continue
-        smallest = min(evaluated, key=lambda e: e.memory.required_bytes)
+        smallest = _smallest(evaluated, model, data, device)
         missed.append(smallest)
         reason = "needs more memory than is free"
         rejected.append(
@@ -168,18 +176,48 @@ def _left_out(method: str, refused: Sequence[InputError]) -> list[LeftOut]:
     ]
 
 
+def _least_bytes(evaluated: Evaluated, device: Device) -> int:
+    """What it would require if the allocator held nothing beyond tensors."""
+    return evaluated.memory.allocated_peak_bytes + context_bytes(device)
+
+
+def _may_fit(evaluated: Evaluated, device: Device) -> bool:
+    return _least_bytes(evaluated, device) * (1 + MEMORY_MARGIN) <= device.free_bytes
+
+
+def _replayed(
+    evaluated: Evaluated, model: ModelSpec, data: DataProfile, device: Device
+) -> Evaluated:
+    """With what the allocator really holds: to find that out takes too long for all candidates."""
+    memory = replayed_memory(model, evaluated.plan, device=device, longest_row=data.longest)
+    return dataclasses.replace(evaluated, memory=memory)
+
+
 def _confirmed(
-    fitting: list[Evaluated], model: ModelSpec, data: DataProfile, device: Device
+    possible: list[Evaluated], model: ModelSpec, data: DataProfile, device: Device
 ) -> Evaluated | None:
-    """The fastest of these that fits with what the allocator really holds: to find that out takes
-    too long for all of them."""
-    while fitting:
-        fastest = _fastest(fitting)
-        memory = replayed_memory(model, fastest.plan, device=device, longest_row=data.longest)
-        if fits(memory, device):
-            return dataclasses.replace(fastest, memory=memory)
-        fitting = [e for e in fitting if e is not fastest]
+    """The fastest of these that fits."""
+    while possible:
+        fastest = _fastest(possible)
+        confirmed = _replayed(fastest, model, data, device)
+        if fits(confirmed.memory, device):
+            return confirmed
+        possible = [e for e in possible if e is not fastest]
     return None
+
+
+def _smallest(
+    evaluated: Sequence[Evaluated], model: ModelSpec, data: DataProfile, device: Device
+) -> Evaluated:
+    """The one that requires least."""
+    first, *others = sorted(evaluated, key=lambda e: e.memory.allocated_peak_bytes)
+    smallest = _replayed(first, model, data, device)
+    for other in others:
+        if _least_bytes(other, device) >= smallest.memory.required_bytes:
+            break
+        replayed = _replayed(other, model, data, device)
+        smallest = min(smallest, replayed, key=lambda e: e.memory.required_bytes)
+    return smallest
 
 
 def _fastest(fitting: Sequence[Evaluated]) -> Evaluated:

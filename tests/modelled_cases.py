@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.draws import AXES, Weights
-from ftplan.planner.closed_form import MODELLED_METHODS, MODELLED_SHARDINGS, UNMODELLED_FAMILIES
+from ftplan.planner.closed_form import MODELLED_METHODS
 from ftplan.planner.errors import InputError
 from ftplan.planner.families import FAMILIES, spec_from_config
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
@@ -19,14 +19,15 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import QUANTIZATIONS, ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.sharding import SHARDINGS
 from tests.conftest import TINY_CONFIGS
 
 # Each value has so many cases of its own; what is beside it is drawn.
 TURNS: Mapping[str, tuple[int, Sequence[str]]] = {
-    "family": (1, sorted(set(FAMILIES) - UNMODELLED_FAMILIES)),
+    "family": (1, sorted(FAMILIES)),
     "method": (1, sorted(name for name in MODELLED_METHODS if METHODS[name].has_trainer)),
     "objective": (6, sorted(OBJECTIVES)),
-    "sharding": (8, sorted(MODELLED_SHARDINGS)),
+    "sharding": (8, sorted(SHARDINGS)),
     "quantization": (3, sorted(QUANTIZATIONS)),
 }
 _WEIGHTS: Mapping[str, Weights] = {

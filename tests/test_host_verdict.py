@@ -10,7 +10,7 @@ import pytest
 
 from ftplan.launcher import planning
 from ftplan.launcher.commands import estimate
-from ftplan.launcher.commands.plan import warnings_of
+from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import DoesNotFitError
@@ -93,7 +93,8 @@ def test_a_plan_warns_and_a_launch_is_refused(
     ram: int, disk: int, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = _host(ram, disk)
-    warned = "\n".join(warnings_of(_planned(tmp_path, monkeypatch, host, for_launch=False)))
+    planned = _planned(tmp_path, monkeypatch, host, for_launch=False)
+    warned = "\n".join(map(str, plan_cautions(planned)))
     if said is None:
         assert "host's RAM" not in warned and "/runs" not in warned
         assert _planned(tmp_path, monkeypatch, host, for_launch=True).machine
@@ -111,5 +112,5 @@ def test_an_estimate_for_a_named_card_warns(
     memory = estimate_memory(llama_2_7b, plan, device=devices["A100"])
     for host, count in ((_host(TIB, TIB), 0), (_host(GIB, GIB), 2)):
         monkeypatch.setattr(estimate, "read_host", lambda *_, host=host: host)
-        told: list[Any] = estimate._host_warnings(memory, plan, devices["A100"])
+        told: list[Any] = estimate._host_cautions(memory, plan, devices["A100"])
         assert len(told) == count
