@@ -13,10 +13,10 @@ import pytest
 
 from ftplan.launcher import cli, planning
 from ftplan.launcher.tokens import RowTokenizer
+from ftplan.planner.combination import Combination
 from ftplan.planner.combinations import (
     COMBINATIONS,
     WITHOUT_FLASH_ATTENTION,
-    Combination,
     cautions,
 )
 from ftplan.planner.errors import InputError
