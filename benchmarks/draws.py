@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.shapes import FAMILIES, random_config
 from ftplan.launcher.exact import case_of
 from ftplan.launcher.model_source import ModelSource, find_source
+from ftplan.planner.combinations import check_together
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import spec_from_config, stand_in_spec
 from ftplan.planner.methods import METHODS, resolve_method
@@ -32,6 +33,7 @@ from ftplan.planner.plan import (
     TRAINERS,
     TrainingPlan,
 )
+from ftplan.planner.prequantized import PREQUANTIZED
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.sharding import OFFLOADS, SHARDINGS
 from ftplan.planner.trained import ALL_LINEAR
@@ -105,6 +107,9 @@ def _weighted(names: Any, rest: float, **common: float) -> Weights:
 
 _TRAINED_METHODS = tuple(name for name, method in METHODS.items() if method.has_trainer)
 
+# Bases that a dry run carries out.
+_DRY_QUANTIZATIONS = tuple(name for name in QUANTIZATIONS if name not in PREQUANTIZED)
+
 # The modules of an axis are words here, and the model's own names in the configuration.
 _ATTENTION, _HEAD, _ENDS = "attention", "head", "embeddings and head"
 _LM_HEAD = "lm_head"
@@ -114,7 +119,7 @@ AXES: Mapping[str, Weights] = {
     "method": _weighted(
         _TRAINED_METHODS, 0.2, lora=0.13, qlora=0.25, full=0.2, freeze=0.12, dora=0.1
     ),
-    "quantization": _weighted(QUANTIZATIONS, 0, none=0.6, nf4=0.2, fp4=0.08, int8=0.12),
+    "quantization": _weighted(_DRY_QUANTIZATIONS, 0, none=0.6, nf4=0.2, fp4=0.08, int8=0.12),
     "double_quant": {True: 1, False: 1},
     "dtype": _weighted(DTYPES, 0, bfloat16=0.6, float32=0.3, float16=0.1),
     "mixed_precision": _weighted(MIXED_PRECISIONS, 0, bf16=0.6, no=0.3, fp16=0.1),
@@ -286,6 +291,7 @@ def _deal(
         raise InputError("rows longer than the model's positions")
     if plan.per_device_train_batch_size * plan.max_length > _MOST_TOKENS:
         raise InputError("more tokens at once than a draw has")
+    check_together(drawn.source.spec, plan)
     case_of(drawn.source, plan, None)
     if not set(fixed) <= set(given):
         raise InputError("a value to be covered that has no effect here")

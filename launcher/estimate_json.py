@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftplan.planner.closed_form import unmodelled
-from ftplan.planner.combinations import Caution
+from ftplan.planner.combination import Caution
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec

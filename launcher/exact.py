@@ -26,6 +26,7 @@ from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MemoryEstimate, memory_from_phases
 from ftplan.planner.optimizers import OPTIMIZER_PACKAGES
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.prequantized import PREQUANTIZED
 from ftplan.planner.stack import DEFAULT_CAPABILITY
 from ftplan.planner.trained import target_names
 
@@ -153,8 +154,8 @@ def case_of(
 ) -> DryRunCase:
     """The dry run of a plan. `more`: further fields of DryRunCase.
 
-    Raises InputError for a method that ftplan does not train, and for a training stack that does
-    not have the plan's loss.
+    Raises InputError for a method that ftplan does not train, for a training stack that does not
+    have the plan's loss, and for a base whose kernels are not known.
     """
     plan.resolved_method.check_trained()
     if plan.loss == "trl-fused" and plan.trainer != "trl":
@@ -165,6 +166,11 @@ def case_of(
     if plan.resolved_method.adapter and not source.stand_in:
         # As the launcher does: PEFT's own `all-linear` takes more modules than ftplan counts.
         plan = plan.replace(target_modules=target_names(source.spec, plan.target_modules))
+    if plan.quantization in PREQUANTIZED:
+        raise InputError(
+            f"a dry run knows no {plan.quantization} kernels",
+            "leave out `--exact`, or use `--quantization nf4`",
+        )
     capability = device.compute_capability if device else None
     return DryRunCase(
         **{

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from ftplan.launcher.planning import Planned, host_lacks
-from ftplan.planner.combinations import Caution, cautions
+from ftplan.planner.combination import Caution
+from ftplan.planner.combinations import cautions
 from ftplan.planner.peft_options import read_options
 from ftplan.profiles import model_catalog
 

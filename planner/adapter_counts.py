@@ -58,6 +58,9 @@ _LINEAR_ONLY = frozenset(
 # What PEFT decomposes or measures weights for, which must not be quantized; and what it takes the
 # packed numbers of 4-bit weights for weights with.
 _UNQUANTIZED = frozenset(("DELORA", "GLORA", "OSF", "PSOFT", "TINYLORA"))
+# Their layers add in place to what bitsandbytes' int8 product gives, a view that autograd lets
+# nobody change (bitsandbytes 0.50, `MatMul8bitLt.forward`; peft, tuners/*/layer.py).
+_ADDING_IN_PLACE = frozenset(("C3A", "GRALORA", "POLY"))
 _NOT_PACKED = frozenset(("DEFT", "HRA", "LOHA", "LOKR", "PEANUT", "SUPERTUNING"))
 
 # PEFT's own targets where the method is given none: `TRANSFORMERS_MODELS_TO_..._MAPPING` of
@@ -595,13 +598,13 @@ def adapter_count(model: ModelSpec, settings: MethodSettings, options: PeftOptio
 
     Raises InputError for modules and options that PEFT refuses, or that are not modelled.
     """
-    _check_quantization(settings.quantization, options)
+    check_quantization(settings.quantization, options)
     return _count(model, options, _BESIDE[options.peft_type])
 
 
-def _check_quantization(quantization: str, options: PeftOptions) -> None:
+def check_quantization(quantization: str, options: PeftOptions) -> None:
     """Raises InputError for a method that PEFT does not have beside quantized weights."""
-    refusing = set(_UNQUANTIZED if quantization == "int8" else _UNQUANTIZED | _NOT_PACKED)
+    refusing = _UNQUANTIZED | (_ADDING_IN_PLACE if quantization == "int8" else _NOT_PACKED)
     decomposed = str(options.values.get("init_lora_weights")).startswith(_DECOMPOSED)
     if quantization != "none" and (options.peft_type in refusing or decomposed):
         raise InputError(
@@ -611,7 +614,7 @@ def _check_quantization(quantization: str, options: PeftOptions) -> None:
 
 
 def lora_fa_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
-    _check_quantization(settings.quantization, options)
+    check_quantization(settings.quantization, options)
     return _count(model, options, _lora_fa)
 
 

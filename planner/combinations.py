@@ -4,20 +4,14 @@ way out. What contradicts itself within a plan is refused in `plan.py`, `objecti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
-
+from ftplan.planner.combination import Asked, Caution, Combination, Outcome, spelled
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan
-from ftplan.planner.trained import LM_HEAD, embedding_name, routers_taken_for_linear
+from ftplan.planner.refused_steps import REFUSED_STEPS
+from ftplan.planner.trained import routers_taken_for_linear
 from ftplan.planner.units import format_bytes
-
-# `warned`: it runs; `not run`: an estimate warns, `plan` and `auto` refuse; `refused`: by all.
-Outcome = Literal["warned", "not run", "refused"]
 
 # FlashAttention-2's README: Ampere, Ada or Hopper GPUs.
 _FLASH_ATTENTION_CAPABILITY = (8, 0)
@@ -27,65 +21,6 @@ WITHOUT_FLASH_ATTENTION = frozenset(("bloom", "codegen", "llama4", "llama4_text"
 
 # `TrainingArguments.per_device_eval_batch_size` of transformers.
 _DEFAULT_EVAL_ROWS = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caution:
-    """What a person is warned about: a stable name, what is so, and what to do instead."""
-
-    name: str
-    text: str
-    way_out: str = ""
-
-    def __str__(self) -> str:
-        return "; ".join(part for part in (self.text, self.way_out) if part) + f" [{self.name}]"
-
-    def to_dict(self) -> dict[str, str]:
-        return {"name": self.name, "text": self.text, "way_out": self.way_out}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What a combination is looked for in; `device` is None where none is named."""
-
-    model: ModelSpec
-    plan: TrainingPlan
-    device: Device | None
-
-    @property
-    def capability(self) -> tuple[int, int] | None:
-        """The device's compute capability, (0, 0) where it has none; None without a device."""
-        return (self.device.compute_capability or (0, 0)) if self.device else None
-
-    @property
-    def device_name(self) -> str:
-        return self.device.name if self.device else ""
-
-    @property
-    def uses_flash_attention(self) -> bool:
-        return self.plan.attn_implementation == "flash_attention_2"
-
-    @property
-    def is_16_bit_float(self) -> bool:
-        return self.plan.mixed_precision == "fp16" or self.plan.dtype == "float16"
-
-
-Say = Callable[[Asked], str]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Combination:
-    """When something `applies`, its `text` and `way_out`; `source`: how it is known."""
-
-    name: str
-    outcome: Outcome
-    applies: Callable[[Asked], bool]
-    text: Say
-    way_out: Say
-    source: str
-
-    def caution(self, asked: Asked) -> Caution:
-        return Caution(name=self.name, text=self.text(asked), way_out=self.way_out(asked))
 
 
 def cautions(model: ModelSpec, plan: TrainingPlan, device: Device | None) -> list[Caution]:
@@ -156,22 +91,9 @@ def _trains_experts(asked: Asked) -> bool:
     return any(len(parameter.shape) > 2 for parameter in trained.own)
 
 
-def _copied_ties(asked: Asked) -> list[str]:
-    """Modules of a tied pair that PEFT trains a copy of."""
-    given = read_options(asked.plan.peft_config)
-    saved = (*asked.plan.modules_to_save, *(given.get("modules_to_save") or ()))
-    if not asked.model.tie_word_embeddings or given.get("ensure_weight_tying"):
-        return []
-    return [name for name in (embedding_name(asked.model), LM_HEAD) if name in saved]
-
-
 def _adapted_routers(asked: Asked) -> list[str]:
     """Routers that `target_modules` names."""
     return sorted(routers_taken_for_linear(asked.model).intersection(asked.plan.target_modules))
-
-
-def _spelled(names: Iterable[str]) -> str:
-    return " and ".join(f"`{name}`" for name in names)
 
 
 def _capability(kind: str) -> str:
@@ -264,19 +186,19 @@ COMBINATIONS: tuple[Combination, ...] = (
         outcome="refused",
         applies=lambda a: a.plan.resolved_method.adapter and bool(_adapted_routers(a)),
         text=lambda a: (
-            f"{_spelled(_adapted_routers(a))} of `{a.model.model_type}` returns several "
+            f"{spelled(_adapted_routers(a))} of `{a.model.model_type}` returns several "
             "tensors, and PEFT's adapters add to one"
         ),
-        way_out=lambda a: f"leave {_spelled(_adapted_routers(a))} out of `--target-modules`",
+        way_out=lambda a: f"leave {spelled(_adapted_routers(a))} out of `--target-modules`",
         source="the routers' `forward` in transformers 5.23; peft, tuners/lora/layer.py",
     ),
     Combination(
         name="tied-embeddings",
         outcome="warned",
-        applies=lambda a: bool(_copied_ties(a)),
+        applies=lambda a: bool(a.copied_ties),
         text=lambda a: (
             f"{a.model.name} ties its output projection to its embeddings, and PEFT "
-            f"trains a copy of {_spelled(_copied_ties(a))} that is not tied"
+            f"trains a copy of {spelled(a.copied_ties)} that is not tied"
         ),
         way_out=lambda a: "set `ensure_weight_tying=True` in PEFT's configuration, or leave it out",
         source="peft, tuners/tuners_utils.py `_add_modules_to_save_to_tie`; peft issue 2777",
@@ -391,4 +313,5 @@ COMBINATIONS: tuple[Combination, ...] = (
         way_out=lambda a: "leave out `--sharding`, or use `--method lora`",
         source="axolotl's validation: neither FSDP nor DeepSpeed with ReLoRA",
     ),
+    *REFUSED_STEPS,
 )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ftplan.planner.adapter_counts import (
     adalora_count,
     adapter_count,
     beft_count,
+    check_quantization,
     ia3_count,
     lora_fa_count,
 )
@@ -83,6 +84,13 @@ class Method:
                 "`ftplan estimate MODEL` says what it takes; to plan, launch or run dry, take "
                 "another method, such as `--method lora`",
             )
+
+    def check_base(self, quantization: str, peft_config: Sequence[str]) -> None:
+        """Raises InputError where PEFT does not have the method on a base held so."""
+        if self.peft_type is not None:
+            values = {**self.peft_options, **read_options(peft_config)}
+            options = PeftOptions(method=self.name, peft_type=self.peft_type, values=values)
+            check_quantization(quantization, options)
 
     def count(self, model: ModelSpec, settings: MethodSettings) -> Trained:
         """What is trained of `model`, and what is added to it.

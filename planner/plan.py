@@ -256,6 +256,7 @@ def _check_method(plan: TrainingPlan) -> None:
             f"method `{plan.method}` needs a quantized base",
             "use `--quantization nf4`, or `--method lora`",
         )
+    method.check_base(plan.quantization, plan.peft_config)
     for setting in ("modules_to_save", "peft_config"):
         if getattr(plan, setting) and method.peft_type is None:
             raise InputError(

@@ -16,6 +16,7 @@ from ftplan.planner.methods import Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import AUTOCAST_DTYPE, SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
+from ftplan.planner.refused_steps import MISNAMED_DECODERS, needs_whole_graph
 from ftplan.planner.trained import MethodSettings
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def estimate_recipe(
         "method": (method.name, why),
         "max_length": (length, "a usual length; data of your own decides it in `ftplan plan`"),
         "attn_implementation": _attention(model),
-        "loss": _loss(given),
+        "loss": _loss(model, given),
         "learning_rate": _advised(policy.learning_rate(method, model)),
         **_method_settings(method, model, device, given),
         **_objective_settings(given),
@@ -91,7 +92,7 @@ def data_recipe(
         "method": (method.name, _why_method(method, given)),
         "max_length": _advised(length),
         "attn_implementation": _attention(model),
-        "loss": _loss(given),
+        "loss": _loss(model, given),
         "lora_rank": _advised(rank),
         "lora_alpha": (2 * rank.value, "twice the rank"),
         "learning_rate": _advised(policy.learning_rate(method, model)),
@@ -119,11 +120,13 @@ def _why_method(method: Method, given: Mapping[str, Any]) -> str:
     return method.trains
 
 
-def _loss(given: Mapping[str, Any]) -> tuple[str, str]:
+def _loss(model: ModelSpec, given: Mapping[str, Any]) -> tuple[str, str]:
     if given.get("trainer") == "transformers":
         return "stock", "transformers' own trainer computes the loss on whole logits"
     if given.get("trainer") == "loop":
         return "stock", "in a plain loop the model computes its loss on whole logits"
+    if model.model_type in MISNAMED_DECODERS:
+        return "stock", f"TRL's fused loss does not find the decoder of {model.model_type}"
     return "trl-fused", "TRL's loss in tiles: the full logits never exist"
 
 
@@ -177,6 +180,9 @@ def _method_settings(
         derived["quantization"] = (DEFAULT_QUANTIZATION, why)
     if method.fills_cache:
         why = "checkpointed layers are given no cache, through which this method reaches them"
+        derived["gradient_checkpointing"] = (False, why)
+    elif needs_whole_graph(method.peft_type):
+        why = f"PEFT's `{method.name}` does not go with checkpointed layers"
         derived["gradient_checkpointing"] = (False, why)
     if method.name == "freeze":
         layers = min(_TRAINED_LAYERS, model.num_hidden_layers)

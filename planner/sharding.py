@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp")
 ZERO = ("zero1", "zero2", "zero3")
 PARAMETERS_SHARDED = ("zero3", "fsdp")
+# Elements up to which ZeRO-3 divides no parameter: DeepSpeed's default (zero/config.py), which
+# accelerate's plugin leaves alone unless it is given a configuration file.
+PARAM_PERSISTENCE_THRESHOLD = 100_000
 # What each can keep in the host's memory. FSDP2's CPUOffloadPolicy takes gradients and optimizer
 # states along with the parameters; for ZeRO-3 that is taken so too.
 OFFLOADS_OF = {

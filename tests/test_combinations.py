@@ -13,10 +13,10 @@ import pytest
 
 from ftplan.launcher import cli, planning
 from ftplan.launcher.tokens import RowTokenizer
+from ftplan.planner.combination import Combination
 from ftplan.planner.combinations import (
     COMBINATIONS,
     WITHOUT_FLASH_ATTENTION,
-    Combination,
     cautions,
 )
 from ftplan.planner.errors import InputError
@@ -24,6 +24,8 @@ from ftplan.planner.families import FAMILIES
 from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.refused_steps import DECODERS_BY_OTHER_NAMES, MISNAMED_DECODERS
 from ftplan.planner.units import GIB
 from tests.launcher_fixtures import CHATML, tiny_tokenizer
 
@@ -32,6 +34,11 @@ SMALL = "smollm2-135m-instruct"
 FLASH = ("--attn-implementation", "flash_attention_2")
 PURE_FLOAT32 = ("--dtype", "float32", "--mixed-precision", "no")
 FSDP = ("--sharding", "fsdp", "--num-gpus", "2")
+ZERO2 = ("--sharding", "zero2", "--num-gpus", "2")
+ZERO3 = ("--sharding", "zero3", "--num-gpus", "2")
+FP16 = ("--dtype", "float32", "--mixed-precision", "fp16")
+CHECKPOINTED = ("--gradient-checkpointing", "true")
+LLAMA_4 = "llama-4-scout-17b-16e-instruct"
 
 # Settings that meet each combination, and its neighbours that do not.
 MET: dict[str, tuple[str, ...]] = {
@@ -56,6 +63,17 @@ MET: dict[str, tuple[str, ...]] = {
     "every-process-loads": (SMALL, *FSDP),
     "fsdp-reentrant": (SMALL, *FSDP, "--use-reentrant"),
     "relora-sharded": (SMALL, "--method", "relora", "--sharding", "zero1", "--num-gpus", "2"),
+    "flash-attention-alibi": ("falcon-rw-1b", *FLASH),
+    "misnamed-decoder": (LLAMA_4, "--loss", "trl-fused"),
+    "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo", *FP16),
+    "prefix-checkpointed": (SMALL, "--method", "prefix-tuning", *CHECKPOINTED),
+    "poly-checkpointed": (SMALL, "--method", "poly", *CHECKPOINTED),
+    "adalora-zero3": ("llama-3.1-8b", "--method", "adalora", *ZERO3),
+    "fsdp-adalora": (SMALL, "--method", "adalora", *FSDP),
+    "fsdp-shared-adapters": (SMALL, "--method", "tinylora", *FSDP),
+    "fsdp-dora-quantized": (SMALL, "--method", "dora", "--quantization", "nf4", *FSDP),
+    "fsdp-copied-ties": (SMALL, "--modules-to-save", "lm_head", *FSDP),
+    "fsdp-liger-adapters": ("llama-3.1-8b", "--loss", "liger", *FSDP),
 }
 NOT_MET: dict[str, tuple[str, ...]] = {
     "no-bf16": (SMALL, "--gpu", "t4"),
@@ -79,6 +97,17 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "every-process-loads": (SMALL, "--num-gpus", "2"),
     "fsdp-reentrant": (SMALL, *FSDP),
     "relora-sharded": (SMALL, "--method", "relora", "--num-gpus", "2"),
+    "flash-attention-alibi": ("falcon-7b", *FLASH),
+    "misnamed-decoder": (LLAMA_4,),
+    "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo"),
+    "prefix-checkpointed": (SMALL, "--method", "prompt-tuning", *CHECKPOINTED),
+    "poly-checkpointed": (SMALL, "--method", "poly"),
+    "adalora-zero3": ("llama-3.1-8b", "--method", "adalora", *ZERO2),
+    "fsdp-adalora": (SMALL, "--method", "adalora", *ZERO2),
+    "fsdp-shared-adapters": (SMALL, "--method", "tinylora", *ZERO2),
+    "fsdp-dora-quantized": (SMALL, "--method", "dora", "--quantization", "nf4", *ZERO2),
+    "fsdp-copied-ties": (SMALL, "--modules-to-save", "lm_head", *ZERO2),
+    "fsdp-liger-adapters": (SMALL, "--loss", "liger", *FSDP),
 }
 
 
@@ -320,3 +349,29 @@ def test_the_hint_names_what_the_card_can_do(
             volta,
         )
     assert refused.value.hint == "use `--quantization nf4`, or `--method lora`"
+
+
+def test_decoders_that_accelerate_finds_beside_adapters_are_those_of_transformers() -> None:
+    """It looks for the one that `base_model_prefix` names, in PEFT's wrapper."""
+    pytest.importorskip("transformers", reason="the reference is transformers")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for family in (*DECODERS_BY_OTHER_NAMES, *MISNAMED_DECODERS, "llama", "phi", "gpt_oss"):
+        folder = family.removesuffix("_text")
+        module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+        prefix = getattr(module, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]).base_model_prefix
+        assert (prefix == "model") == (family not in DECODERS_BY_OTHER_NAMES | MISNAMED_DECODERS), (
+            family
+        )
+
+
+def test_what_checkpointing_breaks_is_not_checkpointed_unless_asked(small_llama: ModelSpec) -> None:
+    for method, checkpointed in (("prefix-tuning", False), ("poly", False), ("lora", True)):
+        plan = estimate_recipe(small_llama, None, {"method": method}).plan
+        assert plan.gradient_checkpointing == checkpointed, method
+
+
+def test_prequantized_bases_are_not_run_dry(ftplan: Ftplan) -> None:
+    answer = ftplan("estimate", SMALL, "--method", "qlora", "--quantization", "gptq", "--exact")
+    assert answer.status == 2
+    assert "knows no gptq kernels" in answer.said and "leave out `--exact`" in answer.said

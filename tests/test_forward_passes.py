@@ -133,3 +133,49 @@ def test_a_cache_that_a_trainer_leaves_on_is_held_until_the_loss(
     """Gemma 3's decoder has a config of its own."""
     settings = {**MIXED, **LONG, "gradient_checkpointing": checkpointing, "trainer": trainer}
     assert_close(wide(tiny_config("gemma3")), settings)
+
+
+@pytest.mark.parametrize("design", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("settings", [{**PURE, **LONG}, LORA], ids=["pure", "lora"])
+def test_an_attention_class_of_its_own_takes_what_it_takes_dry(
+    design: str, settings: dict[str, Any], tiny_config: MakeConfig
+) -> None:
+    """transformers has one for Falcon's FlashAttention-2; eager scores would outweigh it."""
+    changes = dict(DESIGNS[design])
+    config = wide(tiny_config(changes.pop("model_type"), **changes))
+    assert_close(config, {**settings, "attn_implementation": "flash_attention_2"})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama4_text", {**MIXED, "loss": "liger", "trainer": "transformers"}),
+        ("gpt_bigcode", {**PURE, "optim": "schedule_free_radam", "trainer": "loop"}),
+        ("llama", {**MIXED, "method": "poly", "gradient_checkpointing": False}),
+    ],
+    ids=["misnamed decoder", "schedule-free loop", "poly"],
+)
+def test_what_once_failed_takes_what_it_takes_dry(
+    family: str, settings: dict[str, Any], tiny_config: MakeConfig
+) -> None:
+    assert_close(wide(tiny_config(family)), {**settings, **LONG})
+
+
+def test_a_prefix_reaches_the_model_under_ligers_loss(tiny_config: MakeConfig) -> None:
+    """Scores are as wide as its keys and those of the rows together."""
+    config = wide(tiny_config("llama"))
+    spec = spec_from_config(config, "llama")
+    source = ModelSource(spec=spec, config=config, origin="test")
+
+    def peak(num_virtual_tokens: int) -> int:
+        given = {"method": "prefix-tuning", "loss": "liger", "trainer": "transformers", **LONG}
+        given["attn_implementation"] = "eager"
+        given["peft_config"] = (f"num_virtual_tokens={num_virtual_tokens}",)
+        plan = estimate_recipe(spec, None, given).plan
+        peak: int = dry_run(case_of(source, plan, None)).record.peak.allocated_bytes
+        return peak
+
+    more_columns = 128
+    rows, length = LONG["per_device_train_batch_size"], LONG["max_length"]
+    scores_bytes = 2 * rows * config["num_attention_heads"] * length * more_columns
+    assert peak(16 + more_columns) - peak(16) > config["num_hidden_layers"] * scores_bytes

@@ -243,7 +243,7 @@ def test_beside_a_quantized_base_too(
     """PEFT builds some methods on packed weights as if these were the weights: refused as well."""
     settings: dict[str, Any] = {"lora_rank": 4, "quantization": quantization}
     theirs = None
-    packed = quantization == "nf4" and method in ("loha", "supertuning")
+    packed = quantization == "nf4" and method in ("loha", "lokr", "supertuning")
     with suppress(*_REFUSALS, RuntimeError):
         theirs = built_by_peft(method, tiny_config("llama"), **settings)
     if theirs is None or packed:

@@ -10,6 +10,11 @@ from ftplan.launcher.cli import main
 from ftplan.profiles import model_catalog
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def listed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(["models", *words]) == 0
     return capsys.readouterr().out

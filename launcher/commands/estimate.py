@@ -14,7 +14,8 @@ from ftplan.launcher.host import read_host
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
-from ftplan.planner.combinations import Caution, cautions, check_together
+from ftplan.planner.combination import Caution
+from ftplan.planner.combinations import cautions, check_together
 from ftplan.planner.errors import InputError
 from ftplan.planner.explain import Term, explain
 from ftplan.planner.explain_host import explain_host

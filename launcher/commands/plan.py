@@ -14,7 +14,7 @@ from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
-from ftplan.planner.combinations import Caution
+from ftplan.planner.combination import Caution
 from ftplan.planner.search import Evaluated
 
 

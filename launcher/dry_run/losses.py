@@ -51,15 +51,18 @@ def use_liger_loss(model: Any) -> None:
         attention_mask: Any = None,
         position_ids: Any = None,
         inputs_embeds: Any = None,
+        past_key_values: Any = None,
         labels: Any = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        decoder = getattr(model, model.base_model_prefix)
+        # Llama 4's class calls it `language_model`, and has it as `model` (transformers 5.23).
+        decoder = model.model if hasattr(model, "model") else model.base_model
         hidden = decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
             use_cache=False,
         )[0]
         shifted = hidden[:, :-1].reshape(-1, hidden.shape[-1])

@@ -152,6 +152,8 @@ class Recorder(TorchDispatchMode):
             self._see(result, func, path, self._copied_component(func, args))
             if func in _ALL:
                 result.is_true = not self.padded
+            elif func is _aten._is_all_true.default:  # what torch.distributions asks of parameters
+                result.is_true = True
             elif func in _RANDOM:
                 result.is_chance = True
             elif func is _aten.gt.Scalar and hasattr(args[0], "is_chance"):

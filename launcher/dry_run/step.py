@@ -139,7 +139,7 @@ class _DryRun:
         self.say("tracing two steps")
         recorder.between_steps = True  # while the optimizer is made
         with (
-            surroundings(self.case, trainer),
+            surroundings(self.case, trainer, reference),
             fake_mode,
             recorder.watching(trainer.model, reference),
             spread(trainer, recorder, self.case),

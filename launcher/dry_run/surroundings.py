@@ -13,6 +13,7 @@ import torch
 
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.cuda import cuda_behaviour
+from ftplan.launcher.dry_run.flash_classes import flash_classes
 from ftplan.launcher.dry_run.fused_kernels import fused_rotary_embeddings
 from ftplan.launcher.dry_run.losses import logits_in_float32, shifted_logits_loss
 from ftplan.launcher.dry_run.optimizers import optimizer_behaviour
@@ -20,8 +21,8 @@ from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul
 from ftplan.launcher.dry_run.trainers import causal_model
 
 
-def surroundings(case: DryRunCase, trainer: Any) -> ExitStack:
-    """All that differs from a real run on a real device."""
+def surroundings(case: DryRunCase, trainer: Any, reference: Any = None) -> ExitStack:
+    """All that differs from a real run on a real device. `reference`: a second model."""
     plan, stack = case.plan, ExitStack()
     # Cycles must not be collected at some moment or other: records would differ.
     gc.disable()
@@ -43,6 +44,9 @@ def surroundings(case: DryRunCase, trainer: Any) -> ExitStack:
     if case.kind == "cuda":
         repeats = case.repeats_heads(case.config["model_type"], plan.attn_implementation)
         stack.enter_context(cuda_behaviour(case.capability, repeats))
+        if plan.attn_implementation == "flash_attention_2":
+            models = [model for model in (trainer.model, reference) if model is not None]
+            stack.enter_context(flash_classes(*models))
         if plan.quantization == "int8":
             stack.enter_context(mock.patch("bitsandbytes.matmul", int8_matmul))
     if plan.mixed_precision == "fp16" and plan.trainer != "loop":

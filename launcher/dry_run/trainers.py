@@ -136,6 +136,8 @@ class PlainLoop:
         optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(self.arguments)
         optimizer = optimizer_class(trained, **settings)
         self.model.train()
+        if hasattr(optimizer, "train"):  # schedule-free ones are told, as their README says
+            optimizer.train()
         batch = self._batch()
         for _ in range(self.steps):
             self._step(optimizer, batch)

@@ -1,0 +1,94 @@
+"""What a combination of model, plan and device is looked for in, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.peft_options import read_options
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.trained import LM_HEAD, embedding_name
+
+# `warned`: it runs; `not run`: an estimate warns, `plan` and `auto` refuse; `refused`: by all.
+Outcome = Literal["warned", "not run", "refused"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caution:
+    """What a person is warned about: a stable name, what is so, and what to do instead."""
+
+    name: str
+    text: str
+    way_out: str = ""
+
+    def __str__(self) -> str:
+        return "; ".join(part for part in (self.text, self.way_out) if part) + f" [{self.name}]"
+
+    def to_dict(self) -> dict[str, str]:
+        return {"name": self.name, "text": self.text, "way_out": self.way_out}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a combination is looked for in; `device` is None where none is named."""
+
+    model: ModelSpec
+    plan: TrainingPlan
+    device: Device | None
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The device's compute capability, (0, 0) where it has none; None without a device."""
+        return (self.device.compute_capability or (0, 0)) if self.device else None
+
+    @property
+    def device_name(self) -> str:
+        return self.device.name if self.device else ""
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        return self.plan.attn_implementation == "flash_attention_2"
+
+    @property
+    def is_16_bit_float(self) -> bool:
+        return self.plan.mixed_precision == "fp16" or self.plan.dtype == "float16"
+
+    @property
+    def peft_type(self) -> str | None:
+        """PEFT's name for the plan's method; None for one that is not PEFT's."""
+        return self.plan.resolved_method.peft_type
+
+    @property
+    def copied_ties(self) -> list[str]:
+        """Modules of a tied pair that PEFT trains a copy of."""
+        given = read_options(self.plan.peft_config)
+        saved = (*self.plan.modules_to_save, *(given.get("modules_to_save") or ()))
+        if not self.model.tie_word_embeddings or given.get("ensure_weight_tying"):
+            return []
+        return [name for name in (embedding_name(self.model), LM_HEAD) if name in saved]
+
+
+Say = Callable[[Asked], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Combination:
+    """When something `applies`, its `text` and `way_out`; `source`: how it is known."""
+
+    name: str
+    outcome: Outcome
+    applies: Callable[[Asked], bool]
+    text: Say
+    way_out: Say
+    source: str
+
+    def caution(self, asked: Asked) -> Caution:
+        return Caution(name=self.name, text=self.text(asked), way_out=self.way_out(asked))
+
+
+def spelled(names: Iterable[str]) -> str:
+    """The names as a message has them."""
+    return " and ".join(f"`{name}`" for name in names)
