@@ -19,6 +19,8 @@ DECODERS_BY_OTHER_NAMES = frozenset(
 _FUSED_OPTIMIZERS = ("lomo", "adalomo")
 # PEFT's methods whose keys and values stand in the cache of the model.
 _IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+# PEFT's methods that put a prompt before the rows and leave the model's own modules as they are.
+_PROMPTS = (*_IN_CACHE, "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 # PEFT's methods that train a parameter which several layers share.
 _SHARED_BY_LAYERS = ("LILY", "TINYLORA", "UNILORA", "VBLORA")
 
@@ -52,7 +54,7 @@ def _reads_divided_head(asked: Asked) -> bool:
     that unit."""
     model = asked.model
     found = model.tie_word_embeddings or model.model_type in DECODERS_BY_OTHER_NAMES
-    return asked.peft_type is not None and not found
+    return asked.peft_type not in (None, *_PROMPTS) and not found
 
 
 REFUSED_STEPS: tuple[Combination, ...] = (

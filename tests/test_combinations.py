@@ -18,6 +18,7 @@ from ftplan.planner.combinations import (
     COMBINATIONS,
     WITHOUT_FLASH_ATTENTION,
     cautions,
+    check_together,
 )
 from ftplan.planner.errors import InputError
 from ftplan.planner.families import FAMILIES
@@ -374,3 +375,11 @@ def test_prequantized_bases_are_not_run_dry(ftplan: Ftplan) -> None:
     answer = ftplan("estimate", SMALL, "--method", "qlora", "--quantization", "gptq", "--exact")
     assert answer.status == 2
     assert "knows no gptq kernels" in answer.said and "leave out `--exact`" in answer.said
+
+
+def test_a_prompt_leaves_the_final_norm_where_accelerate_finds_it(small_llama: ModelSpec) -> None:
+    model = dataclasses.replace(small_llama, tie_word_embeddings=False)
+    sharded = {"loss": "liger", "sharding": "fsdp", "num_gpus": 2}
+    check_together(model, TrainingPlan(method="prompt-tuning", **sharded))
+    with pytest.raises(InputError, match="has not gathered it"):
+        check_together(model, TrainingPlan(method="lora", **sharded))
