@@ -247,7 +247,7 @@ class Experts:
     sum. `router_correction`: a buffer of one number an expert shifts the choice (DeepSeek-V3);
     buffers are not counted.
     `every_expert`: every expert computes every token, and scores of 0 drop what was not chosen
-    (Llama 4).
+    (Llama 4). `returns_scores`: beside its result (gpt-oss).
     """
 
     num_experts: int
@@ -259,6 +259,7 @@ class Experts:
     normalizes_scores: bool = False
     router_correction: bool = False
     every_expert: bool = False
+    returns_scores: bool = False
     shared: FeedForward | None = None
     shared_gate: Linear | None = None
 
