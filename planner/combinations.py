@@ -156,13 +156,18 @@ def _trains_experts(asked: Asked) -> bool:
     return any(len(parameter.shape) > 2 for parameter in trained.own)
 
 
-def _copied_ties(asked: Asked) -> list[str]:
-    """Modules of a tied pair that PEFT trains a copy of."""
+def _saved_ends(asked: Asked) -> list[str]:
+    """Which of embeddings and output projection PEFT is to train a copy of."""
     given = read_options(asked.plan.peft_config)
     saved = (*asked.plan.modules_to_save, *(given.get("modules_to_save") or ()))
-    if not asked.model.tie_word_embeddings or given.get("ensure_weight_tying"):
-        return []
     return [name for name in (embedding_name(asked.model), LM_HEAD) if name in saved]
+
+
+def _copied_ties(asked: Asked) -> list[str]:
+    """Modules of a tied pair that PEFT trains a copy of."""
+    keeps_tie = read_options(asked.plan.peft_config).get("ensure_weight_tying")
+    tied = asked.model.tie_word_embeddings and not asked.plan.resolved_objective.scores
+    return _saved_ends(asked) if tied and not keeps_tie else []
 
 
 def _adapted_routers(asked: Asked) -> list[str]:
@@ -280,6 +285,18 @@ COMBINATIONS: tuple[Combination, ...] = (
         ),
         way_out=lambda a: "set `ensure_weight_tying=True` in PEFT's configuration, or leave it out",
         source="peft, tuners/tuners_utils.py `_add_modules_to_save_to_tie`; peft issue 2777",
+    ),
+    Combination(
+        name="score-for-head",
+        outcome="warned",
+        applies=lambda a: a.plan.resolved_objective.scores and LM_HEAD in _saved_ends(a),
+        text=lambda a: (
+            f"`--objective {a.plan.objective}` trains a model with a score in the place of "
+            f"`{LM_HEAD}`: PEFT finds no such module to save, and trains a copy of the score anyway"
+        ),
+        way_out=lambda a: f"leave `{LM_HEAD}` out of `--modules-to-save`",
+        source="transformers.modeling_layers.GenericForSequenceClassification; peft, peft_model.py "
+        "`PeftModelForSequenceClassification`",
     ),
     Combination(
         name="adalomo-experts",

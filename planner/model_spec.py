@@ -413,6 +413,7 @@ class ModelSpec:
     `auto_class`: the class of transformers that loads it. `nests_config`: its decoder reads a
     config of its own, in which a trainer leaves `use_cache` on. `rotates_by_kind`: layers with a
     sliding window have rotary tables of their own (Gemma 3).
+    `scores`: a score a token stands in the place of the output projection.
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
 
@@ -444,6 +445,7 @@ class ModelSpec:
     auto_class: str = "AutoModelForCausalLM"
     nests_config: bool = False
     rotates_by_kind: bool = False
+    scores: bool = False
     native_dtype: str = "bfloat16"
     approximate: str | None = None
 

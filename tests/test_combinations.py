@@ -45,6 +45,7 @@ MET: dict[str, tuple[str, ...]] = {
     "beyond-positions": (SMALL, "--max-length", "8193"),
     "adapted-router": ("phi-3.5-moe-instruct", "--target-modules", "q_proj,router"),
     "tied-embeddings": (SMALL, "--modules-to-save", "lm_head"),
+    "score-for-head": (SMALL, "--objective", "reward", "--modules-to-save", "lm_head"),
     "adalomo-experts": ("granite-3.0-1b-a400m-instruct", "--method", "full", "--optim", "adalomo"),
     "liger-beside-trl": (SMALL, "--loss", "liger"),
     "default-eval-batch": (SMALL, "--trainer", "transformers"),
@@ -68,6 +69,7 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "beyond-positions": (SMALL, "--max-length", "8192"),
     "adapted-router": ("phi-3.5-moe-instruct",),
     "tied-embeddings": ("llama-3.1-8b", "--modules-to-save", "lm_head"),
+    "score-for-head": (SMALL, "--objective", "reward"),
     "adalomo-experts": ("granite-3.0-1b-a400m-instruct", "--method", "full", "--optim", "lomo"),
     "liger-beside-trl": (SMALL, "--loss", "liger", "--trainer", "transformers"),
     "default-eval-batch": (

@@ -136,6 +136,14 @@ def test_attention_weights_are_held_until_the_layer_ends(
     assert_close(config, {**settings, "attn_implementation": "eager"})
 
 
+@pytest.mark.parametrize("settings", [MIXED, PURE], ids=["mixed", "pure"])
+def test_a_cross_entropy_that_writes_its_gradient_over_the_logits(
+    settings: dict[str, Any], tiny_config: MakeConfig
+) -> None:
+    config = {**wide(tiny_config("llama")), "vocab_size": 8000}
+    assert_close(config, {**settings, **LONG, "loss": "triton_ce", "trainer": "transformers"})
+
+
 @pytest.mark.parametrize("trainer", ["trl", "transformers", "loop"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_cache_that_a_trainer_leaves_on_is_held_until_the_loss(
