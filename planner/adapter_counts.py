@@ -856,6 +856,8 @@ def with_copies(model: ModelSpec, options: PeftOptions, trained: Trained) -> Tra
         tally.add((_copy(name, p) for p in owned), times)
         copied.add(name)
     for ending in saved:
+        if model.scores and LM_HEAD.endswith(ending):
+            continue  # PEFT looks for it in vain and says nothing: `combinations.py` does
         if not any(name.endswith(ending) for name in copied):
             raise UnknownNameError("module to save", ending, {m[0] for m in inside + outside})
     everywhere = bool(copied.intersection(name for name, _, _ in inside))

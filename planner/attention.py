@@ -195,15 +195,18 @@ class AttentionKernel:
         """Scores of every pair of tokens, their softmax in fp32, and the mix of values
         (transformers' `eager_attention_forward`)."""
         a = self.attention
+        # Rotation under autocast makes fp32 of a query, and never of a value.
+        width = value.width if a.sinks or a.scores_in_float32 else query.width
         key, value = self._repeat_both(tape, key, value)
         scores = self._scores(tape, query, key)
         if a.softcapped:
             scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
         scores = f.add_mask(tape, scores, self.mask_width)
         weights = self._with_sinks(tape, scores) if a.sinks else f.softmax_in_float32(tape, scores)
-        weights = f.cast(tape, weights, value.width)
+        weights = f.cast(tape, weights, width)
         del scores
         weights = f.dropout(tape, weights, a.dropout)
+        tape.keep_local(weights)  # they are returned beside the result
         mixed = self._products(tape, weights, value, per_token(a.result_width))
         return f.clone(tape, mixed)
 
@@ -223,7 +226,9 @@ class AttentionKernel:
         scores = f.join(tape, [scores, sinks])
         places = tape.empty(heads, INDEX_BYTES)
         scores = f.subtract(tape, scores, f.pick(tape, scores, heads, places))
-        return f.part(tape, f.softmax(tape, scores), elements)
+        weights = f.part(tape, f.softmax(tape, scores), elements)
+        weights.by_heads = True
+        return weights
 
     def _math(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """ATen's plain attention, in fp32 (`_scaled_dot_product_attention_math`)."""

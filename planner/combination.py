@@ -62,13 +62,18 @@ class Asked:
         return self.plan.resolved_method.peft_type
 
     @property
-    def copied_ties(self) -> list[str]:
-        """Modules of a tied pair that PEFT trains a copy of."""
+    def saved_ends(self) -> list[str]:
+        """Which of embeddings and output projection PEFT is to train a copy of."""
         given = read_options(self.plan.peft_config)
         saved = (*self.plan.modules_to_save, *(given.get("modules_to_save") or ()))
-        if not self.model.tie_word_embeddings or given.get("ensure_weight_tying"):
-            return []
         return [name for name in (embedding_name(self.model), LM_HEAD) if name in saved]
+
+    @property
+    def copied_ties(self) -> list[str]:
+        """Modules of a tied pair that PEFT trains a copy of."""
+        keeps_tie = read_options(self.plan.peft_config).get("ensure_weight_tying")
+        tied = self.model.tie_word_embeddings and not self.plan.resolved_objective.scores
+        return self.saved_ends if tied and not keeps_tie else []
 
 
 Say = Callable[[Asked], str]

@@ -204,6 +204,18 @@ COMBINATIONS: tuple[Combination, ...] = (
         source="peft, tuners/tuners_utils.py `_add_modules_to_save_to_tie`; peft issue 2777",
     ),
     Combination(
+        name="score-for-head",
+        outcome="warned",
+        applies=lambda a: a.plan.resolved_objective.scores and LM_HEAD in a.saved_ends,
+        text=lambda a: (
+            f"`--objective {a.plan.objective}` trains a model with a score in the place of "
+            f"`{LM_HEAD}`: PEFT finds no such module to save, and trains a copy of the score anyway"
+        ),
+        way_out=lambda a: f"leave `{LM_HEAD}` out of `--modules-to-save`",
+        source="transformers.modeling_layers.GenericForSequenceClassification; peft, peft_model.py "
+        "`PeftModelForSequenceClassification`",
+    ),
+    Combination(
         name="adalomo-experts",
         outcome="refused",
         applies=lambda a: a.plan.optim == "adalomo" and _trains_experts(a),

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+from ftplan.planner.sharding import PARAM_PERSISTENCE_THRESHOLD
+
 # Elements, DeepSpeed's defaults (zero/config.py): accelerate's plugin leaves them alone unless it
 # is given a configuration file.
 PREFETCH_BUCKET_SIZE = 50_000_000
-PARAM_PERSISTENCE_THRESHOLD = 100_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 MAX_REUSE_DISTANCE = 1_000_000_000
 

@@ -77,6 +77,12 @@ class DecoderLayer:
         self.norms = [norm_module(norm, numerics) if norm else None for norm in places]
 
     def __call__(self, tape: Tape, hidden: Tensor) -> Tensor:
+        try:
+            return self._forward(tape, hidden)
+        finally:
+            tape.release_locals()
+
+    def _forward(self, tape: Tape, hidden: Tensor) -> Tensor:
         if self.layer.parallel:
             return self._in_parallel(tape, hidden)
         before, behind, before_second, behind_second = self.norms

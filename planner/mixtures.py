@@ -108,12 +108,13 @@ class MixtureOfExperts:
         experts = block.experts
         self.router, self.stacked = Router(experts, numerics), StackedExperts(block, numerics)
         self.shared = Mlp(experts.shared, numerics) if experts.shared else None
+        self.returns_scores = experts.returns_scores
         gate = experts.shared_gate
         self.gate = linear_module(gate, numerics) if gate else None
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         if self.shared is None:
-            return self.stacked(tape, x, self.router(tape, x))
+            return self._without_shared(tape, x)
         if self.gate is None:
             mixed = self.stacked(tape, x, self.router(tape, x))
             return f.add(tape, mixed, self.shared(tape, x))
@@ -121,6 +122,14 @@ class MixtureOfExperts:
         mixed = self.stacked(tape, x, self.router(tape, x))
         beside = f.multiply(tape, f.activate(tape, self.gate(tape, x), "sigmoid"), beside)
         return f.add(tape, mixed, beside)
+
+    def _without_shared(self, tape: Tape, x: Tensor) -> Tensor:
+        scores = self.router(tape, x)
+        result = self.stacked(tape, x, scores)
+        if self.returns_scores:  # the layer's variable that had attention's weights takes them
+            tape.release_locals()
+            tape.keep_local(scores)
+        return result
 
 
 class EveryExpert:

@@ -247,7 +247,7 @@ class Experts:
     sum. `router_correction`: a buffer of one number an expert shifts the choice (DeepSeek-V3);
     buffers are not counted.
     `every_expert`: every expert computes every token, and scores of 0 drop what was not chosen
-    (Llama 4).
+    (Llama 4). `returns_scores`: beside its result (gpt-oss).
     """
 
     num_experts: int
@@ -259,6 +259,7 @@ class Experts:
     normalizes_scores: bool = False
     router_correction: bool = False
     every_expert: bool = False
+    returns_scores: bool = False
     shared: FeedForward | None = None
     shared_gate: Linear | None = None
 
@@ -412,6 +413,7 @@ class ModelSpec:
     `auto_class`: the class of transformers that loads it. `nests_config`: its decoder reads a
     config of its own, in which a trainer leaves `use_cache` on. `rotates_by_kind`: layers with a
     sliding window have rotary tables of their own (Gemma 3).
+    `scores`: a score a token stands in the place of the output projection.
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
 
@@ -443,6 +445,7 @@ class ModelSpec:
     auto_class: str = "AutoModelForCausalLM"
     nests_config: bool = False
     rotates_by_kind: bool = False
+    scores: bool = False
     native_dtype: str = "bfloat16"
     approximate: str | None = None
 

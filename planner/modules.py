@@ -141,7 +141,8 @@ class Linear4bit:
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         before = x.width
-        return f.cast(tape, self._multiply(tape, f.cast(tape, x, self.compute)), before)
+        x = f.cast(tape, x, self.compute)
+        return f.cast(tape, self._multiply(tape, x), before)
 
     def _multiply(self, tape: Tape, x: Tensor) -> Tensor:
         linear = self.linear

@@ -106,6 +106,7 @@ def with_score(model: ModelSpec) -> ModelSpec:
     score = Parameter(name="score.weight", shape=(1, model.hidden_size))
     return dataclasses.replace(
         model,
+        scores=True,
         tie_word_embeddings=True,
         lm_head_bias=False,
         scales_logits=False,
@@ -116,12 +117,13 @@ def with_score(model: ModelSpec) -> ModelSpec:
 
 def trained_model(model: ModelSpec, plan: TrainingPlan) -> ModelSpec:
     """The model that the plan's objective trains."""
-    return with_score(model) if plan.resolved_objective.scores else model
+    scores = plan.resolved_objective.scores and not model.scores
+    return with_score(model) if scores else model
 
 
 def trained_part(model: ModelSpec, plan: TrainingPlan) -> Trained:
     """What the plan trains of that model: PEFT trains a copy of the score beside adapters."""
-    trained = plan.resolved_method.count(model, plan.method_settings)
+    trained = plan.resolved_method.count(trained_model(model, plan), plan.method_settings)
     if not (plan.resolved_objective.scores and trained.adapted):
         return trained
     copy = Parameter(name="score.modules_to_save.weight", shape=(1, model.hidden_size))

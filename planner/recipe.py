@@ -178,10 +178,7 @@ def _method_settings(
     if method.quantized_base:
         why = "4-bit NormalFloat, the QLoRA paper's choice"
         derived["quantization"] = (DEFAULT_QUANTIZATION, why)
-    if method.fills_cache:
-        why = "checkpointed layers are given no cache, through which this method reaches them"
-        derived["gradient_checkpointing"] = (False, why)
-    elif needs_whole_graph(method.peft_type):
+    if needs_whole_graph(method.peft_type):
         why = f"PEFT's `{method.name}` does not go with checkpointed layers"
         derived["gradient_checkpointing"] = (False, why)
     if method.name == "freeze":

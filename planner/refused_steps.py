@@ -4,7 +4,7 @@ another, as both are installed."""
 from __future__ import annotations
 
 from ftplan.planner.combination import Asked, Combination, spelled
-from ftplan.planner.peft_options import read_options
+from ftplan.planner.peft_options import CACHE_FILLING, read_options
 from ftplan.planner.sharding import PARAM_PERSISTENCE_THRESHOLD
 
 # The class calls its decoder `language_model` and has it as `model` (transformers 5.23).
@@ -17,15 +17,15 @@ DECODERS_BY_OTHER_NAMES = frozenset(
 )
 
 _FUSED_OPTIMIZERS = ("lomo", "adalomo")
-# PEFT's methods whose keys and values stand in the cache of the model.
-_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+# PEFT's methods that put a prompt before the rows and leave the model's own modules as they are.
+_PROMPTS = (*_IN_CACHE, "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 # PEFT's methods that train a parameter which several layers share.
 _SHARED_BY_LAYERS = ("LILY", "TINYLORA", "UNILORA", "VBLORA")
 
 
 def needs_whole_graph(peft_type: str | None) -> bool:
     """Whether a method of PEFT cannot be trained with checkpointed layers."""
-    return peft_type == "POLY" or peft_type in _IN_CACHE
+    return peft_type == "POLY" or peft_type in CACHE_FILLING
 
 
 def _has_alibi(asked: Asked) -> bool:
@@ -52,7 +52,7 @@ def _reads_divided_head(asked: Asked) -> bool:
     that unit."""
     model = asked.model
     found = model.tie_word_embeddings or model.model_type in DECODERS_BY_OTHER_NAMES
-    return asked.peft_type is not None and not found
+    return asked.peft_type not in (None, *_PROMPTS) and not found
 
 
 REFUSED_STEPS: tuple[Combination, ...] = (
@@ -90,18 +90,6 @@ REFUSED_STEPS: tuple[Combination, ...] = (
         ),
         way_out=lambda a: "use `--mixed-precision bf16`, or `--optim adamw_torch_fused`",
         source="accelerate 1.15, accelerator.py `Accelerator.backward`",
-    ),
-    Combination(
-        name="prefix-checkpointed",
-        outcome="refused",
-        applies=lambda a: _is_checkpointed(a, *_IN_CACHE),
-        text=lambda a: (
-            f"method `{a.plan.method}` puts what it learns into the cache, and a checkpointed "
-            "layer gets none"
-        ),
-        way_out=lambda a: "use `--gradient-checkpointing false`, or `--method prompt-tuning`",
-        source="peft, peft_model.py `_setup_prompt_encoder`; transformers 5.23, "
-        "modeling_layers.py `GradientCheckpointingLayer`",
     ),
     Combination(
         name="poly-checkpointed",

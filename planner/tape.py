@@ -296,7 +296,7 @@ class Tape:
         self._cycles: list[Frame] = []
         self._cached: list[Tensor] = []
         self._held: list[Tensor] = []
-        self._held_again: list[Tensor] = []
+        self._locals: list[Tensor] = []
         self._with_gradients: list[Weight] = []
         self.at_first_gradient: Callable[[Tape], None] | None = None
         self._stretches = [Stretch(None, Moment(ZERO, {}))]
@@ -435,8 +435,7 @@ class Tape:
         """Keep a tensor as an attribute of a node: checkpointing does not know of it, and it lives
         as long as the graph."""
         self._keep(tensor)
-        held = self._held if self._refilled is None else self._held_again
-        held.append(Tensor(tensor.storage, tensor.elements, tensor.width))
+        self._held.append(Tensor(tensor.storage, tensor.elements, tensor.width))
 
     def cache(self, *tensors: Tensor) -> None:
         """Hold tensors that the model returns beside its result, until `release_cached`."""
@@ -444,6 +443,13 @@ class Tape:
 
     def release_cached(self) -> None:
         self._cached.clear()
+
+    def keep_local(self, tensor: Tensor) -> None:
+        """Hold a tensor as a local variable of the decoder layer's own forward does."""
+        self._locals.append(Tensor(tensor.storage, tensor.elements, tensor.width))
+
+    def release_locals(self) -> None:
+        self._locals.clear()
 
     def attach(
         self,
@@ -519,6 +525,7 @@ class Tape:
         ) -> list[Tensor | None]:
             leaf = saved[0]
             holder = tape.leaf(leaf)
+            held, tape._held = tape._held, []
             tape.grad_enabled = True
             result = function(leaf)
             tape.grad_enabled = False
@@ -526,6 +533,7 @@ class Tape:
             # Result and gradient are held by the call until all is done.
             tape.backward([result], [gradients[0]])
             tape.release_cached()
+            tape._held = held
             return [holder.pop()]
 
         self.attach([result], [argument], saved, backward)
@@ -609,14 +617,14 @@ class Tape:
         frame.again, frame.num_again = {}, 0
         self._refilled, self.grad_enabled = frame, True
         copies, self._copies = self._copies, {}
+        held, self._held = self._held, []
         try:
             frame.recompute()
         except _AllSaved:
             pass
         finally:
             self._refilled, self.grad_enabled = None, False
-            self._copies = copies
-            self._held_again.clear()
+            self._copies, self._held = copies, held
             self.release_cached()
 
     def _accumulate(self, weight: Weight, gradient: Tensor) -> None:

@@ -185,7 +185,8 @@ def embedding_name(model: ModelSpec) -> str:
 
 
 def outer_modules(model: ModelSpec) -> dict[str, tuple[Parameter, ...]]:
-    """The modules outside of the layers, with their parameters; a tied head has the embedding's.
+    """The modules outside of the layers, with their parameters; a tied head has the embedding's,
+    and a model that scores has none.
 
     What a repository's own code calls embeddings and head is not known.
     """
@@ -194,7 +195,9 @@ def outer_modules(model: ModelSpec) -> dict[str, tuple[Parameter, ...]]:
     head = [parameters.get("lm_head.weight", embedding)]
     if model.lm_head_bias:
         head.append(parameters["lm_head.bias"])
-    found = {embedding_name(model): (embedding,), LM_HEAD: tuple(head)}
+    found = {embedding_name(model): (embedding,)}
+    if not model.scores:
+        found[LM_HEAD] = tuple(head)
     if model.code != "transformers":
         found.clear()
     for part in (model.final_norm, model.embedding_norm, *model.embedding_linears):

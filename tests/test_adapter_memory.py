@@ -86,6 +86,10 @@ def test_on_a_quantized_base(name: str) -> None:
         pytest.param({"autocast_adapter_dtype": False}, id="adapters in bf16"),
         pytest.param({"lora_dropout": 0.1}, id="dropout"),
         pytest.param({"method": "dora", "lora_dropout": 0.1}, id="DoRA with dropout"),
+        pytest.param(
+            {"quantization": "int8", "gradient_checkpointing": True, "use_reentrant": True},
+            id="int8 under reentrant checkpointing",
+        ),
         pytest.param({"config": WIDE_QWEN2, "peft_config": ("bias=all",)}, id="all biases"),
         pytest.param({"config": WIDE_QWEN2, "method": "bitfit"}, id="biases alone"),
     ],

@@ -18,6 +18,7 @@ from ftplan.planner.combinations import (
     COMBINATIONS,
     WITHOUT_FLASH_ATTENTION,
     cautions,
+    check_together,
 )
 from ftplan.planner.errors import InputError
 from ftplan.planner.families import FAMILIES
@@ -52,6 +53,7 @@ MET: dict[str, tuple[str, ...]] = {
     "beyond-positions": (SMALL, "--max-length", "8193"),
     "adapted-router": ("phi-3.5-moe-instruct", "--target-modules", "q_proj,router"),
     "tied-embeddings": (SMALL, "--modules-to-save", "lm_head"),
+    "score-for-head": (SMALL, "--objective", "reward", "--modules-to-save", "lm_head"),
     "adalomo-experts": ("granite-3.0-1b-a400m-instruct", "--method", "full", "--optim", "adalomo"),
     "liger-beside-trl": (SMALL, "--loss", "liger"),
     "default-eval-batch": (SMALL, "--trainer", "transformers"),
@@ -66,7 +68,6 @@ MET: dict[str, tuple[str, ...]] = {
     "flash-attention-alibi": ("falcon-rw-1b", *FLASH),
     "misnamed-decoder": (LLAMA_4, "--loss", "trl-fused"),
     "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo", *FP16),
-    "prefix-checkpointed": (SMALL, "--method", "prefix-tuning", *CHECKPOINTED),
     "poly-checkpointed": (SMALL, "--method", "poly", *CHECKPOINTED),
     "adalora-zero3": ("llama-3.1-8b", "--method", "adalora", *ZERO3),
     "fsdp-adalora": (SMALL, "--method", "adalora", *FSDP),
@@ -86,6 +87,7 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "beyond-positions": (SMALL, "--max-length", "8192"),
     "adapted-router": ("phi-3.5-moe-instruct",),
     "tied-embeddings": ("llama-3.1-8b", "--modules-to-save", "lm_head"),
+    "score-for-head": (SMALL, "--objective", "reward"),
     "adalomo-experts": ("granite-3.0-1b-a400m-instruct", "--method", "full", "--optim", "lomo"),
     "liger-beside-trl": (SMALL, "--loss", "liger", "--trainer", "transformers"),
     "default-eval-batch": (
@@ -100,7 +102,6 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "flash-attention-alibi": ("falcon-7b", *FLASH),
     "misnamed-decoder": (LLAMA_4,),
     "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo"),
-    "prefix-checkpointed": (SMALL, "--method", "prompt-tuning", *CHECKPOINTED),
     "poly-checkpointed": (SMALL, "--method", "poly"),
     "adalora-zero3": ("llama-3.1-8b", "--method", "adalora", *ZERO2),
     "fsdp-adalora": (SMALL, "--method", "adalora", *ZERO2),
@@ -375,3 +376,11 @@ def test_prequantized_bases_are_not_run_dry(ftplan: Ftplan) -> None:
     answer = ftplan("estimate", SMALL, "--method", "qlora", "--quantization", "gptq", "--exact")
     assert answer.status == 2
     assert "knows no gptq kernels" in answer.said and "leave out `--exact`" in answer.said
+
+
+def test_a_prompt_leaves_the_final_norm_where_accelerate_finds_it(small_llama: ModelSpec) -> None:
+    model = dataclasses.replace(small_llama, tie_word_embeddings=False)
+    sharded = {"loss": "liger", "sharding": "fsdp", "num_gpus": 2}
+    check_together(model, TrainingPlan(method="prompt-tuning", **sharded))
+    with pytest.raises(InputError, match="has not gathered it"):
+        check_together(model, TrainingPlan(method="lora", **sharded))

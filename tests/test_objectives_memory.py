@@ -34,6 +34,7 @@ CUDA: dict[str, Any] = {**BF16, "kind": "cuda"}
 DPO: dict[str, Any] = {"objective": "dpo", "loss": "trl-fused"}
 KTO: dict[str, Any] = {"objective": "kto", "loss": "trl-fused"}
 REWARD: dict[str, Any] = {"objective": "reward"}
+HEAD: dict[str, Any] = {"modules_to_save": ("lm_head",)}
 FULL: dict[str, Any] = {"method": "full"}
 FUSED: dict[str, Any] = {"loss": "trl-fused"}
 CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
@@ -124,6 +125,7 @@ def _joined(peaks: dict[str, int]) -> dict[str, int]:
             ("kto, qlora", WIDE_PHI3, {**CUDA, **KTO, **QLORA}),
             ("reward, full, checkpointing", WIDE_PHI3, {**CUDA, **REWARD, **FULL, **CHECKPOINTING}),
             ("reward, lora", WIDE_LLAMA, {**CUDA, **REWARD}),
+            ("reward, lora, no head to save", WIDE_LLAMA, {**CUDA, **REWARD, **HEAD}),
             ("reward, lora, eager", WIDE_LLAMA, {**CUDA, **REWARD, **EAGER}),
             ("reward, lora, reentrant", WIDE_QWEN3, {**CUDA, **REWARD, **REENTRANT}),
             ("reward, qlora", WIDE_LLAMA, {**CUDA, **REWARD, **QLORA}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,12 +75,33 @@ def use_liger_loss(model: Any) -> None:
     model.forward = forward
 
 
+class TritonCrossEntropy(torch.autograd.Function):
+    """Unsloth's kernel in fms-acceleration (`Fast_CrossEntropyLoss`, kernels/cross_entropy_loss.py):
+    it keeps the logits and writes their gradient over them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (logits,) = ctx.saved_tensors
+        return logits
+
+
+def triton_cross_entropy(logits: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """In the place of torch's, or of transformers' `fixed_cross_entropy`."""
+    return TritonCrossEntropy.apply(logits)
+
+
 def shifted_logits_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
     *,
     in_16_bits: bool = False,
+    cross_entropy: Callable[..., torch.Tensor] = nn.functional.cross_entropy,
     **kwargs: Any,
 ) -> torch.Tensor:
     """`ForCausalLMLoss` as transformers had it before 4.50: fp32 logits, and a shifted copy.
@@ -88,7 +109,7 @@ def shifted_logits_loss(
     logits = logits if in_16_bits else logits.float()
     shift_logits = logits[..., :-1, :].contiguous().view(-1, vocab_size)
     shift_labels = labels[..., 1:].contiguous().view(-1)
-    return nn.functional.cross_entropy(shift_logits, shift_labels, ignore_index=-100)
+    return cross_entropy(shift_logits, shift_labels, ignore_index=-100)
 
 
 @contextmanager

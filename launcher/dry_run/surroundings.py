@@ -15,7 +15,11 @@ from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.cuda import cuda_behaviour
 from ftplan.launcher.dry_run.flash_classes import flash_classes
 from ftplan.launcher.dry_run.fused_kernels import fused_rotary_embeddings
-from ftplan.launcher.dry_run.losses import logits_in_float32, shifted_logits_loss
+from ftplan.launcher.dry_run.losses import (
+    logits_in_float32,
+    shifted_logits_loss,
+    triton_cross_entropy,
+)
 from ftplan.launcher.dry_run.optimizers import optimizer_behaviour
 from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul
 from ftplan.launcher.dry_run.trainers import causal_model
@@ -55,7 +59,10 @@ def surroundings(case: DryRunCase, trainer: Any, reference: Any = None) -> ExitS
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
     if case.fused_kernels:
         stack.enter_context(fused_rotary_embeddings(causal_model(trainer.model)))
-    if plan.loss == "stock" and case.shifts_logits:
+    if plan.loss == "triton_ce":
+        target = "transformers.loss.loss_utils.fixed_cross_entropy"
+        stack.enter_context(mock.patch(target, triton_cross_entropy))
+    if plan.loss in ("stock", "triton_ce") and case.shifts_logits:
         stack.enter_context(_former_loss(case, trainer))
     return stack
 
@@ -65,11 +72,13 @@ def _former_loss(case: DryRunCase, trainer: Any) -> Iterator[None]:
     """Within, models take their loss as the case's release of transformers does."""
     in_16_bits = case.loses_in_16_bits(case.config["model_type"])
     trainer.model.config.loss_type = "ForCausalLM"
-    loss = {"ForCausalLM": partial(shifted_logits_loss, in_16_bits=in_16_bits)}
+    cross_entropy = {"cross_entropy": triton_cross_entropy} if case.plan.loss == "triton_ce" else {}
+    loss = partial(shifted_logits_loss, in_16_bits=in_16_bits, **cross_entropy)
+    losses = {"ForCausalLM": loss}
     with ExitStack() as stack:
         if case.lets_logits_go and not in_16_bits:
             stack.enter_context(logits_in_float32(causal_model(trainer.model)))
-        stack.enter_context(mock.patch.dict("transformers.loss.loss_utils.LOSS_MAPPING", loss))
+        stack.enter_context(mock.patch.dict("transformers.loss.loss_utils.LOSS_MAPPING", losses))
         yield
 
 

@@ -286,6 +286,7 @@ def gpt_oss(config: Config, name: str) -> ModelSpec:
         mixture(
             config,
             scoring="best_softmax",
+            returns_scores=True,
             router=Linear(name="router", in_features=hidden, out_features=num_experts, bias=True),
         ),
         bias=True,
