@@ -10,7 +10,7 @@ from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.refused_steps import REFUSED_STEPS
-from ftplan.planner.trained import routers_taken_for_linear
+from ftplan.planner.trained import LM_HEAD, routers_taken_for_linear
 from ftplan.planner.units import format_bytes
 
 # FlashAttention-2's README: Ampere, Ada or Hopper GPUs.

@@ -18,7 +18,7 @@ DECODERS_BY_OTHER_NAMES = frozenset(
 
 _FUSED_OPTIMIZERS = ("lomo", "adalomo")
 # PEFT's methods that put a prompt before the rows and leave the model's own modules as they are.
-_PROMPTS = (*_IN_CACHE, "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+_PROMPTS = (*sorted(CACHE_FILLING), "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 # PEFT's methods that train a parameter which several layers share.
 _SHARED_BY_LAYERS = ("LILY", "TINYLORA", "UNILORA", "VBLORA")
 

@@ -195,7 +195,7 @@ def outer_modules(model: ModelSpec) -> dict[str, tuple[Parameter, ...]]:
     head = [parameters.get("lm_head.weight", embedding)]
     if model.lm_head_bias:
         head.append(parameters["lm_head.bias"])
-    found = {embedding_name(model): (embedding,)}
+    found: dict[str, tuple[Parameter, ...]] = {embedding_name(model): (embedding,)}
     if not model.scores:
         found[LM_HEAD] = tuple(head)
     if model.code != "transformers":

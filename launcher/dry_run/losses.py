@@ -76,7 +76,7 @@ def use_liger_loss(model: Any) -> None:
 
 
 class TritonCrossEntropy(torch.autograd.Function):
-    """Unsloth's kernel in fms-acceleration (`Fast_CrossEntropyLoss`, kernels/cross_entropy_loss.py):
+    """Unsloth's in fms-acceleration (`Fast_CrossEntropyLoss` of kernels/cross_entropy_loss.py):
     it keeps the logits and writes their gradient over them."""
 
     @staticmethod

@@ -60,8 +60,9 @@ def surroundings(case: DryRunCase, trainer: Any, reference: Any = None) -> ExitS
     if case.fused_kernels:
         stack.enter_context(fused_rotary_embeddings(causal_model(trainer.model)))
     if plan.loss == "triton_ce":
-        target = "transformers.loss.loss_utils.fixed_cross_entropy"
-        stack.enter_context(mock.patch(target, triton_cross_entropy))
+        stack.enter_context(
+            mock.patch("transformers.loss.loss_utils.fixed_cross_entropy", triton_cross_entropy)
+        )
     if plan.loss in ("stock", "triton_ce") and case.shifts_logits:
         stack.enter_context(_former_loss(case, trainer))
     return stack
@@ -72,8 +73,9 @@ def _former_loss(case: DryRunCase, trainer: Any) -> Iterator[None]:
     """Within, models take their loss as the case's release of transformers does."""
     in_16_bits = case.loses_in_16_bits(case.config["model_type"])
     trainer.model.config.loss_type = "ForCausalLM"
-    cross_entropy = {"cross_entropy": triton_cross_entropy} if case.plan.loss == "triton_ce" else {}
-    loss = partial(shifted_logits_loss, in_16_bits=in_16_bits, **cross_entropy)
+    in_place = case.plan.loss == "triton_ce"
+    cross_entropy = triton_cross_entropy if in_place else torch.nn.functional.cross_entropy
+    loss = partial(shifted_logits_loss, in_16_bits=in_16_bits, cross_entropy=cross_entropy)
     losses = {"ForCausalLM": loss}
     with ExitStack() as stack:
         if case.lets_logits_go and not in_16_bits:
