@@ -36,6 +36,9 @@ NEEDS_TRAINING = pytest.mark.skipif(find_spec("trl") is None, reason="needs the 
 TODAY = Bars(least_count=8, median=0.06, p95=0.5, farthest=0.75)
 METHODS_TODAY = ("full", "freeze", "lora", "qlora")
 
+# What a draw on one GPU is held to.
+SMALL_BARS = Bars(least_count=8, median=0.01, p95=0.03, farthest=0.08)
+
 # Quick to carry out, and within what the closed form models today.
 SMALL_COUNT = 12
 SMALL_AXES: dict[str, Weights] = {
@@ -206,4 +209,4 @@ def test_a_small_draw_is_carried_out_and_compared(tmp_path: Path) -> None:
         json.loads(json.dumps(r.to_dict())) for r in carried_out
     ]
     report = Report.of([compare(reference) for reference in carried_out])
-    assert TODAY.reached(report.errors), [c.to_dict() for c in report.worst[:3]]
+    assert SMALL_BARS.reached(report.errors), [c.to_dict() for c in report.worst[:3]]
