@@ -242,6 +242,7 @@ class AttentionKernel:
         del keys
         weights = f.safe_softmax(tape, scores)  # the mask is added to the scores in place
         del scores
+        weights = f.dropout(tape, weights, a.dropout)
         returned = f.cast(tape, weights, before)
         values = self._of_each_head(tape, grouped[1], per_token(a.result_width))
         mixed = self._multiply(tape, weights, values, per_token(a.result_width))

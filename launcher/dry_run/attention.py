@@ -7,6 +7,7 @@ choice between kernels.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -145,6 +146,8 @@ def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value:
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         with _without_autocast():
+            if dropout_p:
+                return _math_with_dropout(query, key, value, attn_mask, dropout_p, is_causal, scale)
             return torch.ops.aten._scaled_dot_product_attention_math(
                 query,
                 key,
@@ -157,6 +160,35 @@ def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value:
             )[0]
 
     return attend
+
+
+def _math_with_dropout(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """ATen's plain attention (`_scaled_dot_product_attention_math`), which on CUDA drops weights in
+    one operation with a mask of bytes."""
+    dtype, heads = query.dtype, query.shape[1]
+    query, key, value = (
+        x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (query, key, value)
+    )
+    root = math.sqrt(scale if scale is not None else query.shape[-1] ** -0.5)
+    if is_causal:
+        attn_mask = query.new_zeros(query.shape[-2], key.shape[-2])
+    query = query * root
+    if key.shape[1] != heads:
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    weights = query @ (key.transpose(-2, -1) * root)
+    if attn_mask is not None:
+        weights.add_(attn_mask)
+    weights = torch.ops.aten._safe_softmax(weights, -1)
+    weights = torch.native_dropout(weights, dropout_p, True)[0]
+    return (weights @ value).to(dtype)
 
 
 def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
