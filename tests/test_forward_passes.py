@@ -136,6 +136,13 @@ def test_attention_weights_are_held_until_the_layer_ends(
     assert_close(config, {**settings, "attn_implementation": "eager"})
 
 
+def test_grouped_heads_in_float32_drop_weights_of_torchs_plain_attention(
+    tiny_config: MakeConfig,
+) -> None:
+    config = wide(tiny_config("starcoder2", attention_dropout=0.1, num_key_value_heads=2))
+    assert_close(config, {**LONG, "method": "full", "mixed_precision": "no", "dtype": "float32"})
+
+
 @pytest.mark.parametrize("settings", [MIXED, PURE], ids=["mixed", "pure"])
 def test_a_cross_entropy_that_writes_its_gradient_over_the_logits(
     settings: dict[str, Any], tiny_config: MakeConfig
