@@ -54,19 +54,21 @@ class AttentionKernel:
     def __call__(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.implementation == "eager":
             return self._eager(tape, query, key, value)
+        repeats = self._is_given_mask and not self.attention.picks_heads
+        if repeats and not self.repeats_key_value:
+            key, value = self._repeat_as_transformers(tape, key, value)
         width = tape.autocast or query.width
         query = f.cast(tape, query, width)
         key = f.cast(tape, key, width)
         value = f.cast(tape, value, width)
         flash_2 = self.implementation == "flash_attention_2"
-        repeats = self.repeats_key_value or (self._is_given_mask and not self.attention.picks_heads)
-        if repeats:
+        if self.repeats_key_value:
             key, value = self._repeat_both(tape, key, value)
         if not tape.on_cuda and self._has_one_head_dim() and not self.masked:
             return self._flash_on_processor(tape, query, key, value)
         if flash_2 or self._takes_flash(tape, width):
             return self._flash(tape, query, key, value)
-        if self._takes_math(tape, query, repeats):
+        if self._takes_math(tape, query, repeats or self.repeats_key_value):
             return self._math(tape, query, key, value)
         return self._efficient(tape, query, key, value)
 
@@ -197,12 +199,12 @@ class AttentionKernel:
         a = self.attention
         # Rotation under autocast makes fp32 of a query, and never of a value.
         width = value.width if a.sinks or a.scores_in_float32 else query.width
-        key, value = self._repeat_both(tape, key, value)
+        key, value = self._repeat_as_transformers(tape, key, value)
         scores = self._scores(tape, query, key)
         if a.softcapped:
             scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
         scores = f.add_mask(tape, scores, self.mask_width)
-        weights = self._with_sinks(tape, scores) if a.sinks else f.softmax_in_float32(tape, scores)
+        weights = self._with_sinks(tape, scores) if a.sinks else self._softmax(tape, scores)
         weights = f.cast(tape, weights, width)
         del scores
         weights = f.dropout(tape, weights, a.dropout)
@@ -216,6 +218,12 @@ class AttentionKernel:
             query, key = f.cast(tape, query, f.FLOAT32), f.cast(tape, key, f.FLOAT32)
         scores = self._products(tape, query, key, self._pairs(a.num_heads))
         return scores if a.alibi else f.scale(tape, scores)  # ALiBi's product scales by itself
+
+    def _softmax(self, tape: Tape, scores: Tensor) -> Tensor:
+        """In fp32, which the module asks for or CUDA's autocast does."""
+        if self.attention.softmax_keeps_dtype and not (tape.autocast and tape.on_cuda):
+            return f.softmax(tape, scores)
+        return f.softmax_in_float32(tape, scores)
 
     def _with_sinks(self, tape: Tape, scores: Tensor) -> Tensor:
         """Softmax with one more score for each token and head, which is then left out
@@ -257,8 +265,17 @@ class AttentionKernel:
             return x
         return (f.broadcast if tape.single_row else f.expand)(tape, x, elements)
 
+    def _repeat_as_transformers(
+        self, tape: Tape, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """transformers' `repeat_kv`, whose reshape of a single head is a view."""
+        if self.attention.num_key_value_heads > 1:
+            return self._repeat_both(tape, key, value)
+        key = f.broadcast(tape, key, self._of_all_heads(key))
+        return key, f.broadcast(tape, value, self._of_all_heads(value))
+
     def _repeat_both(self, tape: Tape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """A key and a value head for each query head (transformers' `repeat_kv`)."""
+        """A key and a value head for each query head."""
         a = self.attention
         if a.num_heads == a.num_key_value_heads:
             return key, value

@@ -39,10 +39,12 @@ _TILE_BACKWARD_BYTES = 7 * FLOAT32 + 1
 @dataclass(frozen=True, kw_only=True)
 class LossShape:
     """How the loss divides a micro-batch. `tile_is_full`: at least TILE_TOKENS positions predict.
-    `chunk_tokens`: tokens that Liger projects at a time."""
+    `chunk_tokens`: tokens that Liger projects at a time. `several`: more positions predict than are
+    projected at a time."""
 
     tile_is_full: bool = False
     chunk_tokens: int = 0
+    several: bool = False
 
     @staticmethod
     def of(loss: str, rows: int, length: int, vocab_size: int, hidden_size: int) -> LossShape:
@@ -50,8 +52,10 @@ class LossShape:
         if loss == "liger":
             chunks = -(-vocab_size // hidden_size)
             chunk = 1 << (-(-predicting // chunks) - 1).bit_length() if predicting else 0
-            return LossShape(chunk_tokens=min(chunk, predicting))
-        return LossShape(tile_is_full=loss == "trl-fused" and predicting >= TILE_TOKENS)
+            return LossShape(chunk_tokens=min(chunk, predicting), several=predicting > chunk)
+        if loss != "trl-fused":
+            return LossShape()
+        return LossShape(tile_is_full=predicting >= TILE_TOKENS, several=predicting > TILE_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +153,16 @@ class TrlFusedLoss:
         head, weight, shape = self.head, self.weight, self.shape
         compute = tape.autocast or predicting.width
         tape.count(times(PREDICTING, 2 * head.hidden_size * head.vocab_size))
-        self._fold(tape, shape, predicting.width, compute, self.forward_bytes)
+        held = self._fold(tape, shape, predicting.width, compute, self.forward_bytes)
+        self._copied_weight(tape, compute, [min(head.vocab_size, TILE_VOCABULARY)])
+        del held
         loss = tape.empty(PREDICTING, FLOAT32)
         if not tape.differentiates(predicting, weight):
             return loss
         saved = tape.save(predicting, weight, tape.empty(PREDICTING, FLOAT32))
         size = (predicting.elements, predicting.width)
         weight_size = (weight.elements, weight.width) if weight.requires_grad else None
-        fold = self._fold
+        fold, copied, tiles = self._fold, self._copied_weight, self._tiles()
         backward_bytes = _TILE_BACKWARD_BYTES + head.softcapped * FLOAT32
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
@@ -165,6 +171,7 @@ class TrlFusedLoss:
             of_hidden = tape.empty(size[0], FLOAT32)
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
             tile = fold(tape, shape, size[1], compute, backward_bytes)
+            tile += copied(tape, compute, tiles)
             grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
             grads.append(f.cast(tape, of_weight, weight.width) if of_weight else None)
             del tile
@@ -176,21 +183,36 @@ class TrlFusedLoss:
     def _fold(
         self, tape: Tape, shape: LossShape, width: int, compute: int, torch_bytes: int
     ) -> list[Tensor]:
-        """The buffer for a tile of logits, as wide as a tile may be, and the copies that its
-        product reads, which live until the function returns; without Triton also what torch's
-        operations make."""
+        """The buffer for a tile of logits, as wide as a tile may be, and the copy of hidden states
+        that its product reads, which live until the function returns; without Triton also what
+        torch's operations make."""
         tokens = constant(TILE_TOKENS) if shape.tile_is_full else PREDICTING
         head, entries = self.head, min(self.head.vocab_size, TILE_VOCABULARY)
         held = [tape.empty(times(tokens, TILE_VOCABULARY), compute)]
         if compute != width:
             held.append(tape.empty(times(tokens, head.hidden_size), compute))
-        if compute != self.weight.width:
-            held.append(
-                tape.empty(constant(entries * head.hidden_size), compute, "autocast_copies")
-            )
         if not tape.on_cuda:
             tape.empty(times(tokens, entries), torch_bytes)
         return held
+
+    def _tiles(self) -> list[int]:
+        """Entries of the vocabulary in the first tile, the one after it if any, and the last."""
+        vocab_size = self.head.vocab_size
+        first = min(vocab_size, TILE_VOCABULARY)
+        second = min(vocab_size - first, TILE_VOCABULARY) or first * self.shape.several
+        last = vocab_size % TILE_VOCABULARY or TILE_VOCABULARY
+        return [first, second, last] if second else [first]
+
+    def _copied_weight(self, tape: Tape, compute: int, tiles: list[int]) -> list[Tensor]:
+        """Copies of the weight for a product, of so many entries each. The name of one holds it
+        until the next is there; the last stays."""
+        if compute == self.weight.width:
+            return []
+        width, copies = self.head.hidden_size, list[Tensor]()
+        for entries in tiles:
+            del copies[:-1]
+            copies.append(tape.empty(constant(entries * width), compute, "autocast_copies"))
+        return copies[-1:]
 
 
 class Score:
@@ -223,7 +245,7 @@ class LigerLoss:
         of_weight = tape.like(weight) if tape.differentiates(weight) else None
         chunk = constant(self.shape.chunk_tokens)
         tape.count(times(PREDICTING, (6 if of_weight else 4) * head.hidden_size * head.vocab_size))
-        self._work(tape, chunk, shifted.width, of_weight is not None)
+        self._work(tape, chunk, shifted.width)
         loss = tape.empty(PREDICTING, FLOAT32)
         if tape.differentiates(shifted, weight):
             saved = tape.save(of_hidden, *([of_weight] if of_weight else []))
@@ -234,13 +256,24 @@ class LigerLoss:
             tape.attach([loss], [shifted, weight], saved, backward)
         return loss
 
-    def _work(self, tape: Tape, chunk: Form, width: int, trains_weight: bool) -> None:
-        """A chunk of logits, then its part of the gradients."""
-        head = self.head
-        logits = tape.empty(times(chunk, head.vocab_size), width)
-        hidden = tape.empty(times(chunk, head.hidden_size), width)
-        del hidden
-        if trains_weight:
-            copies = tape.empty(times(chunk, head.vocab_size), width)
+    def _work(self, tape: Tape, chunk: Form, width: int) -> None:
+        """Chunks of logits, each with its part of the gradients. The name of one chunk holds it
+        until the next is there."""
+        size = times(chunk, self.head.vocab_size)
+        logits = self._project(tape, size, width)
+        matrix = tape.cast_weight(self.weight)
+        hidden = tape.empty(times(chunk, self.head.hidden_size), width)
+        del matrix, hidden
+        if tape.differentiates(self.weight):
+            copies = tape.empty(size, width)
             del copies
+        if self.shape.several:
+            self._project(tape, size, width)
         del logits
+
+    def _project(self, tape: Tape, size: Form, width: int) -> Tensor:
+        """Logits, by the weight transposed."""
+        matrix = tape.cast_weight(self.weight, is_view=True)
+        logits = tape.empty(size, width)
+        del matrix
+        return logits

@@ -147,6 +147,7 @@ class Attention:
     kernels are given a mask always, and heads as they are (Falcon).
     `expands_key_value`: keys and values are copied for every query head first (Falcon 40B).
     `scores_in_float32`: eager attention multiplies fp32 copies of query and key (GPT-J).
+    `softmax_keeps_dtype`: its softmax does not ask for fp32 (GPT-2).
     `softcapped`: scores pass through a tanh before the softmax (Gemma 2). `sinks`: a learned score
     a head beside them (gpt-oss). `alibi`: scores get a distance-dependent bias (BLOOM).
     `sliding_window`: how many tokens back it sees; `chunk_size`: the length of the pieces of text
@@ -171,6 +172,7 @@ class Attention:
     picks_heads: bool = False
     expands_key_value: bool = False
     scores_in_float32: bool = False
+    softmax_keeps_dtype: bool = False
     softcapped: bool = False
     sinks: bool = False
     alibi: bool = False

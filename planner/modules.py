@@ -38,7 +38,7 @@ class Numerics:
     rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
     `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
     are modules. `gathers`: ZeRO-3 gathers each module's parameters. `padded`: some rows are
-    shorter, `masked_windows`: sliding windows that a row is longer than, `keys_in_front`: learned
+    shorter, `masked_windows`: sliding windows no longer than a row, `keys_in_front`: learned
     keys of each row; each of them needs a mask, of which a kernel's copy has rows that are
     `mask_padding` entries longer. `cache`: of keys and values, which is filled. `has_bottlenecks`:
     small networks stand behind attention and feed-forward. `prompt_tokens`: of a prompt that

@@ -31,8 +31,9 @@ NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 class Workload:
     """What is discrete about the largest micro-batch: all else is linear in its rows and tokens.
 
-    `masked_windows`: sliding windows that do not see all of a row. `mask_padding`: entries by which
-    a kernel that copies masks makes their rows longer.
+    `masked_windows`: sliding windows no longer than a row, for which transformers makes a mask
+    (`_ignore_causal_mask_sdpa`). `mask_padding`: entries by which a kernel that copies masks makes
+    their rows longer.
     """
 
     single_row: bool
@@ -49,7 +50,7 @@ class Workload:
             rows == 1,
             plan.gradient_accumulation_steps > 1,
             LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size),
-            frozenset(window for window in model.sliding_windows if window < length),
+            frozenset(window for window in model.sliding_windows if window <= length),
             -(length + in_front) % MASK_ALIGNMENT if in_front else 0,
         )
 
@@ -91,7 +92,7 @@ def step_settings(
             norms=FLOAT32_BYTES if stack.kbit_prepare else plan.weight_bytes,
             adapters=2 if stack.casts_back else adapter_weight_bytes(plan),
             # What ftplan asks of bitsandbytes (launcher/training/build.py).
-            compute=plan.compute_bytes if autocast else FLOAT32_BYTES,
+            compute=plan.compute_bytes if plan.autocast else FLOAT32_BYTES,
             quantization=plan.quantization,
             adapter=adapter_maker(options, trained, loss_in_model=in_model),
             double_quant=plan.double_quant,

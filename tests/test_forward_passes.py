@@ -187,6 +187,46 @@ def test_what_once_failed_takes_what_it_takes_dry(
     assert_close(wide(tiny_config(family)), {**settings, **LONG})
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "settings"),
+    [
+        (
+            "llama",
+            {"vocab_size": 40000},
+            {"dtype": "float32", "loss": "liger", "trainer": "transformers"},
+        ),
+        ("llama", {"vocab_size": 40000}, {**MIXED, "loss": "trl-fused"}),
+        ("gpt2", {}, {**PURE, "trainer": "loop", "attn_implementation": "eager"}),
+    ],
+    ids=["liger casts the head", "tiles of a head", "softmax in 16 bits"],
+)
+def test_what_a_copy_takes_it_takes_dry(
+    family: str, changes: dict[str, Any], settings: dict[str, Any], tiny_config: MakeConfig
+) -> None:
+    assert_close({**wide(tiny_config(family)), **changes}, {**LORA, **LONG, **settings})
+
+
+@pytest.mark.parametrize("window", [64, 256])
+@pytest.mark.parametrize("settings", [MIXED, PURE, LORA], ids=["mixed", "pure", "lora"])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_the_one_head_of_all_queries_under_a_mask_takes_what_it_takes_dry(
+    attn_implementation: str, settings: dict[str, Any], window: int, tiny_config: MakeConfig
+) -> None:
+    """A window as long as the row has a mask, too."""
+    config = wide(tiny_config("mistral", num_key_value_heads=1, sliding_window=window))
+    assert_close(config, {**settings, **LONG, "attn_implementation": attn_implementation})
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_loop_computes_4_bit_layers_as_bitsandbytes_is_told(
+    mixed_precision: str, tiny_config: MakeConfig
+) -> None:
+    """It has no autocast."""
+    quantized = {"quantization": "nf4", "dtype": "bfloat16", "mixed_precision": mixed_precision}
+    settings = {"method": "prompt-tuning", "loss": "liger", "trainer": "loop", **LONG}
+    assert_close(wide(tiny_config("llama")), {**settings, **quantized})
+
+
 def test_a_prefix_reaches_the_model_under_ligers_loss(tiny_config: MakeConfig) -> None:
     """Scores are as wide as its keys and those of the rows together."""
     config = wide(tiny_config("llama"))

@@ -57,6 +57,7 @@ def gpt2(config: Config, name: str) -> ModelSpec:
         inputs=(_linear("c_attn", hidden, 3 * hidden, transposed=True),),
         output=_linear("c_proj", hidden, hidden, transposed=True),
         dropout=share(config, "attn_pdrop"),
+        softmax_keeps_dtype=True,
     )
     intermediate = optional_count(config, "n_inner") or 4 * hidden
     layer = Layer(
