@@ -310,7 +310,7 @@ def test_where_no_plan_is_left_the_refusal_is_shown(ftplan: Ftplan) -> None:
     words = ("--method", "poly", "--gradient-checkpointing", "yes")
     answer = ftplan("plan", str(DATA), "--model", SMALL, "--gpu", "l4", *words)
     assert answer.status == 2
-    assert "`--method poly` with checkpointing" in answer.said and "hint: " in answer.err
+    assert "method `poly` knows the rows' tasks" in answer.said and "hint: " in answer.err
 
 
 def test_other_methods_that_settings_are_not_for_are_left_out_of_the_table(ftplan: Ftplan) -> None:

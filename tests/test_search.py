@@ -459,7 +459,7 @@ def test_plans_that_are_not_modelled_are_left_out(
     ranking = choose_plan(tiny_spec("llama"), make_data([40] * 50), devices["A100"], given)
     assert ranking.best is not None and not ranking.best.plan.gradient_checkpointing
     (left,) = ranking.left_out
-    assert "with checkpointing" in left.reason and "--exact" in left.hint
+    assert "computed again" in left.reason and "--gradient-checkpointing" in left.hint
     assert left.count == 4  # micro-batches of 1, 2, 4 and 8 rows
 
 
@@ -468,9 +468,9 @@ def test_where_all_plans_are_refused_the_refusal_is_shown(
 ) -> None:
     model, data = tiny_spec("llama"), make_data([40] * 50)
     given = {"method": "poly", "gradient_checkpointing": True}
-    with pytest.raises(InputError, match="with checkpointing") as refused:
+    with pytest.raises(InputError, match="computed again") as refused:
         choose_plan(model, data, devices["A100"], given)
-    assert "--exact" in (refused.value.hint or "")
+    assert "--gradient-checkpointing" in (refused.value.hint or "")
 
 
 def test_plans_that_cannot_be_are_left_out(
