@@ -209,6 +209,7 @@ def test_what_transformers_refuses_is_an_answer_and_the_next_case_works() -> Non
     pytest.importorskip("trl", reason="needs the `train` extra")
     source = find_source("7B")
     tiny = {**source.config, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
+    tiny["num_key_value_heads"] = 4
     plan = TrainingPlan(max_length=64)
     good = case_of(source, plan, None, config={**tiny, "num_attention_heads": 4})
     bad = case_of(source, plan, None, config={**tiny, "num_attention_heads": 5})
