@@ -9,7 +9,7 @@ from benchmarks.comparison import compare, statistics
 from benchmarks.references import Reference
 from ftplan.planner.allocator import replay
 from ftplan.planner.memory import RESERVED_OVER_ALLOCATED, compiled_step
-from ftplan.planner.replayed import is_ordered, run_storages
+from ftplan.planner.replayed import MOST_APART, is_ordered, run_storages
 from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_settings import model_rows
 
@@ -49,6 +49,8 @@ def _compared(
     if not is_ordered(step.settings):
         return None
     run = run_storages(model, plan, step, rows, length, OWN_STACK)
+    if abs(run.peak_bytes / memory.allocated_peak_bytes - 1) > MOST_APART:
+        return None
     events, small_bytes = run.large_events()
     if most_events is not None and len(events) > most_events:
         return None

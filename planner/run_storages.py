@@ -124,6 +124,15 @@ class RunStorages:
                 self.events.append(event - base)
         self.died(number + base for number in alive)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that are alive at once."""
+        sizes, level, peak = self.sizes, 0, 0
+        for event in self.events:
+            level += sizes[event] if event >= 0 else -sizes[~event]
+            peak = max(peak, level)
+        return peak
+
     def large_events(self) -> tuple[list[int], int]:
         """The events of storages that the allocator's pool of large blocks serves, and the most
         bytes that the small ones need."""
