@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from benchmarks.comparison import closed_form
 from benchmarks.draws import Configuration
-from ftplan.planner.errors import FtplanError
+from ftplan.planner.closed_form import check_closed_form
+from ftplan.planner.errors import FtplanError, InputError
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
@@ -71,17 +74,18 @@ def _modelled(configuration: Configuration) -> bool:
 
 
 def _work(configuration: Configuration) -> tuple[ModelSpec, list[TrainingPlan]]:
-    """The model, and plans of every batch, length and checkpointing that the search tries."""
-    plan = configuration.plan
-    plans = [
-        plan.replace(
-            per_device_train_batch_size=rows,
-            max_length=length,
-            gradient_checkpointing=checkpointing,
-            use_reentrant=False,
-        )
-        for rows in _BATCH_SIZES
-        for length in _LENGTHS
-        for checkpointing in _CHECKPOINTING
-    ]
+    """The model, and plans of every batch, length and checkpointing that the search tries and that
+    the configuration's method goes with."""
+    plans: list[TrainingPlan] = []
+    for rows, length, checkpointing in product(_BATCH_SIZES, _LENGTHS, _CHECKPOINTING):
+        changes = {
+            "per_device_train_batch_size": rows,
+            "max_length": length,
+            "gradient_checkpointing": checkpointing,
+            "use_reentrant": False,
+        }
+        with suppress(InputError):
+            plan = configuration.plan.replace(**changes)
+            check_closed_form(plan, configuration.source.spec)
+            plans.append(plan)
     return configuration.source.spec, plans
