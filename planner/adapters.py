@@ -943,8 +943,10 @@ class WaveftLinear(FourierftLinear):
         dense = g.put_at(tape, self.added["waveft_spectrum"], size)
         half, quarter = scaled(size, 1, 2), scaled(size, 1, 4)
         quarters = [f.part(tape, f.part(tape, dense, half), quarter) for _ in range(4)]
-        coefficients = f.to_product(tape, f.join(tape, quarters))
-        return f.scale(tape, g.convolved(tape, coefficients))
+        stacked = f.join(tape, quarters)
+        change = g.convolved(tape, f.to_product(tape, stacked))
+        del stacked
+        return f.scale(tape, change)
 
 
 class TinyloraLinear(Adapter):
