@@ -8,7 +8,7 @@ which the run survives. Equations are numbered in docs/memory-model.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import attrgetter
@@ -30,6 +30,7 @@ from ftplan.planner.held import Held, held_of_shares, held_under_zero, held_unde
 from ftplan.planner.host_memory import HostMemory, HostShare, host_memory
 from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
+from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
 from ftplan.planner.separate_experts import quantized_linears
@@ -48,7 +49,7 @@ from ftplan.planner.step_trace import (
     trace_step,
     with_parts,
 )
-from ftplan.planner.tape import ZERO, Form, Moment, add_forms, added, constant, covers, value
+from ftplan.planner.tape import ZERO, Moment, added, constant, value
 from ftplan.planner.trained import Trained, num_elements
 from ftplan.planner.updated import frozen_parameters, updated_parameters
 
@@ -352,17 +353,23 @@ def quantized_bytes_per_weight(plan: TrainingPlan) -> float:
 
 # A plan's settings that a step's memory depends on; batch and length are put in afterwards.
 _MEASURES = ("per_device_train_batch_size", "max_length", "gradient_accumulation_steps")
-_decisive = attrgetter(
-    *(
-        item.name
-        for item in dataclasses.fields(TrainingPlan)
-        if not item.metadata["recipe"] and item.name not in _MEASURES
-    )
-)
+_DECISIVE = [
+    item.name
+    for item in dataclasses.fields(TrainingPlan)
+    if not item.metadata["recipe"] and item.name not in _MEASURES
+]
+_decisive = attrgetter(*_DECISIVE)
+_decisive_but_optim = attrgetter(*(name for name in _DECISIVE if name != "optim"))
+# Of these, what only the trace depends on.
+_WITHIN_STEP = ("attn_implementation", "gradient_checkpointing", "loss", "packing", "use_reentrant")
+_of_standing = attrgetter(*(name for name in _DECISIVE if name not in _WITHIN_STEP))
 
 
 # Of what backward leaves, what is counted by itself or is gone when the optimizer steps.
-_GIVEN_BACK = ("gradients", "communication")
+_REPLACED = ("gradients", "communication")
+
+# Moments of a trace that belong to no phase.
+LEFT, INPUTS, NOTHING = "left by backward", "inputs", "nothing"
 
 
 def compiled_step(
@@ -378,81 +385,116 @@ def compiled_step(
     capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
     workload = Workload.of(model, plan, rows, length)
     key = (_decisive(plan), workload, kind, capability, stack)
-    known = model.compiled.get(key)
-    if known is None:
-        check_closed_form(plan, model)
-        trained = trained_model(model, plan)
-        known = _compile(trained, plan, workload, kind, capability, stack, published=model)
-        model.compiled[key] = known
-    return known
+    return model.remembered(key, partial(_compile, model, plan, workload, kind, capability, stack))
+
+
+class TracedStep:
+    """A step's trace: the moments above what is held throughout. It serves every optimizer.
+
+    `moments`: by phase, and besides of what is alive when backward is over (`LEFT`), while the
+    optimizer steps (`INPUTS`) and without a batch (`NOTHING`).
+    """
+
+    def __init__(self, settings: StepSettings, trace: StepTrace) -> None:
+        self.settings, self.trace = settings, trace
+        left = {part: form for part, form in trace.after_backward.items() if part not in _REPLACED}
+        self.moments: dict[str, Sequence[Moment]] = {
+            **trace.phases,
+            LEFT: (Moment(added(left.values()), left),),
+            INPUTS: (Moment(added(trace.inputs.values()), trace.inputs),),
+            NOTHING: (Moment(ZERO, {}),),
+        }
+        self._known_peaks: dict[tuple[int, int], Mapping[str, int]] = {}
+
+    def peaks(self, rows: int, length: int) -> Mapping[str, int]:
+        """Bytes of the highest of each of `moments`."""
+        known = self._known_peaks.get((rows, length))
+        if known is None:
+            known = self._known_peaks[rows, length] = {
+                name: max(value(moment.total, rows, length) for moment in moments)
+                for name, moments in self.moments.items()
+            }
+        return known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A part of a run: its phase, what is `held` throughout it by component, which moments of a
+    trace come on top, and a moment of the optimizer's step, of fixed size."""
+
+    phase: str
+    held: Mapping[str, int]
+    above: str
+    stepping: Moment | None = None
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the trace's moments."""
+        stepping = value(self.stepping.total, 0, 0) if self.stepping else 0
+        return sum(self.held.values()) + stepping
+
+    def moments(self, traced: TracedStep) -> Sequence[Moment]:
+        above = traced.moments[self.above]
+        stepping = self.stepping
+        return above if stepping is None else [with_parts(stepping, m.components) for m in above]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What a plan holds whatever the batch, on the GPU in each span of a run, and elsewhere."""
+
+    held: Held
+    spans: Sequence[Span]
+    host: HostMemory
+    disk: DiskNeeds
+
+    @cached_property
+    def fixed_bytes(self) -> list[tuple[str, int]]:
+        """Of each span, which moments come on top of how much."""
+        return [(span.above, span.fixed_bytes) for span in self.spans]
 
 
 class CompiledStep:
-    """The highest moments of each phase as sums linear in the micro-batch.
+    """A step's memory for every micro-batch that its trace is of."""
 
-    `trace`, `settings`, `held`: what they were made of. A phase is (name, what is held throughout
-    it by component, moments).
-    """
-
-    def __init__(
-        self,
-        trace: StepTrace,
-        settings: StepSettings,
-        held: Held,
-        phases: Sequence[tuple[str, Mapping[str, int], Sequence[Moment]]],
-        *,
-        host: HostMemory,
-        disk: DiskNeeds,
-    ) -> None:
-        self.trace, self.settings, self.held, self._phases = trace, settings, held, phases
-        self.host, self.disk = host, disk
-        self._sums = _highest_sums(
-            add_forms(constant(sum(held.values())), moment.total)
-            for _, held, moments in phases
-            for moment in moments
-        )
+    def __init__(self, traced: TracedStep, standing: Standing) -> None:
+        self._traced, self._standing = traced, standing
+        self.trace, self.settings = traced.trace, traced.settings
+        self.held, self.host, self.disk = standing.held, standing.host, standing.disk
 
     def peak_bytes(self, rows: int, length: int) -> int:
         """Bytes allocated at the peak."""
-        tokens = rows * length
-        pairs = tokens * length
+        peaks = self._traced.peaks(rows, length)
         return max(
-            a + b * rows + c * length + d * tokens + e * pairs for a, b, c, d, e in self._sums
+            [fixed + peaks[above] for above, fixed in self._standing.fixed_bytes if above in peaks]
         )
 
     def phases(self, rows: int, length: int) -> tuple[Phase, ...]:
         """Each phase at its highest moment."""
         highest: dict[str, Phase] = {}
-        for name, held, moments in self._phases:
-            phase = _phase(name, held, _highest(moments, rows, length), rows, length)
-            before = highest.get(name)
+        for span, moment in self._highest(rows, length):
+            phase = _phase(span.phase, span.held, moment, rows, length)
+            before = highest.get(span.phase)
             if before is None or phase.allocated_peak_bytes > before.allocated_peak_bytes:
-                highest[name] = phase
+                highest[span.phase] = phase
         return tuple(highest.values())
 
     def peak(self, rows: int, length: int) -> tuple[str, Mapping[str, int], Moment]:
         """The highest moment of all: its phase, and what is held throughout that."""
 
-        def height(phase: tuple[str, Mapping[str, int], Moment]) -> int:
-            return sum(phase[1].values()) + value(phase[2].total, rows, length)
+        def height(found: tuple[Span, Moment]) -> int:
+            span, moment = found
+            return sum(span.held.values()) + value(moment.total, rows, length)
 
-        return max(
-            ((name, held, _highest(m, rows, length)) for name, held, m in self._phases), key=height
-        )
+        span, moment = max(self._highest(rows, length), key=height)
+        return span.phase, span.held, moment
 
-
-def _highest(moments: Sequence[Moment], rows: int, length: int) -> Moment:
-    return max(moments, key=lambda moment: value(moment.total, rows, length))
-
-
-def _highest_sums(sums: Iterable[Form]) -> list[Form]:
-    """Those that no other is above for every batch and length."""
-    highest: list[Form] = []
-    for one in sums:
-        if not any(covers(other, one) for other in highest):
-            highest = [other for other in highest if not covers(one, other)]
-            highest.append(one)
-    return highest
+    def _highest(self, rows: int, length: int) -> Iterator[tuple[Span, Moment]]:
+        """Each span that the trace has, and its highest moment."""
+        for span in self._standing.spans:
+            if span.above in self._traced.moments:
+                moments = span.moments(self._traced)
+                yield span, max(moments, key=lambda m: value(m.total, rows, length))
 
 
 def _phase(name: str, held: Mapping[str, int], moment: Moment, rows: int, length: int) -> Phase:
@@ -510,9 +552,19 @@ def _held_whole(
         communication=gradients if plan.num_gpus > 1 else 0,
         stepping=[
             with_parts(moment, {"gradients": constant(unseen)})
-            for moment in optimizer.step_moments(updated, kind, by_trainer=plan.trainer != "loop")
+            for moment in _step_moments(model, plan, updated, kind)
         ],
         saved_states=states + host_states,
+    )
+
+
+def _step_moments(
+    model: ModelSpec, plan: TrainingPlan, updated: Sequence[Updated], kind: DeviceKind
+) -> tuple[Moment, ...]:
+    by_trainer = plan.trainer != "loop"
+    return model.remembered(
+        ("step", plan.optim, tuple(updated), kind, by_trainer),
+        partial(plan.optimizer.step_moments, updated, kind, by_trainer=by_trainer),
     )
 
 
@@ -524,6 +576,26 @@ def _unseen_bytes(plan: TrainingPlan, trained: Trained, settings: StepSettings) 
     return unseen_gradient_bytes(options, trained, settings.numerics.adapters)
 
 
+def _of_trace(plan: TrainingPlan) -> tuple[object, ...]:
+    """The settings that forward and backward depend on: of optimizers, one that steps there."""
+    within = plan.optim if plan.optimizer.steps_in_backward else None
+    return (*_decisive_but_optim(plan), within)
+
+
+def _traced(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    workload: Workload,
+    kind: DeviceKind,
+    capability: tuple[int, int],
+    stack: Stack,
+    trained: Trained,
+) -> TracedStep:
+    model = trained_model(model, plan)
+    settings = step_settings(model, plan, workload, kind, capability, stack, trained)
+    return TracedStep(settings, trace_step(model, settings))
+
+
 def _compile(
     model: ModelSpec,
     plan: TrainingPlan,
@@ -531,15 +603,57 @@ def _compile(
     kind: DeviceKind,
     capability: tuple[int, int],
     stack: Stack,
-    *,
-    published: ModelSpec,
 ) -> CompiledStep:
-    """`model`: as the plan's objective has it."""
+    check_closed_form(plan, model)
     trained = trained_part(model, plan)
-    settings = step_settings(model, plan, workload, kind, capability, stack, trained)
-    trace = trace_step(model, settings)
-    held = _held(model, plan, stack, trained, settings)
-    workspace = cublas_workspace_bytes(capability) if kind == "cuda" else 0
+    traced = model.remembered(
+        ("trace", *_of_trace(plan), workload, kind, capability, stack),
+        partial(_traced, model, plan, workload, kind, capability, stack, trained),
+    )
+    settings = traced.settings
+    widths = settings.numerics.weights, settings.numerics.adapters
+    division = settings.spread, settings.reduction, settings.partition
+    situation = workload.accumulates, kind, capability, stack
+    standing = model.remembered(
+        ("standing", *_of_standing(plan), *situation, widths, division),
+        partial(_standing, model, plan, stack, trained, settings, workload.accumulates),
+    )
+    return CompiledStep(traced, standing)
+
+
+def _standing(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    stack: Stack,
+    trained: Trained,
+    settings: StepSettings,
+    accumulates: bool,
+) -> Standing:
+    with_objective, kind = trained_model(model, plan), DEVICE_KINDS[settings.on_cuda]
+    held = _held(with_objective, plan, stack, trained, settings)
+    saved = saved_weight_bytes(with_objective, plan, trained, stack)
+    return Standing(
+        held=held,
+        spans=_spans(plan, held, settings, accumulates),
+        host=host_memory(
+            model,
+            plan,
+            kind,
+            share=held.on_host,
+            trained_own=trained.base_parameters,
+            trained_all=trained.num_trainable_parameters,
+            whole_bytes=held.weights + held.adapters,
+            saved_bytes=saved,
+        ),
+        disk=disk_needs(model, plan, saved_bytes=saved, state_bytes=held.saved_states),
+    )
+
+
+def _spans(
+    plan: TrainingPlan, held: Held, settings: StepSettings, accumulates: bool
+) -> Sequence[Span]:
+    """A run's, in order."""
+    workspace = cublas_workspace_bytes(settings.capability) if settings.on_cuda else 0
     loaded = {
         "weights": held.weights,
         "reference_model": held.weights if keeps_reference(plan) else 0,
@@ -554,52 +668,34 @@ def _compile(
     }
     running = {
         **resident,
-        "gradients": held.carried if workload.accumulates else held.gradient_buffer,
+        "gradients": held.carried if accumulates else held.gradient_buffer,
         "communication": held.communication + held.exchanged,
     }
-    stepping = [with_parts(moment, trace.inputs) for moment in held.stepping]
-    before_step = {**resident, "gradients": held.reduced}
     # A loop of one's own lets go of gradients at the beginning of the next step.
     kept = held.carried if plan.trainer == "loop" else held.gradient_buffer
     behind = {**resident, "gradients": kept}
-    held_in = {REFERENCE_PHASE: {**loaded, "temporaries": workspace}, EVALUATION_PHASE: behind}
-    left = {part: form for part, form in trace.after_backward.items() if part not in _GIVEN_BACK}
-    moments = dict(trace.phases)
-    if held.reducing is not None:
-        reducing = {**left, **{part: constant(size) for part, size in held.reducing.items()}}
-        moments["backward"] = (*moments["backward"], Moment(added(reducing.values()), reducing))
-    phases = [
-        (name, held_in.get(name, running), moments[name])
-        for name in (REFERENCE_PHASE, *STEP_PHASES)
-        if name in moments
-    ]
-    saved = saved_weight_bytes(model, plan, trained, stack)
     evaluating = {**behind, "communication": running["communication"]}
-    return CompiledStep(
-        trace,
-        settings,
-        held,
-        [
-            ("load", loaded, (_NOTHING,)),
-            *phases,
-            # At its beginning what backward leaves is there.
-            ("optimizer step", before_step, (Moment(added(left.values()), left),)),
-            ("optimizer step", resident, stepping),
-            (EVALUATION_PHASE, evaluating, moments[EVALUATION_PHASE]),
-            ("save", behind, (_NOTHING,)),
-        ],
-        host=host_memory(
-            published,
-            plan,
-            kind,
-            share=held.on_host,
-            trained_own=trained.base_parameters,
-            trained_all=trained.num_trainable_parameters,
-            whole_bytes=held.weights + held.adapters,
-            saved_bytes=saved,
+    before_step = {**resident, "gradients": held.reduced}
+    asking = {**loaded, "temporaries": workspace}
+    spans = [
+        Span(phase="load", held=loaded, above=NOTHING),
+        Span(phase=REFERENCE_PHASE, held=asking, above=REFERENCE_PHASE),
+        *(Span(phase=name, held=running, above=name) for name in STEP_PHASES),
+        # At its beginning what backward leaves is there.
+        Span(phase="optimizer step", held=before_step, above=LEFT),
+        *(
+            Span(phase="optimizer step", held=resident, above=INPUTS, stepping=moment)
+            for moment in _highest_fixed(held.stepping)
         ),
-        disk=disk_needs(published, plan, saved_bytes=saved, state_bytes=held.saved_states),
-    )
+        Span(phase=EVALUATION_PHASE, held=evaluating, above=EVALUATION_PHASE),
+        Span(phase="save", held=behind, above=NOTHING),
+    ]
+    if held.reducing is not None:
+        reducing = {part: running[part] + held.reducing[part] for part in held.reducing}
+        spans.append(Span(phase="backward", held={**running, **reducing}, above=LEFT))
+    return spans
 
 
-_NOTHING = Moment(ZERO, {})
+def _highest_fixed(moments: Sequence[Moment]) -> list[Moment]:
+    """The highest of moments that no batch changes."""
+    return [max(moments, key=lambda moment: value(moment.total, 0, 0))] if moments else []

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from ftplan.planner.errors import InputError
+
+Known = TypeVar("Known")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -468,9 +470,16 @@ class ModelSpec:
         return len(self.layers)
 
     @cached_property
-    def compiled(self) -> dict[Any, Any]:
-        """What has been worked out for this model, by what it was worked out for."""
+    def _known(self) -> dict[Hashable, Any]:
         return {}
+
+    def remembered(self, key: Hashable, work_out: Callable[[], Known]) -> Known:
+        """What `work_out` returns, worked out once for each key as long as the model lives."""
+        try:
+            known: Known = self._known[key]
+        except KeyError:
+            known = self._known[key] = work_out()
+        return known
 
     @cached_property
     def sliding_windows(self) -> tuple[int, ...]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import ModelSpec, Parameter
-from ftplan.planner.trained import Trained
+from ftplan.planner.trained import MethodSettings, Trained
 
 if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan
@@ -123,7 +123,13 @@ def trained_model(model: ModelSpec, plan: TrainingPlan) -> ModelSpec:
 
 def trained_part(model: ModelSpec, plan: TrainingPlan) -> Trained:
     """What the plan trains of that model: PEFT trains a copy of the score beside adapters."""
-    trained = plan.resolved_method.count(trained_model(model, plan), plan.method_settings)
+    settings, scores = plan.method_settings, plan.resolved_objective.scores
+    key = ("trained", plan.method, settings, scores)
+    return model.remembered(key, partial(_counted, model, plan, settings))
+
+
+def _counted(model: ModelSpec, plan: TrainingPlan, settings: MethodSettings) -> Trained:
+    trained = plan.resolved_method.count(trained_model(model, plan), settings)
     if not (plan.resolved_objective.scores and trained.adapted):
         return trained
     copy = Parameter(name="score.modules_to_save.weight", shape=(1, model.hidden_size))

@@ -115,6 +115,7 @@ def run_storages(
     if step.trace.before:
         run.forward_only(step.trace.before)
     gradients: list[int] = []
+    stepping = optimizer.step_storages(updated, by_trainer=by_trainer)
     for first in (True, False):
         if not by_trainer:  # a loop of one's own lets go of them as late
             run.died(gradients)
@@ -127,7 +128,7 @@ def run_storages(
         if settings.spread is None or not settings.spread.offloads:
             if first:
                 run.born(optimizer.state_sizes(updated))
-            run.step(optimizer, updated, by_trainer=by_trainer)
+            run.step(stepping)
         if by_trainer:
             run.died(gradients)
     for segments in step.trace.evaluation:
@@ -142,7 +143,7 @@ def _at_rest(
     for a whole micro-batch)."""
     settings = step.settings
     if settings.spread is not None:
-        numerics = [settings.numerics_of(model, place) for place in range(len(model.layers))]
+        numerics = settings.numerics_of_layers(model)
         shards = shards_of(model, settings.spread, numerics, settings.trained_outside)
         units = step_units(model, settings)
         gathered = (units.outside if settings.spread.kind == "fsdp1" else units.root).gathered

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ftplan.planner.allocator import BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES
-from ftplan.planner.optimizer_steps import Updated
-from ftplan.planner.optimizers import Optimizer
 from ftplan.planner.step_trace import Parts, Segment, SegmentRecord, StepTrace
 from ftplan.planner.tape import ZERO, Form, added, value
 
@@ -107,11 +105,9 @@ class RunStorages:
             self.died([places[-1].record.result + places[-1].base])
         self.died(around)
 
-    def step(
-        self, optimizer: Optimizer, parameters: Sequence[Updated], *, by_trainer: bool
-    ) -> None:
-        """The optimizer's step on a CUDA device, gradients not counted."""
-        sizes, events, first = optimizer.step_storages(parameters, by_trainer=by_trainer)
+    def step(self, storages: tuple[list[int], list[int], int]) -> None:
+        """The optimizer's step, gradients not counted (`Optimizer.step_storages`)."""
+        sizes, events, first = storages
         base = len(self.sizes) - first
         self.sizes += sizes[first:]
         alive: set[int] = set()

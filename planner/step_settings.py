@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 from ftplan.planner.adapters import adapter_maker, early_gradient_bytes, loss_copy_bytes
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import LossShape
-from ftplan.planner.model_spec import ModelSpec, Parameter
+from ftplan.planner.model_spec import Linear, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.objectives import keeps_reference
 from ftplan.planner.plan import TrainingPlan
@@ -94,7 +95,11 @@ def step_settings(
             # What ftplan asks of bitsandbytes (launcher/training/build.py).
             compute=plan.compute_bytes if plan.autocast else FLOAT32_BYTES,
             quantization=plan.quantization,
-            adapter=adapter_maker(options, trained, loss_in_model=in_model),
+            # The same for all of the method's plans: by it the trace of a layer is known again.
+            adapter=model.remembered(
+                ("adapter", plan.method, plan.method_settings, in_model),
+                partial(adapter_maker, options, trained, loss_in_model=in_model),
+            ),
             double_quant=plan.double_quant,
             rank=plan.lora_rank,
             dropout=plan.lora_dropout if objective.has_dropout else 0.0,
@@ -112,10 +117,7 @@ def step_settings(
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
         ),
         trained_names=_trained_in_layers(model, trained),
-        adapted={
-            place: frozenset(trained.linears_of(model.layers[place]))
-            for place in trained.adapted_layers
-        },
+        adapted=_adapted_in_layers(model, trained),
         trains_embeddings=trained.trains_embeddings,
         trains_head=trained.trains_lm_head,
         trained_outside=_trained_names(trained) & {p.name for p in model.outer_parameters},
@@ -309,6 +311,12 @@ def _trained_in_layers(model: ModelSpec, trained: Trained) -> dict[int, frozense
         id(layer): names & {p.name for p in layer.parameters()} for layer in model.layer_counts
     }
     return {place: of_kind[id(layer)] for place, layer in enumerate(model.layers)}
+
+
+def _adapted_in_layers(model: ModelSpec, trained: Trained) -> dict[int, frozenset[Linear]]:
+    """The linear modules that carry an adapter, of each layer that has some."""
+    of_kind = {id(layer): frozenset(trained.linears_of(layer)) for layer in model.layer_counts}
+    return {place: of_kind[id(model.layers[place])] for place in trained.adapted_layers}
 
 
 def adapter_weight_bytes(plan: TrainingPlan) -> int:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 from ftplan.planner import functions as f
 from ftplan.planner.called import Called
@@ -152,14 +153,20 @@ class StepSettings:
             self.trains_embeddings or self.num_trained_tokens or self.tokens_in_front or self.prefix
         )
 
-    def numerics_of(self, model: ModelSpec, place: int) -> Numerics:
-        """Of the layer at that place."""
-        return dataclasses.replace(
-            self.numerics,
-            trained=self.trained_names.get(place, frozenset()),
-            adapted=self.adapted.get(place, frozenset()),
-            prompt_tokens=self.numerics.prompt_tokens if place in self.prompted else 0,
-        )
+    def numerics_of_layers(self, model: ModelSpec) -> list[Numerics]:
+        """Of each layer; equal ones are one object."""
+        known: dict[object, Numerics] = {}
+        found = []
+        for place in range(model.num_hidden_layers):
+            own = self.numerics.prompt_tokens if place in self.prompted else 0
+            trained = self.trained_names.get(place, frozenset())
+            key = (trained, adapted := self.adapted.get(place, frozenset()), own)
+            if key not in known:
+                known[key] = dataclasses.replace(
+                    self.numerics, trained=trained, adapted=adapted, prompt_tokens=own
+                )
+            found.append(known[key])
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -278,7 +285,7 @@ class StepTrace:
 def step_units(model: ModelSpec, settings: StepSettings) -> Units:
     """What several GPUs divide."""
     assert settings.spread is not None
-    numerics = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
+    numerics = settings.numerics_of_layers(model)
     return units_of(model, settings.spread, numerics, settings.trained_outside)
 
 
@@ -467,17 +474,19 @@ class _StepTracer:
         settings, model = self.settings, self.model
         places = self._places()
         segments, labels = [self._embedding(places[0].exchange())], ["embedding"]
-        known: dict[object, Segment] = {}
-        learns = settings.input_learns
+        learns, around = settings.input_learns, self._around_layers()
         found: list[object] = list(labels)
-        for place, layer in enumerate(model.layers):
-            numerics = settings.numerics_of(model, place)
+        known: dict[object, Segment] = {}
+        all_numerics = settings.numerics_of_layers(model)
+        for layer, numerics, place in zip(model.layers, all_numerics, places[1:-1], strict=True):
             width = segments[-1].result_width
-            holds_input = place == 0 and segments[0].holds_result
-            key = (id(layer), numerics, learns, width, holds_input, places[place + 1])
+            holds_input = len(segments) == 1 and segments[0].holds_result
+            key = (id(layer), id(numerics), learns, width, holds_input, place)
             if key not in known:
-                exchange = places[place + 1].exchange()
-                known[key] = self._layer(layer, numerics, learns, width, exchange, holds_input)
+                known[key] = model.remembered(
+                    (id(layer), numerics, *key[2:], *around),
+                    partial(self._layer, layer, numerics, learns, width, place, holds_input),
+                )
             segments.append(known[key])
             found.append(key)
             learns = learns or numerics.learns
@@ -494,8 +503,7 @@ class _StepTracer:
         """Of each segment, where it is among the others."""
         settings, model = self.settings, self.model
         if settings.reduction is not None:
-            learn = [settings.numerics_of(model, place) for place in range(model.num_hidden_layers)]
-            trains = [numerics.trains for numerics in learn]
+            trains = [numerics.trains for numerics in settings.numerics_of_layers(model)]
             outside = (settings.trains_input, settings.trains_head)
             return zero_places(settings.reduction, [outside[0], *trains, outside[1]])
         if settings.spread is None:
@@ -510,21 +518,28 @@ class _StepTracer:
             around=spread.checkpointed_around,
         )
 
-    def _tape(self) -> Tape:
+    def _around_layers(self) -> tuple[object, ...]:
+        """All that a layer's trace depends on beside the layer, its numerics and its place."""
         s = self.settings
-        return Tape(
-            autocast=s.autocast,
-            on_cuda=s.on_cuda,
-            capability=s.capability,
-            is_fp16=s.is_fp16,
-            accumulates=(s.accumulates and s.partition is None)
+        checkpoints = s.gradient_checkpointing and self.with_gradients
+        how = (self.with_gradients, checkpoints and (s.use_reentrant,), s.prefix, s.holds_logits)
+        return (*how, *self._tape_options().values())
+
+    def _tape_options(self) -> dict[str, Any]:
+        s = self.settings
+        return {
+            "autocast": s.autocast,
+            "on_cuda": s.on_cuda,
+            "capability": s.capability,
+            "is_fp16": s.is_fp16,
+            "accumulates": (s.accumulates and s.partition is None)
             or (s.reduction is not None and s.reduction.partitions),
-            residual=s.embedding_width,
-            single_row=s.single_row,
-            update=s.update_in_backward,
-            has_dropout=s.has_dropout,
-            partitioned=s.partition is not None,
-        )
+            "residual": s.embedding_width,
+            "single_row": s.single_row,
+            "update": s.update_in_backward,
+            "has_dropout": s.has_dropout,
+            "partitioned": s.partition is not None,
+        }
 
     def _inputs(self) -> Parts:
         """What the model is given. Behind learned tokens, labels and an fp32 mask are made anew."""
@@ -614,10 +629,10 @@ class _StepTracer:
         numerics: Numerics,
         learns: bool,
         width: int,
-        exchange: Exchange,
+        place: Place,
         holds_input: bool,
     ) -> Segment:
-        settings = self.settings
+        settings, exchange = self.settings, place.exchange()
         cache = KeyValueCache(settings.prefix) if settings.prefix else None
         module: Module = DecoderLayer(layer, numerics, cache)
         if settings.gradient_checkpointing and self.with_gradients:
@@ -749,7 +764,7 @@ class _StepTracer:
         the layer's keys and values. `comes_back`: elements of what holds the result's gradient,
         where that is more than the result's."""
         held = [] if held is None else held
-        tape = self._tape()
+        tape = Tape(**self._tape_options())
         recording = _Recording(tape, has_input=input_size is not None)
         tape.grad_enabled = self.with_gradients
         given: list[Tensor] = []

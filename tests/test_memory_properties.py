@@ -79,6 +79,30 @@ def test_components_sum_exactly() -> None:
         assert memory.reserved_peak_bytes < memory.device_peak_bytes <= memory.required_bytes
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optim": "adamw_8bit"},
+        {"gradient_checkpointing": False},
+        {"loss": "stock"},
+        {"attn_implementation": "eager"},
+        {"per_device_train_batch_size": 7, "max_length": 96, "gradient_accumulation_steps": 3},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_was_worked_out_for_other_plans_changes_nothing(change: dict[str, object]) -> None:
+    for case in modelled_cases()[::6]:
+        fresh = dataclasses.replace(case, model=dataclasses.replace(case.model))
+        seen = dataclasses.replace(case, model=dataclasses.replace(case.model))
+        try:
+            expected = fresh.estimate(**change)
+        except InputError:
+            continue
+        seen.estimate()
+        assert seen.estimate(**change).to_dict() == expected.to_dict(), case
+        assert seen.estimate(**change).host == expected.host, case
+
+
 def test_the_json_round_trips() -> None:
     """Read back, a plan is the same plan, and an estimate has nothing that JSON does not."""
     for case in modelled_cases():
