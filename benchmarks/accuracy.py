@@ -109,7 +109,7 @@ def _reserved(arguments: argparse.Namespace, ui: Ui) -> int:
 
 
 def _speed(arguments: argparse.Namespace, ui: Ui) -> int:
-    speed = measure_speed([reference.configuration for reference in read(arguments.file)])
+    speed = measure_speed()
     ui.json(speed.to_dict())
     ui.show(views.speed(speed))
     return 0 if speed.within else 1

@@ -1,32 +1,48 @@
-"""How many estimates a second the closed form makes, on plans as a search varies them."""
+"""Estimates a second of the closed form, on plans as a search over one model varies them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from benchmarks.comparison import closed_form
-from benchmarks.draws import Configuration
+from ftplan.launcher.model_source import find_source
 from ftplan.planner.closed_form import check_closed_form
-from ftplan.planner.errors import FtplanError, InputError
+from ftplan.planner.errors import InputError
 from ftplan.planner.memory import estimate_memory
+from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 
 BAR_PER_SECOND = 20_000
 
-_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-_LENGTHS = (512, 1024, 2048, 4096)
-_CHECKPOINTING = (False, True)
+# Dense, with alternating windows, with biases, and a mixture of experts.
+MODELS = ("llama-3.1-8b", "gemma-2-9b", "qwen2.5-7b", "mixtral-8x7b")
+
+_VARIED: dict[str, tuple[Any, ...]] = {
+    "lora_rank": (8, 64),
+    "optim": (
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "adafactor",
+        "lion_8bit",
+        "sgd",
+    ),
+    "per_device_train_batch_size": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+    "max_length": (512, 1024, 2048, 4096, 8192),
+    "gradient_accumulation_steps": (1, 4),
+    "gradient_checkpointing": (True, False),
+    "loss": ("trl-fused", "liger", "stock"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """`models`: configurations that the plans were varied from. `seconds` of processor time."""
+    """Of all estimates of so many models. `seconds` of processor time."""
 
     models: int
     estimates: int
@@ -50,42 +66,30 @@ class Speed:
         }
 
 
-def measure_speed(configurations: Sequence[Configuration]) -> Speed:
-    """Processor time of `estimate_memory` alone: specifications and plans are made before.
-
-    Takes the configurations that the closed form models.
-    """
-    work = [_work(c) for c in configurations if _modelled(c)]
-    began = time.process_time()
-    for model, plans in work:
+def measure_speed() -> Speed:
+    """Processor time of `estimate_memory` alone: specifications and plans are made before. What is
+    worked out once for a model is counted."""
+    estimates, seconds = 0, 0.0
+    for name in MODELS:
+        model = find_source(name).spec
+        plans = list(_plans(model))
+        began = time.process_time()
         for plan in plans:
             estimate_memory(model, plan)
-    seconds = time.process_time() - began
-    estimates = sum(len(plans) for _, plans in work)
-    return Speed(models=len(work), estimates=estimates, seconds=seconds)
+        seconds += time.process_time() - began
+        estimates += len(plans)
+    return Speed(models=len(MODELS), estimates=estimates, seconds=seconds)
 
 
-def _modelled(configuration: Configuration) -> bool:
-    try:
-        closed_form(configuration)
-    except FtplanError:
-        return False
-    return True
-
-
-def _work(configuration: Configuration) -> tuple[ModelSpec, list[TrainingPlan]]:
-    """The model, and plans of every batch, length and checkpointing that the search tries and that
-    the configuration's method goes with."""
-    plans: list[TrainingPlan] = []
-    for rows, length, checkpointing in product(_BATCH_SIZES, _LENGTHS, _CHECKPOINTING):
-        changes = {
-            "per_device_train_batch_size": rows,
-            "max_length": length,
-            "gradient_checkpointing": checkpointing,
-            "use_reentrant": False,
-        }
-        with suppress(InputError):
-            plan = configuration.plan.replace(**changes)
-            check_closed_form(plan, configuration.source.spec)
-            plans.append(plan)
-    return configuration.source.spec, plans
+def _plans(model: ModelSpec) -> Iterator[TrainingPlan]:
+    """Every combination that there is."""
+    for name in COMPARED_METHODS:
+        method = METHODS[name]
+        ranks = _VARIED["lora_rank"][: None if method.adapter else 1]
+        varied = {**_VARIED, "lora_rank": ranks}
+        base = {"method": name, "quantization": "nf4" if method.quantized_base else "none"}
+        for values in product(*varied.values()):
+            with suppress(InputError):
+                plan = TrainingPlan(**base, **dict(zip(varied, values, strict=True)))
+                check_closed_form(plan, model)
+                yield plan

@@ -209,6 +209,7 @@ def speed(measured: Speed) -> str:
     reached = "reached" if measured.within else "MISSED"
     return (
         f"{format_count(measured.per_second)} estimates a second on one core "
-        f"({format_count(measured.estimates)} of {measured.models} configurations in "
-        f"{measured.seconds:.2f} s). Bar ({format_count(BAR_PER_SECOND)}): {reached}"
+        f"({format_count(measured.estimates)} of {measured.models} models in "
+        f"{measured.seconds:.2f} s, what a model's plans share counted). "
+        f"Bar ({format_count(BAR_PER_SECOND)}): {reached}"
     )

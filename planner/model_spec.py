@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -475,11 +476,11 @@ class ModelSpec:
 
     def remembered(self, key: Hashable, work_out: Callable[[], Known]) -> Known:
         """What `work_out` returns, worked out once for each key as long as the model lives."""
-        try:
-            known: Known = self._known[key]
-        except KeyError:
-            known = self._known[key] = work_out()
-        return known
+        with suppress(KeyError):
+            found: Known = self._known[key]
+            return found
+        found = self._known[key] = work_out()
+        return found
 
     @cached_property
     def sliding_windows(self) -> tuple[int, ...]:

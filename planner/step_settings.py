@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from ftplan.planner.adapters import adapter_maker, early_gradient_bytes, loss_copy_bytes
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import LossShape
+from ftplan.planner.methods import resolve_method
 from ftplan.planner.model_spec import Linear, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.objectives import keeps_reference
@@ -19,7 +20,7 @@ from ftplan.planner.prompts import prompt_maker, tokens_in_front
 from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings
-from ftplan.planner.trained import COPIES, Trained
+from ftplan.planner.trained import COPIES, MethodSettings, Trained
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 from ftplan.planner.zero3 import Partition
 
@@ -46,7 +47,7 @@ class Workload:
     @staticmethod
     def of(model: ModelSpec, plan: TrainingPlan, rows: int, length: int) -> Workload:
         """Of a micro-batch of so many rows, as the model is given them (`model_rows`)."""
-        in_front = keys_in_front(plan.resolved_method.options(plan.method_settings))
+        _, in_front = _in_front(plan.method, plan.method_settings)
         return Workload(
             rows == 1,
             plan.gradient_accumulation_steps > 1,
@@ -60,8 +61,15 @@ def model_rows(plan: TrainingPlan, length: int) -> tuple[int, int]:
     """(rows, length) of what goes through the model at once, rows of the data being of that
     length; packed rows are one. Learned tokens stand in front of each."""
     rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
-    in_front = tokens_in_front(plan.resolved_method.options(plan.method_settings))
+    in_front, _ = _in_front(plan.method, plan.method_settings)
     return (1, rows * length + in_front) if plan.packing else (rows, length + in_front)
+
+
+@lru_cache(maxsize=1024)
+def _in_front(method: str, settings: MethodSettings) -> tuple[int, int]:
+    """Learned tokens in front of each row, and learned keys and values."""
+    options = resolve_method(method).options(settings)
+    return tokens_in_front(options), keys_in_front(options)
 
 
 def step_settings(

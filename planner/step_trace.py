@@ -9,9 +9,10 @@ are those of its first and last one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 from ftplan.planner import functions as f
@@ -58,6 +59,20 @@ Parts = dict[str, Form]
 
 # Losses that call the output projection as a module.
 _CALL_HEAD = ("stock", "triton_ce")
+
+# Settings that only layers' traces depend on; and besides those that a loss's does not, or that of
+# embeddings.
+_OF_LAYERS = (
+    "trained_names",
+    "adapted",
+    "gradient_checkpointing",
+    "use_reentrant",
+    "reference",
+    "asks_before",
+    "prompted",
+)
+_NOT_OF_LOSS = (*_OF_LAYERS, "input_learns", "hooks_input", "prompts", "prefix")
+_NOT_OF_EMBEDDINGS = (*_OF_LAYERS, "loss_shape")
 
 EVALUATION_PHASE = "evaluation"
 # Where a reference's log-probabilities are computed before training.
@@ -247,6 +262,20 @@ class Segment:
     forward_stretches: tuple[Stretch, ...] = ()
     backward_stretches: tuple[Stretch, ...] = ()
 
+    @cached_property
+    def kept_until_loss(self) -> Parts:
+        return _sum(self.kept_forward, self.cached)
+
+    @cached_property
+    def change_by_forward(self) -> Parts:
+        """What the next segment has under it beyond what this one has, while the model's forward
+        pass runs."""
+        return _less(_sum(self.kept_until_loss, self.held), self.given)
+
+    @cached_property
+    def change_by_backward(self) -> Parts:
+        return _less(self.left, self.taken_over)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTrace:
@@ -314,24 +343,12 @@ class _StepTracer:
             self.gathering.learn_order(segments)
             segments, labels = _with_gathered(segments, self.gathering.play_step(segments))
         self._add_forward(segments, labels, self._inputs(), "forward", "loss")
-        base, bases = _sum(self._inputs(), self._tables()), []
+        base = _sum(self._inputs(), self._tables())
         if self._keeps_mask:
             base = _sum(base, self._mask())
-        for segment in segments:
-            bases.append(base)
-            base = _sum(base, segment.kept)
-        passes = [segments, *self._further_passes(reference, base)]
-        places = _extremes(labels)
-        left: Parts = {"gradients": constant(self.settings.early_gradients)}
-        for index in reversed(range(len(segments))):
-            segment = segments[index]
-            left = _less(left, segment.taken_over)
-            if index == 0 and self._tied and self.settings.update_in_backward is not None:
-                left = {**left, "gradients": ZERO}  # the head's: the embedding has it `beside`
-            if index in places and segment.backward:
-                phase = "loss" if index == len(segments) - 1 else "backward"
-                self._add(phase, segment.backward, _sum(bases[index], left))
-            left = _sum(left, segment.left)
+        bases = _heights(base, [segment.kept for segment in segments], _extremes(labels))
+        passes = [segments, *self._further_passes(reference, bases[len(segments)])]
+        left = self._add_backward(segments, bases)
         evaluation = self._evaluate(reference)
         return StepTrace(
             phases={name: tuple(moments) for name, moments in self.phases.items()},
@@ -351,6 +368,24 @@ class _StepTracer:
             forward_moved=added(s.forward_moved for one in passes for s in one[:-1]),
             backward_moved=added(segment.backward_moved for segment in segments[:-1]),
         )
+
+    def _add_backward(self, segments: list[Segment], bases: Mapping[int, Parts]) -> Parts:
+        """Add the moments of backward above `bases`, which there are of some segments; what it
+        leaves, the inputs aside."""
+        end = len(segments)
+        early: Parts = {"gradients": constant(self.settings.early_gradients)}
+        changes = [segment.change_by_backward for segment in reversed(segments)]
+        left = _heights(early, changes, {end - 1 - place for place in bases if place < end})
+        before: Parts = {}
+        for place in sorted(bases.keys() - {end}, reverse=True):
+            segment = segments[place]
+            before = _less(left[end - 1 - place], segment.taken_over)
+            if place == 0 and self._tied and self.settings.update_in_backward is not None:
+                before = {**before, "gradients": ZERO}  # the head's: the embedding has it `beside`
+            if segment.backward:
+                phase = "loss" if place == end - 1 else "backward"
+                self._add(phase, segment.backward, _sum(bases[place], before))
+        return _sum(before, segments[0].left)
 
     def _further_passes(self, reference: StepSettings | None, base: Parts) -> list[list[Segment]]:
         """The segments of each of a step's passes without gradients. A pass over other rows holds
@@ -388,6 +423,10 @@ class _StepTracer:
     ) -> list[Segment]:
         """Add a pass without gradients above `base`; its segments. Autocast's copies are gone at
         its end."""
+        # What only backward asks for makes no difference, so such plans share a pass.
+        settings = dataclasses.replace(
+            settings, accumulates=False, gradient_checkpointing=False, hooks_input=False
+        )
         tracer = _StepTracer(self.model, settings, self.phases, with_gradients=False)
         segments, labels = tracer._segments()
         if self.gathering is not None:
@@ -409,18 +448,16 @@ class _StepTracer:
         places = _extremes(labels)
         of_model = _sum(self._tables(), self._mask())  # what its forward holds to its end
         of_graph = of_model if self._keeps_mask else self._tables()
-        held: Parts = {}
-        cached: Parts = {}
         of_loss = of_graph if self.with_gradients else {}
-        for index, segment in enumerate(segments):
-            held = _less(held, segment.given)
-            if index in places:
-                is_loss = index == len(segments) - 1
-                under = _sum(cached, of_loss if is_loss else _sum(of_model, held))
-                self._add(loss_phase if is_loss else phase, segment.forward, _sum(base, under))
-            held = _sum(held, segment.held)
-            cached = _sum(cached, segment.cached)
-            base = _sum(base, segment.kept_forward)
+        *before, loss = segments
+        end = len(before)
+        changes = [segment.change_by_forward for segment in before]
+        for place, under in _heights(_sum(base, of_model), changes, places - {end}).items():
+            if place < end:
+                under = _less(under, before[place].given)
+                self._add(phase, before[place].forward, under)
+        kept = _heights(_sum(base, of_loss), [segment.kept_until_loss for segment in before], ())
+        self._add(loss_phase, loss.forward, kept[end])
 
     def _mask(self) -> Parts:
         """The masks that layers share, one of each kind that some layer needs: eager attention adds
@@ -473,7 +510,7 @@ class _StepTracer:
         """The segments in forward order, and of what kind each is."""
         settings, model = self.settings, self.model
         places = self._places()
-        segments, labels = [self._embedding(places[0].exchange())], ["embedding"]
+        segments, labels = [self._embedding(places[0])], ["embedding"]
         learns, around = settings.input_learns, self._around_layers()
         found: list[object] = list(labels)
         known: dict[object, Segment] = {}
@@ -490,13 +527,18 @@ class _StepTracer:
             segments.append(known[key])
             found.append(key)
             learns = learns or numerics.learns
-        segments.append(self._loss(learns, segments[-1].result_width, places[-1].exchange()))
+        width = segments[-1].result_width
+        loss, head_gradient_is_view = model.remembered(
+            ("loss", learns, width, places[-1], *self._around(_NOT_OF_LOSS)),
+            partial(self._loss, learns, width, places[-1]),
+        )
+        segments.append(loss)
         found.append("loss")
         if self._tied:
             # A sum is put in the head's gradient where that is no view.
             taken = settings.update_in_backward is not None
-            beside = self.head_weight.gradient_is_view + taken
-            segments[0] = self._embedding(places[0].exchange(), beside)
+            beside = head_gradient_is_view + taken
+            segments[0] = self._embedding(places[0], beside)
         return segments, found
 
     def _places(self) -> Sequence[Place]:
@@ -524,6 +566,13 @@ class _StepTracer:
         checkpoints = s.gradient_checkpointing and self.with_gradients
         how = (self.with_gradients, checkpoints and (s.use_reentrant,), s.prefix, s.holds_logits)
         return (*how, *self._tape_options().values())
+
+    def _around(self, excluded: Container[str]) -> tuple[object, ...]:
+        """All that the trace of embeddings or loss depends on beside what it is given and its
+        place, if not on the settings excluded."""
+        settings = self.settings
+        own = (value for name, value in vars(settings).items() if name not in excluded)
+        return (*own, bool(settings.adapted), *self._tape_options().values(), self.with_gradients)
 
     def _tape_options(self) -> dict[str, Any]:
         s = self.settings
@@ -560,7 +609,13 @@ class _StepTracer:
         size = sum(sizes.values())
         return {"temporaries": per_position(size)} if size else {}
 
-    def _embedding(self, exchange: Exchange, beside: int = 0) -> Segment:
+    def _embedding(self, place: Place, beside: int = 0) -> Segment:
+        return self.model.remembered(
+            ("embeddings", place, beside, *self._around(_NOT_OF_EMBEDDINGS)),
+            partial(self._traced_embedding, place.exchange(), beside),
+        )
+
+    def _traced_embedding(self, exchange: Exchange, beside: int) -> Segment:
         model, settings = self.model, self.settings
         module = Embeddings(
             model,
@@ -650,8 +705,9 @@ class _StepTracer:
         size = per_token(self.model.hidden_size), width
         return self._segment(forward, size, exchange, learns=learns, held=held, cache=cache)
 
-    def _loss(self, learns: bool, width: int, exchange: Exchange) -> Segment:
-        model, settings = self.model, self.settings
+    def _loss(self, learns: bool, width: int, place: Place) -> tuple[Segment, bool]:
+        """The segment, and whether the gradient of the output projection is a view."""
+        model, settings, exchange = self.model, self.settings, place.exchange()
         numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
         behind: list[Module] = []
         if model.final_norm is not None:
@@ -675,7 +731,6 @@ class _StepTracer:
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
         )
-        self.head_weight = weight
         score = settings.scores
         loss = self._score() if score else self._loss_module(head, weight, bias, exchange)
         *outer, inner = self._callers() or (Called(_unchanged),)
@@ -702,7 +757,8 @@ class _StepTracer:
 
         self.held: list[Tensor] = []
         size = per_token(model.hidden_size), width
-        return self._segment(forward, size, exchange, learns=learns)
+        segment = self._segment(forward, size, exchange, learns=learns)
+        return segment, weight.gradient_is_view
 
     def _callers(self) -> list[Called]:
         """The modules around the layers, from the outermost. A loss that calls no output projection
@@ -911,6 +967,25 @@ def _with_gathered(
         )
     ]
     return found, list(range(len(found)))
+
+
+def _heights(base: Parts, changes: Sequence[Parts], places: Iterable[int]) -> dict[int, Parts]:
+    """`base` with all changes before each of these places, and at last before the end. A change
+    that comes several times in a row is one object."""
+    found: dict[int, Parts] = {}
+    wanted, begin = sorted(places), 0
+    for _, equal in groupby(changes, key=id):
+        run = list(equal)
+        end = begin + len(run)
+        while wanted and wanted[0] < end:
+            place = wanted.pop(0)
+            found[place] = _sum(base, _repeated(run[0], place - begin))
+        base, begin = _sum(base, _repeated(run[0], len(run))), end
+    return {**found, begin: base}
+
+
+def _repeated(parts: Parts, number: int) -> Parts:
+    return {part: times(form, number) for part, form in parts.items()}
 
 
 def _extremes(labels: list[object]) -> set[int]:

@@ -284,7 +284,7 @@ class Tape:
         self.events: list[int] = []
         self.grad_enabled = True
         self.flops: Form = ZERO
-        self._moved = [0, 0, 0, 0, 0]
+        self._read = [0, 0, 0, 0, 0]
         self._live: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0, 0])
         self._total = [0, 0, 0, 0, 0]
         self._moments: list[Moment] = []
@@ -311,7 +311,6 @@ class Tape:
         self.labels.append(storage.component)
         self.events.append(number)
         self._risen = True
-        _change(self._moved, storage.size, 1)
         _change(self._total, storage.size, 1)
         _change(self._live[storage.component], storage.size, 1)
         return number
@@ -375,12 +374,12 @@ class Tape:
         """Count the bytes of tensors that an operation reads; parameters are not counted."""
         for tensor in tensors:
             if tensor.storage is not None:
-                _change(self._moved, tensor.num_bytes, 1)
+                _change(self._read, tensor.num_bytes, 1)
 
     @property
     def moved(self) -> Form:
         """Bytes written and read so far."""
-        return _form(self._moved)
+        return add_forms(self._read, added(self.sizes))
 
     # Operations.
 
