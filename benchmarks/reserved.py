@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from benchmarks.comparison import compare, statistics
 from benchmarks.references import Reference
 from ftplan.planner.allocator import replay
-from ftplan.planner.memory import RESERVED_OVER_ALLOCATED, compiled_step
-from ftplan.planner.replayed import MOST_APART, is_ordered, run_storages
+from ftplan.planner.memory import RESERVED_OVER_ALLOCATED
+from ftplan.planner.replayed import ordered_storages
 from ftplan.planner.stack import OWN_STACK
-from ftplan.planner.step_settings import model_rows
 
 # The share of what is allocated that stands in for a replay, with expandable segments and without.
 _SHARES = {True: RESERVED_OVER_ALLOCATED["trl"], False: RESERVED_OVER_ALLOCATED["transformers"]}
@@ -44,12 +43,8 @@ def _compared(
     if peaks is None or memory is None:
         return None
     model, plan = reference.configuration.source.spec, reference.configuration.plan
-    rows, length = model_rows(plan, plan.max_length)
-    step = compiled_step(model, plan, rows, length, None, OWN_STACK)
-    if not is_ordered(step.settings):
-        return None
-    run = run_storages(model, plan, step, rows, length, OWN_STACK)
-    if abs(run.peak_bytes / memory.allocated_peak_bytes - 1) > MOST_APART:
+    run = ordered_storages(model, plan, None, None, OWN_STACK)
+    if run is None:
         return None
     events, small_bytes = run.large_events()
     if most_events is not None and len(events) > most_events:

@@ -29,7 +29,7 @@ from ftplan.planner.run_storages import RunStorages
 from ftplan.planner.sharded import shards_of
 from ftplan.planner.stack import OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import model_rows, trained_widths
-from ftplan.planner.step_trace import StepSettings, step_units
+from ftplan.planner.step_trace import step_units
 from ftplan.planner.units import MIB
 from ftplan.planner.updated import updated_parameters
 
@@ -57,12 +57,8 @@ def replayed_memory(
     own.
     """
     memory = estimate_memory(model, plan, device=device, longest_row=longest_row, stack=stack)
-    rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
-    step = compiled_step(model, plan, rows, length, device, stack)
-    if not is_ordered(step.settings):
-        return memory
-    run = run_storages(model, plan, step, rows, length, stack)
-    if abs(run.peak_bytes / memory.allocated_peak_bytes - 1) > MOST_APART:
+    run = ordered_storages(model, plan, device, longest_row, stack)
+    if run is None:
         return memory
     events, small_bytes = run.large_events()
     # The launcher turns expandable segments on; people's own stacks seldom do.
@@ -87,9 +83,22 @@ def replayed_memory(
     )
 
 
-def is_ordered(settings: StepSettings) -> bool:
-    """Whether the order of all storages is known."""
-    return settings.on_cuda and settings.reduction is None and settings.partition is None
+def ordered_storages(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    device: Device | None,
+    longest_row: int | None,
+    stack: Stack,
+) -> RunStorages | None:
+    """All storages of a run; None where their order is not known, or they do not add up."""
+    rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
+    step = compiled_step(model, plan, rows, length, device, stack)
+    settings = step.settings
+    if not settings.on_cuda or settings.reduction is not None or settings.partition is not None:
+        return None
+    run = run_storages(model, plan, step, rows, length, stack)
+    apart = run.peak_bytes / step.peak_bytes(rows, length) - 1
+    return run if abs(apart) <= MOST_APART else None
 
 
 def run_storages(
