@@ -111,6 +111,7 @@ class HraLinear(Adapter):
         before, side = x.width, self.deep
         new_weight = g.matrix(tape, side, side, FLOAT32)
         reflections = self._reflections(tape)
+        new_weight = f.cast(tape, new_weight, reflections.width)
         new_weight = g.matmul(tape, new_weight, reflections, side, side)
         weight = f.cast(tape, base_weight(tape, self.base), new_weight.width)
         new_weight = g.matmul(tape, weight, new_weight, side, side)

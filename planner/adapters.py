@@ -112,6 +112,12 @@ def unseen_gradient_bytes(options: PeftOptions, trained: Trained, width: int) ->
     return width * sum(p.num_elements for p in trained.adapters if p.name.endswith("V_low"))
 
 
+def trains_shared_alone(trained: Trained) -> bool:
+    """Whether all that is trained is shared by layers."""
+    whole = trained.adapters and not (trained.own or trained.held_as_base)
+    return bool(whole) and all(p.name.endswith(_SHARED) for p in trained.adapters)
+
+
 def _early(options: PeftOptions, trained: Trained) -> list[Parameter]:
     if options.peft_type == "ADALORA":
         return [p for p in trained.adapters if p.name.endswith(_REGULARIZED)]

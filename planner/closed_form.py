@@ -56,6 +56,11 @@ def _unmodelled_with_method(plan: TrainingPlan) -> str | None:
     """The same of settings that are modelled with some methods only."""
     if plan.method == "poly" and plan.gradient_checkpointing:
         return "`--method poly` with checkpointing, in which PEFT loses the rows' tasks"
+    if plan.quantization != "none" and plan.trainer == "trl" and _computes_in_float16(plan):
+        return (
+            "`--dtype float16` without mixed precision beside a quantized base: TRL holds adapters "
+            "in bfloat16, and torch computes with both in float32"
+        )
     given = read_options(plan.peft_config)
     for name, value in given.items():
         if name in _UNMODELLED_OPTIONS or name.endswith("_dropout"):
@@ -64,6 +69,10 @@ def _unmodelled_with_method(plan: TrainingPlan) -> str | None:
     if given.get("layers_to_transform") and (saves or given.get("bias", "none") != "none"):
         return "`--peft-config layers_to_transform=...` beside trained modules or biases"
     return None
+
+
+def _computes_in_float16(plan: TrainingPlan) -> bool:
+    return plan.dtype == "float16" and not plan.autocast
 
 
 def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:

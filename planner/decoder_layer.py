@@ -80,7 +80,7 @@ class DecoderLayer:
         try:
             return self._forward(tape, hidden)
         finally:
-            tape.release_locals()
+            tape.release_locals(returns="weights" in self.layer.holds)
 
     def _forward(self, tape: Tape, hidden: Tensor) -> Tensor:
         if self.layer.parallel:

@@ -346,7 +346,8 @@ class Layer:
     `adds_in_place`: blocks side by side are added up in the second one's result (Falcon).
     `normalizes_first`: the norms of both blocks come before either block (Falcon 40B).
     `holds`: what of the attention block is still a local variable when the layer ends, its
-    `normalized` input or what it `attended` (GPT-2's, StableLM's code).
+    `normalized` input or what it `attended` (GPT-2's, StableLM's code); its `weights`, where the
+    layer returns them to the model's loop, which has them until the next layer ends (BLOOM's).
     `feeds_by_itself`: the feed-forward block is no module of its own, so that its normalized input
     is let go of behind the first product (OPT).
     """

@@ -7,7 +7,7 @@ Local variables live here as long as they do there: that is what memory is made 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ftplan.planner import functions as f
@@ -299,9 +299,13 @@ def base_linear(linear: Linear, numerics: Numerics) -> Module:
 
 
 def linear_module(linear: Linear, numerics: Numerics) -> Module:
-    if numerics.adapter is not None and linear in numerics.adapted:
-        return numerics.adapter(linear, numerics)
-    return base_linear(linear, numerics)
+    make = numerics.adapter
+    if make is None or linear not in numerics.adapted:
+        return base_linear(linear, numerics)
+    if not linear.quantizable and numerics.quantization not in PREQUANTIZED:
+        # PEFT has its adapter for plain modules there (FalconLinear, an output projection).
+        numerics = replace(numerics, quantization="none")
+    return make(linear, numerics)
 
 
 class RmsNorm:

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ftplan.planner.errors import InputError
-from ftplan.planner.model_spec import ModelSpec, Parameter
+from ftplan.planner.model_spec import Layer, ModelSpec, Parameter
 from ftplan.planner.trained import MethodSettings, Trained
 
 if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan
+
+
+# Families whose modelling code has a torch.nn.Dropout for attention weights, where others hand the
+# kernel a number; and those without such modules behind attention, feed-forward and embeddings,
+# where others have them (transformers 5.23).
+DROPOUT_MODULE_IN_ATTENTION = frozenset(("gpt2", "gpt_neo", "gptj", "codegen", "bloom", "falcon"))
+DROPOUT_NUMBER_BESIDE = frozenset(("bloom", "falcon", "opt", "starcoder2"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +106,6 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-@lru_cache(maxsize=64)
 def with_score(model: ModelSpec) -> ModelSpec:
     """The model as one for sequence classification: a score in the place of the output
     projection (transformers.modeling_layers.GenericForSequenceClassification)."""
@@ -117,14 +123,37 @@ def with_score(model: ModelSpec) -> ModelSpec:
 
 def trained_model(model: ModelSpec, plan: TrainingPlan) -> ModelSpec:
     """The model that the plan's objective trains."""
-    scores = plan.resolved_objective.scores and not model.scores
-    return with_score(model) if scores else model
+    objective = plan.resolved_objective
+    if objective.scores and not model.scores:
+        model = model.remembered("with score", partial(with_score, model))
+    if objective.has_dropout:
+        return model
+    return model.remembered("without dropout", partial(without_dropout_modules, model))
+
+
+def without_dropout_modules(model: ModelSpec) -> ModelSpec:
+    """The model after TRL's `disable_dropout`, which sets the rate of torch.nn.Dropout modules to
+    0: what a family hands to a function as a number stays (trl/trainer/utils.py)."""
+    in_attention = model.model_type in DROPOUT_MODULE_IN_ATTENTION
+    beside = model.model_type not in DROPOUT_NUMBER_BESIDE
+    changed: dict[int, Layer] = {}
+    for layer in model.layer_counts:
+        attention = layer.attention
+        if in_attention and attention.dropout:
+            attention = dataclasses.replace(attention, dropout=0.0)
+        dropout = 0.0 if beside else layer.dropout
+        changed[id(layer)] = dataclasses.replace(layer, attention=attention, dropout=dropout)
+    layers = tuple(changed[id(layer)] for layer in model.layers)
+    embedding_dropout = 0.0 if beside else model.embedding_dropout
+    if (layers, embedding_dropout) == (model.layers, model.embedding_dropout):
+        return model
+    return dataclasses.replace(model, layers=layers, embedding_dropout=embedding_dropout)
 
 
 def trained_part(model: ModelSpec, plan: TrainingPlan) -> Trained:
     """What the plan trains of that model: PEFT trains a copy of the score beside adapters."""
-    settings, scores = plan.method_settings, plan.resolved_objective.scores
-    key = ("trained", plan.method, settings, scores)
+    settings, objective = plan.method_settings, plan.resolved_objective
+    key = ("trained", plan.method, settings, objective.scores, objective.has_dropout)
     return model.remembered(key, partial(_counted, model, plan, settings))
 
 

@@ -6,7 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from ftplan.planner.adapters import adapter_maker, early_gradient_bytes, loss_copy_bytes
+from ftplan.planner.adapters import (
+    adapter_maker,
+    early_gradient_bytes,
+    loss_copy_bytes,
+    trains_shared_alone,
+)
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import LossShape
@@ -153,7 +158,6 @@ def step_settings(
         input_bytes=NUMBER_BYTES * objective.batch_numbers,
         scores=objective.scores,
         finds_top1=objective.finds_top1,
-        has_dropout=objective.has_dropout,
         cache=cache,
         spread=spread,
         reduction=_reduction(plan, trained),
@@ -206,6 +210,7 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
         return settings
     return dataclasses.replace(
         settings,
+        has_dropout=False,
         trained_names={
             place: frozenset(p.name for p in layer.parameters())
             for place, layer in enumerate(model.layers)
@@ -259,6 +264,7 @@ def _reduction(plan: TrainingPlan, trained: Trained) -> Reduction | None:
         share=0 if plan.offload == "optimizer" else share * plan.compute_bytes,
         partitions=plan.sharding == "zero2",
         accumulates=plan.gradient_accumulation_steps > 1,
+        waits=trains_shared_alone(trained),
     )
 
 

@@ -324,6 +324,8 @@ def trace_step(model: ModelSpec, settings: StepSettings) -> StepTrace:
 
 @dataclass
 class _StepTracer:
+    """One pass through the model; passes without gradients have tracers of their own."""
+
     model: ModelSpec
     settings: StepSettings
     phases: dict[str, list[Moment]] = field(default_factory=dict)
@@ -409,14 +411,15 @@ class _StepTracer:
 
     def _first_input(self, embedding: Segment) -> Parts:
         """The gradient of the embeddings' result, where a hook asked for one: the graph holds it
-        until the loss is let go of, and by the older checkpointing the rotary tables."""
+        until the loss is let go of, and by the older checkpointing rotary tables and masks."""
         settings = self.settings
         trains = settings.trains_embeddings or settings.num_trained_tokens
         if trains or not settings.hooks_input:
             return {}
         size = times(per_token(self.model.hidden_size), embedding.result_width)
         held = {"temporaries": size}
-        return _sum(held, self._tables()) if self.settings.use_reentrant else held
+        shared = _sum(self._tables(), self._mask())
+        return _sum(held, shared) if settings.use_reentrant else held
 
     def _pass_forward(
         self, settings: StepSettings, base: Parts, phase: str, loss_phase: str
@@ -686,7 +689,10 @@ class _StepTracer:
         width: int,
         place: Place,
         holds_input: bool,
+        weights_before: Sequence[tuple[Form, int]] = (),
     ) -> Segment:
+        """`weights_before`: (elements, width) of what the model's loop still has of the layer
+        before."""
         settings, exchange = self.settings, place.exchange()
         cache = KeyValueCache(settings.prefix) if settings.prefix else None
         module: Module = DecoderLayer(layer, numerics, cache)
@@ -696,14 +702,24 @@ class _StepTracer:
             )
         module = called(module, numerics)
         held: list[Tensor] = []
+        weights: list[tuple[Form, int]] = []
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
             if holds_input:
                 held.append(given[0])
-            return module(tape, given.pop())
+            of_layer_before = [tape.empty(*size) for size in weights_before]
+            result = module(tape, given.pop())
+            of_layer_before.clear()
+            weights[:] = [(x.elements, x.width) for x in tape.returned]
+            tape.returned.clear()
+            return result
 
         size = per_token(self.model.hidden_size), width
-        return self._segment(forward, size, exchange, learns=learns, held=held, cache=cache)
+        segment = self._segment(forward, size, exchange, learns=learns, held=held, cache=cache)
+        keeps_none = settings.gradient_checkpointing or not self.with_gradients
+        if "weights" in layer.holds and keeps_none and weights and not weights_before:
+            return self._layer(layer, numerics, learns, width, place, holds_input, weights)
+        return segment
 
     def _loss(self, learns: bool, width: int, place: Place) -> tuple[Segment, bool]:
         """The segment, and whether the gradient of the output projection is a view."""

@@ -297,6 +297,7 @@ class Tape:
         self._cached: list[Tensor] = []
         self._held: list[Tensor] = []
         self._locals: list[Tensor] = []
+        self.returned: list[Tensor] = []
         self._with_gradients: list[Weight] = []
         self.at_first_gradient: Callable[[Tape], None] | None = None
         self._stretches = [Stretch(None, Moment(ZERO, {}))]
@@ -447,8 +448,9 @@ class Tape:
         """Hold a tensor as a local variable of the decoder layer's own forward does."""
         self._locals.append(Tensor(tensor.storage, tensor.elements, tensor.width))
 
-    def release_locals(self) -> None:
-        self._locals.clear()
+    def release_locals(self, *, returns: bool = False) -> None:
+        """At the layer's end, which `returns` them or lets them go."""
+        self.returned, self._locals = (self._locals if returns else []), []
 
     def attach(
         self,
@@ -518,10 +520,13 @@ class Tape:
             result = function(argument)
         finally:
             self.grad_enabled = True
+        returned = [(x.elements, x.width) for x in self.returned]
 
         def backward(
             tape: Tape, gradients: list[Tensor | None], saved: list[Tensor]
         ) -> list[Tensor | None]:
+            # Of what came with the result, zeros stand for the gradient (`materialize_grads`).
+            zeros = [tape.empty(*size) for size in returned]
             leaf = saved[0]
             holder = tape.leaf(leaf)
             held, tape._held = tape._held, []
@@ -529,8 +534,11 @@ class Tape:
             result = function(leaf)
             tape.grad_enabled = False
             tape.end_autocast()
-            # Result and gradient are held by the call until all is done.
+            # Result, what came with it and gradient are held by the call until all is done.
+            beside, tape.returned = tape.returned, []
             tape.backward([result], [gradients[0]])
+            beside.clear()
+            zeros.clear()
             tape.release_cached()
             tape._held = held
             return [holder.pop()]
@@ -624,6 +632,7 @@ class Tape:
         finally:
             self._refilled, self.grad_enabled = None, False
             self._copies, self._held = copies, held
+            self.returned.clear()
             self.release_cached()
 
     def _accumulate(self, weight: Weight, gradient: Tensor) -> None:

@@ -24,13 +24,15 @@ class Reduction:
 
     `partitions`: gradients go as they come (ZeRO-2); else they stay to the end of the last
     backward, when the shares are made, and so does the bucket, from the first one on.
-    `accumulates`: there are several micro-batches.
+    `accumulates`: there are several micro-batches. `waits`: layers share all that is trained, so
+    that its gradient is whole once backward has been through them.
     """
 
     bucket: int
     share: int
     partitions: bool
     accumulates: bool
+    waits: bool = False
 
 
 def share_elements(parameters: Iterable[Parameter], num_gpus: int) -> int:
@@ -51,7 +53,8 @@ class ZeroPlace:
 def zero_places(reduction: Reduction, trains: list[bool]) -> list[ZeroPlace]:
     """Of each segment, of which `trains` says whether it has trained parameters."""
     # None has where all that is trained is beside the text's way, such as a vision tower's biases.
-    first = max((place for place, some in enumerate(trains) if some), default=None)
+    learning = [place for place, some in enumerate(trains) if some]
+    first = (learning[0] if reduction.waits else learning[-1]) if learning else None
     return [ZeroPlace(reduction if place == first else None) for place in range(len(trains))]
 
 

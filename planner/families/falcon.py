@@ -46,7 +46,7 @@ def falcon(config: Config, name: str) -> ModelSpec:
         parallel=parallel,
         adds_in_place=True,
         normalizes_first=new,
-        holds=("attended", "normalized"),
+        holds=("attended", "normalized", "weights"),
         **placed(config, _falcon_norms(config, parallel, new), layer_norm),
     )
     return decoder(

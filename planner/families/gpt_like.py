@@ -150,7 +150,7 @@ def gpt_neo(config: Config, name: str) -> ModelSpec:
                 hidden, intermediate, ("c_fc", "c_proj"), text(config, "activation_function")
             ),
             dropout=share(config, "resid_dropout"),
-            holds=("attended",),
+            holds=("attended", "weights"),
             **placed(config, _GPT2_NORMS, layer_norm),
         )
 
@@ -202,6 +202,7 @@ def gptj(config: Config, name: str) -> ModelSpec:
         attention_norm=layer_norm("ln_1", hidden),
         parallel=True,
         dropout=share(config, "resid_pdrop"),
+        holds=("weights",),
     )
     return _gpt2_decoder(
         config,
@@ -388,6 +389,7 @@ def bloom(config: Config, name: str) -> ModelSpec:
         attention=attention,
         feed_forward=plain(hidden, 4 * hidden, names, "bloom_gelu"),
         dropout=share(config, "hidden_dropout"),
+        holds=("weights",),
         **placed(config, norm=layer_norm),
     )
     return decoder(
