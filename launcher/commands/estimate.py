@@ -271,7 +271,7 @@ def _tokens(plan: TrainingPlan) -> str:
 
 
 def _checkpointing(plan: TrainingPlan) -> str:
-    some = f" of each {plan.every_n_layers}. layer" if plan.every_n_layers > 1 else ""
+    some = f" of one layer in {plan.every_n_layers}" if plan.every_n_layers > 1 else ""
     return f"{'' if plan.gradient_checkpointing else 'no '}gradient checkpointing{some}"
 
 
