@@ -3,7 +3,8 @@
 Each kind of layer runs once, by itself; what a whole model holds follows by addition. Layer `i`
 runs above what the layers before it have kept, and its backward besides above the gradients that
 later layers have left. Both grow evenly with the layers, so the highest moments of a kind of layer
-are those of its first and last one.
+are those of its first and last one; of checkpointed layers between others, too, since the first of
+all is one of them.
 """
 
 from __future__ import annotations

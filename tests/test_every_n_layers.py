@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ftplan.launcher.commands.estimate import _checkpointing
 from ftplan.launcher.emit import training_arguments
+from ftplan.planner import step_trace
 from ftplan.planner.closed_form import check_closed_form
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
@@ -22,7 +23,7 @@ from ftplan.planner.step_time import estimate_step_time, micro_batch_flops
 from tests.modelled_cases import ModelledCase, modelled_cases
 
 cases = st.deferred(lambda: st.sampled_from(modelled_cases()))
-MakeConfig = Callable[..., dict[str, Any]]
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 
 
 def activations(memory: MemoryEstimate) -> int:
@@ -64,6 +65,31 @@ def test_memory_is_between_that_of_all_and_of_none(method: str, llama_2_7b: Mode
     ]
     peaks = [estimate_memory(llama_2_7b, each).allocated_peak_bytes for each in plans]
     assert peaks == sorted(peaks) and len(set(peaks)) == len(peaks)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "mixtral", "deepseek_v3"])
+def test_no_layer_is_higher_than_those_looked_at(
+    family: str, n: int, tiny_spec: Callable[..., ModelSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each kind, checkpointed or not, the first and the last."""
+
+    def peaks() -> list[int]:
+        model = tiny_spec(family)
+        deep = dataclasses.replace(model, layers=model.layers * 5)
+        memories = [
+            estimate_memory(
+                deep,
+                TrainingPlan(method=method, max_length=length, every_n_layers=n, **EAGER),
+            )
+            for method in ("full", "lora")
+            for length in range(8, 200, 8)
+        ]
+        return [phase.allocated_peak_bytes for memory in memories for phase in memory.phases]
+
+    known = peaks()
+    monkeypatch.setattr(step_trace, "_extremes", lambda labels: set(range(len(labels))))
+    assert peaks() == known
 
 
 @pytest.mark.parametrize(("n", "recomputed"), [(1, 32), (2, 16), (3, 11), (32, 1)])
