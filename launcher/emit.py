@@ -67,7 +67,7 @@ def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
         "per_device_eval_batch_size": plan.per_device_train_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "gradient_checkpointing": plan.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": plan.use_reentrant},
+        "gradient_checkpointing_kwargs": _checkpointing_arguments(plan),
         "max_length": plan.max_length,
         "optim": plan.optim,
         **({"optim_target_modules": ALL_LINEAR} if plan.optimizer.low_rank else {}),
@@ -84,6 +84,12 @@ def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
         "seed": plan.seed,
         "use_cpu": kind == "cpu",
     }
+
+
+def _checkpointing_arguments(plan: TrainingPlan) -> dict[str, Any]:
+    """What transformers' trainer passes to `activation_checkpointing_enable`."""
+    some = {"every_n_layers": plan.every_n_layers} if plan.every_n_layers > 1 else {}
+    return {"use_reentrant": plan.use_reentrant, **some}
 
 
 def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:

@@ -314,7 +314,8 @@ def methods_table(rows: Iterable[tuple[str, int, int, str]]) -> Table:
 _SHOWN_SETTINGS = (
     "method", "quantization", "lora_rank", "target_modules", "dtype", "mixed_precision",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
-    "gradient_checkpointing", "optim", "loss", "learning_rate", "num_train_epochs", "max_steps",
+    "gradient_checkpointing", "every_n_layers", "optim", "loss", "learning_rate",
+    "num_train_epochs", "max_steps",
 )  # fmt: skip
 
 
@@ -325,6 +326,8 @@ def choices_table(reasoned: ReasonedPlan, model: tuple[str, str]) -> Table:
     for name in _SHOWN_SETTINGS:
         value = getattr(reasoned.plan, name)
         if value is None or value == "none":
+            continue
+        if name == "every_n_layers" and value == 1:
             continue
         if name in ("lora_rank", "target_modules") and not adapter:
             continue

@@ -79,6 +79,9 @@ def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
     beside = _not_gathered(model) if plan.sharding == "zero3" else None
     if beside is not None:
         return f"{_spelled(plan, 'sharding')} with {beside}"
+    if plan.every_n_layers > 1 and (model.other_linears or model.other_parameters):
+        # transformers counts the layers of a vision tower, which come first.
+        return f"{_spelled(plan, 'every_n_layers')} with parts beside the decoder"
     given = read_options(plan.peft_config)
     trains_tokens = plan.method == "trainable-tokens" or "trainable_token_indices" in given
     if trains_tokens and model.tie_word_embeddings:

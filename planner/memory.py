@@ -361,7 +361,10 @@ _DECISIVE = [
 _decisive = attrgetter(*_DECISIVE)
 _decisive_but_optim = attrgetter(*(name for name in _DECISIVE if name != "optim"))
 # Of these, what only the trace depends on.
-_WITHIN_STEP = ("attn_implementation", "gradient_checkpointing", "loss", "packing", "use_reentrant")
+_WITHIN_STEP = (
+    *("attn_implementation", "gradient_checkpointing", "every_n_layers", "loss", "packing"),
+    "use_reentrant",
+)
 _of_standing = attrgetter(*(name for name in _DECISIVE if name not in _WITHIN_STEP))
 
 

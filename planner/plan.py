@@ -83,6 +83,7 @@ class TrainingPlan:
     max_length: int = _setting(2048, "tokens a row is cut at")
     packing: bool = _setting(False, "fill rows up to `max_length` with several, without padding")
     gradient_checkpointing: bool = _setting(True, "keep layer inputs only, compute the rest again")
+    every_n_layers: int = _setting(1, "checkpoint each n-th layer only, from the first one on")
     use_reentrant: bool = _setting(False, "checkpoint by torch's older, reentrant function")
     attn_implementation: str = _setting("sdpa", "attention kernel", choices=ATTENTIONS)
     loss: str = _setting("trl-fused", "loss kernel", choices=LOSSES)
@@ -115,6 +116,7 @@ class TrainingPlan:
         _check_loss(self)
         _check_method(self)
         _check_packing(self)
+        _check_every_n_layers(self)
         check_objective(self)
         _check_optimizer(self)
         check_sharding(self)
@@ -192,6 +194,7 @@ _POSITIVE_SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_length",
+    "every_n_layers",
     "num_gpus",
     "learning_rate",
     "max_grad_norm",
@@ -239,6 +242,16 @@ def _check_packing(plan: TrainingPlan) -> None:
     if plan.packing and (plan.trainer != "trl" or plan.objective != "sft"):
         raise InputError(
             "`--packing` is for TRL's trainer and plain fine-tuning", "leave out `--packing`"
+        )
+
+
+def _check_every_n_layers(plan: TrainingPlan) -> None:
+    """Raises InputError where there is no checkpointing to spare layers from."""
+    if plan.every_n_layers > 1 and not plan.gradient_checkpointing:
+        raise InputError(
+            f"`--every-n-layers {plan.every_n_layers}` says which layers gradient checkpointing "
+            "takes, and it is off",
+            "use `--gradient-checkpointing true`, or leave out `--every-n-layers`",
         )
 
 

@@ -103,6 +103,32 @@ REFUSED_STEPS: tuple[Combination, ...] = (
         source="peft, tuners/poly/model.py `_enable_peft_forward_hooks`",
     ),
     Combination(
+        name="every-n-layers-reference",
+        outcome="refused",
+        applies=lambda a: (
+            a.plan.every_n_layers > 1
+            and a.plan.resolved_objective.has_reference
+            and not a.plan.precompute_ref_log_probs
+        ),
+        text=lambda a: (
+            f"`--objective {a.plan.objective}` turns checkpointing off for the reference's pass, "
+            "and on again for all layers, whatever `--every-n-layers` says"
+        ),
+        way_out=lambda a: "use `--precompute-ref-log-probs`, or leave out `--every-n-layers`",
+        source="trl 1.16, models/utils.py `disable_gradient_checkpointing`",
+    ),
+    Combination(
+        name="every-n-layers-remote",
+        outcome="refused",
+        applies=lambda a: a.plan.every_n_layers > 1 and a.model.code == "remote",
+        text=lambda a: (
+            f"the repository's own code for `{a.model.model_type}` checkpoints all layers or none"
+        ),
+        way_out=lambda a: "leave out `--every-n-layers`",
+        source="transformers 5.23, modeling_utils.py: models with a `_set_gradient_checkpointing` "
+        "of their own",
+    ),
+    Combination(
         name="adalora-zero3",
         outcome="refused",
         applies=lambda a: (

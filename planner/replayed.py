@@ -113,7 +113,6 @@ def run_storages(
         step.trace,
         rows,
         length,
-        keeps_mask=settings.gradient_checkpointing,
         hands_on=settings.spread is not None,
     )
     at_rest, updated, exchanged = _at_rest(trained_model(model, plan), plan, step, stack)

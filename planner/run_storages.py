@@ -17,16 +17,12 @@ from ftplan.planner.tape import ZERO, Form, added, value
 class RunStorages:
     """`sizes`: bytes of each storage; `events`: `i` is the birth of storage i, `~i` its death.
 
-    `trace`: of the step that is written out for a micro-batch of `rows` x `length` tokens;
-    `keeps_mask`: until the end of backward. `hands_on`: what backward leaves, gradients aside, the
-    next segment's record has again.
+    `trace`: of the step that is written out for a micro-batch of `rows` x `length` tokens.
+    `hands_on`: what backward leaves, gradients aside, the next segment's record has again.
     """
 
-    def __init__(
-        self, trace: StepTrace, rows: int, length: int, *, keeps_mask: bool, hands_on: bool
-    ) -> None:
-        self.trace, self.rows, self.length, self.keeps_mask = trace, rows, length, keeps_mask
-        self.hands_on = hands_on
+    def __init__(self, trace: StepTrace, rows: int, length: int, *, hands_on: bool) -> None:
+        self.trace, self.rows, self.length, self.hands_on = trace, rows, length, hands_on
         self.sizes: list[int] = []
         self.events: list[int] = []
         self._sizes_of_record: dict[int, list[int]] = {}
@@ -52,14 +48,14 @@ class RunStorages:
             self._parts({"gradients": segment.taken_over.get("gradients", ZERO)}) if carries else []
             for segment in trace.segments
         ]
-        inputs, mask, tables = map(self._parts, (trace.inputs, trace.mask, trace.tables))
+        inputs, kept_mask = self._parts(trace.inputs), self._parts(trace.kept_mask)
+        mask, tables = self._parts(trace.passing_mask), self._parts(trace.tables)
         places = self._forward(trace.segments)
-        if not self.keeps_mask:
-            self.died(mask)
+        self.died(mask)
         for segments in trace.further:
             self.forward_only(segments)
         gradients = self._backward(places, around, carried)
-        self.died([*(mask if self.keeps_mask else ()), *tables, *inputs, *around])
+        self.died([*kept_mask, *tables, *inputs, *around])
         return gradients
 
     def _backward(

@@ -306,7 +306,7 @@ def _with_checkpointing(
     plan: ReasonedPlan, given: Mapping[str, Any], refused: list[InputError]
 ) -> Iterator[ReasonedPlan]:
     """The plan without and with checkpointing, unless one was asked for."""
-    if "gradient_checkpointing" in given:
+    if "gradient_checkpointing" in given or given.get("every_n_layers", 1) > 1:
         yield plan
         return
     for checkpointing, why in _CHECKPOINTING.items():

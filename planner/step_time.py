@@ -156,7 +156,7 @@ def _micro_batch_bytes(
     model = trained_model(model, plan)
     kind: DeviceKind = device.kind
     layers = SHARE_OF_TRAFFIC[kind] * moved
-    forwards = 2 if plan.gradient_checkpointing else 1
+    forwards = 1 + _recomputed_share(model, plan)
     further = trace.num_passes - 1
     over_logits = passes_over_logits(plan, kind) + further * FORWARD_PASSES_OVER_LOGITS[kind]
     logits = over_logits * tokens * model.vocab_size * FLOAT32_BYTES
@@ -165,6 +165,12 @@ def _micro_batch_bytes(
     weights = passes_over_weights * weight_memory_bytes(model, plan)
     expanded = _expanded_bytes(model, plan, passes_over_weights, backwards)
     return layers + logits + weights + expanded
+
+
+def _recomputed_share(model: ModelSpec, plan: TrainingPlan) -> float:
+    """Of the layers, those that are computed again in backward."""
+    recomputed = -(-model.num_hidden_layers // plan.every_n_layers)
+    return plan.gradient_checkpointing * recomputed / model.num_hidden_layers
 
 
 def passes_over_logits(plan: TrainingPlan, kind: DeviceKind) -> int:

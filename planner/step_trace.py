@@ -3,7 +3,8 @@
 Each kind of layer runs once, by itself; what a whole model holds follows by addition. Layer `i`
 runs above what the layers before it have kept, and its backward besides above the gradients that
 later layers have left. Both grow evenly with the layers, so the highest moments of a kind of layer
-are those of its first and last one.
+are those of its first and last one; of checkpointed layers between others, too, since the first of
+all is one of them.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ _OF_LAYERS = (
     "trained_names",
     "adapted",
     "gradient_checkpointing",
+    "every_n_layers",
     "use_reentrant",
     "reference",
     "asks_before",
@@ -101,8 +103,8 @@ class StepSettings:
     `prompts` makes embeddings of `tokens_in_front` learned tokens, which rows are counted with;
     `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
     bytes of gradients that are there from the loss on; `cache`: what is filled without
-    checkpointing. `loss_copies`: bytes that are held between
-    loss and backward.
+    checkpointing, which is of each `every_n_layers`-th layer. `loss_copies`: bytes that are held
+    between loss and backward.
     """
 
     numerics: Numerics
@@ -132,6 +134,7 @@ class StepSettings:
     head_width: int
     input_bytes: int
     has_dropout: bool = True
+    every_n_layers: int = 1
     cache: CacheKind | None = None
     scores: bool = False
     finds_top1: bool = False
@@ -153,7 +156,7 @@ class StepSettings:
     @property
     def in_evaluation(self) -> StepSettings:
         """Of an evaluation's pass, which has no dropout."""
-        numerics = dataclasses.replace(self.numerics, dropout=0.0, cache=self.cache)
+        numerics = dataclasses.replace(self.numerics, dropout=0.0)
         return dataclasses.replace(self, numerics=numerics, has_dropout=False)
 
     @property
@@ -168,6 +171,11 @@ class StepSettings:
             self.trains_embeddings or self.num_trained_tokens or self.tokens_in_front or self.prefix
         )
 
+    def checkpoints(self, place: int) -> bool:
+        """Whether the layer at that place is computed again (`_set_gradient_checkpointing` of
+        transformers 5)."""
+        return self.gradient_checkpointing and place % self.every_n_layers == 0
+
     def numerics_of_layers(self, model: ModelSpec) -> list[Numerics]:
         """Of each layer; equal ones are one object."""
         known: dict[object, Numerics] = {}
@@ -175,10 +183,16 @@ class StepSettings:
         for place in range(model.num_hidden_layers):
             own = self.numerics.prompt_tokens if place in self.prompted else 0
             trained = self.trained_names.get(place, frozenset())
-            key = (trained, adapted := self.adapted.get(place, frozenset()), own)
+            again = self.checkpoints(place)
+            key = (trained, adapted := self.adapted.get(place, frozenset()), own, again)
             if key not in known:
                 known[key] = dataclasses.replace(
-                    self.numerics, trained=trained, adapted=adapted, prompt_tokens=own
+                    self.numerics,
+                    trained=trained,
+                    adapted=adapted,
+                    prompt_tokens=own,
+                    checkpointed=again,
+                    cache=None if again and self.cache == "copies" else self.cache,
                 )
             found.append(known[key])
         return found
@@ -282,7 +296,8 @@ class StepTrace:
     """The highest moments of each phase, without what is there all the time (weights, states), and
     the segments that they are sums of: embeddings, layers, loss.
 
-    `inputs`: what the model is given; `tables`, `mask`: what its forward pass makes for all layers.
+    `inputs`: what the model is given; `tables`, `mask`: what its forward pass makes for all layers;
+    `kept_mask`: of which this is there until the end of backward.
     `ties_gradients`: the first segment's largest gradient is added to the last one's, which with
     `updates` (an optimizer that steps within backward) the first segment's own record has.
     `before`, `further`, `evaluation`: the segments of passes without gradients, which come before
@@ -298,6 +313,7 @@ class StepTrace:
     inputs: Parts
     tables: Parts
     mask: Parts
+    kept_mask: Parts
     ties_gradients: bool
     updates: bool
     before: Sequence[Segment]
@@ -309,6 +325,11 @@ class StepTrace:
     backward_flops: Form
     forward_moved: Form
     backward_moved: Form
+
+    @property
+    def passing_mask(self) -> Parts:
+        """What of the mask is gone when forward ends."""
+        return _less(self.mask, self.kept_mask)
 
 
 def step_units(model: ModelSpec, settings: StepSettings) -> Units:
@@ -346,8 +367,7 @@ class _StepTracer:
             segments, labels = _with_gathered(segments, self.gathering.play_step(segments))
         self._add_forward(segments, labels, self._inputs(), "forward", "loss")
         base = _sum(self._inputs(), self._tables())
-        if self._keeps_mask:
-            base = _sum(base, self._mask())
+        base = _sum(base, self._kept_mask())
         bases = _heights(base, [segment.kept for segment in segments], _extremes(labels))
         passes = [segments, *self._further_passes(reference, bases[len(segments)])]
         left = self._add_backward(segments, bases)
@@ -358,6 +378,7 @@ class _StepTracer:
             inputs=self._inputs(),
             tables=self._tables(),
             mask=self._mask(),
+            kept_mask=self._kept_mask(),
             ties_gradients=self._tied,
             updates=self.settings.update is not None,
             before=before,
@@ -450,7 +471,7 @@ class _StepTracer:
         """Add the moments of a forward pass above `base`."""
         places = _extremes(labels)
         of_model = _sum(self._tables(), self._mask())  # what its forward holds to its end
-        of_graph = of_model if self._keeps_mask else self._tables()
+        of_graph = _sum(self._tables(), self._kept_mask())
         of_loss = of_graph if self.with_gradients else {}
         *before, loss = segments
         end = len(before)
@@ -463,7 +484,21 @@ class _StepTracer:
         self._add(loss_phase, loss.forward, kept[end])
 
     def _mask(self) -> Parts:
-        """The masks that layers share, one of each kind that some layer needs: eager attention adds
+        """The masks that layers share."""
+        return self._masks_of(self.model.layer_counts)
+
+    def _kept_mask(self) -> Parts:
+        """Those that backward needs: checkpointing holds what its layers are given; ALiBi's mask is
+        the kernels' bias itself where autocast does not cast it."""
+        settings = self.settings
+        cast = settings.autocast is not None and settings.autocast != settings.embedding_width
+        if any(layer.attention.alibi for layer in self.model.layer_counts) and not cast:
+            return self._mask()
+        layers = enumerate(self.model.layers)
+        return self._masks_of(layer for place, layer in layers if settings.checkpoints(place))
+
+    def _masks_of(self, layers: Iterable[Layer]) -> Parts:
+        """The masks of these layers, one of each kind that some layer needs: eager attention adds
         one of the hidden state's width, torch's kernels are given one of a byte, or ALiBi's of one
         number a head."""
         numerics = self.settings.numerics
@@ -471,7 +506,7 @@ class _StepTracer:
             return {}
         eager, kinds = numerics.attn_implementation == "eager", {}
         width, in_front = self.settings.embedding_width, numerics.keys_in_front
-        for layer in self.model.layer_counts:
+        for layer in layers:
             a = layer.attention
             if eager:
                 kinds[a.reach] = width
@@ -483,15 +518,6 @@ class _StepTracer:
         each = sum(kinds.values())
         size = add_forms(per_pair(each), per_token(each * in_front))
         return {"temporaries": size} if kinds else {}
-
-    @property
-    def _keeps_mask(self) -> bool:
-        """Checkpointing holds what layers are given; ALiBi's mask is the kernels' bias itself where
-        autocast does not cast it."""
-        settings = self.settings
-        cast = settings.autocast is not None and settings.autocast != settings.embedding_width
-        is_bias = any(layer.attention.alibi for layer in self.model.layer_counts)
-        return settings.gradient_checkpointing or (is_bias and not cast)
 
     @property
     def _tied(self) -> bool:
@@ -696,7 +722,7 @@ class _StepTracer:
         settings, exchange = self.settings, place.exchange()
         cache = KeyValueCache(settings.prefix) if settings.prefix else None
         module: Module = DecoderLayer(layer, numerics, cache)
-        if settings.gradient_checkpointing and self.with_gradients:
+        if numerics.checkpointed and self.with_gradients:
             module = partial(
                 _checkpointed, module=exchange.around(module), use_reentrant=settings.use_reentrant
             )

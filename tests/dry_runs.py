@@ -112,8 +112,9 @@ class MarkedLoop:
         optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(self.arguments)
         optimizer = optimizer_class(trained, **settings)
         if self.arguments.gradient_checkpointing:
-            settings = self.arguments.gradient_checkpointing_kwargs
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+            settings = dict(self.arguments.gradient_checkpointing_kwargs)
+            every = settings.pop("every_n_layers", 1)
+            self.model.gradient_checkpointing_enable(settings, every_n_layers=every)
         self.model.train()
         rows = self.arguments.per_device_train_batch_size
         batch = torch.ones((rows, self.length), dtype=torch.int64)
@@ -235,6 +236,11 @@ def phase_peaks(profiler: Any, level: int) -> dict[str, int]:
     return peaks
 
 
+def num_checkpointed(plan: TrainingPlan, num_layers: int = NUM_LAYERS) -> int:
+    """Layers that the plan has computed again."""
+    return plan.gradient_checkpointing * -(-num_layers // plan.every_n_layers)
+
+
 # What a layer under checkpointing keeps on the processor beside its input: the random generator's
 # state. It is made outside of the dispatcher, so the dry run does not see it; real layers keep
 # thousands of times as much.
@@ -242,6 +248,7 @@ GENERATOR_STATE_BYTES = 5056
 
 FREEZE: dict[str, Any] = {"method": "freeze", "num_trainable_layers": 1}
 REENTRANT: dict[str, Any] = {"gradient_checkpointing": True, "use_reentrant": True}
+EVERY_SECOND: dict[str, Any] = {"gradient_checkpointing": True, "every_n_layers": 2}
 QLORA: dict[str, Any] = {"method": "qlora", "quantization": "nf4"}
 BF16: dict[str, Any] = {"dtype": "bfloat16", "mixed_precision": "bf16"}
 

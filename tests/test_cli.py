@@ -58,6 +58,7 @@ SETTING_FLAGS = [
     "--max-length",
     "--packing",
     "--gradient-checkpointing",
+    "--every-n-layers",
     "--use-reentrant",
     "--attn-implementation",
     "--loss",

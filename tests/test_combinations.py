@@ -39,6 +39,7 @@ ZERO2 = ("--sharding", "zero2", "--num-gpus", "2")
 ZERO3 = ("--sharding", "zero3", "--num-gpus", "2")
 FP16 = ("--dtype", "float32", "--mixed-precision", "fp16")
 CHECKPOINTED = ("--gradient-checkpointing", "true")
+EVERY_SECOND = ("--every-n-layers", "2")
 LLAMA_4 = "llama-4-scout-17b-16e-instruct"
 
 # Settings that meet each combination, and its neighbours that do not.
@@ -69,6 +70,8 @@ MET: dict[str, tuple[str, ...]] = {
     "misnamed-decoder": (LLAMA_4, "--loss", "trl-fused"),
     "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo", *FP16),
     "poly-checkpointed": (SMALL, "--method", "poly", *CHECKPOINTED),
+    "every-n-layers-reference": (SMALL, "--objective", "dpo", *EVERY_SECOND),
+    "every-n-layers-remote": ("internlm2-7b", *EVERY_SECOND),
     "adalora-zero3": ("llama-3.1-8b", "--method", "adalora", *ZERO3),
     "fsdp-adalora": (SMALL, "--method", "adalora", *FSDP),
     "fsdp-shared-adapters": (SMALL, "--method", "tinylora", *FSDP),
@@ -103,6 +106,10 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "misnamed-decoder": (LLAMA_4,),
     "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo"),
     "poly-checkpointed": (SMALL, "--method", "poly"),
+    "every-n-layers-reference": (
+        *(SMALL, "--objective", "dpo", "--precompute-ref-log-probs", *EVERY_SECOND),
+    ),
+    "every-n-layers-remote": (SMALL, *EVERY_SECOND),
     "adalora-zero3": ("llama-3.1-8b", "--method", "adalora", *ZERO2),
     "fsdp-adalora": (SMALL, "--method", "adalora", *ZERO2),
     "fsdp-shared-adapters": (SMALL, "--method", "tinylora", *ZERO2),

@@ -20,13 +20,13 @@ from ftplan.launcher.training.build import count_trainable
 from tests.dry_runs import (
     BF16,
     DEEPSEEK,
+    EVERY_SECOND,
     FREEZE,
     GEMMA3,
     GENERATOR_STATE_BYTES,
     GPT2,
     GPT2_MODULES,
     LLAMA,
-    NUM_LAYERS,
     PHASES,
     QLORA,
     QWEN3,
@@ -36,6 +36,7 @@ from tests.dry_runs import (
     case,
     cuda_case,
     measured_peaks,
+    num_checkpointed,
     real_trainer,
 )
 
@@ -74,6 +75,11 @@ pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
                     **{"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
                 },
             ),
+            ("full, one layer in 2 checkpointed", LLAMA, {"method": "full", **EVERY_SECOND}),
+            ("lora, one in 2, reentrant", LLAMA, {**EVERY_SECOND, "use_reentrant": True}),
+            ("lora, GPT-2, one in 2", GPT2, {**EVERY_SECOND, "target_modules": GPT2_MODULES}),
+            ("full, loop, one in 2", LLAMA, {"method": "full", "trainer": "loop", **EVERY_SECOND}),
+            ("qlora nf4, one in 2", LLAMA, {**QLORA, **EVERY_SECOND}),
             ("lora, bf16", LLAMA, BF16),
             ("lora, GPT-2", GPT2, {"target_modules": GPT2_MODULES}),
             (
@@ -114,7 +120,7 @@ def test_a_dry_run_takes_what_the_real_steps_take(dry_case: DryRunCase, tmp_path
     done = dry_run(dataclasses.replace(dry_case, few_layers=False))
     assert done.num_trainable_parameters == count_trainable(trainer.model)
     peaks = done.record.phase_peaks()
-    unseen = GENERATOR_STATE_BYTES * NUM_LAYERS * dry_case.plan.gradient_checkpointing
+    unseen = GENERATOR_STATE_BYTES * num_checkpointed(dry_case.plan)
     for phase in PHASES:
         predicted = peaks[phase].allocated_bytes
         assert predicted == pytest.approx(measured[phase], rel=0.01), phase
@@ -165,6 +171,7 @@ def test_the_generator_state_is_as_large_as_assumed() -> None:
             ("Qwen3 mixture", QWEN3_MOE, 4, {"trainer": "transformers"}),
             ("DeepSeek-V3, full", DEEPSEEK, 5, {"method": "full", "optim": "sgd"}),
             ("GPT-2", GPT2, 4, {}),
+            ("one layer in 2 checkpointed", LLAMA, 9, {"num_layers": 13, **EVERY_SECOND}),
         )
     ],
 )

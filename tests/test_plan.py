@@ -59,6 +59,7 @@ def plans(draw: st.DrawFn) -> TrainingPlan:
     method = draw(st.sampled_from(sorted(METHODS)))
     quantizations = {"lora": QUANTIZATIONS, "qlora": QUANTIZATIONS[1:]}.get(method, ("none",))
     modules = st.lists(st.sampled_from(["q_proj", "v_proj", "up_proj"]), min_size=1, unique=True)
+    checkpointing = not METHODS[method].fills_cache and draw(st.booleans())
     return TrainingPlan(
         method=method,
         quantization=draw(st.sampled_from(quantizations)),
@@ -68,7 +69,8 @@ def plans(draw: st.DrawFn) -> TrainingPlan:
         lora_dropout=draw(st.floats(0, 0.99)),
         target_modules=tuple(draw(st.just(["all-linear"]) | modules)),
         per_device_train_batch_size=draw(st.integers(1, 512)),
-        gradient_checkpointing=not METHODS[method].fills_cache and draw(st.booleans()),
+        gradient_checkpointing=checkpointing,
+        every_n_layers=draw(st.integers(1, 99)) if checkpointing else 1,
         learning_rate=draw(st.floats(1e-9, 1.0)),
         num_train_epochs=draw(st.integers(1, 9) | st.floats(0.01, 9.0)),
         max_steps=draw(st.none() | st.integers(1, 10**6)),

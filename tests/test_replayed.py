@@ -92,6 +92,17 @@ def test_the_events_peak_where_the_sums_do(
     )
 
 
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "gpt2"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_checkpointed_layers_between_others_are_in_order(name: str, method: str) -> None:
+    model = find_source(name).spec
+    plan = plan_of(model, {"method": method, "every_n_layers": 3})
+    memory = estimate_memory(model, plan)
+    assert max(levels(storages(model, plan))) == pytest.approx(
+        memory.allocated_peak_bytes, rel=0.005
+    )
+
+
 @pytest.mark.parametrize("given", PLANS, ids=lambda given: "-".join(map(str, given.values())))
 def test_a_run_ends_with_no_more_than_it_keeps(given: dict[str, Any]) -> None:
     model = find_source("llama-3.2-1b").spec

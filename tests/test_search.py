@@ -153,6 +153,20 @@ def test_needed_memory_is_enough_and_one_byte_less_is_not(
     assert short.best is None
 
 
+@pytest.mark.parametrize(("every", "tried"), [(1, {False, True}), (2, {True})])
+def test_which_layers_are_checkpointed_is_kept(
+    every: int,
+    tried: set[bool],
+    small_llama: ModelSpec,
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    given = {"method": "lora", "every_n_layers": every}
+    found = [c.plan for c in candidates(small_llama, few_short_rows, devices["A100"], given)]
+    assert {plan.every_n_layers for plan in found} == {every}
+    assert {plan.gradient_checkpointing for plan in found} == tried
+
+
 def test_estimate_says_that_it_fits_where_plan_does(
     small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
 ) -> None:

@@ -239,7 +239,7 @@ def test_shares_are_shares_of_all_parameters(config: dict[str, Any], num_gpus: i
     workload = Workload.of(model, plan, 1, 8)
     step = step_settings(model, plan, workload, "cuda", DEFAULT_CAPABILITY, Stack(), counted)
     assert step.spread is not None
-    numerics = [step.numerics_of(model, place) for place in range(model.num_hidden_layers)]
+    numerics = step.numerics_of_layers(model)
     units = units_of(model, step.spread, numerics, step.trained_outside)
     flat = dataclasses.replace(step.spread, kind="fsdp1")
     for whole in (units.whole, units_of(model, flat, numerics, step.trained_outside).whole):

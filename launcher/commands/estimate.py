@@ -271,7 +271,8 @@ def _tokens(plan: TrainingPlan) -> str:
 
 
 def _checkpointing(plan: TrainingPlan) -> str:
-    return f"{'' if plan.gradient_checkpointing else 'no '}gradient checkpointing"
+    some = f" of one layer in {plan.every_n_layers}" if plan.every_n_layers > 1 else ""
+    return f"{'' if plan.gradient_checkpointing else 'no '}gradient checkpointing{some}"
 
 
 def _gpus(plan: TrainingPlan) -> str:

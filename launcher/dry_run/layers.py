@@ -56,14 +56,18 @@ def meet_outside(config: Any, trainer: str) -> bool:
     return bool(text_config.output_router_logits or (trainer == "trl" and coefficient))
 
 
-def keep_few_layers(model: nn.Module, reference: nn.Module | None = None) -> Selection | None:
+def keep_few_layers(
+    model: nn.Module, reference: nn.Module | None = None, *, every_n_layers: int = 1
+) -> Selection | None:
     """Take equal layers out of `model`, in place; which ones are left, and what repeats.
 
-    A `reference` of the same architecture loses the same ones. None, and all stays whole, where
-    the kinds of layers follow from their number.
+    A `reference` of the same architecture loses the same ones. So many layers at a time are left
+    out that each n-th of the others, which is checkpointed, is the same one as before. None, and
+    all stays whole, where the kinds of layers follow from their number.
     """
     models = [model] if reference is None else [model, reference]
-    selection = select_layers(list(zip(*map(_signatures, models), strict=True)))
+    alike = zip(*map(_signatures, models), strict=True)
+    selection = select_layers([(place % every_n_layers, *own) for place, own in enumerate(alike)])
     return selection if all(_cut(one, selection.kept) for one in models) else None
 
 

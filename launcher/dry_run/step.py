@@ -83,7 +83,8 @@ class _DryRun:
         quantize_blank(model, getattr(torch, plan.dtype))
         selection = None
         if few_layers and self._may_repeat(model, peft_config):
-            selection = keep_few_layers(model, reference)
+            every = plan.every_n_layers
+            selection = keep_few_layers(model, reference, every_n_layers=every)
         with trainer_construction(self.case.kind, reference):
             trainer = build_trainer(self.case, model, peft_config)
         layers_path, layers = decoder_layer_list(trainer.model)

@@ -124,8 +124,9 @@ class PlainLoop:
     ) -> None:
         self.model, self.arguments, self.rows, self.steps = model, arguments, rows, steps
         if arguments.gradient_checkpointing:
-            settings = arguments.gradient_checkpointing_kwargs
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+            settings = dict(arguments.gradient_checkpointing_kwargs)
+            every = settings.pop("every_n_layers", 1)
+            model.activation_checkpointing_enable(settings, every_n_layers=every)
 
     def observe(self, draft: Draft, recorder: Recorder) -> None:
         """Mark phases in `draft` from now on."""
