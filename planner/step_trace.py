@@ -718,18 +718,19 @@ class _StepTracer:
             model.embedding_parameters,
             settings.head_width,
             trained=settings.trains_head,
-            matrix=(model.vocab_size, model.embedding_width or model.hidden_size),
+            matrix=(model.vocabulary_rows, model.embedding_width or model.hidden_size),
             waits=self._tied,
         )
         bias = None
         if model.lm_head_bias:
             trained = "lm_head.bias" in settings.trained_outside
-            bias = Weight(model.vocab_size, settings.head_width, trained=trained)
+            bias = Weight(model.vocabulary_rows, settings.head_width, trained=trained)
         head = Head(
             vocab_size=model.vocab_size,
             hidden_size=model.embedding_width or model.hidden_size,
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
+            parts=model.vocabulary_parts,
         )
         score = settings.scores
         loss = self._score() if score else self._loss_module(head, weight, bias, exchange)
