@@ -10,6 +10,8 @@ the logits are whole on each.
 from __future__ import annotations
 
 import dataclasses
+import math
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from ftplan.planner.errors import InputError
@@ -95,18 +97,17 @@ def _check_divided_training(plan: TrainingPlan) -> None:
 
 def check_divides(model: ModelSpec, tp_size: int) -> None:
     """Raises InputError where a model's heads, matrices or vocabulary do not divide evenly."""
-    counts = {"vocab_size": model.vocab_size}
+    counts = {("vocab_size", model.vocab_size)}
     for layer in model.layer_counts:
-        counts["num_key_value_heads"] = layer.attention.num_key_value_heads
-        counts["num_attention_heads"] = layer.attention.num_heads
-        counts["intermediate_size"] = layer.feed_forward.intermediate_size
-        for name, number in counts.items():
-            if number % tp_size:
-                raise InputError(
-                    f"`--tp-size {tp_size}` does not divide the {name} {number} of "
-                    f"`{model.name}`",
-                    "use a size that divides " + ", ".join(f"{n} {c}" for n, c in counts.items()),
-                )
+        counts.add(("num_key_value_heads", layer.attention.num_key_value_heads))
+        counts.add(("num_attention_heads", layer.attention.num_heads))
+        counts.add(("intermediate_size", layer.feed_forward.intermediate_size))
+    for name, number in sorted(counts, key=itemgetter(1)):
+        if number % tp_size:
+            raise InputError(
+                f"`--tp-size {tp_size}` does not divide the {name} {number} of `{model.name}`",
+                f"use a divisor of {math.gcd(*(number for _, number in counts))}",
+            )
 
 
 def one_rank(model: ModelSpec, tp_size: int) -> ModelSpec:
