@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,8 @@ def _check_divided_training(plan: TrainingPlan) -> None:
         )
     if plan.objective != "sft":
         raise InputError(
-            f"`--objective {plan.objective}` with {spelled} is not modelled", "leave out `--tp-size`"
+            f"`--objective {plan.objective}` with {spelled} is not modelled",
+            "leave out `--tp-size`",
         )
     if plan.optim not in OPTIMIZERS:
         raise InputError(

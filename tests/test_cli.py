@@ -67,6 +67,8 @@ SETTING_FLAGS = [
     "--num-gpus",
     "--sharding",
     "--offload",
+    "--tp-size",
+    "--cp-size",
     "--learning-rate",
     "--lr-scheduler-type",
     "--warmup-ratio",

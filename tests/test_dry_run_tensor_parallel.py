@@ -76,7 +76,46 @@ def test_divided_matrices_take_what_they_take_on_real_tensors(
     unseen = GENERATOR_STATE_BYTES * NUM_LAYERS * dry_case.plan.gradient_checkpointing
     for phase in PHASES:
         predicted = peaks[phase].allocated_bytes
-        print(phase, predicted + unseen, measured[phase], (predicted+unseen)/measured[phase])
-    for phase in PHASES:
-        predicted = peaks[phase].allocated_bytes
         assert predicted + unseen == pytest.approx(measured[phase], rel=0.01), phase
+
+
+def test_few_layers_stand_for_all() -> None:
+    dry_case = cuda_case(LLAMA, **DIVIDED)
+    few = dry_run(dry_case)
+    every = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    assert few.num_layers_traced == 4 < every.num_layers_traced
+    assert few.record.phase_peaks() == every.record.phase_peaks()
+    assert few.record.events == every.record.events
+    assert few.num_parameters == every.num_parameters == few.num_trainable_parameters
+
+
+def test_each_gpu_has_its_part_and_every_gpu_the_embeddings_gradient() -> None:
+    whole, part = (
+        dry_run(cuda_case(LLAMA, 2, method="full", **changes)).record
+        for changes in ({}, {"num_gpus": 2, "tp_size": 2})
+    )
+
+    def at_the_step(record: Any) -> dict[str, int]:
+        held: dict[str, int] = record.components_at(record.phase_peaks()["optimizer step"].position)
+        return held
+
+    before, after = at_the_step(whole), at_the_step(part)
+    for component in ("weights", "optimizer_states"):
+        assert after[component] == pytest.approx(before[component] / 2, rel=0.05), component
+    others = LLAMA["vocab_size"] * LLAMA["hidden_size"] * 2 // 2
+    assert after["gradients"] == pytest.approx(before["gradients"] / 2 + others, rel=0.02)
+
+
+def test_models_without_a_plan_and_odd_heads_are_refused() -> None:
+    with pytest.raises(InputError, match="no plan of tensor parallelism for `gpt2`"):
+        dry_run(cuda_case(GPT2, 1, **DIVIDED))
+    with pytest.raises(InputError, match="num_key_value_heads 2"):
+        dry_run(cuda_case(LLAMA, 1, **{**DIVIDED, "num_gpus": 4, "tp_size": 4}))
+
+
+def test_it_leaves_nothing_behind() -> None:
+    plain = case(method="full")
+    before = dry_run(plain).record
+    dry_run(cuda_case(LLAMA, 1, **DIVIDED))
+    after = dry_run(plain).record
+    assert (after.events, after.storages) == (before.events, before.storages)

@@ -45,10 +45,10 @@ _COMMUNICATING: tuple[tuple[Any, str], ...] = (
 
 # Gives back what it waited for (torch/csrc/distributed/c10d/Functional.cpp); on fakes it makes a
 # tensor of its own (`_wait_tensor_meta`).
-WAIT = torch.ops._c10d_functional.wait_tensor.default
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh"
 # How DTensor finds out what an operation returns: on tensors of the unsharded shapes.
-WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
+_WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
 _ATTACH_QUANT_STATE = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module"
 
 Adopt = Callable[..., None]
@@ -93,9 +93,9 @@ def fully_sharded(
         if offloads:
             for owner, name, replacement in _offloading(recorder):
                 stack.enter_context(mock.patch.object(owner, name, replacement))
-        whole_shapes = unrecorded(getattr(ShardingPropagator, WHOLE_SHAPES))
-        stack.enter_context(mock.patch.object(ShardingPropagator, WHOLE_SHAPES, whole_shapes))
-        recorder.decompositions[WAIT] = waited
+        whole_shapes = _unrecorded(getattr(ShardingPropagator, _WHOLE_SHAPES))
+        stack.enter_context(mock.patch.object(ShardingPropagator, _WHOLE_SHAPES, whole_shapes))
+        recorder.decompositions[_WAIT] = _waited
         for owner, name in _COMMUNICATING:
             communicating = _as_communication(recorder, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, communicating))
@@ -114,8 +114,7 @@ def _as_quantized(case: DryRunCase, trainer: Any) -> Iterator[None]:
     state._mixed_precision = before
 
 
-def waited(tensor: torch.Tensor) -> torch.Tensor:
-    """WAIT on fakes."""
+def _waited(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
@@ -161,14 +160,12 @@ def group_of(num_gpus: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def unrecorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on real tensors, which no record knows of."""
-
-    def without_modes(*args: Any) -> Any:
+def _unrecorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def unrecorded(*args: Any) -> Any:
         with _disable_current_modes():
             return function(*args)
 
-    return without_modes
+    return unrecorded
 
 
 def _as_communication(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:

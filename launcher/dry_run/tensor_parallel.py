@@ -19,12 +19,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-from ftplan.launcher.dry_run.fsdp import WAIT, WHOLE_SHAPES, group_of, unrecorded, waited
+from ftplan.launcher.dry_run.fsdp import _WAIT, _unrecorded, _waited, group_of
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.planner.errors import InputError
 from ftplan.planner.plan import TrainingPlan
 
 _EMPTY = torch.ops.aten.empty.memory_format
+# How DTensor finds out what an operation returns: on tensors of the undivided shapes.
+_WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
 
 Adopt = Callable[..., None]
 
@@ -40,9 +42,9 @@ def tensor_parallel(
         stack.enter_context(group_of(plan.tp_size))
         with _disable_current_modes():  # ranks are real numbers
             mesh = init_device_mesh("cpu", (plan.tp_size,), mesh_dim_names=("tp",))
-        whole_shapes = unrecorded(getattr(ShardingPropagator, WHOLE_SHAPES))
-        stack.enter_context(mock.patch.object(ShardingPropagator, WHOLE_SHAPES, whole_shapes))
-        recorder.decompositions[WAIT] = waited
+        whole_shapes = _unrecorded(getattr(ShardingPropagator, _WHOLE_SHAPES))
+        stack.enter_context(mock.patch.object(ShardingPropagator, _WHOLE_SHAPES, whole_shapes))
+        recorder.decompositions[_WAIT] = _waited
         recorder.decompositions[_EMPTY] = _empty
         recorder.on_host = True  # each GPU reads its part of the files; the whole is never there
         divide(model, mesh)
