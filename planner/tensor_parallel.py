@@ -113,7 +113,7 @@ def check_divides(model: ModelSpec, tp_size: int) -> None:
 
 
 def one_rank(model: ModelSpec, tp_size: int) -> ModelSpec:
-    """The model as one of `tp_size` GPUs has it: its own heads, columns and rows.
+    """The model as one of `tp_size` GPUs has it, eq. (12): its own heads, columns and rows.
 
     Raises InputError where they do not divide it evenly, or as this module does not know.
     """
