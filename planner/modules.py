@@ -42,7 +42,8 @@ class Numerics:
     keys of each row; each of them needs a mask, of which a kernel's copy has rows that are
     `mask_padding` entries longer. `cache`: of keys and values, which is filled. `has_bottlenecks`:
     small networks stand behind attention and feed-forward. `prompt_tokens`: of a prompt that
-    attention also looks at, in `prompt_width` bytes a parameter.
+    attention also looks at, in `prompt_width` bytes a parameter. `row_parts`: GPUs that divide
+    each row.
     """
 
     weights: int
@@ -72,6 +73,7 @@ class Numerics:
     has_bottlenecks: bool = False
     prompt_tokens: int = 0
     prompt_width: int = 2
+    row_parts: int = 1
 
     @property
     def trains(self) -> bool:
@@ -391,6 +393,7 @@ def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKerne
         keys_in_front=numerics.keys_in_front,
         mask_padding=numerics.mask_padding,
         sinks=sinks,
+        row_parts=numerics.row_parts,
     )
 
 

@@ -39,12 +39,6 @@ OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
 
 def check_parallelism(plan: TrainingPlan) -> None:
     """Raises InputError where the GPUs cannot be arranged as the plan says."""
-    if plan.cp_size > 1:
-        raise InputError(
-            f"context parallelism, `--cp-size {plan.cp_size}`, is not modelled",
-            "leave out `--cp-size`; `--tp-size` divides what a layer keeps of each token, "
-            "`--sharding fsdp` what each GPU holds whatever the length",
-        )
     if plan.tp_size == 1:
         return
     if plan.num_gpus != plan.tp_size:

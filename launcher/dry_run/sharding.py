@@ -22,6 +22,10 @@ def spread(trainer: Any, recorder: Recorder, case: DryRunCase) -> AbstractContex
         from ftplan.launcher.dry_run.tensor_parallel import tensor_parallel  # as long
 
         return tensor_parallel(trainer, recorder, case.plan, adopt)
+    if case.plan.cp_size > 1:
+        from ftplan.launcher.dry_run.context_parallel import rows_divided
+
+        return rows_divided(trainer, recorder, case, adopt)
     if case.plan.sharding == "fsdp":
         from ftplan.launcher.dry_run.fsdp import fully_sharded  # torch's takes a while to load
 
