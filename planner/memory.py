@@ -16,6 +16,7 @@ from typing import Any
 
 from ftplan.planner.adapters import unseen_gradient_bytes
 from ftplan.planner.closed_form import check_closed_form
+from ftplan.planner.context_parallel import check_rows_divided
 from ftplan.planner.disk import DiskNeeds, disk_needs, saved_weight_bytes
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import (
@@ -623,6 +624,7 @@ def _compile(
     stack: Stack,
 ) -> CompiledStep:
     check_closed_form(plan, model)
+    check_rows_divided(model, plan, kind, capability)
     published, model = model, one_rank(model, plan.tp_size)
     trained = trained_part(model, plan)
     traced = model.remembered(

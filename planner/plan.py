@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ftplan.planner.context_parallel import check_context_parallel
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
-from ftplan.planner.tensor_parallel import check_parallelism
+from ftplan.planner.tensor_parallel import check_tensor_parallel
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
 
@@ -121,7 +122,8 @@ class TrainingPlan:
         check_objective(self)
         _check_optimizer(self)
         check_sharding(self)
-        check_parallelism(self)
+        check_tensor_parallel(self)
+        check_context_parallel(self)
 
     @property
     def resolved_method(self) -> Method:

@@ -1,4 +1,5 @@
-"""Attention of one GPU's part of each row to the whole row, on a tape: torch's ring attention.
+"""Attention of one GPU's part of each row to the whole row, on a tape: torch's ring attention,
+eq. (13).
 
 Each round works on the keys and values of another GPU, all of which are gathered at once; results
 of rounds are merged in fp32 by their log-sums. The last GPU of the ring is followed, which works on

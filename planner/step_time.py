@@ -52,7 +52,7 @@ Bound = Literal["arithmetic", "memory bandwidth"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
     """Time of one optimizer step (all its micro-batches) on one device, which of the tokens of GPUs
-    that divide each layer has its part. What they exchange is not counted."""
+    that divide layers or rows has its part. What they exchange is not counted."""
 
     step_seconds: float
     tokens_per_step: float
@@ -87,7 +87,7 @@ def estimate_step_time(
     """
     share = one_rank(model, plan.tp_size)
     trained = trained_part(share, plan)
-    tokens, length = tokens_per_micro_batch, mean_length
+    tokens, length = tokens_per_micro_batch / plan.cp_size, mean_length / plan.cp_size
     forward = forward_flops(model, plan, tokens, length, device)
     step = micro_batch_flops(model, plan, tokens, length, device)
     arithmetic_seconds = step / achieved_flops_per_second(plan, device)

@@ -37,8 +37,8 @@ LOSSES = ("stock", "trl-fused")
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
 
 
-def check_parallelism(plan: TrainingPlan) -> None:
-    """Raises InputError where the GPUs cannot be arranged as the plan says."""
+def check_tensor_parallel(plan: TrainingPlan) -> None:
+    """Raises InputError where matrices cannot be divided so, or it is not modelled."""
     if plan.tp_size == 1:
         return
     if plan.num_gpus != plan.tp_size:
@@ -98,7 +98,7 @@ def check_divides(model: ModelSpec, tp_size: int) -> None:
         counts.add(("num_key_value_heads", layer.attention.num_key_value_heads))
         counts.add(("num_attention_heads", layer.attention.num_heads))
         counts.add(("intermediate_size", layer.feed_forward.intermediate_size))
-    for name, number in sorted(counts, key=itemgetter(1)):
+    for name, number in sorted(counts, key=itemgetter(1, 0)):
         if number % tp_size:
             raise InputError(
                 f"`--tp-size {tp_size}` does not divide the {name} {number} of `{model.name}`",

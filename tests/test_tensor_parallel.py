@@ -212,7 +212,6 @@ def test_a_rules_total_is_divided_too() -> None:
         ({"objective": "dpo", "loss": "trl-fused"}, "--objective dpo", "leave out"),
         ({"optim": "adamw_8bit"}, "--optim adamw_8bit", "adamw_torch_fused"),
         ({"tp_size": 0}, "must be a finite number above 0", ""),
-        ({"tp_size": 1, "cp_size": 2, "num_gpus": 2}, "--cp-size 2", "leave out `--cp-size`"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

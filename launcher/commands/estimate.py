@@ -281,6 +281,8 @@ def _gpus(plan: TrainingPlan) -> str:
     how = "DDP" if plan.sharding == "none" else plan.sharding
     if plan.tp_size > 1:
         how = "tensor parallel"
+    if plan.cp_size > 1:
+        how += f", {plan.cp_size} to a row"
     offloaded = f", {plan.offload} on the host" if plan.offload != "none" else ""
     return f"; one of {plan.num_gpus} GPUs, {how}{offloaded}"
 

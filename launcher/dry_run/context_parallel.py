@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
+from accelerate.big_modeling import _attach_context_parallel_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.experimental._context_parallel import _attention
 from torch.nn import functional
@@ -26,6 +27,8 @@ from ftplan.launcher.dry_run.attention import flash_backward, flash_forward
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.fsdp import _unrecorded, fully_sharded
 from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.planner.context_parallel import check_ring_kernel
+from ftplan.planner.errors import InputError
 from ftplan.planner.plan import TrainingPlan
 
 Adopt = Callable[..., None]
@@ -38,7 +41,12 @@ def rows_divided(
     trainer: Any, recorder: Recorder, case: DryRunCase, adopt: Adopt
 ) -> Iterator[None]:
     """Within, this process is the first of `num_gpus` that divide the model, and of `cp_size` that
-    divide each row."""
+    divide each row. Raises InputError where they cannot."""
+    check_ring_kernel(case.plan, case.kind, case.capability)
+    try:
+        _attach_context_parallel_hooks(trainer.model)
+    except ValueError as error:  # windows
+        raise InputError(str(error), "leave out `--cp-size`") from error
     state = trainer.accelerator.state
     with ExitStack() as stack:
         stack.enter_context(fully_sharded(trainer, recorder, case, adopt))
