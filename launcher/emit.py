@@ -21,6 +21,8 @@ TRAIN_MODULE = "ftplan.launcher.train"
 # Settings of which runs are launched with these values only.
 _LAUNCHED: dict[str, tuple[Any, ...]] = {
     "sharding": ("none",),
+    "tp_size": (1,),
+    "cp_size": (1,),
     "packing": (False,),
     "quantization": tuple(q for q in QUANTIZATIONS if q not in PREQUANTIZED),
     "loss": tuple(loss for loss in LOSSES if loss != "triton_ce"),

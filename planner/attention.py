@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ftplan.planner import functions as f
 from ftplan.planner.model_spec import Attention
+from ftplan.planner.ring_attention import RingAttention
 from ftplan.planner.tape import (
     Form,
     Tape,
@@ -31,7 +32,7 @@ class AttentionKernel:
     """From rotated query, key and value to the result that the output projection reads.
 
     `keys_in_front`: of each row, which all its tokens see. `mask_padding`: entries by which the
-    efficient kernel's copy of a mask has longer rows.
+    efficient kernel's copy of a mask has longer rows. `row_parts`: GPUs that divide each row.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class AttentionKernel:
         keys_in_front: int = 0,
         mask_padding: int = 0,
         sinks: Weight | None = None,
+        row_parts: int = 1,
     ) -> None:
         self.attention, self.implementation, self.sinks = attention, implementation, sinks
+        self.row_parts = row_parts
         self.mask_width, self.repeats_key_value = mask_width, repeats_key_value
         self.masked, self.keys_in_front = masked, keys_in_front
         self.mask_padding = mask_padding
@@ -61,6 +64,9 @@ class AttentionKernel:
         query = f.cast(tape, query, width)
         key = f.cast(tape, key, width)
         value = f.cast(tape, value, width)
+        if self.row_parts > 1:
+            ring = RingAttention(self.attention, self.row_parts, self._padded_width)
+            return ring(tape, query, key, value)
         flash_2 = self.implementation == "flash_attention_2"
         if self.repeats_key_value:
             key, value = self._repeat_both(tape, key, value)
@@ -119,7 +125,7 @@ class AttentionKernel:
         if not tape.differentiates(query, key, value):
             return result
         saved = tape.save(query, key, value, result, sums)
-        padded = a.num_heads * -(-a.head_dim // FLASH_HEAD_DIM) * FLASH_HEAD_DIM
+        padded = self._padded_width
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
             # Scores once more.
@@ -136,6 +142,12 @@ class AttentionKernel:
 
         tape.attach([result], [query, key, value], saved, backward)
         return result
+
+    @property
+    def _padded_width(self) -> int:
+        """Of a token's queries, as FlashAttention's backward works on them."""
+        a = self.attention
+        return a.num_heads * -(-a.head_dim // FLASH_HEAD_DIM) * FLASH_HEAD_DIM
 
     def _count(self, tape: Tape) -> None:
         """Two products, half of whose scores causality masks out."""

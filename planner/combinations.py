@@ -257,7 +257,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         name="data-parallel-memory",
         outcome="warned",
-        applies=lambda a: a.plan.num_gpus > 1 and a.plan.sharding == "none",
+        applies=lambda a: a.plan.data_parallel_size > 1 and a.plan.sharding == "none",
         text=lambda a: (
             "the figures are per GPU: under data parallelism more GPUs save time, not memory"
         ),

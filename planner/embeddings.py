@@ -49,7 +49,9 @@ class Embeddings:
         self.prompts, self.tokens_in_front = prompts, tokens_in_front
         self.wide = model.embedding_width or model.hidden_size
         self.delta = Weight(num_trained_tokens * self.wide, f.FLOAT32, trained=True)
-        self.tokens = Weight(model.embedding_parameters, width, trained=trains, beside=beside)
+        # Of rows that several GPUs divide each has a gradient of all.
+        rows = model.vocabulary_parts * model.embedding_parameters
+        self.tokens = Weight(rows, width, trained=trains, beside=beside)
         trains_positions = "wpe.weight" in numerics.trained
         self.positions = Weight(
             model.positions * model.hidden_size, width, trained=trains_positions
@@ -102,6 +104,8 @@ class Embeddings:
         """The row's own tokens. Where some are trained, all embeddings are copied for it
         (PEFT's `TrainableTokensLayer`)."""
         elements = add_forms(per_token(self.wide), per_row(-self.tokens_in_front * self.wide))
+        if self.model.vocabulary_parts > 1:
+            return f.clone(tape, f.look_up(tape, self.tokens, elements))  # summed over the GPUs
         if not self.delta.elements[0]:
             return f.look_up(tape, self.tokens, elements)
         merged = f.merge_rows(tape, self.tokens, f.cast(tape, self.delta, self.tokens.width))

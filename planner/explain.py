@@ -17,6 +17,7 @@ from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_settings import model_rows, trained_widths
 from ftplan.planner.tape import Form, value
+from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.trained import num_elements
 
 # The equation of each component's part that is there throughout.
@@ -65,7 +66,7 @@ def explain(
     step = compiled_step(model, plan, rows, length, device, stack)
     phase, held, moment = step.peak(rows, length)
     passing = OPTIMIZER_STEP_EQUATION if phase == "optimizer step" else STEP_EQUATION
-    formulas = _held_formulas(model, plan, held)
+    formulas = _held_formulas(one_rank(model, plan.tp_size), plan, held)
     terms = [
         Term(
             component=name,

@@ -101,6 +101,42 @@ def clone(tape: Tape, x: Tensor) -> Tensor:
     return result
 
 
+def sum_over_gpus(tape: Tape, x: Tensor, *, has_bias: bool) -> Tensor:
+    """The sum of what each GPU has, in a new tensor (torch's functional `all_reduce`, which copies
+    its input). Without gradients transformers sums in place, and then adds the bias. The gradient
+    goes through as it is."""
+    return clone(tape, x) if tape.grad_enabled or has_bias else x
+
+
+def sum_gradient_over_gpus(tape: Tape, x: Tensor) -> Tensor:
+    """x, of whose gradient each GPU gets a part: the sum is a new tensor."""
+    if not tape.differentiates(x):
+        return x
+    result = Tensor(x.storage, x.elements, x.width)
+    tape.attach([result], [x], [], _new_like(x))
+    return result
+
+
+def gather_columns(tape: Tape, x: Tensor, parts: int) -> Tensor:
+    """All GPUs' columns: gathered part behind part, then joined row by row
+    (`all_gather_tensor` of torch/distributed/_functional_collectives.py). Backward copies this
+    GPU's columns of the gradient."""
+    tape.read(x)
+    gathered = tape.empty(times(x.elements, parts), x.width)
+    result = tape.like(gathered)
+    if tape.differentiates(x):
+        tape.attach([result], [x], [], _new(_size(x)))
+    return result
+
+
+def gather_rows(tape: Tape, weight: Tensor, parts: int) -> Tensor:
+    """All GPUs' rows of a weight (`DTensor.full_tensor`)."""
+    result = tape.empty(times(weight.elements, parts), weight.width, "communication")
+    if tape.differentiates(weight):
+        tape.attach([result], [weight], [], _new(_size(weight)))
+    return result
+
+
 def scale(tape: Tape, x: Tensor) -> Tensor:
     """Times a number, or the negative."""
     return _each_value(tape, x, saves_input=False)

@@ -202,8 +202,11 @@ def _written(plan: TrainingPlan, whole_bytes: int, saved_bytes: int) -> int:
 
     safetensors keeps a copy of all that a file gets (`_flatten_as_ptr` of safetensors 0.8). Under
     ZeRO-1 and ZeRO-2 every process copies the whole model (`Accelerator.get_state_dict` of
-    accelerate 1.15), under ZeRO-3 and FSDP the first one what is saved.
+    accelerate 1.15), under ZeRO-3 and FSDP the first one what is saved. Under tensor
+    parallelism each process first gathers that (`gather_state_dict_for_save` of transformers 5.23).
     """
+    if plan.tp_size > 1:
+        return plan.num_gpus * saved_bytes + min(saved_bytes, SAVED_AT_ONCE_BYTES)
     if plan.sharding in ("zero1", "zero2"):
         return plan.num_gpus * whole_bytes
     if plan.sharding == "none":

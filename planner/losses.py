@@ -60,12 +60,14 @@ class LossShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The output projection's shape and what is done to its logits."""
+    """The output projection's shape and what is done to its logits. `parts`: GPUs that divide its
+    rows."""
 
     vocab_size: int
     hidden_size: int
     softcapped: bool = False
     scaled: bool = False
+    parts: int = 1
 
 
 PREDICTING: Form = subtract_forms(per_token(1), per_row(1))  # a row's last token predicts nothing
@@ -130,11 +132,17 @@ class StockLoss:
 def _project(
     tape: Tape, hidden: Tensor, *, head: Head, weight: Weight, bias: Weight | None
 ) -> Tensor:
-    """The logits: a torch.nn.Linear."""
+    """The logits: a torch.nn.Linear, whose rows several GPUs may divide."""
+    parts = head.parts
+    if parts > 1:
+        hidden = f.sum_gradient_over_gpus(tape, hidden)
     hidden = f.to_product(tape, hidden)
-    matrix = tape.cast_weight(weight)
+    matrix = tape.cast_weight(weight, is_view=parts > 1 and not tape.grad_enabled)
     added = None if bias is None else tape.cast_weight(bias)
-    return f.product(tape, hidden, matrix, head.hidden_size, head.vocab_size, added)
+    rows = head.vocab_size // parts
+    logits = f.product(tape, hidden, matrix, head.hidden_size, rows, added)
+    del hidden
+    return f.gather_columns(tape, logits, parts) if parts > 1 else logits
 
 
 class TrlFusedLoss:
@@ -150,7 +158,8 @@ class TrlFusedLoss:
     def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
         predicting = f.part_copied(tape, hidden, times(PREDICTING, self.head.hidden_size))
         del hidden
-        head, weight, shape = self.head, self.weight, self.shape
+        head, shape = self.head, self.shape
+        weight = f.gather_rows(tape, self.weight, head.parts) if head.parts > 1 else self.weight
         compute = tape.autocast or predicting.width
         tape.count(times(PREDICTING, 2 * head.hidden_size * head.vocab_size))
         held = self._fold(tape, shape, predicting.width, compute, self.forward_bytes)
@@ -160,8 +169,8 @@ class TrlFusedLoss:
         if not tape.differentiates(predicting, weight):
             return loss
         saved = tape.save(predicting, weight, tape.empty(PREDICTING, FLOAT32))
-        size = (predicting.elements, predicting.width)
-        weight_size = (weight.elements, weight.width) if weight.requires_grad else None
+        size, weight_width = (predicting.elements, predicting.width), weight.width
+        weight_size = (weight.elements, weight_width) if weight.requires_grad else None
         fold, copied, tiles = self._fold, self._copied_weight, self._tiles()
         backward_bytes = _TILE_BACKWARD_BYTES + head.softcapped * FLOAT32
 
@@ -173,7 +182,7 @@ class TrlFusedLoss:
             tile = fold(tape, shape, size[1], compute, backward_bytes)
             tile += copied(tape, compute, tiles)
             grads: f.Gradients = [f.cast(tape, of_hidden, size[1])]
-            grads.append(f.cast(tape, of_weight, weight.width) if of_weight else None)
+            grads.append(f.cast(tape, of_weight, weight_width) if of_weight else None)
             del tile
             return grads
 

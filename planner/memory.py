@@ -16,6 +16,7 @@ from typing import Any
 
 from ftplan.planner.adapters import unseen_gradient_bytes
 from ftplan.planner.closed_form import check_closed_form
+from ftplan.planner.context_parallel import check_rows_divided
 from ftplan.planner.disk import DiskNeeds, disk_needs, saved_weight_bytes
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import (
@@ -30,7 +31,7 @@ from ftplan.planner.held import Held, held_of_shares, held_under_zero, held_unde
 from ftplan.planner.host_memory import HostMemory, HostShare, host_memory
 from ftplan.planner.model_spec import Linear, ModelSpec
 from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
-from ftplan.planner.optimizer_steps import Updated
+from ftplan.planner.optimizer_steps import Updated, in_place
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
 from ftplan.planner.separate_experts import quantized_linears
@@ -50,6 +51,7 @@ from ftplan.planner.step_trace import (
     with_parts,
 )
 from ftplan.planner.tape import ZERO, Moment, added, constant, value
+from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.trained import Trained, num_elements
 from ftplan.planner.updated import frozen_parameters, updated_parameters
 
@@ -542,6 +544,8 @@ def _held_whole(
     host_states = optimizer.host_state_bytes(with_states) if kind == "cuda" else 0
     unseen = _unseen_bytes(plan, trained, settings)
     kept = 0 if optimizer.steps_in_backward else gradients + unseen
+    others, own = _of_divided_embeddings(model, plan, trained)
+    kept += others
     return Held(
         weights=weight_memory_bytes(model, plan, stack),
         adapters=num_elements(trained.adapters) * settings.numerics.adapters
@@ -552,13 +556,28 @@ def _held_whole(
         reduced=kept,
         optimizer_states=states,
         on_host=HostShare(optimizer_states=host_states),
-        communication=gradients if plan.num_gpus > 1 else 0,
+        communication=gradients if plan.data_parallel_size > 1 else 0,
         stepping=[
-            with_parts(moment, {"gradients": constant(unseen)})
+            with_parts(
+                moment, {"gradients": constant(unseen + others), "temporaries": constant(own)}
+            )
             for moment in _step_moments(model, plan, updated, kind)
         ],
-        saved_states=states + host_states,
+        saved_states=plan.tp_size * states + host_states,
     )
+
+
+def _of_divided_embeddings(
+    model: ModelSpec, plan: TrainingPlan, trained: Trained
+) -> tuple[int, int]:
+    """(bytes of the embeddings' gradient that are of other GPUs' rows, of the copy of this GPU's
+    rows that a fused step works on). torch's DTensor leaves the gradient whole on each GPU of those
+    that divide the rows; one that is summed with the output projection's has its rows. Lists that
+    a step makes are larger than such a copy, and come after it is gone."""
+    if model.vocabulary_parts == 1 or not trained.trains_embeddings or model.tie_word_embeddings:
+        return 0, 0
+    own = model.embedding_parameters * plan.weight_bytes
+    return (model.vocabulary_parts - 1) * own, own if plan.optimizer.step is in_place else 0
 
 
 def _step_moments(
@@ -608,6 +627,8 @@ def _compile(
     stack: Stack,
 ) -> CompiledStep:
     check_closed_form(plan, model)
+    check_rows_divided(model, plan, kind, capability)
+    published, model = model, one_rank(model, plan.tp_size)
     trained = trained_part(model, plan)
     traced = model.remembered(
         ("trace", *_of_trace(plan), workload, kind, capability, stack),
@@ -619,27 +640,30 @@ def _compile(
     situation = workload.accumulates, kind, capability, stack
     standing = model.remembered(
         ("standing", *_of_standing(plan), *situation, widths, division),
-        partial(_standing, model, plan, stack, trained, settings, workload.accumulates),
+        partial(_standing, model, published, plan, stack, trained, settings, workload.accumulates),
     )
     return CompiledStep(traced, standing)
 
 
 def _standing(
     model: ModelSpec,
+    published: ModelSpec,
     plan: TrainingPlan,
     stack: Stack,
     trained: Trained,
     settings: StepSettings,
     accumulates: bool,
 ) -> Standing:
+    """`model`: what one GPU has of the `published` one; files hold the whole."""
     with_objective, kind = trained_model(model, plan), DEVICE_KINDS[settings.on_cuda]
     held = _held(with_objective, plan, stack, trained, settings)
-    saved = saved_weight_bytes(with_objective, plan, trained, stack)
+    whole = trained if model is published else trained_part(published, plan)
+    saved = saved_weight_bytes(trained_model(published, plan), plan, whole, stack)
     return Standing(
         held=held,
         spans=_spans(plan, held, settings, accumulates),
         host=host_memory(
-            model,
+            published,
             plan,
             kind,
             share=held.on_host,
@@ -648,7 +672,7 @@ def _standing(
             whole_bytes=held.weights + held.adapters,
             saved_bytes=saved,
         ),
-        disk=disk_needs(model, plan, saved_bytes=saved, state_bytes=held.saved_states),
+        disk=disk_needs(published, plan, saved_bytes=saved, state_bytes=held.saved_states),
     )
 
 

@@ -13,11 +13,14 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ftplan.planner.errors import InputError
 
 Known = TypeVar("Known")
+
+# What one of several GPUs has of a divided matrix: columns, outputs; rows, inputs.
+Parallel = Literal["colwise", "rowwise"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +52,7 @@ class Linear:
     them alone (Falcon's, some routers'), which `target_modules` can name all the same.
     `multiplies_transposed`: it multiplies with a view of its weight and adds its bias behind, an
     operation each (FalconLinear).
+    `parallel`: it is one GPU's part of a matrix that several divide (`tensor_parallel.py`).
     """
 
     name: str
@@ -58,6 +62,7 @@ class Linear:
     transposed: bool = False
     quantizable: bool = True
     multiplies_transposed: bool = False
+    parallel: Parallel | None = None
 
     @property
     def num_weights(self) -> int:
@@ -420,6 +425,8 @@ class ModelSpec:
     config of its own, in which a trainer leaves `use_cache` on. `rotates_by_kind`: layers with a
     sliding window have rotary tables of their own (Gemma 3).
     `scores`: a score a token stands in the place of the output projection.
+    `vocabulary_parts`: GPUs that divide the rows of embeddings and output projection; their
+    parameters are then those of one of them, and `vocab_size` is still the whole.
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
 
@@ -452,6 +459,7 @@ class ModelSpec:
     nests_config: bool = False
     rotates_by_kind: bool = False
     scores: bool = False
+    vocabulary_parts: int = 1
     native_dtype: str = "bfloat16"
     approximate: str | None = None
 
@@ -499,30 +507,36 @@ class ModelSpec:
             counts[layer] = counts.get(layer, 0) + by_object[key]
         return counts
 
+    @property
+    def vocabulary_rows(self) -> int:
+        """Entries of the vocabulary that embeddings and output projection have here."""
+        return self.vocab_size // self.vocabulary_parts
+
     @cached_property
     def embedding_parameters(self) -> int:
         """Token embeddings (shared with the output projection when tied)."""
-        return self.vocab_size * (self.embedding_width or self.hidden_size)
+        return self.vocabulary_rows * (self.embedding_width or self.hidden_size)
 
     @property
     def lm_head_parameters(self) -> int:
         """Parameters of the output projection that are not shared with the embeddings."""
         own = 0 if self.tie_word_embeddings else self.embedding_parameters
-        return own + (self.vocab_size if self.lm_head_bias else 0)
+        return own + (self.vocabulary_rows if self.lm_head_bias else 0)
 
     @cached_property
     def outer_parameters(self) -> tuple[Parameter, ...]:
         """Parameters outside of the layers, tied ones once."""
         width = self.embedding_width or self.hidden_size
-        found = [Parameter(name="embed_tokens.weight", shape=(self.vocab_size, width))]
+        rows = self.vocabulary_rows
+        found = [Parameter(name="embed_tokens.weight", shape=(rows, width))]
         if self.positions:
             found.append(Parameter(name="wpe.weight", shape=(self.positions, self.hidden_size)))
         for part in (self.embedding_norm, *self.embedding_linears, self.final_norm):
             found += part.parameters() if part is not None else ()
         if not self.tie_word_embeddings:
-            found.append(Parameter(name="lm_head.weight", shape=(self.vocab_size, width)))
+            found.append(Parameter(name="lm_head.weight", shape=(rows, width)))
         if self.lm_head_bias:
-            found.append(Parameter(name="lm_head.bias", shape=(self.vocab_size,)))
+            found.append(Parameter(name="lm_head.bias", shape=(rows,)))
         return (*found, *self.parameters_beside)
 
     @cached_property

@@ -43,7 +43,7 @@ class Numerics:
     `mask_padding` entries longer. `cache`: of keys and values, which is filled. `has_bottlenecks`:
     small networks stand behind attention and feed-forward. `prompt_tokens`: of a prompt that
     attention also looks at, in `prompt_width` bytes a parameter. `checkpointed`: the layer is
-    computed again in backward.
+    computed again in backward. `row_parts`: GPUs that divide each row.
     """
 
     weights: int
@@ -74,6 +74,7 @@ class Numerics:
     prompt_tokens: int = 0
     prompt_width: int = 2
     checkpointed: bool = False
+    row_parts: int = 1
 
     @property
     def trains(self) -> bool:
@@ -110,13 +111,21 @@ class PlainLinear:
         self.bias = Weight(linear.out_features, width, trained=bias) if linear.bias else None
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
-        x = f.to_product(tape, x)
         linear = self.linear
+        if linear.parallel == "colwise":
+            x = f.sum_gradient_over_gpus(tape, x)
+        x = f.to_product(tape, x)
         if linear.multiplies_transposed:
             return self._multiply_transposed(tape, x)
-        weight = tape.cast_weight(self.weight)
+        # Without gradients transformers multiplies with this GPU's part as a tensor of its own.
+        is_part = linear.parallel is not None and not tape.grad_enabled
+        weight = tape.cast_weight(self.weight, is_view=is_part)
         bias = None if self.bias is None else tape.cast_weight(self.bias)
-        return f.product(tape, x, weight, linear.in_features, linear.out_features, bias)
+        result = f.product(tape, x, weight, linear.in_features, linear.out_features, bias)
+        del x
+        if linear.parallel != "rowwise":
+            return result
+        return f.sum_over_gpus(tape, result, has_bias=linear.bias)
 
     def _multiply_transposed(self, tape: Tape, x: Tensor) -> Tensor:
         """transformers' FalconLinear: autocast neither keeps its copy of the weight nor casts the
@@ -389,6 +398,7 @@ def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKerne
         keys_in_front=numerics.keys_in_front,
         mask_padding=numerics.mask_padding,
         sinks=sinks,
+        row_parts=numerics.row_parts,
     )
 
 

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ftplan.planner.context_parallel import check_context_parallel
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
+from ftplan.planner.tensor_parallel import check_tensor_parallel
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
 
@@ -97,6 +99,8 @@ class TrainingPlan:
         "none", "what several GPUs divide among them instead of each holding it", choices=SHARDINGS
     )
     offload: str = _setting("none", "what is kept in the host's memory", choices=OFFLOADS)
+    tp_size: int = _setting(1, "GPUs that divide each layer's matrices (tensor parallelism)")
+    cp_size: int = _setting(1, "GPUs that divide each row (context parallelism)")
     learning_rate: float = _setting(2e-4, "peak learning rate", recipe=True)
     lr_scheduler_type: str = _setting(
         "cosine", "learning-rate schedule", choices=SCHEDULES, recipe=True
@@ -120,6 +124,8 @@ class TrainingPlan:
         check_objective(self)
         _check_optimizer(self)
         check_sharding(self)
+        check_tensor_parallel(self)
+        check_context_parallel(self)
 
     @property
     def resolved_method(self) -> Method:
@@ -180,7 +186,13 @@ class TrainingPlan:
     @property
     def effective_batch_size(self) -> int:
         """Rows an optimizer step sees, over all GPUs."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_gpus
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return rows * self.data_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Groups of GPUs that have rows of their own."""
+        return self.num_gpus // (self.tp_size * self.cp_size)
 
     def replace(self, **changes: Any) -> TrainingPlan:
         """A copy with some settings changed."""
@@ -196,6 +208,8 @@ _POSITIVE_SETTINGS = (
     "max_length",
     "every_n_layers",
     "num_gpus",
+    "tp_size",
+    "cp_size",
     "learning_rate",
     "max_grad_norm",
     "num_train_epochs",

@@ -30,6 +30,7 @@ from ftplan.planner.sharded import shards_of
 from ftplan.planner.stack import OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import model_rows, trained_widths
 from ftplan.planner.step_trace import step_units
+from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.units import MIB
 from ftplan.planner.updated import updated_parameters
 
@@ -115,7 +116,9 @@ def run_storages(
         length,
         hands_on=settings.spread is not None,
     )
-    at_rest, updated, exchanged = _at_rest(trained_model(model, plan), plan, step, stack)
+    at_rest, updated, exchanged = _at_rest(
+        one_rank(trained_model(model, plan), plan.tp_size), plan, step, stack
+    )
     run.born(at_rest)
     run.born(_buckets(held.communication))
     workspace = cublas_workspace_bytes(settings.capability)

@@ -124,7 +124,7 @@ def llama_factory_bytes(model: ModelSpec, plan: TrainingPlan) -> int | None:
 def _on_each_gpu(total_bytes: int, plan: TrainingPlan) -> int | None:
     """A rule's total by the number of GPUs that divide all of it; None where they divide a part,
     which no total tells."""
-    if plan.shards_parameters:
+    if plan.shards_parameters or plan.tp_size > 1:
         return total_bytes // plan.num_gpus
     return total_bytes if plan.sharding == "none" else None
 

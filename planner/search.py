@@ -336,7 +336,7 @@ def _micro_batches(plan: TrainingPlan, given: Mapping[str, Any], wanted: int) ->
     if "per_device_train_batch_size" in given:
         return (plan.per_device_train_batch_size,)
     accumulation = given.get("gradient_accumulation_steps", 1)
-    most = max(1, wanted // (accumulation * plan.num_gpus))
+    most = max(1, wanted // (accumulation * plan.data_parallel_size))
     return [size for size in MICRO_BATCHES if size <= most]
 
 
@@ -349,7 +349,7 @@ def _with_batch(
         base = base.replace("derived", why, per_device_train_batch_size=size)
     if "gradient_accumulation_steps" in given:
         return base
-    rows = size * base.plan.num_gpus
+    rows = size * base.plan.data_parallel_size
     steps = max(1, batch.value // rows)
     why = f"{steps * rows} rows a step: {batch.why}"
     return base.replace("derived", why, gradient_accumulation_steps=steps)
@@ -363,7 +363,7 @@ def optimizer_steps(plan: TrainingPlan, num_train_rows: int) -> int:
     """
     if plan.max_steps is not None:
         return plan.max_steps
-    rows_per_micro_step = plan.per_device_train_batch_size * plan.num_gpus
+    rows_per_micro_step = plan.per_device_train_batch_size * plan.data_parallel_size
     micro_batches = -(-num_train_rows // rows_per_micro_step)
     per_epoch = -(-micro_batches // plan.gradient_accumulation_steps)
     return math.ceil(plan.num_train_epochs * per_epoch)

@@ -24,7 +24,7 @@ from ftplan.planner.prefixes import keys_in_front, prefix_of
 from ftplan.planner.prompts import prompt_maker, tokens_in_front
 from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
-from ftplan.planner.step_trace import StepSettings
+from ftplan.planner.step_trace import StepSettings, WholeRows
 from ftplan.planner.trained import COPIES, MethodSettings, Trained
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 from ftplan.planner.zero3 import Partition
@@ -40,7 +40,7 @@ class Workload:
 
     `masked_windows`: sliding windows no longer than a row, for which transformers makes a mask
     (`_ignore_causal_mask_sdpa`). `mask_padding`: entries by which a kernel that copies masks makes
-    their rows longer.
+    their rows longer. `whole_loss_shape`: of rows that GPUs do not divide.
     """
 
     single_row: bool
@@ -48,26 +48,33 @@ class Workload:
     loss_shape: LossShape
     masked_windows: frozenset[int]
     mask_padding: int
+    whole_loss_shape: LossShape
 
     @staticmethod
     def of(model: ModelSpec, plan: TrainingPlan, rows: int, length: int) -> Workload:
         """Of a micro-batch of so many rows, as the model is given them (`model_rows`)."""
         _, in_front = _in_front(plan.method, plan.method_settings)
+
+        def shape(length: int) -> LossShape:
+            return LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size)
+
         return Workload(
             rows == 1,
             plan.gradient_accumulation_steps > 1,
-            LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size),
+            shape(length),
             frozenset(window for window in model.sliding_windows if window <= length),
             -(length + in_front) % MASK_ALIGNMENT if in_front else 0,
+            shape(length * plan.cp_size),
         )
 
 
 def model_rows(plan: TrainingPlan, length: int) -> tuple[int, int]:
     """(rows, length) of what goes through the model at once, rows of the data being of that
-    length; packed rows are one. Learned tokens stand in front of each."""
+    length; packed rows are one. Learned tokens stand in front of each. GPUs may divide a row."""
     rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
     in_front, _ = _in_front(plan.method, plan.method_settings)
-    return (1, rows * length + in_front) if plan.packing else (rows, length + in_front)
+    own = -(-length // plan.cp_size)
+    return (1, rows * own + in_front) if plan.packing else (rows, own + in_front)
 
 
 @lru_cache(maxsize=1024)
@@ -128,6 +135,7 @@ def step_settings(
             prompt_tokens=options.count("adapter_len") if attends_prompts else 0,
             prompt_width=plan.weight_bytes if plan.quantization == "none" else width,
             repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
+            row_parts=plan.cp_size,
         ),
         trained_names=_trained_in_layers(model, trained),
         adapted=_adapted_in_layers(model, trained),
@@ -156,7 +164,8 @@ def step_settings(
         loses_in_16_bits=stack.loses_in_16_bits(model.model_type),
         embedding_width=outer,
         head_width=outer,
-        input_bytes=NUMBER_BYTES * objective.batch_numbers,
+        input_bytes=_input_bytes(plan),
+        whole_rows=_whole_rows(plan, workload),
         scores=objective.scores,
         finds_top1=objective.finds_top1,
         cache=cache,
@@ -180,6 +189,25 @@ def step_settings(
         settings,
         reference=_of_reference(model, plan, settings),
         asks_before=plan.precompute_ref_log_probs,
+    )
+
+
+def _input_bytes(plan: TrainingPlan) -> int:
+    """Of what the model is given, a token. Of a divided row each GPU keeps the whole row's, and
+    numbers of positions and shifted labels besides (`_prepare_context_parallel_inputs` of
+    transformers 5.23; torch's `context_parallel` shortens tensors, not their storages)."""
+    numbers = plan.resolved_objective.batch_numbers
+    return NUMBER_BYTES * ((numbers + 2) * plan.cp_size if plan.cp_size > 1 else numbers)
+
+
+def _whole_rows(plan: TrainingPlan, workload: Workload) -> WholeRows | None:
+    """TRL's evaluation divides no rows (`SFTTrainer.prediction_step` of TRL 1.16)."""
+    if plan.cp_size == 1 or plan.trainer != "trl":
+        return None
+    return WholeRows(
+        parts=plan.cp_size,
+        loss_shape=workload.whole_loss_shape,
+        input_bytes=NUMBER_BYTES * plan.resolved_objective.batch_numbers,
     )
 
 

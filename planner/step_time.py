@@ -22,6 +22,7 @@ from ftplan.planner.step_settings import (
 )
 from ftplan.planner.step_trace import StepTrace
 from ftplan.planner.tape import value
+from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.trained import Trained
 from ftplan.planner.updated import updated_parameters
 
@@ -50,7 +51,8 @@ Bound = Literal["arithmetic", "memory bandwidth"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Time of one optimizer step (all its micro-batches) on one device."""
+    """Time of one optimizer step (all its micro-batches) on one device, which of the tokens of GPUs
+    that divide layers or rows has its part. What they exchange is not counted."""
 
     step_seconds: float
     tokens_per_step: float
@@ -83,20 +85,21 @@ def estimate_step_time(
     `tokens_per_micro_batch`: padded tokens of the mean micro-batch, `mean_length`: of its rows.
     An arithmetic and a memory bound added, since on one stream they seldom overlap.
     """
-    trained = trained_part(model, plan)
-    tokens, length = tokens_per_micro_batch, mean_length
+    share = one_rank(model, plan.tp_size)
+    trained = trained_part(share, plan)
+    tokens, length = tokens_per_micro_batch / plan.cp_size, mean_length / plan.cp_size
     forward = forward_flops(model, plan, tokens, length, device)
     step = micro_batch_flops(model, plan, tokens, length, device)
     arithmetic_seconds = step / achieved_flops_per_second(plan, device)
     moved = _micro_batch_bytes(model, plan, trained, device, tokens, length)
     memory_seconds = moved / device.memory_bandwidth_bytes_per_second
     micro_batches = plan.gradient_accumulation_steps
-    optimizer_bytes = _optimizer_bytes(model, plan, trained)
+    optimizer_bytes = _optimizer_bytes(share, plan, trained)
     optimizer_seconds = optimizer_bytes / device.memory_bandwidth_bytes_per_second
     seconds = micro_batches * (arithmetic_seconds + memory_seconds) + optimizer_seconds
     return StepTime(
         step_seconds=seconds,
-        tokens_per_step=micro_batches * tokens,
+        tokens_per_step=micro_batches * tokens / plan.tp_size,
         forward_flops=micro_batches * forward,
         step_flops=micro_batches * step,
         bound_by="arithmetic" if arithmetic_seconds >= memory_seconds else "memory bandwidth",
@@ -153,7 +156,7 @@ def _micro_batch_bytes(
     # What is there for any micro-batch are copies of weights, which are counted below.
     (_, *forward), (_, *backward) = trace.forward_moved, trace.backward_moved
     moved = value((0, *forward), rows, length) + value((0, *backward), rows, length)
-    model = trained_model(model, plan)
+    model = one_rank(trained_model(model, plan), plan.tp_size)
     kind: DeviceKind = device.kind
     layers = SHARE_OF_TRAFFIC[kind] * moved
     forwards = 1 + _recomputed_share(model, plan)

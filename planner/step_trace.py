@@ -50,6 +50,7 @@ from ftplan.planner.tape import (
     per_position,
     per_row,
     per_token,
+    stretched,
     subtract_forms,
     times,
 )
@@ -82,6 +83,24 @@ REFERENCE_PHASE = "reference log-probabilities"
 
 
 @dataclass(frozen=True, kw_only=True)
+class WholeRows:
+    """What an evaluation has that does not divide rows: `parts` times as long ones."""
+
+    parts: int
+    loss_shape: LossShape
+    input_bytes: int
+
+    def of(self, settings: StepSettings) -> StepSettings:
+        return dataclasses.replace(
+            settings,
+            numerics=dataclasses.replace(settings.numerics, row_parts=1),
+            loss_shape=self.loss_shape,
+            input_bytes=self.input_bytes,
+            row_stretch=self.parts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """All that a step's trace depends on beside the model: a trace serves every plan that agrees
     in these.
@@ -104,7 +123,8 @@ class StepSettings:
     `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
     bytes of gradients that are there from the loss on; `cache`: what is filled without
     checkpointing, which is of each `every_n_layers`-th layer. `loss_copies`: bytes that are held
-    between loss and backward.
+    between loss and backward. `whole_rows`: of an evaluation, where only training divides rows;
+    `row_stretch`: rows are so many times as long.
     """
 
     numerics: Numerics
@@ -152,12 +172,15 @@ class StepSettings:
     loss_copies: int = 0
     prefix: Prefix | None = None
     prompted: frozenset[int] = frozenset()
+    whole_rows: WholeRows | None = None
+    row_stretch: int = 1
 
     @property
     def in_evaluation(self) -> StepSettings:
         """Of an evaluation's pass, which has no dropout."""
         numerics = dataclasses.replace(self.numerics, dropout=0.0)
-        return dataclasses.replace(self, numerics=numerics, has_dropout=False)
+        settings = dataclasses.replace(self, numerics=numerics, has_dropout=False)
+        return settings if self.whole_rows is None else self.whole_rows.of(settings)
 
     @property
     def update_in_backward(self) -> Update | None:
@@ -425,7 +448,7 @@ class _StepTracer:
         """An evaluation's pass, and the reference's where it comes along."""
         phase = EVALUATION_PHASE
         return [
-            self._pass_forward(settings, self._inputs(), phase, phase)
+            self._pass_forward(settings, _StepTracer(self.model, settings)._inputs(), phase, phase)
             for settings in (self.settings.in_evaluation, reference)
             if settings is not None
         ]
@@ -617,6 +640,7 @@ class _StepTracer:
             "update": s.update_in_backward,
             "has_dropout": s.has_dropout,
             "partitioned": s.partition is not None,
+            "row_stretch": s.row_stretch,
         }
 
     def _inputs(self) -> Parts:
@@ -627,7 +651,7 @@ class _StepTracer:
         if front:
             again = per_token(POSITION_NUMBER_BYTES + FLOAT32)
             total = added((total, per_row(-settings.input_bytes * front), again))
-        return {"temporaries": total}
+        return {"temporaries": stretched(total, settings.row_stretch)}
 
     def _tables(self) -> Parts:
         """Rotary cosines and sines, and the numbers of positions."""
@@ -636,7 +660,9 @@ class _StepTracer:
             kind = layer.attention.reach if self.model.rotates_by_kind else None
             sizes[kind] = max(sizes.get(kind, 0), table_bytes(layer.attention, width))
         size = sum(sizes.values())
-        return {"temporaries": per_position(size)} if size else {}
+        # Of a divided row the numbers of positions are given, row by row.
+        form = per_token if self.settings.numerics.row_parts > 1 else per_position
+        return {"temporaries": stretched(form(size), self.settings.row_stretch)} if size else {}
 
     def _embedding(self, place: Place, beside: int = 0) -> Segment:
         return self.model.remembered(
@@ -760,18 +786,19 @@ class _StepTracer:
             model.embedding_parameters,
             settings.head_width,
             trained=settings.trains_head,
-            matrix=(model.vocab_size, model.embedding_width or model.hidden_size),
+            matrix=(model.vocabulary_rows, model.embedding_width or model.hidden_size),
             waits=self._tied,
         )
         bias = None
         if model.lm_head_bias:
             trained = "lm_head.bias" in settings.trained_outside
-            bias = Weight(model.vocab_size, settings.head_width, trained=trained)
+            bias = Weight(model.vocabulary_rows, settings.head_width, trained=trained)
         head = Head(
             vocab_size=model.vocab_size,
             hidden_size=model.embedding_width or model.hidden_size,
             softcapped=model.final_logit_softcapping,
             scaled=model.scales_logits,
+            parts=model.vocabulary_parts,
         )
         score = settings.scores
         loss = self._score() if score else self._loss_module(head, weight, bias, exchange)

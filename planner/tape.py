@@ -255,6 +255,7 @@ class Tape:
     embeddings, and so of masks. `single_row`: the micro-batch is one row. `update`: what an
     optimizer does with each gradient within backward. `has_dropout`: dropout drops some.
     `partitioned`: ZeRO-3 gathers the parameters, in whose place it puts its own linear function.
+    `row_stretch`: rows are so many times as long as those that sizes are forms of.
     """
 
     def __init__(
@@ -270,7 +271,9 @@ class Tape:
         update: Update | None = None,
         has_dropout: bool = True,
         partitioned: bool = False,
+        row_stretch: int = 1,
     ) -> None:
+        self.row_stretch = row_stretch
         self.update, self.has_dropout = update, has_dropout
         self.partitioned = partitioned
         self.autocast, self.on_cuda, self.capability = autocast, on_cuda, capability
@@ -386,8 +389,10 @@ class Tape:
 
     def empty(self, elements: Form, width: int, component: str | None = None) -> Tensor:
         """A new tensor that needs no gradient."""
-        storage = Storage(self, times(elements, width), component or self.component)
-        return Tensor(storage, elements, width)
+        size = times(elements, width)
+        if self.row_stretch > 1:
+            size = stretched(size, self.row_stretch)
+        return Tensor(Storage(self, size, component or self.component), elements, width)
 
     def like(self, tensor: Tensor, width: int | None = None) -> Tensor:
         result = self.empty(tensor.elements, width or tensor.width)
@@ -709,6 +714,12 @@ def _change(sums: list[int], size: Form, sign: int) -> None:
 def _form(sums: Sequence[int]) -> Form:
     a, b, c, d, e = sums
     return (a, b, c, d, e)
+
+
+def stretched(form: Form, factor: int) -> Form:
+    """The form of rows that are so many times as long."""
+    a, b, c, d, e = form
+    return (a, b, c * factor, d * factor, e * factor * factor)
 
 
 def covers(left: Form, right: Form) -> bool:

@@ -68,6 +68,8 @@ SETTING_FLAGS = [
     "--num-gpus",
     "--sharding",
     "--offload",
+    "--tp-size",
+    "--cp-size",
     "--learning-rate",
     "--lr-scheduler-type",
     "--warmup-ratio",

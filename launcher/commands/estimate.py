@@ -280,6 +280,10 @@ def _gpus(plan: TrainingPlan) -> str:
     if plan.num_gpus == 1 and plan.sharding == "none":
         return ""
     how = "DDP" if plan.sharding == "none" else plan.sharding
+    if plan.tp_size > 1:
+        how = "tensor parallel"
+    if plan.cp_size > 1:
+        how += f", {plan.cp_size} to a row"
     offloaded = f", {plan.offload} on the host" if plan.offload != "none" else ""
     return f"; one of {plan.num_gpus} GPUs, {how}{offloaded}"
 

@@ -28,36 +28,45 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def flash_forward(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention-2's result on (batch, length, heads, head_dim), and each row's log-sum-exp."""
+    batch, length, heads, _ = query.shape
+    result = query.new_empty((batch, length, heads, value.shape[-1]))
+    return result, query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def flash_backward(gradient: Any, query: Any, key: Any, value: Any) -> tuple[torch.Tensor, ...]:
+    """The gradients of query, key and value."""
+    gradient = gradient.contiguous()
+    batch, length, heads, head_dim = query.shape
+    rows = _round_up(length, _FLASH_ROWS)
+    grads = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+    ]
+    products = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    width = _round_up(head_dim, _FLASH_HEAD_DIM)
+    accumulator = query.new_empty((batch, heads, rows, width), dtype=torch.float32)
+    if key.shape[2] != heads:  # gradients of every query head, then summed by group
+        shape = (batch, key.shape[1], heads, head_dim)
+        expanded = [key.new_empty(shape), value.new_empty(shape)]
+        del expanded
+    del products, accumulator, gradient
+    return tuple(grads)
+
+
 class FlashAttention(torch.autograd.Function):
     """FlashAttention-2 on (batch, length, heads, head_dim): keeps q, k, v, its result and the
     log-sum-exp of each row."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
-        batch, length, heads, _ = query.shape
-        result = query.new_empty((batch, length, heads, value.shape[-1]))
-        sums = query.new_empty((batch, heads, length), dtype=torch.float32)
+        result, sums = flash_forward(query, key, value)
         ctx.save_for_backward(query, key, value, result, sums)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        gradient = gradients[0].contiguous()
-        query, key, value, _, _ = ctx.saved_tensors
-        batch, length, heads, head_dim = query.shape
-        rows = _round_up(length, _FLASH_ROWS)
-        grads = [
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
-        ]
-        products = query.new_empty((batch, heads, rows), dtype=torch.float32)
-        width = _round_up(head_dim, _FLASH_HEAD_DIM)
-        accumulator = query.new_empty((batch, heads, rows, width), dtype=torch.float32)
-        if key.shape[2] != heads:  # gradients of every query head, then summed by group
-            shape = (batch, key.shape[1], heads, head_dim)
-            expanded = [key.new_empty(shape), value.new_empty(shape)]
-            del expanded
-        del products, accumulator, gradient
-        return tuple(grads)
+        return flash_backward(gradients[0], *ctx.saved_tensors[:3])
 
 
 class EfficientAttention(torch.autograd.Function):

@@ -18,6 +18,14 @@ from ftplan.planner.sharding import ZERO
 
 def spread(trainer: Any, recorder: Recorder, case: DryRunCase) -> AbstractContextManager[None]:
     """Within, the trainer's model lies on this GPU as the plan spreads it, and is on record."""
+    if case.plan.tp_size > 1:
+        from ftplan.launcher.dry_run.tensor_parallel import tensor_parallel  # as long
+
+        return tensor_parallel(trainer, recorder, case.plan, adopt)
+    if case.plan.cp_size > 1:
+        from ftplan.launcher.dry_run.context_parallel import rows_divided
+
+        return rows_divided(trainer, recorder, case, adopt)
     if case.plan.sharding == "fsdp":
         from ftplan.launcher.dry_run.fsdp import fully_sharded  # torch's takes a while to load
 

@@ -151,7 +151,7 @@ def plain(
     intermediate: int,
     names: tuple[str, str],
     activation: str,
-    **linear: bool,
+    **linear: Any,
 ) -> FeedForward:
     """A block of two matrices; `linear`: further fields of both."""
     fields = {"bias": True, **linear}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ftplan.planner.families.blocks import (
     Reader,
     decoder,
@@ -80,7 +82,7 @@ def _falcon_attention(config: Config) -> Attention:
         kv_heads = 1 if flag(config, "multi_query") else heads
     if heads % kv_heads:
         raise FieldError(f"has `num_kv_heads`: {kv_heads}, which does not divide {heads} heads")
-    linear = {
+    linear: dict[str, Any] = {
         "bias": flag(config, "bias"),
         "quantizable": False,
         "multiplies_transposed": True,

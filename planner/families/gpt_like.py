@@ -80,7 +80,7 @@ _GPT2_NORMS = {"attention_norm": "ln_1", "feed_forward_norm": "ln_2"}
 
 
 def _linear(
-    name: str, in_features: int, out_features: int, *, bias: bool = True, **more: bool
+    name: str, in_features: int, out_features: int, *, bias: bool = True, **more: Any
 ) -> Linear:
     return Linear(name=name, in_features=in_features, out_features=out_features, bias=bias, **more)
 
