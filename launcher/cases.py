@@ -62,6 +62,7 @@ OPTIONAL_FIELDS = (
     "lora_dropout",
     "gradient_accumulation_steps",
     "num_trainable_layers",
+    "dp_replicate_size",
 )
 # Names that a case may give otherwise than a plan. litgpt is a plain loop around models of its own
 # (`planner/litgpt.py`), peft-loop PEFT's method_comparison/MetaMathQA/run.py, whose `use_amp` is

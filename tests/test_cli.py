@@ -66,6 +66,7 @@ SETTING_FLAGS = [
     "--precompute-ref-log-probs",
     "--num-gpus",
     "--sharding",
+    "--dp-replicate-size",
     "--offload",
     "--learning-rate",
     "--lr-scheduler-type",

@@ -101,6 +101,7 @@ def test_every_setting_with_choices_is_tested() -> None:
         "gradient_accumulation_steps",
         "max_length",
         "num_gpus",
+        "dp_replicate_size",
         "learning_rate",
         "max_grad_norm",
         "num_train_epochs",

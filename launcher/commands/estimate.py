@@ -279,6 +279,8 @@ def _gpus(plan: TrainingPlan) -> str:
     if plan.num_gpus == 1 and plan.sharding == "none":
         return ""
     how = "DDP" if plan.sharding == "none" else plan.sharding
+    if plan.dp_replicate_size > 1:
+        how += f" of {plan.dp_replicate_size} copies"
     offloaded = f", {plan.offload} on the host" if plan.offload != "none" else ""
     return f"; one of {plan.num_gpus} GPUs, {how}{offloaded}"
 
