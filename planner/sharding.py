@@ -73,7 +73,8 @@ def _check_replicas(plan: TrainingPlan) -> None:
         raise InputError(
             f"{given} leaves no equal groups of 2 GPUs or more of `--num-gpus {plan.num_gpus}`",
             f"use `--num-gpus {2 * plan.dp_replicate_size}` or a larger multiple of "
-            f"{plan.dp_replicate_size}; copies that are not divided are DDP's, without `--sharding`",
+            f"{plan.dp_replicate_size}; copies that are not divided are DDP's, "
+            "without `--sharding`",
         )
 
 
