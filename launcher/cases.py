@@ -63,6 +63,7 @@ OPTIONAL_FIELDS = (
     "gradient_accumulation_steps",
     "num_trainable_layers",
     "every_n_layers",
+    "dp_replicate_size",
 )
 # Names that a case may give otherwise than a plan. litgpt is a plain loop around models of its own
 # (`planner/litgpt.py`), peft-loop PEFT's method_comparison/MetaMathQA/run.py, whose `use_amp` is

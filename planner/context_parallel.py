@@ -49,6 +49,11 @@ def check_context_parallel(plan: TrainingPlan) -> None:
 
 
 def _check_modelled(plan: TrainingPlan, spelled: str) -> None:
+    if plan.dp_replicate_size > 1:
+        raise InputError(
+            f"{spelled} beside `--dp-replicate-size {plan.dp_replicate_size}` is not modelled",
+            "leave one of them out",
+        )
     if plan.tp_size > 1:
         raise InputError(f"{spelled} with `--tp-size` is not modelled", "leave out one of them")
     if plan.quantization != "none":

@@ -96,6 +96,7 @@ class _Fsdp2(Exchange):
         self.sending: Tensor | None = None
         self.earlier: Tensor | None = None
         self.reduced: Tensor | None = None
+        self.all_reduced: Tensor | None = None
 
     def before_forward(self, tape: Tape) -> None:
         before = buffer(tape, self.near.gathered_before.gathered)
@@ -141,15 +142,25 @@ class _Fsdp2(Exchange):
         tape.release_gradients()
         self.earlier = None
         share = buffer(tape, self.unit.gradient_share)
+        if self._holds_sent:
+            self.all_reduced = share
         if self.unit.reduced != self.unit.gradient_share:
             share = buffer(tape, self.unit.reduced)
         tape.relabel(share, "gradients")
         if not self.spread.offloads:
             self.reduced = share
 
+    @property
+    def _holds_sent(self) -> bool:
+        """With copies of the model, what is summed over these is held until backward ends, lest the
+        next unit write over it (`AllReduceState`); where it is the gradient itself that is no more.
+        """
+        is_gradient = self.unit.reduced == self.unit.gradient_share and not self.spread.offloads
+        return self.spread.replicates and not is_gradient
+
     def _gather(self, tape: Tape, unit: Unit) -> Tensor:
         """The buffer that a unit is gathered in; on one GPU none is."""
         share = buffer(tape, unit.cast)
-        whole = buffer(tape, unit.gathered if self.spread.num_gpus > 1 else 0)
+        whole = buffer(tape, unit.gathered if self.spread.num_shards > 1 else 0)
         del share
         return whole

@@ -86,7 +86,7 @@ def held_of_shares(units: Units, plan: TrainingPlan, spread: Spread, scale_bytes
         ),
         stepping=[_stepping(0, 0) if offloads else _step_of_share(optimizer, shares)],
         exchanged=(units.outside if spread.kind == "fsdp1" else units.root).gathered,
-        saved_states=plan.num_gpus * states,
+        saved_states=plan.dp_shard_size * states,
     )
 
 

@@ -98,6 +98,9 @@ class TrainingPlan:
     sharding: str = _setting(
         "none", "what several GPUs divide among them instead of each holding it", choices=SHARDINGS
     )
+    dp_replicate_size: int = _setting(
+        1, "copies of the model over all GPUs, each divided among its own (hybrid sharding: fsdp)"
+    )
     offload: str = _setting("none", "what is kept in the host's memory", choices=OFFLOADS)
     tp_size: int = _setting(1, "GPUs that divide each layer's matrices (tensor parallelism)")
     cp_size: int = _setting(1, "GPUs that divide each row (context parallelism)")
@@ -184,6 +187,11 @@ class TrainingPlan:
         return self.sharding in PARAMETERS_SHARDED
 
     @property
+    def dp_shard_size(self) -> int:
+        """GPUs that divide one copy of the model, where the plan shards."""
+        return self.num_gpus // self.dp_replicate_size
+
+    @property
     def effective_batch_size(self) -> int:
         """Rows an optimizer step sees, over all GPUs."""
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -210,6 +218,7 @@ _POSITIVE_SETTINGS = (
     "num_gpus",
     "tp_size",
     "cp_size",
+    "dp_replicate_size",
     "learning_rate",
     "max_grad_norm",
     "num_train_epochs",

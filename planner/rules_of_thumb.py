@@ -97,7 +97,7 @@ def deepspeed_bytes(model: ModelSpec, plan: TrainingPlan) -> int | None:
         return None
     parameters = model.num_parameters
     if plan.shards_parameters:
-        return 4 * largest_module_parameters(model) + 18 * parameters // plan.num_gpus
+        return 4 * largest_module_parameters(model) + 18 * parameters // plan.dp_shard_size
     if plan.sharding == "zero2" or plan.num_gpus == 1:
         return 2 * parameters + 18 * parameters // plan.num_gpus
     return None
@@ -125,7 +125,7 @@ def _on_each_gpu(total_bytes: int, plan: TrainingPlan) -> int | None:
     """A rule's total by the number of GPUs that divide all of it; None where they divide a part,
     which no total tells."""
     if plan.shards_parameters or plan.tp_size > 1:
-        return total_bytes // plan.num_gpus
+        return total_bytes // plan.dp_shard_size
     return total_bytes if plan.sharding == "none" else None
 
 

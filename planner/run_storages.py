@@ -18,7 +18,8 @@ class RunStorages:
     """`sizes`: bytes of each storage; `events`: `i` is the birth of storage i, `~i` its death.
 
     `trace`: of the step that is written out for a micro-batch of `rows` x `length` tokens.
-    `hands_on`: what backward leaves, gradients aside, the next segment's record has again.
+    `hands_on`: what backward leaves, gradients and buffers aside, the next segment's record has
+    again.
     """
 
     def __init__(self, trace: StepTrace, rows: int, length: int, *, hands_on: bool) -> None:
@@ -83,10 +84,9 @@ class RunStorages:
                 own.remove(max(own, key=self.sizes.__getitem__))
             gradients[index] = own
             behind = set(place.left()).difference(own)
-            if self.hands_on:
-                self.died(behind)
-            else:
-                left += behind
+            stays = behind.intersection(place.buffers()) if self.hands_on else behind
+            self.died(behind - stays)
+            left += stays
         self.died(left)
         return [number for own in gradients.values() for number in own]
 
@@ -212,3 +212,8 @@ class _Place:
         record = self.record
         left = [number + self.base for number in record.left]
         return left if self.given is None else [*left, self.given]
+
+    def buffers(self) -> list[int]:
+        """Of these, what other GPUs are sent."""
+        record = self.record
+        return [n + self.base for n in record.left if record.labels[n] == "communication"]

@@ -22,18 +22,20 @@ FLOAT32_BYTES = 4
 class Spread:
     """How the parameters of a model lie on several GPUs.
 
-    `kind`: whose code divides them. Bytes of a parameter at rest: `frozen`, `trained` (of the model
+    `kind`: whose code divides them, among `num_shards` GPUs; `replicates`: other groups of as many
+    hold the same. Bytes of a parameter at rest: `frozen`, `trained` (of the model
     itself), `adapters`; `gathered`: of any while it is computed with, None for as at rest.
     `offloads`: shares wait in the host's memory. `checkpointed_around`: checkpointing is around
     what gathers a layer, not within.
     """
 
     kind: str
-    num_gpus: int
+    num_shards: int
     frozen: int
     trained: int
     adapters: int
     gathered: int | None
+    replicates: bool = False
     offloads: bool = False
     checkpointed_around: bool = False
 
@@ -239,9 +241,9 @@ def _part(
     return Unit(
         weights=0 if added else at_rest,
         adapters=at_rest if added else 0,
-        gathered=0 if alone else share * spread.num_gpus * gathered,
+        gathered=0 if alone else share * spread.num_shards * gathered,
         cast=share * gathered if copied and not alone else 0,
-        gradients=sent * spread.num_gpus,
+        gradients=sent * spread.num_shards,
         gradient_share=sent,
         reduced=reduced,
         reduced_adapters=reduced if added else 0,
@@ -253,4 +255,4 @@ def _part(
 def _share(parameter: Parameter, spread: Spread) -> int:
     """Elements of a GPU's share: FSDP2 divides the first dimension, FSDP1 all that is flat."""
     rows, *rest = (parameter.size,) if spread.kind == "fsdp1" else parameter.shape
-    return parameter.count * -(-rows // spread.num_gpus) * math.prod(rest)
+    return parameter.count * -(-rows // spread.num_shards) * math.prod(rest)

@@ -37,6 +37,8 @@ def check_sharding(plan: TrainingPlan) -> None:
             f"`--offload {offload}` is not for `--sharding {sharding}`",
             "use " + " or ".join(f"`--sharding {name}`" for name in able),
         )
+    if plan.dp_replicate_size > 1:
+        _check_replicas(plan)
     if sharding == "none":
         return
     if plan.num_gpus == 1 and offload == "none":
@@ -56,6 +58,24 @@ def check_sharding(plan: TrainingPlan) -> None:
     _check_kinds(plan)
     if sharding == "zero3":
         _check_zero3(plan)
+
+
+def _check_replicas(plan: TrainingPlan) -> None:
+    """Raises InputError unless each copy of the model has GPUs to divide it."""
+    given = f"`--dp-replicate-size {plan.dp_replicate_size}`"
+    if plan.sharding != "fsdp":
+        raise InputError(
+            f"{given} is hybrid sharding, which is FSDP's, and this is "
+            f"`--sharding {plan.sharding}`",
+            "use `--sharding fsdp`, or leave it out",
+        )
+    if plan.num_gpus % plan.dp_replicate_size or plan.dp_shard_size < 2:
+        raise InputError(
+            f"{given} leaves no equal groups of 2 GPUs or more of `--num-gpus {plan.num_gpus}`",
+            f"use `--num-gpus {2 * plan.dp_replicate_size}` or a larger multiple of "
+            f"{plan.dp_replicate_size}; copies that are not divided are DDP's, "
+            "without `--sharding`",
+        )
 
 
 def _check_kinds(plan: TrainingPlan) -> None:

@@ -324,7 +324,8 @@ def spread_of(plan: TrainingPlan, stack: Stack) -> Spread | None:
     masters = plan.autocast and (first or plan.quantization == "none")
     return Spread(
         kind="fsdp1" if first else "fsdp2",
-        num_gpus=plan.num_gpus,
+        num_shards=plan.dp_shard_size,
+        replicates=plan.dp_replicate_size > 1,
         frozen=plan.weight_bytes,
         trained=FLOAT32_BYTES if masters else plan.weight_bytes,
         adapters=FLOAT32_BYTES if masters else adapter_weight_bytes(plan),

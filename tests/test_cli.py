@@ -67,6 +67,7 @@ SETTING_FLAGS = [
     "--precompute-ref-log-probs",
     "--num-gpus",
     "--sharding",
+    "--dp-replicate-size",
     "--offload",
     "--tp-size",
     "--cp-size",

@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
 FULL: dict[str, Any] = {"method": "full", "dtype": "float32"}
 FSDP: dict[str, Any] = {"sharding": "fsdp", "num_gpus": 2}
+HYBRID: dict[str, Any] = {"sharding": "fsdp", "num_gpus": 4, "dp_replicate_size": 2}
 # What clipping holds for each traced gradient: a number of four bytes.
 NORMS = {"aten.stack.default", "aten.pow.Tensor_Scalar"}
 NORMS |= {"_c10d_functional.all_reduce.default"}
@@ -123,6 +124,7 @@ def same_but_for_norms(few: MemoryRecord, every: MemoryRecord) -> None:
             id="FSDP2, lora, accumulation",
         ),
         pytest.param({**QLORA, **FSDP}, id="FSDP2, qlora"),
+        pytest.param({**FULL, **HYBRID, "dtype": "bfloat16"}, id="FSDP2, hybrid"),
         pytest.param({**FULL, **FSDP, "sharding": "zero2"}, id="ZeRO-2"),
         pytest.param(
             {**FULL, **FSDP, "sharding": "zero2", "offload": "optimizer"}, id="ZeRO-2, offload"

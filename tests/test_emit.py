@@ -180,7 +180,7 @@ class TestTrainConfig:
             "trainable_modules": ON_CPU.replace(method="freeze"),
         }
         # Such plans are not launched (test_sharding).
-        refused = ("sharding", "offload", "packing", "tp_size", "cp_size")
+        refused = ("sharding", "dp_replicate_size", "offload", "packing", "tp_size", "cp_size")
         for item in dataclasses.fields(TrainingPlan):
             if item.name in refused:
                 continue

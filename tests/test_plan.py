@@ -105,6 +105,7 @@ def test_every_setting_with_choices_is_tested() -> None:
         "num_gpus",
         "tp_size",
         "cp_size",
+        "dp_replicate_size",
         "learning_rate",
         "max_grad_norm",
         "num_train_epochs",

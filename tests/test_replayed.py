@@ -49,6 +49,8 @@ PLANS: list[dict[str, Any]] = [
     {"method": "full", "gradient_checkpointing": False, **SHARDED},
     {"method": "lora", "offload": "parameters", **SHARDED},
     {"method": "full", "gradient_accumulation_steps": 4, **SHARDED},
+    {"method": "full", "dp_replicate_size": 2, **SHARDED},
+    {"method": "lora", "dp_replicate_size": 2, "offload": "parameters", **SHARDED},
 ]
 MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "gpt2", "falcon-7b", "gemma-3-4b-it")
 

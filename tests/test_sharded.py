@@ -34,6 +34,8 @@ SHAPE = {
 }
 LLAMA = {"model_type": "llama", **SHAPE}
 TIED = {"model_type": "qwen2", **SHAPE, "tie_word_embeddings": True}
+# What waits for the end of backward is its peak where layers are many and rows short.
+DEEP = {**LLAMA, "num_hidden_layers": 12, "vocab_size": 256}
 FULL: dict[str, Any] = {"method": "full"}
 PLAIN: dict[str, Any] = {"gradient_checkpointing": False}
 FREEZE: dict[str, Any] = {"method": "freeze", "num_trainable_layers": 2}
@@ -41,6 +43,8 @@ ZERO1: dict[str, Any] = {"sharding": "zero1"}
 ZERO2: dict[str, Any] = {"sharding": "zero2"}
 WAITING: dict[str, Any] = {"gradient_accumulation_steps": 2, "offload": "parameters"}
 OWN: dict[str, Any] = {"trainer": "transformers"}
+HYBRID: dict[str, Any] = {"num_gpus": 4, "dp_replicate_size": 2}
+SHORT: dict[str, Any] = {"max_length": 32, "per_device_train_batch_size": 1}
 
 # Storages are rounded up to 512 bytes, which counts in models this small; the buffers of a constant
 # size, which nothing here could get wrong, are taken off both numbers.
@@ -90,6 +94,24 @@ def estimate(model: ModelSpec, plan: TrainingPlan, **stack: Any) -> MemoryEstima
             LLAMA, {**FULL, **WAITING, "num_gpus": 1}, {}, id="FSDP2, offload, accumulate, 1 GPU"
         ),
         pytest.param(LLAMA, {**FREEZE, **WAITING}, {}, id="FSDP2, offload, accumulate"),
+        pytest.param(DEEP, {**FULL, **HYBRID, **SHORT}, {}, id="FSDP2, hybrid"),
+        pytest.param(
+            DEEP,
+            {**FULL, **HYBRID, **SHORT, "mixed_precision": "no"},
+            {},
+            id="FSDP2, hybrid, sent as it is held",
+        ),
+        pytest.param(LLAMA, {**HYBRID, "loss": "trl-fused"}, {}, id="FSDP2, hybrid, lora"),
+        pytest.param(DEEP, {**FULL, **HYBRID, **WAITING}, {}, id="FSDP2, hybrid, offload"),
+        pytest.param(
+            DEEP,
+            {**FULL, **HYBRID, **WAITING, "mixed_precision": "no"},
+            {},
+            id="FSDP2, hybrid, offload, sent as it is held",
+        ),
+        pytest.param(
+            DEEP, {**FULL, **HYBRID, **SHORT, **OWN}, {"fsdp_version": 1}, id="FSDP1, hybrid"
+        ),
         pytest.param(LLAMA, {**FULL, **OWN}, {"fsdp_version": 1}, id="FSDP1, full"),
         pytest.param(
             LLAMA,
@@ -215,6 +237,37 @@ def test_more_gpus_never_take_more_memory(
     )
     assert many.allocated_peak_bytes <= few.allocated_peak_bytes
     assert many.peak_phase.components["weights"] <= few.peak_phase.components["weights"]
+
+
+hybrid_plans = plans.map(lambda changes: {**changes, "sharding": "fsdp"})
+
+
+@given(models, hybrid_plans, versions, st.sampled_from((2, 4)), st.sampled_from((2, 3)))
+@settings(max_examples=60, deadline=None)
+def test_copies_save_nothing(
+    model: ModelSpec, changes: dict[str, Any], version: int, num_shards: int, copies: int
+) -> None:
+    """A copy's GPUs hold what they do alone, and FSDP2 what it sums over copies. More GPUs for each
+    copy never take more."""
+
+    def allocated(num_gpus: int, copies: int) -> int:
+        plan = sharded_plan(**changes, num_gpus=num_gpus, dp_replicate_size=copies)
+        return estimate(model, plan, fsdp_version=version).allocated_peak_bytes
+
+    alone, hybrid = allocated(num_shards, 1), allocated(copies * num_shards, copies)
+    assert alone <= hybrid <= alone + 2 * model.num_parameters
+    assert hybrid == alone or version == 2
+    assert allocated(2 * copies * num_shards, copies) <= hybrid
+
+
+def test_one_more_copy_holds_as_much() -> None:
+    model = spec_from_config(DEEP, "tiny")
+    few, many = (
+        estimate(model, sharded_plan(**FULL, num_gpus=2 * copies, dp_replicate_size=copies))
+        for copies in (2, 4)
+    )
+    assert many.to_dict() == few.to_dict()
+    assert many.disk == few.disk
 
 
 @given(models, plans, versions)

@@ -41,6 +41,22 @@ def test_every_sharding_says_what_it_can_offload() -> None:
             "cannot be divided",
             "--quantization nf4",
         ),
+        (
+            {"sharding": "zero3", "num_gpus": 4, "dp_replicate_size": 2},
+            "is hybrid sharding, which is FSDP's",
+            "--sharding fsdp",
+        ),
+        ({"num_gpus": 2, "dp_replicate_size": 2}, "is hybrid sharding", "--sharding fsdp"),
+        (
+            {"sharding": "fsdp", "num_gpus": 6, "dp_replicate_size": 4},
+            "leaves no equal groups",
+            "--num-gpus 8",
+        ),
+        (
+            {"sharding": "fsdp", "num_gpus": 4, "dp_replicate_size": 4},
+            "leaves no equal groups of 2 GPUs or more",
+            "are DDP's",
+        ),
         ({"sharding": "zero3", "num_gpus": 2, **QLORA}, "quantized base", "--sharding fsdp"),
         ({"sharding": "zero3", "num_gpus": 2}, "reentrant function", "--use-reentrant"),
         (

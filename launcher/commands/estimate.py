@@ -284,6 +284,8 @@ def _gpus(plan: TrainingPlan) -> str:
         how = "tensor parallel"
     if plan.cp_size > 1:
         how += f", {plan.cp_size} to a row"
+    if plan.dp_replicate_size > 1:
+        how += f" of {plan.dp_replicate_size} copies"
     offloaded = f", {plan.offload} on the host" if plan.offload != "none" else ""
     return f"; one of {plan.num_gpus} GPUs, {how}{offloaded}"
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from ftplan.launcher.dry_run.case import DryRunCase
-from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.launcher.dry_run.recorder import Recorder, local_tensor
 from ftplan.planner.plan import TrainingPlan
 
 # What these allocate serves communication: gathered parameters, and gradients on their way.
@@ -47,8 +47,14 @@ _COMMUNICATING: tuple[tuple[Any, str], ...] = (
 # tensor of its own (`_wait_tensor_meta`).
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh"
-# How DTensor finds out what an operation returns: on tensors of the unsharded shapes.
-_WHOLE_SHAPES = "_propagate_tensor_meta_non_cached"
+# FSDP1 divides the model within a machine and copies it between machines, which are not known here.
+_GROUPS_OF_NODES = "torch.distributed.fsdp._init_utils._init_intra_and_inter_node_groups"
+# How DTensor finds out what an operation returns, on tensors of the unsharded shapes; and ranks,
+# which are real numbers.
+_UNRECORDED: tuple[tuple[Any, str], ...] = (
+    (ShardingPropagator, "_propagate_tensor_meta_non_cached"),
+    (DeviceMesh, "__getitem__"),
+)
 _ATTACH_QUANT_STATE = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module"
 
 Adopt = Callable[..., None]
@@ -86,20 +92,33 @@ def fully_sharded(
         # accelerate and FSDP1 know tensors by the addresses of their data, which fakes have not.
         stack.enter_context(mock.patch.object(torch.Tensor, "data_ptr", _address))
         with _disable_current_modes():  # ranks are real numbers
-            mesh = init_device_mesh("cpu", (case.plan.num_gpus,))
+            mesh = _mesh(case.plan)
         stack.enter_context(mock.patch(_DEFAULT_MESH, lambda: mesh))
+        if mesh.ndim > 1:
+            groups = mesh.get_group(1), mesh.get_group(0)
+            stack.enter_context(mock.patch(_GROUPS_OF_NODES, lambda *_: groups))
         if case.plan.quantization != "none":
             stack.enter_context(mock.patch(_ATTACH_QUANT_STATE, _attach_quant_state))
         if offloads:
             for owner, name, replacement in _offloading(recorder):
                 stack.enter_context(mock.patch.object(owner, name, replacement))
-        whole_shapes = _unrecorded(getattr(ShardingPropagator, _WHOLE_SHAPES))
-        stack.enter_context(mock.patch.object(ShardingPropagator, _WHOLE_SHAPES, whole_shapes))
+        for owner, name in _UNRECORDED:
+            unrecorded = _unrecorded(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, unrecorded))
         recorder.decompositions[_WAIT] = _waited
         for owner, name in _COMMUNICATING:
             communicating = _as_communication(recorder, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, communicating))
         yield
+
+
+def _mesh(plan: TrainingPlan) -> DeviceMesh:
+    """The GPUs; where they hold several copies of the model, one row a copy."""
+    copies, shards = plan.dp_replicate_size, plan.dp_shard_size
+    if copies == 1:
+        return init_device_mesh("cpu", (shards,))
+    names = ("dp_replicate", "dp_shard_cp")  # accelerate's (`ParallelismConfig.fsdp_dim_names`)
+    return init_device_mesh("cpu", (copies, shards), mesh_dim_names=names)
 
 
 @contextmanager
@@ -132,6 +151,8 @@ def enable(trainer: Any, plan: TrainingPlan, version: int) -> None:
     first = version == 1
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version,
+        # FSDP2 is told by the mesh.
+        sharding_strategy="HYBRID_SHARD" if first and plan.dp_replicate_size > 1 else None,
         auto_wrap_policy="transformer_based_wrap",
         cpu_offload=plan.offload == "parameters",
         backward_prefetch="BACKWARD_PRE" if first else None,
@@ -221,6 +242,7 @@ def _offloading(recorder: Recorder) -> tuple[tuple[Any, str, Any], ...]:
         (torch.Tensor, "pin_memory", lambda tensor: tensor),
         (FSDPParam, "all_gather_inputs", property(_to_device)),
         (FSDPParamGroup, "post_backward", _to_host(recorder, reduce)),
+        (FSDPParamGroup, "finalize_backward", _to_host(recorder, FSDPParamGroup.finalize_backward)),
     )
 
 
@@ -256,13 +278,16 @@ def _to_device(parameter: Any) -> list[torch.Tensor]:
 
 
 def _to_host(recorder: Recorder, reduce: Callable[..., Any]) -> Callable[..., Any]:
-    """`post_backward`, whose reduced gradients leave the device."""
+    """`post_backward`, whose reduced gradients leave the device, and `finalize_backward`: what the
+    group has summed over copies of the model it holds till then."""
 
     def reduce_and_leave(group: Any, *args: Any) -> Any:
         result = reduce(group, *args)
+        sent = group._all_reduce_state and _address(group._all_reduce_state.all_reduce_input)
         for parameter in group.fsdp_params:
-            if parameter.sharded_param.grad is not None:
-                recorder.leaves_device(parameter.sharded_param.grad)
+            gradient = parameter.sharded_param.grad
+            if gradient is not None and _address(local_tensor(gradient)) != sent:
+                recorder.leaves_device(gradient)
         return result
 
     return reduce_and_leave
