@@ -5,7 +5,7 @@ from __future__ import annotations
 from ftplan.planner.adapter_counts import CONV1D_MODEL_TYPES
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import METHODS
-from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.model_spec import Layer, ModelSpec
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
@@ -82,6 +82,12 @@ def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
     if plan.every_n_layers > 1 and (model.other_linears or model.other_parameters):
         # transformers counts the layers of a vision tower, which come first.
         return f"{_spelled(plan, 'every_n_layers')} with parts beside the decoder"
+    if plan.quantization != "none" and any(map(_computes_every_expert, model.layer_counts)):
+        # SequentialLlama4TextExperts (transformers 5.23, quantizers/base.py).
+        return (
+            f"{_spelled(plan, 'quantization')} of `{model.model_type}`, whose stacked experts "
+            "transformers replaces by modules, which are then quantized"
+        )
     given = read_options(plan.peft_config)
     trains_tokens = plan.method == "trainable-tokens" or "trainable_token_indices" in given
     if trains_tokens and model.tie_word_embeddings:
@@ -89,6 +95,11 @@ def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
     if plan.method == "hira" and model.model_type in CONV1D_MODEL_TYPES:
         return f"`--method hira` on `{model.model_type}`"
     return None
+
+
+def _computes_every_expert(layer: Layer) -> bool:
+    experts = layer.feed_forward.experts
+    return experts is not None and experts.every_expert
 
 
 def _not_gathered(model: ModelSpec) -> str | None:
