@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftplan.planner import functions as f
 from ftplan.planner.called import Called
@@ -55,13 +55,16 @@ from ftplan.planner.tape import (
 from ftplan.planner.zero import Reduction, zero_places
 from ftplan.planner.zero3 import Beside, Gathering, Partition, Reduced
 
+if TYPE_CHECKING:
+    from ftplan.planner.generation import LayerCache, Rollout
+
 Parts = dict[str, Form]
 
 # Losses that call the output projection as a module.
 _CALL_HEAD = ("stock", "triton_ce")
 
-# Settings that only layers' traces depend on; and besides those that a loss's does not, or that of
-# embeddings.
+# Settings that only layers' traces depend on, or other passes; and besides those that a loss's does
+# not, or that of embeddings.
 _OF_LAYERS = (
     "trained_names",
     "adapted",
@@ -69,6 +72,7 @@ _OF_LAYERS = (
     "use_reentrant",
     "reference",
     "asks_before",
+    "rollout",
     "prompted",
 )
 _NOT_OF_LOSS = (*_OF_LAYERS, "input_learns", "hooks_input", "prompts", "prefix")
@@ -77,6 +81,9 @@ _NOT_OF_EMBEDDINGS = (*_OF_LAYERS, "loss_shape")
 EVALUATION_PHASE = "evaluation"
 # Where a reference's log-probabilities are computed before training.
 REFERENCE_PHASE = "reference log-probabilities"
+# Where an objective that generates makes completions, and asks for their log-probabilities.
+GENERATION_PHASE = "generation"
+SCORING_PHASE = "log-probabilities"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,7 @@ class StepSettings:
     loss also tells whether each target is the most probable token.
     `reference`: of the model that a preference is measured against, whose pass comes behind; with
     `asks_before` it comes before training instead.
+    `rollout`: what comes before, where the model generates what it trains on.
     `spread`: how several GPUs divide parameters, if they do; `reduction`: how they divide
     gradients alone; `partition`: how ZeRO-3 divides all. `update`: of an optimizer that steps
     within backward.
@@ -148,6 +156,7 @@ class StepSettings:
     early_gradients: int = 0
     loss_copies: int = 0
     prefix: Prefix | None = None
+    rollout: Rollout | None = None
     prompted: frozenset[int] = frozenset()
 
     @property
@@ -286,8 +295,9 @@ class StepTrace:
     `ties_gradients`: the first segment's largest gradient is added to the last one's, which with
     `updates` (an optimizer that steps within backward) the first segment's own record has.
     `before`, `further`, `evaluation`: the segments of passes without gradients, which come before
-    training, within each step, and in an evaluation. `after_backward`: all that is left until the
-    step is over.
+    training, within each step, and in an evaluation. `generation`, `scored`: those of the passes
+    that generate completions, and that ask for their log-probabilities. `after_backward`: all that
+    is left until the step is over.
     `num_passes`: forward, those without gradients included.
     FLOPs, and bytes read and written besides parameters and outside of the loss, of one
     micro-batch. Forward's hold the reference's pass, backward's what is computed again.
@@ -309,6 +319,8 @@ class StepTrace:
     backward_flops: Form
     forward_moved: Form
     backward_moved: Form
+    generation: Sequence[Sequence[Segment]] = ()
+    scored: Sequence[Sequence[Segment]] = ()
 
 
 def step_units(model: ModelSpec, settings: StepSettings) -> Units:
@@ -319,11 +331,11 @@ def step_units(model: ModelSpec, settings: StepSettings) -> Units:
 
 
 def trace_step(model: ModelSpec, settings: StepSettings) -> StepTrace:
-    return _StepTracer(model, settings).trace()
+    return StepTracer(model, settings).trace()
 
 
 @dataclass
-class _StepTracer:
+class StepTracer:
     model: ModelSpec
     settings: StepSettings
     phases: dict[str, list[Moment]] = field(default_factory=dict)
@@ -427,7 +439,7 @@ class _StepTracer:
         settings = dataclasses.replace(
             settings, accumulates=False, gradient_checkpointing=False, hooks_input=False
         )
-        tracer = _StepTracer(self.model, settings, self.phases, with_gradients=False)
+        tracer = StepTracer(self.model, settings, self.phases, with_gradients=False)
         segments, labels = tracer._segments()
         if self.gathering is not None:
             beside = Beside.of(segments)
@@ -435,6 +447,10 @@ class _StepTracer:
             segments, labels = _with_gathered(segments, beside)
         tracer._add_forward(segments, labels, base, phase, loss_phase)
         return segments
+
+    def add_pass(self, base: Parts, phase: str) -> list[Segment]:
+        """Add a pass without gradients by itself; its segments."""
+        return self._pass_forward(self.settings, base, phase, phase)
 
     def _add_forward(
         self,
@@ -598,6 +614,8 @@ class _StepTracer:
         if front:
             again = per_token(POSITION_NUMBER_BYTES + FLOAT32)
             total = added((total, per_row(-settings.input_bytes * front), again))
+        if settings.rollout is not None:
+            total = add_forms(total, settings.rollout.kept)
         return {"temporaries": total}
 
     def _tables(self) -> Parts:
@@ -688,7 +706,7 @@ class _StepTracer:
         holds_input: bool,
     ) -> Segment:
         settings, exchange = self.settings, place.exchange()
-        cache = KeyValueCache(settings.prefix) if settings.prefix else None
+        cache = self._layer_cache(layer)
         module: Module = DecoderLayer(layer, numerics, cache)
         if settings.gradient_checkpointing and self.with_gradients:
             module = partial(
@@ -704,6 +722,10 @@ class _StepTracer:
 
         size = per_token(self.model.hidden_size), width
         return self._segment(forward, size, exchange, learns=learns, held=held, cache=cache)
+
+    def _layer_cache(self, layer: Layer) -> KeyValueCache | LayerCache | None:
+        """The layer's keys and values beside those that it makes."""
+        return KeyValueCache(self.settings.prefix) if self.settings.prefix else None
 
     def _loss(self, learns: bool, width: int, place: Place) -> tuple[Segment, bool]:
         """The segment, and whether the gradient of the output projection is a view."""
@@ -793,6 +815,12 @@ class _StepTracer:
             return LigerLoss(head, weight, settings.loss_shape)
         if settings.loss == "trl-fused":
             return TrlFusedLoss(head, weight, settings.loss_shape, finds_top1=settings.finds_top1)
+        return self._stock_loss(head, weight, bias, exchange)
+
+    def _stock_loss(
+        self, head: Head, weight: Weight, bias: Weight | None, exchange: Exchange
+    ) -> StockLoss:
+        settings = self.settings
         return StockLoss(
             head,
             weight,
@@ -813,7 +841,7 @@ class _StepTracer:
         *,
         learns: bool,
         held: list[Tensor] | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | LayerCache | None = None,
         comes_back: Form | None = None,
     ) -> Segment:
         """`held` is what the model's forward pass holds on to, once `forward` has run; `cache`:
@@ -880,7 +908,7 @@ class _StepTracer:
             holds_result=holds_result,
             held=_difference(with_held, without_held),
             cached=_difference(without_held, without_cache),
-            given={} if cache is None else {"temporaries": cache.prefix.layer_bytes},
+            given={} if cache is None else {"temporaries": cache.layer_bytes},
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_stretches else {},
