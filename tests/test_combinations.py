@@ -54,6 +54,7 @@ MET: dict[str, tuple[str, ...]] = {
     "adapted-router": ("phi-3.5-moe-instruct", "--target-modules", "q_proj,router"),
     "tied-embeddings": (SMALL, "--modules-to-save", "lm_head"),
     "score-for-head": (SMALL, "--objective", "reward", "--modules-to-save", "lm_head"),
+    "generating-experts": ("granite-3.0-1b-a400m-instruct", "--objective", "grpo"),
     "adalomo-experts": ("granite-3.0-1b-a400m-instruct", "--method", "full", "--optim", "adalomo"),
     "liger-beside-trl": (SMALL, "--loss", "liger"),
     "default-eval-batch": (SMALL, "--trainer", "transformers"),
@@ -88,6 +89,7 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "adapted-router": ("phi-3.5-moe-instruct",),
     "tied-embeddings": ("llama-3.1-8b", "--modules-to-save", "lm_head"),
     "score-for-head": (SMALL, "--objective", "reward"),
+    "generating-experts": ("granite-3.0-1b-a400m-instruct", "--objective", "dpo"),
     "adalomo-experts": ("granite-3.0-1b-a400m-instruct", "--method", "full", "--optim", "lomo"),
     "liger-beside-trl": (SMALL, "--loss", "liger", "--trainer", "transformers"),
     "default-eval-batch": (
