@@ -8,9 +8,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ftplan.launcher.ui import bar, table
+from ftplan.launcher.ui import table
+from ftplan.launcher.views import phases_table
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.memory import COMPONENTS
+from ftplan.planner.step_trace import EVALUATION_PHASE, GENERATION_PHASE, SCORING_PHASE
 from ftplan.planner.units import GIB, format_bytes
 
 _TIMELINE_CELLS = 64
@@ -22,7 +24,7 @@ def tables(summary: DryRunSummary) -> list[RenderableType]:
     return [
         timeline(summary),
         Text(""),
-        phases_table(summary),
+        phases_table(summary.phases),
         Text(""),
         tensors_table(summary),
         Text(""),
@@ -46,7 +48,9 @@ def timeline(summary: DryRunSummary) -> Text:
         cells[cell] = max(cells[cell], level)
     for number in range(1, _TIMELINE_CELLS):  # short runs have fewer points than cells
         cells[number] = cells[number] or cells[number - 1]
-    line = Text("Allocated over two steps, an evaluation and a save\n", style="bold")
+    evaluates = any(name == EVALUATION_PHASE for _, name in summary.phase_starts)
+    over = "two steps, an evaluation and a save" if evaluates else "two steps and a save"
+    line = Text(f"Allocated over {over}\n", style="bold")
     for level in cells:
         step = min(len(_LEVELS) - 1, level * len(_LEVELS) // (peak + 1))
         line.append(_LEVELS[step], style="red" if level == peak else "cyan")
@@ -57,10 +61,12 @@ def timeline(summary: DryRunSummary) -> Text:
 
 _INITIALS = {
     "load": "l",
+    GENERATION_PHASE: "g",
+    SCORING_PHASE: "p",
     "forward": "f",
     "backward": "b",
     "optimizer step": "o",
-    "evaluation": "e",
+    EVALUATION_PHASE: "e",
     "save": "s",
 }
 
@@ -76,20 +82,6 @@ def _phase_marks(summary: DryRunSummary) -> str:
         name for name in _INITIALS if any(n == name for _, n in summary.phase_starts)
     )
     return "".join(marks).rstrip() + f"\n{legend}"
-
-
-def phases_table(summary: DryRunSummary) -> Table:
-    """The highest moment of each phase."""
-    peak = summary.peak_phase.allocated_peak_bytes
-    rows: list[list[RenderableType]] = [
-        [
-            phase.name,
-            format_bytes(phase.allocated_peak_bytes),
-            bar(phase.allocated_peak_bytes / peak),
-        ]
-        for phase in summary.phases
-    ]
-    return table("The peak of each phase", ("phase", ">allocated", ""), rows)
 
 
 def tensors_table(summary: DryRunSummary) -> Table:

@@ -70,7 +70,6 @@ def training_arguments(plan: TrainingPlan, kind: DeviceKind) -> dict[str, Any]:
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "gradient_checkpointing": plan.gradient_checkpointing,
         "gradient_checkpointing_kwargs": _checkpointing_arguments(plan),
-        "max_length": plan.max_length,
         "optim": plan.optim,
         **({"optim_target_modules": ALL_LINEAR} if plan.optimizer.low_rank else {}),
         "learning_rate": plan.learning_rate,
@@ -96,11 +95,19 @@ def _checkpointing_arguments(plan: TrainingPlan) -> dict[str, Any]:
 
 def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
     """What only the configuration of the plan's objective has."""
+    if plan.resolved_objective.generates:
+        return {
+            "num_generations": plan.num_generations,
+            "max_completion_length": plan.max_completion_length,
+            "steps_per_generation": plan.steps_per_generation,
+            "beta": plan.beta,
+        }
+    arguments: dict[str, Any] = {"max_length": plan.max_length}
     if plan.objective == "sft":
-        return {"packing": plan.packing}
-    if plan.resolved_objective.has_reference:
-        return {"precompute_ref_log_probs": plan.precompute_ref_log_probs}
-    return {}
+        arguments["packing"] = plan.packing
+    elif plan.resolved_objective.has_reference:
+        arguments["precompute_ref_log_probs"] = plan.precompute_ref_log_probs
+    return arguments
 
 
 def method_settings(plan: TrainingPlan) -> dict[str, Any]:

@@ -85,9 +85,10 @@ def _dry_run(summary: DryRunSummary) -> dict[str, Any]:
 
 
 def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> dict[str, Any]:
-    """Time of a step of full rows; unknown without a device, or a closed form."""
+    """Time of a step of full rows; unknown without a device, without a closed form, and where it
+    waits for completions."""
     plan = reasoned.plan
-    if device is None or unmodelled(plan):
+    if device is None or unmodelled(plan) or plan.resolved_objective.generates:
         return {"step_seconds": None, "tokens_per_second_per_gpu": None, "bound_by": None}
     rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
     tokens = rows * plan.max_length

@@ -18,6 +18,7 @@ from ftplan.planner.memory import (
     MEMORY_MARGIN,
     STEP_PHASES,
     MemoryEstimate,
+    Phase,
     fits,
     needed_bytes,
 )
@@ -118,6 +119,20 @@ def memory_table(memory: MemoryEstimate, device: Device | None) -> Group:
         f"Memory at the peak ({phase.name})", ("component", ">size", ">share", ""), rows
     )
     return Group(components, Text(""), totals_table(memory, device))
+
+
+def phases_table(phases: Sequence[Phase]) -> Table:
+    """The highest moment of each phase."""
+    peak = max(phase.allocated_peak_bytes for phase in phases)
+    rows: list[list[RenderableType]] = [
+        [
+            phase.name,
+            format_bytes(phase.allocated_peak_bytes),
+            bar(phase.allocated_peak_bytes / peak),
+        ]
+        for phase in phases
+    ]
+    return table("The peak of each phase", ("phase", ">allocated", ""), rows)
 
 
 def totals_table(memory: MemoryEstimate, device: Device | None) -> Table:

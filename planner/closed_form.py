@@ -8,7 +8,9 @@ from ftplan.planner.methods import METHODS
 from ftplan.planner.model_spec import Layer, ModelSpec
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan, flag_name
+from ftplan.planner.prefixes import keys_in_front
 from ftplan.planner.prequantized import PREQUANTIZED
+from ftplan.planner.prompts import tokens_in_front
 
 # Methods whose step the closed form does not model; what they train and add is counted for all.
 # ShadowPEFT runs a second decoder beside the layers.
@@ -16,6 +18,10 @@ UNMODELLED_METHODS = frozenset(("shadow",))
 MODELLED_METHODS = frozenset(METHODS) - UNMODELLED_METHODS
 # Methods that are modelled with every base and sharding, with PEFT's options as they are.
 _PLAIN_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"))
+
+# PEFT's types that do not generate under TRL's trainer: their wrappers hand out no
+# log-probabilities, or are told no row's task.
+_UNTOLD_ROWS = frozenset(("ADAPTION_PROMPT", "POLY"))
 
 # Options of PEFT that change a step, and in which way is not modelled.
 _UNMODELLED_OPTIONS = frozenset(
@@ -54,6 +60,8 @@ def _unmodelled_together(plan: TrainingPlan) -> str | None:
 
 def _unmodelled_with_method(plan: TrainingPlan) -> str | None:
     """The same of settings that are modelled with some methods only."""
+    if plan.resolved_objective.generates and _reads_ahead(plan):
+        return f"{_spelled(plan, 'method')} with {_spelled(plan, 'objective')}"
     if plan.method == "poly" and plan.gradient_checkpointing:
         return "`--method poly` with checkpointing, in which PEFT loses the rows' tasks"
     if plan.quantization != "none" and plan.trainer == "trl" and _computes_in_float16(plan):
@@ -75,6 +83,14 @@ def _computes_in_float16(plan: TrainingPlan) -> bool:
     return plan.dtype == "float16" and not plan.autocast
 
 
+def _reads_ahead(plan: TrainingPlan) -> bool:
+    """Whether the method puts prompts before a row, of which what is cached is not modelled, or
+    does not generate."""
+    options = plan.resolved_method.options(plan.method_settings)
+    prompts = tokens_in_front(options) or keys_in_front(options)
+    return bool(prompts) or options.peft_type in _UNTOLD_ROWS
+
+
 def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
     beside = _not_gathered(model) if plan.sharding == "zero3" else None
     if beside is not None:
@@ -88,6 +104,9 @@ def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
             f"{_spelled(plan, 'quantization')} of `{model.model_type}`, whose stacked experts "
             "transformers replaces by modules, which are then quantized"
         )
+    beside = _not_cached(model, plan.max_length) if plan.resolved_objective.generates else None
+    if beside is not None:
+        return f"{_spelled(plan, 'objective')} with {beside}"
     given = read_options(plan.peft_config)
     trains_tokens = plan.method == "trainable-tokens" or "trainable_token_indices" in given
     if trains_tokens and model.tie_word_embeddings:
@@ -110,6 +129,18 @@ def _not_gathered(model: ModelSpec) -> str | None:
         return "latent attention"
     if model.other_parameters or model.other_linears:
         return "parts beside the decoder"
+    return None
+
+
+def _not_cached(model: ModelSpec, length: int) -> str | None:
+    """Of which attention in rows of that length the cache of keys and values is not modelled."""
+    attentions = [layer.attention for layer in model.layer_counts]
+    if any(attention.latents for attention in attentions):
+        return "latent attention"
+    if any(attention.picks_heads for attention in attentions):
+        return f"the attention of `{model.model_type}`"
+    if any(window <= length for window in model.sliding_windows):
+        return "a sliding window that is shorter than `--max-length`"
     return None
 
 

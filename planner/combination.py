@@ -62,6 +62,10 @@ class Asked:
         return self.plan.resolved_method.peft_type
 
     @property
+    def has_experts(self) -> bool:
+        return any(layer.feed_forward.experts for layer in self.model.layer_counts)
+
+    @property
     def saved_ends(self) -> list[str]:
         """Which of embeddings and output projection PEFT is to train a copy of."""
         given = read_options(self.plan.peft_config)

@@ -216,6 +216,17 @@ COMBINATIONS: tuple[Combination, ...] = (
         "`PeftModelForSequenceClassification`",
     ),
     Combination(
+        name="generating-experts",
+        outcome="refused",
+        applies=lambda a: a.plan.resolved_objective.generates and a.has_experts,
+        text=lambda a: (
+            f"`--objective {a.plan.objective}` of {a.model.name} is not modelled: for each token "
+            "that is generated transformers copies the weights of its experts"
+        ),
+        way_out=lambda a: "take a model without experts, or another objective",
+        source="transformers 5.23, generation/utils.py `_optimize_model_for_decode`",
+    ),
+    Combination(
         name="adalomo-experts",
         outcome="refused",
         applies=lambda a: a.plan.optim == "adalomo" and _trains_experts(a),

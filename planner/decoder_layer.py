@@ -9,6 +9,7 @@ from ftplan.planner import functions as f
 from ftplan.planner.adaption_prompts import prompted
 from ftplan.planner.bottlenecks import Bottleneck
 from ftplan.planner.falcon_attention import FalconAttention
+from ftplan.planner.kv_cache import Cache
 from ftplan.planner.latent_attention import LatentAttention
 from ftplan.planner.mixtures import EveryExpert, MixtureOfExperts
 from ftplan.planner.model_spec import Attention, FeedForward, Layer
@@ -22,13 +23,12 @@ from ftplan.planner.modules import (
     called,
     norm_module,
 )
-from ftplan.planner.prefixes import KeyValueCache
 from ftplan.planner.separate_experts import SeparateExperts
 from ftplan.planner.tape import Tape, Tensor
 
 
 def attention_module(
-    attention: Attention, numerics: Numerics, prefix: KeyValueCache | None = None
+    attention: Attention, numerics: Numerics, prefix: Cache | None = None
 ) -> Module:
     module: Module
     if attention.picks_heads:
@@ -53,9 +53,7 @@ def feed_forward_module(block: FeedForward, numerics: Numerics) -> Module:
 class DecoderLayer:
     """One layer, built once and run as often as it is computed."""
 
-    def __init__(
-        self, layer: Layer, numerics: Numerics, cache: KeyValueCache | None = None
-    ) -> None:
+    def __init__(self, layer: Layer, numerics: Numerics, cache: Cache | None = None) -> None:
         self.layer = layer
         width = layer.attention.output.out_features
         attention = attention_module(layer.attention, numerics, cache)

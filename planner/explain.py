@@ -16,6 +16,7 @@ from ftplan.planner.objectives import trained_part
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_settings import model_rows, trained_widths
+from ftplan.planner.step_trace import GENERATION_PHASE
 from ftplan.planner.tape import Form, value
 from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.trained import num_elements
@@ -35,8 +36,13 @@ _PASSING_WORDS = {
     "gradients": "those that backward has made by then: ",
     "autocast_copies": "of the weights that were cast by then: ",
 }
-# Of all that comes and goes: within the optimizer's step, and anywhere else.
-OPTIMIZER_STEP_EQUATION, STEP_EQUATION = 5, 7
+# Of all that comes and goes: within the optimizer's step, while completions are generated, and
+# anywhere else.
+OPTIMIZER_STEP_EQUATION, STEP_EQUATION, GENERATION_EQUATION = 5, 7, 14
+_PASSING_EQUATIONS = {
+    "optimizer step": OPTIMIZER_STEP_EQUATION,
+    GENERATION_PHASE: GENERATION_EQUATION,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +71,7 @@ def explain(
     rows, length = model_rows(plan, plan.max_length)
     step = compiled_step(model, plan, rows, length, device, stack)
     phase, held, moment = step.peak(rows, length)
-    passing = OPTIMIZER_STEP_EQUATION if phase == "optimizer step" else STEP_EQUATION
+    passing = _PASSING_EQUATIONS.get(phase, STEP_EQUATION)
     formulas = _held_formulas(one_rank(model, plan.tp_size), plan, held)
     terms = [
         Term(

@@ -40,22 +40,38 @@ _TILE_BACKWARD_BYTES = 7 * FLOAT32 + 1
 class LossShape:
     """How the loss divides a micro-batch. `tile_is_full`: at least TILE_TOKENS positions predict.
     `chunk_tokens`: tokens that Liger projects at a time. `several`: more positions predict than are
-    projected at a time."""
+    projected at a time. `of_each_row`: how many predict, where it is not all but the last."""
 
     tile_is_full: bool = False
     chunk_tokens: int = 0
     several: bool = False
+    of_each_row: int | None = None
+
+    @property
+    def predicting(self) -> Form:
+        return PREDICTING if self.of_each_row is None else per_row(self.of_each_row)
 
     @staticmethod
-    def of(loss: str, rows: int, length: int, vocab_size: int, hidden_size: int) -> LossShape:
-        predicting = rows * (length - 1)
+    def of(
+        loss: str,
+        rows: int,
+        length: int,
+        vocab_size: int,
+        hidden_size: int,
+        of_each_row: int | None = None,
+    ) -> LossShape:
+        predicting = rows * (length - 1 if of_each_row is None else of_each_row)
         if loss == "liger":
             chunks = -(-vocab_size // hidden_size)
             chunk = 1 << (-(-predicting // chunks) - 1).bit_length() if predicting else 0
             return LossShape(chunk_tokens=min(chunk, predicting), several=predicting > chunk)
         if loss != "trl-fused":
             return LossShape()
-        return LossShape(tile_is_full=predicting >= TILE_TOKENS, several=predicting > TILE_TOKENS)
+        return LossShape(
+            tile_is_full=predicting >= TILE_TOKENS,
+            several=predicting > TILE_TOKENS,
+            of_each_row=of_each_row,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +117,15 @@ class StockLoss:
 
     def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
         """The loss. `held` gets the logits as the model returns them."""
-        logits = self._logits(tape, hidden)
+        logits = self.logits(tape, hidden)
         if self.lets_logits_go and not self.in_16_bits:
             logits = f.cast(tape, logits, FLOAT32)
         loss = self._cross_entropy(tape, logits)
         held.append(logits)
         return loss
 
-    def _logits(self, tape: Tape, hidden: Tensor) -> Tensor:
+    def logits(self, tape: Tape, hidden: Tensor) -> Tensor:
+        """As the model gives them."""
         head = self.head
         logits = self.watch(tape, self.project(tape, hidden))
         if head.scaled:
@@ -156,26 +173,26 @@ class TrlFusedLoss:
         self.forward_bytes = _TILE_FORWARD_BYTES + finds_top1 * _TILE_TOP1_BYTES
 
     def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
-        predicting = f.part_copied(tape, hidden, times(PREDICTING, self.head.hidden_size))
-        del hidden
         head, shape = self.head, self.shape
+        predicting = f.part_copied(tape, hidden, times(shape.predicting, head.hidden_size))
+        del hidden
         weight = f.gather_rows(tape, self.weight, head.parts) if head.parts > 1 else self.weight
         compute = tape.autocast or predicting.width
-        tape.count(times(PREDICTING, 2 * head.hidden_size * head.vocab_size))
+        tape.count(times(shape.predicting, 2 * head.hidden_size * head.vocab_size))
         held = self._fold(tape, shape, predicting.width, compute, self.forward_bytes)
         self._copied_weight(tape, compute, [min(head.vocab_size, TILE_VOCABULARY)])
         del held
-        loss = tape.empty(PREDICTING, FLOAT32)
+        loss = tape.empty(shape.predicting, FLOAT32)
         if not tape.differentiates(predicting, weight):
             return loss
-        saved = tape.save(predicting, weight, tape.empty(PREDICTING, FLOAT32))
+        saved = tape.save(predicting, weight, tape.empty(shape.predicting, FLOAT32))
         size, weight_width = (predicting.elements, predicting.width), weight.width
         weight_size = (weight.elements, weight_width) if weight.requires_grad else None
         fold, copied, tiles = self._fold, self._copied_weight, self._tiles()
         backward_bytes = _TILE_BACKWARD_BYTES + head.softcapped * FLOAT32
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-            flops = times(PREDICTING, 2 * head.hidden_size * head.vocab_size)
+            flops = times(shape.predicting, 2 * head.hidden_size * head.vocab_size)
             tape.count(times(flops, 3 if weight_size else 2))
             of_hidden = tape.empty(size[0], FLOAT32)
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
@@ -195,7 +212,7 @@ class TrlFusedLoss:
         """The buffer for a tile of logits, as wide as a tile may be, and the copy of hidden states
         that its product reads, which live until the function returns; without Triton also what
         torch's operations make."""
-        tokens = constant(TILE_TOKENS) if shape.tile_is_full else PREDICTING
+        tokens = constant(TILE_TOKENS) if shape.tile_is_full else shape.predicting
         head, entries = self.head, min(self.head.vocab_size, TILE_VOCABULARY)
         held = [tape.empty(times(tokens, TILE_VOCABULARY), compute)]
         if compute != width:

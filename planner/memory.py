@@ -19,6 +19,7 @@ from ftplan.planner.closed_form import check_closed_form
 from ftplan.planner.context_parallel import check_rows_divided
 from ftplan.planner.disk import DiskNeeds, disk_needs, saved_weight_bytes
 from ftplan.planner.errors import InputError
+from ftplan.planner.generation import with_rollout
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -39,11 +40,14 @@ from ftplan.planner.stack import DEFAULT_CAPABILITY, OWN_STACK, Stack, cublas_wo
 from ftplan.planner.step_settings import (
     Workload,
     model_rows,
+    row_length,
     step_settings,
 )
 from ftplan.planner.step_trace import (
     EVALUATION_PHASE,
+    GENERATION_PHASE,
     REFERENCE_PHASE,
+    SCORING_PHASE,
     StepSettings,
     StepTrace,
     step_units,
@@ -174,7 +178,7 @@ def estimate_memory(
     `stack`: what a training stack does beyond the plan's settings.
     Raises InputError for what only a dry run knows (`planner.closed_form`).
     """
-    rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
+    rows, length = model_rows(plan, row_length(plan, longest_row))
     step = compiled_step(model, plan, rows, length, device, stack)
     return _with_surroundings(
         step.peak_bytes(rows, length),
@@ -374,7 +378,7 @@ _of_standing = attrgetter(*(name for name in _DECISIVE if name not in _WITHIN_ST
 _REPLACED = ("gradients", "communication")
 
 # Moments of a trace that belong to no phase.
-LEFT, INPUTS, NOTHING = "left by backward", "inputs", "nothing"
+LEFT, INPUTS, KEPT, NOTHING = "left by backward", "inputs", "kept", "nothing"
 
 
 def compiled_step(
@@ -388,7 +392,7 @@ def compiled_step(
     """The step's memory for any batch and length that agree in what is discrete about these."""
     kind: DeviceKind = device.kind if device else "cuda"
     capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
-    workload = Workload.of(model, plan, rows, length)
+    workload = Workload.of(model, plan, rows, length, kind)
     key = (_decisive(plan), workload, kind, capability, stack)
     return model.remembered(key, partial(_compile, model, plan, workload, kind, capability, stack))
 
@@ -397,16 +401,18 @@ class TracedStep:
     """A step's trace: the moments above what is held throughout. It serves every optimizer.
 
     `moments`: by phase, and besides of what is alive when backward is over (`LEFT`), while the
-    optimizer steps (`INPUTS`) and without a batch (`NOTHING`).
+    optimizer steps (`INPUTS`), between batches (`KEPT`) and without any (`NOTHING`).
     """
 
     def __init__(self, settings: StepSettings, trace: StepTrace) -> None:
         self.settings, self.trace = settings, trace
+        kept = settings.rollout.kept if settings.rollout else ZERO
         left = {part: form for part, form in trace.after_backward.items() if part not in _REPLACED}
         self.moments: dict[str, Sequence[Moment]] = {
             **trace.phases,
             LEFT: (Moment(added(left.values()), left),),
             INPUTS: (Moment(added(trace.inputs.values()), trace.inputs),),
+            KEPT: (Moment(kept, {"temporaries": kept} if any(kept) else {}),),
             NOTHING: (Moment(ZERO, {}),),
         }
         self._known_peaks: dict[tuple[int, int], Mapping[str, int]] = {}
@@ -615,7 +621,10 @@ def _traced(
 ) -> TracedStep:
     model = trained_model(model, plan)
     settings = step_settings(model, plan, workload, kind, capability, stack, trained)
-    return TracedStep(settings, trace_step(model, settings))
+    trace = trace_step(model, settings)
+    if settings.rollout is not None:
+        trace = with_rollout(model, settings, trace)
+    return TracedStep(settings, trace)
 
 
 def _compile(
@@ -637,7 +646,7 @@ def _compile(
     settings = traced.settings
     widths = settings.numerics.weights, settings.numerics.adapters
     division = settings.spread, settings.reduction, settings.partition
-    situation = workload.accumulates, kind, capability, stack
+    situation = workload.accumulates, _meets_gradients(settings), kind, capability, stack
     standing = model.remembered(
         ("standing", *_of_standing(plan), *situation, widths, division),
         partial(_standing, model, published, plan, stack, trained, settings, workload.accumulates),
@@ -704,9 +713,15 @@ def _spans(
     evaluating = {**behind, "communication": running["communication"]}
     before_step = {**resident, "gradients": held.reduced}
     asking = {**loaded, "temporaries": workspace}
+    carried = held.carried if _meets_gradients(settings) else held.gradient_buffer
+    generating = {**resident, "gradients": carried}
     spans = [
         Span(phase="load", held=loaded, above=NOTHING),
         Span(phase=REFERENCE_PHASE, held=asking, above=REFERENCE_PHASE),
+        *(
+            Span(phase=name, held=generating, above=name)
+            for name in (GENERATION_PHASE, SCORING_PHASE)
+        ),
         *(Span(phase=name, held=running, above=name) for name in STEP_PHASES),
         # At its beginning what backward leaves is there.
         Span(phase="optimizer step", held=before_step, above=LEFT),
@@ -715,12 +730,17 @@ def _spans(
             for moment in _highest_fixed(held.stepping)
         ),
         Span(phase=EVALUATION_PHASE, held=evaluating, above=EVALUATION_PHASE),
-        Span(phase="save", held=behind, above=NOTHING),
+        Span(phase="save", held=behind, above=KEPT),
     ]
     if held.reducing is not None:
         reducing = {part: running[part] + held.reducing[part] for part in held.reducing}
         spans.append(Span(phase="backward", held={**running, **reducing}, above=LEFT))
     return spans
+
+
+def _meets_gradients(settings: StepSettings) -> bool:
+    """Whether the model generates within a step."""
+    return settings.rollout is not None and settings.rollout.generation.meets_gradients
 
 
 def _highest_fixed(moments: Sequence[Moment]) -> list[Moment]:

@@ -13,10 +13,9 @@ from functools import partial
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
 from ftplan.planner.called import Called
-from ftplan.planner.kv_cache import CacheKind, fill
+from ftplan.planner.kv_cache import Cache, CacheKind, fill
 from ftplan.planner.model_spec import Attention, FeedForward, Linear, Norm, Parameter
 from ftplan.planner.norms import CenteredNorm, Float32LayerNorm, NormOfEachHead
-from ftplan.planner.prefixes import KeyValueCache
 from ftplan.planner.prequantized import PREQUANTIZED, PrequantizedLinear
 from ftplan.planner.rotary import Rotary
 from ftplan.planner.tape import Form, Tape, Tensor, Weight, constant, per_token, scaled, times
@@ -406,7 +405,7 @@ class SelfAttention:
     """Projections, rotation, the kernel, and the output projection."""
 
     def __init__(
-        self, attention: Attention, numerics: Numerics, prefix: KeyValueCache | None = None
+        self, attention: Attention, numerics: Numerics, prefix: Cache | None = None
     ) -> None:
         self.attention, self.prefix = attention, prefix
         self.inputs = [linear_module(linear, numerics) for linear in attention.inputs]

@@ -31,7 +31,9 @@ class Objective:
 
     `each_row`: what a row of the data holds, where it is more than one text, and
     `sequences_per_row` how many of them go through the model together. `batch_numbers`: numbers of
-    64 bits that a micro-batch has for each token of those. `only_loss`: the one loss kernel that
+    64 bits that a micro-batch has for each token of those, and that each generated row keeps until
+    others are generated. `generates`: rows are prompts, whose completions the model makes while it
+    trains (`planner/generation.py`). `only_loss`: the one loss kernel that
     its trainer has, for the reason `why_only_loss`; None: any. `has_reference`: the loss compares
     with the model as it was before training. `pairs_rows`: prompts with other rows' completions
     are read too, in passes of their own without gradients. `scores`: the model has one score a row
@@ -53,6 +55,7 @@ class Objective:
     has_dropout: bool = False
     finds_top1: bool = False
     min_batch_size: int = 1
+    generates: bool = False
 
 
 _TILES = "it takes log-probabilities in tiles, whole logits never exist"
@@ -101,6 +104,16 @@ OBJECTIVES: dict[str, Objective] = {
             scores=True,
             only_loss="stock",
             why_only_loss="the model gives a row one score and has no logits over the vocabulary",
+        ),
+        Objective(
+            name="grpo",
+            title="group relative policy optimization",
+            source="Shao et al. 2024, arXiv 2402.03300; trl.GRPOTrainer",
+            batch_numbers=3,  # tokens, attention mask, labels: joined anew for each micro-batch
+            only_loss="trl-fused",
+            why_only_loss=_TILES,
+            has_dropout=True,
+            generates=True,
         ),
     )
 }
@@ -165,11 +178,17 @@ def _counted(model: ModelSpec, plan: TrainingPlan, settings: MethodSettings) -> 
     return dataclasses.replace(trained, held_as_base=(*trained.held_as_base, copy))
 
 
+def asks_reference(plan: TrainingPlan) -> bool:
+    """Whether the loss compares with the model as it was; GRPO's does where `beta` is not 0."""
+    objective = plan.resolved_objective
+    return objective.has_reference or (objective.generates and plan.beta > 0)
+
+
 def keeps_reference(plan: TrainingPlan) -> bool:
     """Whether a second model is held: not where adapters can be switched off, nor where its
     log-probabilities are computed before."""
-    has_reference = plan.resolved_objective.has_reference
-    return has_reference and not plan.resolved_method.adapter and not plan.precompute_ref_log_probs
+    asks = asks_reference(plan) and not plan.precompute_ref_log_probs
+    return asks and not plan.resolved_method.adapter
 
 
 def check_objective(plan: TrainingPlan) -> None:
@@ -197,10 +216,58 @@ def check_objective(plan: TrainingPlan) -> None:
             "each prompt is also paired with another row's completion",
             f"use `--per-device-train-batch-size {objective.min_batch_size}`",
         )
+    _check_generation(plan)
     matches_head = plan.autocast or plan.dtype == "bfloat16"
     if objective.name == "reward" and plan.quantization != "none" and not matches_head:
         raise InputError(
             f"{name} on a {plan.quantization} base cannot compute in {plan.dtype}: "
             "TRL holds the trained head in bf16 there",
             "use `--mixed-precision bf16` or fp16, or `--dtype bfloat16`",
+        )
+
+
+# Settings that only an objective that generates has.
+GENERATION_SETTINGS = ("num_generations", "max_completion_length", "steps_per_generation", "beta")
+
+
+def _check_generation(plan: TrainingPlan) -> None:
+    """Raises InputError for settings that completions cannot be generated with (TRL's GRPOConfig),
+    or that another objective has not."""
+    if not plan.resolved_objective.generates:
+        for name in GENERATION_SETTINGS:
+            if getattr(plan, name) != type(plan).__dataclass_fields__[name].default:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(
+                    f"`{flag}` is for `--objective grpo`, and this is `{plan.objective}`",
+                    f"leave `{flag}` out, or use `--objective grpo`",
+                )
+        return
+    if plan.num_generations < 2:
+        raise InputError(
+            f"`--num-generations {plan.num_generations}`: each completion is compared with the "
+            "others of its prompt",
+            "use 2 or more",
+        )
+    if plan.max_completion_length >= plan.max_length:
+        raise InputError(
+            f"`--max-completion-length {plan.max_completion_length}` leaves no token of "
+            f"`--max-length {plan.max_length}` to the prompt",
+            "raise `--max-length`, which counts prompt and completion together",
+        )
+    _check_groups(plan)
+
+
+def _check_groups(plan: TrainingPlan) -> None:
+    """Raises InputError where a group of completions of one prompt would be torn apart."""
+    if plan.num_gpus > 1:
+        raise InputError(
+            "`--objective grpo` on several GPUs is not modelled",
+            "leave `--num-gpus` out: under DDP each GPU generates and trains for itself",
+        )
+    if plan.generated_rows % plan.num_generations:
+        raise InputError(
+            f"{plan.generated_rows:,} completions generated at once are no whole groups of "
+            f"`--num-generations {plan.num_generations}`",
+            "`--per-device-train-batch-size` x `--steps-per-generation` (by default "
+            f"`--gradient-accumulation-steps`) must be a multiple of {plan.num_generations}",
         )

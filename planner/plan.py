@@ -94,6 +94,16 @@ class TrainingPlan:
     precompute_ref_log_probs: bool = _setting(
         False, "compute the reference's log-probabilities before training (dpo, kto)"
     )
+    num_generations: int = _setting(8, "completions of each prompt that are compared (grpo)")
+    max_completion_length: int = _setting(
+        512, "tokens of `max_length` that are generated, the rest is the prompt (grpo)"
+    )
+    steps_per_generation: int | None = _setting(
+        None, "micro-batches generated at once, instead of those of an optimizer step (grpo)"
+    )
+    beta: float = _setting(
+        0.0, "weight of the distance from the reference model, 0 for none (grpo)"
+    )
     num_gpus: int = _setting(1, "GPUs to use")
     sharding: str = _setting(
         "none", "what several GPUs divide among them instead of each holding it", choices=SHARDINGS
@@ -202,6 +212,12 @@ class TrainingPlan:
         """Groups of GPUs that have rows of their own."""
         return self.num_gpus // (self.tp_size * self.cp_size)
 
+    @property
+    def generated_rows(self) -> int:
+        """Rows that a GPU generates at once (TRL's `generation_batch_size`)."""
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * steps
+
     def replace(self, **changes: Any) -> TrainingPlan:
         """A copy with some settings changed."""
         return dataclasses.replace(self, **changes)
@@ -215,6 +231,9 @@ _POSITIVE_SETTINGS = (
     "gradient_accumulation_steps",
     "max_length",
     "every_n_layers",
+    "num_generations",
+    "max_completion_length",
+    "steps_per_generation",
     "num_gpus",
     "tp_size",
     "cp_size",
@@ -226,6 +245,9 @@ _POSITIVE_SETTINGS = (
     "save_steps",
 )
 _SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay")
+
+# Whole numbers that may be absent.
+_OPTIONAL_COUNTS = ("max_steps", "steps_per_generation")
 
 # A comma that stands in no bracket: options of PEFT may be lists.
 _OUTER_COMMA = re.compile(r",(?![^\[\](){}]*[\])}])")
@@ -246,6 +268,8 @@ def check_setting(name: str, value: Any) -> None:
         raise InputError(f"`{flag_name(name)} {value}` must be a finite number above 0")
     if name in _SHARE_SETTINGS and not 0 <= value < 1:
         raise InputError(f"`{flag_name(name)} {value}` must be at least 0 and below 1")
+    if name == "beta" and not 0 <= value < math.inf:
+        raise InputError(f"`--beta {value}` must be a finite number, 0 or above")
     if name == "seed" and value not in _SEEDS:
         raise InputError(f"`--seed {value}` must be from 0 to {_SEEDS[-1]}")
     if name == "target_modules":
@@ -444,7 +468,7 @@ def _plain(value: Any) -> Any:
 def typed_setting(name: str, value: Any) -> Any:
     """A value read from a file, as the type of the setting; raises InputError."""
     default = _DEFAULTS[name]
-    if name == "max_steps":
+    if name in _OPTIONAL_COUNTS:
         expected: tuple[type, ...] = (int, type(None))
     elif isinstance(default, tuple):
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
@@ -473,7 +497,7 @@ def parse_setting(name: str, text: str) -> Any:
             return tuple(part.strip() for part in _OUTER_COMMA.split(text) if part.strip())
         if isinstance(default, float):
             return float(text)
-        if isinstance(default, int) or name == "max_steps":
+        if isinstance(default, int) or name in _OPTIONAL_COUNTS:
             return int(text)
     except (KeyError, ValueError):
         kinds: dict[type, str] = {bool: "true or false", float: "a number"}

@@ -158,6 +158,11 @@ class KeyValueCache:
         self.held: list[Tensor] = []
         self.gradients: list[list[Tensor | None]] = []
 
+    @property
+    def layer_bytes(self) -> Form:
+        """Of the learned ones."""
+        return self.prefix.layer_bytes
+
     def fill(self, tape: Tape) -> None:
         """Put the learned ones in."""
         self.held = [tape.empty(self.prefix.of_layer, self.prefix.width) for _ in "kv"]

@@ -6,6 +6,7 @@ Each setting carries its reason. `estimate_recipe` serves a question about one c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 
 # Rows of a question without data.
 ESTIMATE_LENGTH = 2048
+
+# Objectives whose rows are completed by the model, and what decides how many at once.
+_GENERATING = tuple(name for name, objective in OBJECTIVES.items() if objective.generates)
+_GENERATION_DEFAULTS = {
+    name: TrainingPlan.__dataclass_fields__[name].default
+    for name in (
+        *("num_generations", "max_completion_length", "steps_per_generation"),
+        "gradient_accumulation_steps",
+    )
+}
 
 # Layers that `freeze` trains where the model has as many.
 _TRAINED_LAYERS = MethodSettings().num_trainable_layers
@@ -72,6 +83,7 @@ def estimate_recipe(
         "learning_rate": _advised(policy.learning_rate(method, model)),
         **_method_settings(method, model, device, given),
         **_objective_settings(given),
+        **_generation_settings(given, length),
         **_sharding_settings(method, given),
     }
     return resolve(given, derived)
@@ -141,6 +153,24 @@ def _objective_settings(given: Mapping[str, Any]) -> Derived:
     if objective.min_batch_size > 1:
         why = f"the least that {objective.name} works with"
         derived["per_device_train_batch_size"] = (objective.min_batch_size, why)
+    return derived
+
+
+def _generation_settings(given: Mapping[str, Any], length: int) -> Derived:
+    """Rows that make whole groups of completions, and completions that leave room to the prompt.
+    `length`: of rows, where none is given."""
+    if given.get("objective") not in _GENERATING:
+        return {}
+    setting = {**_GENERATION_DEFAULTS, **given}
+    steps = setting["steps_per_generation"] or setting["gradient_accumulation_steps"]
+    group = setting["num_generations"]
+    rows = group // math.gcd(group, steps)
+    derived: Derived = {
+        "per_device_train_batch_size": (rows, f"the fewest that make whole groups of {group}")
+    }
+    length = given.get("max_length", length)
+    if length <= setting["max_completion_length"]:
+        derived["max_completion_length"] = (max(1, length // 2), "half of `max_length`")
     return derived
 
 

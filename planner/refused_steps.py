@@ -108,6 +108,7 @@ REFUSED_STEPS: tuple[Combination, ...] = (
         applies=lambda a: (
             a.plan.every_n_layers > 1
             and a.plan.resolved_objective.has_reference
+            and not a.plan.resolved_objective.generates
             and not a.plan.precompute_ref_log_probs
         ),
         text=lambda a: (
@@ -116,6 +117,17 @@ REFUSED_STEPS: tuple[Combination, ...] = (
         ),
         way_out=lambda a: "use `--precompute-ref-log-probs`, or leave out `--every-n-layers`",
         source="trl 1.16, models/utils.py `disable_gradient_checkpointing`",
+    ),
+    Combination(
+        name="every-n-layers-generation",
+        outcome="refused",
+        applies=lambda a: a.plan.every_n_layers > 1 and a.plan.resolved_objective.generates,
+        text=lambda a: (
+            f"`--objective {a.plan.objective}` turns checkpointing off to generate, and on again "
+            "for all layers, whatever `--every-n-layers` says"
+        ),
+        way_out=lambda a: "leave out `--every-n-layers`",
+        source="trl 1.16, models/utils.py `unwrap_model_for_generation`",
     ),
     Combination(
         name="every-n-layers-remote",

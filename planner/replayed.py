@@ -28,7 +28,7 @@ from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.run_storages import RunStorages
 from ftplan.planner.sharded import shards_of
 from ftplan.planner.stack import OWN_STACK, Stack, cublas_workspace_bytes
-from ftplan.planner.step_settings import model_rows, trained_widths
+from ftplan.planner.step_settings import model_rows, row_length, trained_widths
 from ftplan.planner.step_trace import step_units
 from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.units import MIB
@@ -92,7 +92,7 @@ def ordered_storages(
     stack: Stack,
 ) -> RunStorages | None:
     """All storages of a run; None where their order is not known, or they do not add up."""
-    rows, length = model_rows(plan, min(plan.max_length, longest_row or plan.max_length))
+    rows, length = model_rows(plan, row_length(plan, longest_row))
     step = compiled_step(model, plan, rows, length, device, stack)
     settings = step.settings
     if not settings.on_cuda or settings.reduction is not None or settings.partition is not None:
@@ -128,6 +128,10 @@ def run_storages(
     gradients: list[int] = []
     stepping = optimizer.step_storages(updated, by_trainer=by_trainer)
     for first in (True, False):
+        if step.trace.generation:
+            run.generation(*step.trace.generation)
+        for segments in step.trace.scored:
+            run.forward_only(segments)
         if not by_trainer:  # a loop of one's own lets go of them as late
             run.died(gradients)
         if settings.accumulates and settings.spread is None:

@@ -94,12 +94,22 @@ class RunStorages:
         """A pass without gradients, nothing of which stays."""
         trace = self.trace
         around = [*self._parts(trace.inputs), *self._parts(trace.tables), *self._parts(trace.mask)]
-        places = self._forward(segments)
+        self._let_go(self._forward(segments))
+        self.died(around)
+
+    def _let_go(self, places: Sequence[_Place]) -> None:
+        """Of all that a pass leaves."""
         for place in places:
             self.died(place.left())
         if not places[-1].record.keeps_result:
             self.died([places[-1].record.result + places[-1].base])
-        self.died(around)
+
+    def generation(self, prompts: Sequence[Segment], last: Sequence[Segment]) -> None:
+        """The pass over the prompts, and the step for the last token: what layers cache stays
+        until the end of each, and is there before the second."""
+        self._let_go(self._forward(prompts))
+        cached = [self._parts(segment.given) for segment in last]
+        self._let_go(self._forward(last, cached))
 
     def step(self, storages: tuple[list[int], list[int], int]) -> None:
         """The optimizer's step, gradients not counted (`Optimizer.step_storages`)."""
@@ -145,10 +155,15 @@ class RunStorages:
                 live -= size
         return events, -(-most // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
 
-    def _forward(self, segments: Sequence[Segment]) -> list[_Place]:
+    def _forward(
+        self, segments: Sequence[Segment], cached: Sequence[Sequence[int]] | None = None
+    ) -> list[_Place]:
+        """`cached`: what each segment counts itself, and is there before."""
         places: list[_Place] = []
         given: int | None = None
-        for segment in segments:
+        for number, segment in enumerate(segments):
+            if cached is not None:
+                self.died(cached[number])
             place = _Place(segment.record, len(self.sizes), given)
             self.sizes += self._sizes(segment.record)
             self.events += place.written(segment.record.forward)

@@ -12,13 +12,14 @@ from ftplan.planner.adapters import (
     loss_copy_bytes,
     trains_shared_alone,
 )
+from ftplan.planner.generation import Generation, Rollout
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import LossShape
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.model_spec import Linear, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
-from ftplan.planner.objectives import keeps_reference
+from ftplan.planner.objectives import asks_reference, keeps_reference
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prefixes import keys_in_front, prefix_of
 from ftplan.planner.prompts import prompt_maker, tokens_in_front
@@ -40,7 +41,8 @@ class Workload:
 
     `masked_windows`: sliding windows no longer than a row, for which transformers makes a mask
     (`_ignore_causal_mask_sdpa`). `mask_padding`: entries by which a kernel that copies masks makes
-    their rows longer. `whole_loss_shape`: of rows that GPUs do not divide.
+    their rows longer. `whole_loss_shape`: of rows that GPUs do not divide. `generation`: how the
+    rows come about, where the model makes them.
     """
 
     single_row: bool
@@ -49,14 +51,21 @@ class Workload:
     masked_windows: frozenset[int]
     mask_padding: int
     whole_loss_shape: LossShape
+    generation: Generation | None = None
 
     @staticmethod
-    def of(model: ModelSpec, plan: TrainingPlan, rows: int, length: int) -> Workload:
+    def of(
+        model: ModelSpec, plan: TrainingPlan, rows: int, length: int, kind: DeviceKind = "cuda"
+    ) -> Workload:
         """Of a micro-batch of so many rows, as the model is given them (`model_rows`)."""
+        generation = _generation(plan)
+        # Without Triton, TRL's fused loss takes all places, labelled or not.
+        alone = generation.completion_length if generation and kind == "cuda" else None
         _, in_front = _in_front(plan.method, plan.method_settings)
 
         def shape(length: int) -> LossShape:
-            return LossShape.of(plan.loss, rows, length, model.vocab_size, model.hidden_size)
+            sizes = model.vocab_size, model.hidden_size
+            return LossShape.of(plan.loss, rows, length, *sizes, alone)
 
         return Workload(
             rows == 1,
@@ -65,7 +74,31 @@ class Workload:
             frozenset(window for window in model.sliding_windows if window <= length),
             -(length + in_front) % MASK_ALIGNMENT if in_front else 0,
             shape(length * plan.cp_size),
+            generation,
         )
+
+
+def _generation(plan: TrainingPlan) -> Generation | None:
+    """TRL asks the policy for log-probabilities where an optimizer step may come between
+    generating and training (`_generate_and_score_completions`)."""
+    if not plan.resolved_objective.generates:
+        return None
+    accumulated = plan.gradient_accumulation_steps
+    generated = plan.generated_rows // plan.per_device_train_batch_size
+    return Generation(
+        completion_length=plan.max_completion_length,
+        micro_batches=generated,
+        meets_gradients=generated % accumulated != 0,
+        scores_policy=accumulated % generated != 0,
+    )
+
+
+def row_length(plan: TrainingPlan, longest_row: int | None) -> int:
+    """Tokens of the longest row: the data's, where known, cut at `max_length`. Rows that the model
+    completes itself are taken to be as long as they may be."""
+    if not longest_row or plan.resolved_objective.generates:
+        return plan.max_length
+    return min(plan.max_length, longest_row)
 
 
 def model_rows(plan: TrainingPlan, length: int) -> tuple[int, int]:
@@ -183,6 +216,8 @@ def step_settings(
         loss_copies=loss_copy_bytes(options, trained, loss_in_model=in_model),
     )
     settings = _spread_out(settings, plan)
+    if workload.generation is not None:
+        return _with_rollout(model, plan, settings, workload.generation)
     if not objective.has_reference:
         return settings
     return dataclasses.replace(
@@ -209,6 +244,27 @@ def _whole_rows(plan: TrainingPlan, workload: Workload) -> WholeRows | None:
         loss_shape=workload.whole_loss_shape,
         input_bytes=NUMBER_BYTES * plan.resolved_objective.batch_numbers,
     )
+
+
+def _with_rollout(
+    model: ModelSpec, plan: TrainingPlan, settings: StepSettings, generation: Generation
+) -> StepSettings:
+    """Beside adapters the model generates without
+    autocast, which is around PEFT's wrapper (`PeftModel.generate` calls what is within)."""
+    passing = dataclasses.replace(settings, gradient_checkpointing=False)
+    adapter = plan.resolved_method.adapter
+    scored = [passing] if generation.scores_policy else []
+    if asks_reference(plan):
+        scored.append(_of_reference(model, plan, passing))
+    if keeps_reference(plan):  # it does not train, so nothing is dropped
+        scored[-1] = dataclasses.replace(scored[-1], has_dropout=False)
+    generating = _without_autocast(passing) if adapter else passing
+    rollout = Rollout(
+        generation=generation,
+        model=dataclasses.replace(generating, single_row=False),  # a group is several
+        scored=tuple(scored),
+    )
+    return dataclasses.replace(settings, rollout=rollout)
 
 
 def _cache(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> CacheKind | None:

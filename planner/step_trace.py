@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftplan.planner import functions as f
 from ftplan.planner.called import Called
@@ -57,13 +57,16 @@ from ftplan.planner.tape import (
 from ftplan.planner.zero import Reduction, zero_places
 from ftplan.planner.zero3 import Beside, Gathering, Partition, Reduced
 
+if TYPE_CHECKING:
+    from ftplan.planner.generation import LayerCache, Rollout
+
 Parts = dict[str, Form]
 
 # Losses that call the output projection as a module.
 _CALL_HEAD = ("stock", "triton_ce")
 
-# Settings that only layers' traces depend on; and besides those that a loss's does not, or that of
-# embeddings.
+# Settings that only layers' traces depend on, or other passes; and besides those that a loss's does
+# not, or that of embeddings.
 _OF_LAYERS = (
     "trained_names",
     "adapted",
@@ -72,6 +75,7 @@ _OF_LAYERS = (
     "use_reentrant",
     "reference",
     "asks_before",
+    "rollout",
     "prompted",
 )
 _NOT_OF_LOSS = (*_OF_LAYERS, "input_learns", "hooks_input", "prompts", "prefix")
@@ -80,6 +84,9 @@ _NOT_OF_EMBEDDINGS = (*_OF_LAYERS, "loss_shape")
 EVALUATION_PHASE = "evaluation"
 # Where a reference's log-probabilities are computed before training.
 REFERENCE_PHASE = "reference log-probabilities"
+# Where an objective that generates makes completions, and asks for their log-probabilities.
+GENERATION_PHASE = "generation"
+SCORING_PHASE = "log-probabilities"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +121,7 @@ class StepSettings:
     loss also tells whether each target is the most probable token.
     `reference`: of the model that a preference is measured against, whose pass comes behind; with
     `asks_before` it comes before training instead.
+    `rollout`: what comes before, where the model generates what it trains on.
     `spread`: how several GPUs divide parameters, if they do; `reduction`: how they divide
     gradients alone; `partition`: how ZeRO-3 divides all. `update`: of an optimizer that steps
     within backward.
@@ -171,6 +179,7 @@ class StepSettings:
     early_gradients: int = 0
     loss_copies: int = 0
     prefix: Prefix | None = None
+    rollout: Rollout | None = None
     prompted: frozenset[int] = frozenset()
     whole_rows: WholeRows | None = None
     row_stretch: int = 1
@@ -324,8 +333,9 @@ class StepTrace:
     `ties_gradients`: the first segment's largest gradient is added to the last one's, which with
     `updates` (an optimizer that steps within backward) the first segment's own record has.
     `before`, `further`, `evaluation`: the segments of passes without gradients, which come before
-    training, within each step, and in an evaluation. `after_backward`: all that is left until the
-    step is over.
+    training, within each step, and in an evaluation. `generation`, `scored`: those of the passes
+    that generate completions, and that ask for their log-probabilities. `after_backward`: all that
+    is left until the step is over.
     `num_passes`: forward, those without gradients included.
     FLOPs, and bytes read and written besides parameters and outside of the loss, of one
     micro-batch. Forward's hold the reference's pass, backward's what is computed again.
@@ -348,6 +358,8 @@ class StepTrace:
     backward_flops: Form
     forward_moved: Form
     backward_moved: Form
+    generation: Sequence[Sequence[Segment]] = ()
+    scored: Sequence[Sequence[Segment]] = ()
 
     @property
     def passing_mask(self) -> Parts:
@@ -363,11 +375,11 @@ def step_units(model: ModelSpec, settings: StepSettings) -> Units:
 
 
 def trace_step(model: ModelSpec, settings: StepSettings) -> StepTrace:
-    return _StepTracer(model, settings).trace()
+    return StepTracer(model, settings).trace()
 
 
 @dataclass
-class _StepTracer:
+class StepTracer:
     """One pass through the model; passes without gradients have tracers of their own."""
 
     model: ModelSpec
@@ -448,7 +460,7 @@ class _StepTracer:
         """An evaluation's pass, and the reference's where it comes along."""
         phase = EVALUATION_PHASE
         return [
-            self._pass_forward(settings, _StepTracer(self.model, settings)._inputs(), phase, phase)
+            self._pass_forward(settings, StepTracer(self.model, settings)._inputs(), phase, phase)
             for settings in (self.settings.in_evaluation, reference)
             if settings is not None
         ]
@@ -474,7 +486,7 @@ class _StepTracer:
         settings = dataclasses.replace(
             settings, accumulates=False, gradient_checkpointing=False, hooks_input=False
         )
-        tracer = _StepTracer(self.model, settings, self.phases, with_gradients=False)
+        tracer = StepTracer(self.model, settings, self.phases, with_gradients=False)
         segments, labels = tracer._segments()
         if self.gathering is not None:
             beside = Beside.of(segments)
@@ -482,6 +494,10 @@ class _StepTracer:
             segments, labels = _with_gathered(segments, beside)
         tracer._add_forward(segments, labels, base, phase, loss_phase)
         return segments
+
+    def add_pass(self, base: Parts, phase: str) -> list[Segment]:
+        """Add a pass without gradients by itself; its segments."""
+        return self._pass_forward(self.settings, base, phase, phase)
 
     def _add_forward(
         self,
@@ -651,6 +667,8 @@ class _StepTracer:
         if front:
             again = per_token(POSITION_NUMBER_BYTES + FLOAT32)
             total = added((total, per_row(-settings.input_bytes * front), again))
+        if settings.rollout is not None:
+            total = add_forms(total, settings.rollout.kept)
         return {"temporaries": stretched(total, settings.row_stretch)}
 
     def _tables(self) -> Parts:
@@ -746,7 +764,7 @@ class _StepTracer:
         """`weights_before`: (elements, width) of what the model's loop still has of the layer
         before."""
         settings, exchange = self.settings, place.exchange()
-        cache = KeyValueCache(settings.prefix) if settings.prefix else None
+        cache = self._layer_cache(layer)
         module: Module = DecoderLayer(layer, numerics, cache)
         if numerics.checkpointed and self.with_gradients:
             module = partial(
@@ -772,6 +790,10 @@ class _StepTracer:
         if "weights" in layer.holds and keeps_none and weights and not weights_before:
             return self._layer(layer, numerics, learns, width, place, holds_input, weights)
         return segment
+
+    def _layer_cache(self, layer: Layer) -> KeyValueCache | LayerCache | None:
+        """The layer's keys and values beside those that it makes."""
+        return KeyValueCache(self.settings.prefix) if self.settings.prefix else None
 
     def _loss(self, learns: bool, width: int, place: Place) -> tuple[Segment, bool]:
         """The segment, and whether the gradient of the output projection is a view."""
@@ -862,6 +884,12 @@ class _StepTracer:
             return LigerLoss(head, weight, settings.loss_shape)
         if settings.loss == "trl-fused":
             return TrlFusedLoss(head, weight, settings.loss_shape, finds_top1=settings.finds_top1)
+        return self._stock_loss(head, weight, bias, exchange)
+
+    def _stock_loss(
+        self, head: Head, weight: Weight, bias: Weight | None, exchange: Exchange
+    ) -> StockLoss:
+        settings = self.settings
         return StockLoss(
             head,
             weight,
@@ -882,7 +910,7 @@ class _StepTracer:
         *,
         learns: bool,
         held: list[Tensor] | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | LayerCache | None = None,
         comes_back: Form | None = None,
     ) -> Segment:
         """`held` is what the model's forward pass holds on to, once `forward` has run; `cache`:
@@ -949,7 +977,7 @@ class _StepTracer:
             holds_result=holds_result,
             held=_difference(with_held, without_held),
             cached=_difference(without_held, without_cache),
-            given={} if cache is None else {"temporaries": cache.prefix.layer_bytes},
+            given={} if cache is None else {"temporaries": cache.layer_bytes},
             kept_forward=kept_forward,
             kept=kept,
             left=tape.state() if backward_stretches else {},

@@ -36,6 +36,12 @@ _WEIGHTS: Mapping[str, Weights] = {
 }
 # PEFT's own block lengths do not divide the sides of such small matrices.
 _PEFT_CONFIG = {"c3a": ("block_size=16",), "vblora": ("vector_length=16",)}
+# What goes with generating, which little does.
+_GENERATING: Mapping[str, Any] = {
+    **{"num_generations": 2, "max_completion_length": 64, "per_device_train_batch_size": 4},
+    **{"trainer": "trl", "loss": "trl-fused", "packing": False, "precompute_ref_log_probs": False},
+    **{"num_gpus": 1, "sharding": "none", "offload": "none", "beta": 0.1},
+}
 # So many hands are refused in a row where values hardly go together.
 _MOST_HANDS = 1000
 
@@ -81,6 +87,8 @@ def _dealt(axis: str, value: str, rng: Random) -> ModelledCase:
     for _ in range(_MOST_HANDS):
         hand = {name: rng.choices(list(w), list(w.values()))[0] for name, w in _WEIGHTS.items()}
         hand[axis] = value
+        if hand["objective"] == "grpo":
+            hand |= _GENERATING
         hand["peft_config"] = _PEFT_CONFIG.get(hand["method"], ())
         family = hand.pop("family")
         try:

@@ -55,6 +55,7 @@ MET: dict[str, tuple[str, ...]] = {
     "adapted-router": ("phi-3.5-moe-instruct", "--target-modules", "q_proj,router"),
     "tied-embeddings": (SMALL, "--modules-to-save", "lm_head"),
     "score-for-head": (SMALL, "--objective", "reward", "--modules-to-save", "lm_head"),
+    "generating-experts": ("granite-3.0-1b-a400m-instruct", "--objective", "grpo"),
     "adalomo-experts": ("granite-3.0-1b-a400m-instruct", "--method", "full", "--optim", "adalomo"),
     "liger-beside-trl": (SMALL, "--loss", "liger"),
     "default-eval-batch": (SMALL, "--trainer", "transformers"),
@@ -71,6 +72,7 @@ MET: dict[str, tuple[str, ...]] = {
     "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo", *FP16),
     "poly-checkpointed": (SMALL, "--method", "poly", *CHECKPOINTED),
     "every-n-layers-reference": (SMALL, "--objective", "dpo", *EVERY_SECOND),
+    "every-n-layers-generation": (SMALL, "--objective", "grpo", *EVERY_SECOND),
     "every-n-layers-remote": ("internlm2-7b", *EVERY_SECOND),
     "adalora-zero3": ("llama-3.1-8b", "--method", "adalora", *ZERO3),
     "fsdp-adalora": (SMALL, "--method", "adalora", *FSDP),
@@ -91,6 +93,7 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "adapted-router": ("phi-3.5-moe-instruct",),
     "tied-embeddings": ("llama-3.1-8b", "--modules-to-save", "lm_head"),
     "score-for-head": (SMALL, "--objective", "reward"),
+    "generating-experts": ("granite-3.0-1b-a400m-instruct", "--objective", "dpo"),
     "adalomo-experts": ("granite-3.0-1b-a400m-instruct", "--method", "full", "--optim", "lomo"),
     "liger-beside-trl": (SMALL, "--loss", "liger", "--trainer", "transformers"),
     "default-eval-batch": (
@@ -109,6 +112,7 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "every-n-layers-reference": (
         *(SMALL, "--objective", "dpo", "--precompute-ref-log-probs", *EVERY_SECOND),
     ),
+    "every-n-layers-generation": (SMALL, "--objective", "grpo"),
     "every-n-layers-remote": (SMALL, *EVERY_SECOND),
     "adalora-zero3": ("llama-3.1-8b", "--method", "adalora", *ZERO2),
     "fsdp-adalora": (SMALL, "--method", "adalora", *ZERO2),

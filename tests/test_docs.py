@@ -122,7 +122,9 @@ def cited_equations(text: str) -> set[int]:
 def test_every_equation_that_the_code_cites_is_numbered_and_every_numbered_one_is_cited() -> None:
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "planner").glob("*.py")]
     cited = set().union(*map(cited_equations, sources), explain.HELD_EQUATIONS.values())
-    cited |= {explain.OPTIMIZER_STEP_EQUATION, explain.STEP_EQUATION}
+    cited |= {
+        *(explain.OPTIMIZER_STEP_EQUATION, explain.STEP_EQUATION, explain.GENERATION_EQUATION)
+    }
     cited |= {
         *(explain_host.HOST_EQUATION, explain_host.OFFLOAD_EQUATION, explain_host.DISK_EQUATION)
     }

@@ -20,6 +20,7 @@ from ftplan.launcher.run_dir import RunDir, read_mapping, write_yaml
 from ftplan.launcher.training.config import read_train_config
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.objectives import GENERATION_SETTINGS
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.plan import SCHEDULES, TrainingPlan
 
@@ -169,7 +170,13 @@ class TestTrainConfig:
             "precompute_ref_log_probs": True,
             "lr_scheduler_type": "linear",
             "max_steps": 7,
+            "num_generations": 4,
+            "steps_per_generation": 2,
+            "beta": 0.1,
         }
+        generates = ON_CPU.replace(
+            objective="grpo", loss="trl-fused", per_device_train_batch_size=8, max_length=1024
+        )
 
         def files(plan: TrainingPlan) -> str:
             config = emit.train_config(plan, GPU, **FILES)
@@ -178,6 +185,7 @@ class TestTrainConfig:
         bases = {
             "precompute_ref_log_probs": ON_CPU.replace(objective="dpo"),
             "trainable_modules": ON_CPU.replace(method="freeze"),
+            **dict.fromkeys(GENERATION_SETTINGS, generates),
         }
         # Such plans are not launched (test_sharding).
         refused = ("sharding", "dp_replicate_size", "offload", "packing", "tp_size", "cp_size")

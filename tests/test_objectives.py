@@ -18,6 +18,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "dpo": {},
     "kto": {"per_device_train_batch_size": 2},
     "reward": {"loss": "stock"},
+    "grpo": {"per_device_train_batch_size": 8},
 }
 
 

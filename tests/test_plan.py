@@ -43,7 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sharding": SHARDINGS,
     "offload": OFFLOADS,
     "lr_scheduler_type": SCHEDULES,
-    "objective": ("sft", "dpo", "kto", "reward"),
+    "objective": ("sft", "dpo", "kto", "reward", "grpo"),
 }
 
 
@@ -102,6 +102,9 @@ def test_every_setting_with_choices_is_tested() -> None:
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "max_length",
+        "num_generations",
+        "max_completion_length",
+        "steps_per_generation",
         "num_gpus",
         "tp_size",
         "cp_size",

@@ -190,6 +190,8 @@ def _show(
 
         ui.show(*dry_run_views.tables(dry_run))
         return
+    if plan.resolved_objective.generates:
+        ui.show(views.phases_table(memory.phases), "")
     if terms is not None:
         ui.show(views.explain_table(terms), "", views.host_table(explain_host(memory, plan)))
         return
@@ -267,7 +269,11 @@ def _tokens(plan: TrainingPlan) -> str:
     each_row = plan.resolved_objective.each_row
     each = f" each for {each_row}" if each_row else ""
     packed = " packed" if plan.packing else ""
-    return f"{plan.per_device_train_batch_size}x{plan.max_length} tokens{each}{packed}"
+    rows = f"{plan.per_device_train_batch_size}x{plan.max_length} tokens{each}{packed}"
+    if not plan.resolved_objective.generates:
+        return rows
+    generated = f"{plan.max_completion_length} of them generated"
+    return f"{rows}, {generated}, {plan.generated_rows} rows at once"
 
 
 def _checkpointing(plan: TrainingPlan) -> str:

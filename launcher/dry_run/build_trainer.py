@@ -10,6 +10,7 @@ from peft import PeftConfig
 from ftplan.launcher.dry_run.blank import BlankWeights, choose_without_weights
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.fused_kernels import fuse
+from ftplan.launcher.dry_run.generation import micro_batches_of_a_generation, prompt_rows
 from ftplan.launcher.dry_run.losses import use_liger_loss
 from ftplan.launcher.dry_run.objectives import DRY_TRAINERS, preference_rows
 from ftplan.launcher.dry_run.trainers import (
@@ -68,6 +69,8 @@ def _trl_trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -
     """TRL's, which adds the adapters itself."""
     plan, common = case.plan, _common(case)
     if plan.objective != "sft":
+        if plan.resolved_objective.generates:
+            common |= {"plan": plan, "row_length": case.row_length}
         return DRY_TRAINERS[plan.objective](model=model, peft_config=peft_config, **common)
     return DrySFTTrainer(
         model=model,
@@ -114,8 +117,11 @@ def _arguments(case: DryRunCase) -> Any:
         "fp16": False,
         "max_steps": _STEPS,
         "gradient_accumulation_steps": _micro_batches(case),
-        "max_length": None,
     }
+    if "max_length" in planned:
+        planned["max_length"] = None
+    if plan.resolved_objective.generates:
+        planned["steps_per_generation"] = micro_batches_of_a_generation(plan)
     if plan.packing:  # the rows are full: what packing does to a batch, TRL's collator does
         planned |= {"packing": False, "padding_free": True}
     if plan.objective == "sft":
@@ -134,6 +140,8 @@ def _micro_batches(case: DryRunCase) -> int:
 def _rows(case: DryRunCase) -> Dataset:
     plan, length = case.plan, case.row_length
     count = plan.per_device_train_batch_size * _micro_batches(case) * _STEPS
+    if plan.resolved_objective.generates:
+        return prompt_rows(plan)
     if plan.objective != "sft":
         return preference_rows(plan.objective, count, length)
     row = {"input_ids": [1] * length, "labels": [1] * length}

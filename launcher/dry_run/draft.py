@@ -7,13 +7,23 @@ from typing import Any
 
 from ftplan.planner.memory_record import MemoryRecord, Storage
 from ftplan.planner.repeat_layers import Run, TracedRecord, repeat_layers
-from ftplan.planner.step_trace import EVALUATION_PHASE, REFERENCE_PHASE
+from ftplan.planner.step_trace import (
+    EVALUATION_PHASE,
+    GENERATION_PHASE,
+    REFERENCE_PHASE,
+    SCORING_PHASE,
+)
 
 # Where the reference model of a preference objective lies.
 REFERENCE_PATH = "ref_model"
 
 # Phases whose products run in one thread.
-_THREADS = ((REFERENCE_PHASE, "forward"), ("backward",))
+_THREADS = ((REFERENCE_PHASE, GENERATION_PHASE, "forward"), ("backward",))
+# Phases in which modules run.
+_MODEL_PHASES = (
+    *(REFERENCE_PHASE, GENERATION_PHASE, SCORING_PHASE),
+    *("forward", "backward", EVALUATION_PHASE),
+)
 
 
 class Draft:
@@ -158,7 +168,7 @@ class Draft:
                 self.components[index] = self._component(index, *spans[at])
 
     def _component(self, index: int, phase: str, phase_end: int) -> str:
-        if phase not in (REFERENCE_PHASE, "forward", "backward", EVALUATION_PHASE):
+        if phase not in _MODEL_PHASES:
             return "temporaries"
         if not self._in_decoder.match(self.paths[index]):
             return "logits_and_loss"

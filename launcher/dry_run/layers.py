@@ -79,6 +79,15 @@ def _kinds(model: nn.Module) -> list[Any] | None:
     return kinds if isinstance(kinds, list) and len(kinds) == len(layers) else None
 
 
+def renumber(model: nn.Module) -> None:
+    """Tell the layers that are left their places: a cache of keys and values goes by these."""
+    for place, layer in enumerate(decoder_layer_list(model)[1]):
+        for module in layer.modules():
+            for name in _PLACE:
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, place)
+
+
 def _signatures(model: nn.Module) -> list[Hashable]:
     _, layers = decoder_layer_list(model)
     kinds = _kinds(model) or [None] * len(layers)

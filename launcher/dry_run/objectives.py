@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from ftplan.launcher.dry_run.cuda import autocast
+from ftplan.launcher.dry_run.generation import DryGRPOTrainer
 from ftplan.launcher.dry_run.trainers import Dry
 from ftplan.launcher.training.objectives import (
     PlannedDPOTrainer,
@@ -22,7 +23,11 @@ from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.step_trace import REFERENCE_PHASE
 
 # Trainers that keep a reference model take it from there.
-_WITH_REFERENCE = ("trl.trainer.dpo_trainer", "trl.trainer.kto_trainer")
+_WITH_REFERENCE = (
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.grpo_trainer",
+    "trl.trainer.kto_trainer",
+)
 
 
 class _DryPreference(Dry):
@@ -68,6 +73,7 @@ DRY_TRAINERS: dict[str, type[Any]] = {
     "dpo": DryDPOTrainer,
     "kto": DryKTOTrainer,
     "reward": DryRewardTrainer,
+    "grpo": DryGRPOTrainer,
 }
 
 
@@ -103,7 +109,7 @@ def trainer_construction(kind: DeviceKind, reference: nn.Module | None) -> Itera
     with ExitStack() as stack:
         for module in _WITH_REFERENCE:
             stack.enter_context(mock.patch(f"{module}.create_model_from_path", create))
-            stack.enter_context(mock.patch(f"{module}.hash_module", no_hash))
+            stack.enter_context(mock.patch(f"{module}.hash_module", no_hash, create=True))
         if kind == "cuda":  # the reference model is wrapped at once
             target = "accelerate.accelerator.get_mixed_precision_context_manager"
             stack.enter_context(mock.patch(target, autocast))

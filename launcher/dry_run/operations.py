@@ -14,27 +14,40 @@ import torch
 _aten = torch.ops.aten
 
 
-def _nonzero(tensor: torch.Tensor) -> torch.Tensor:
-    """As if every element were true."""
-    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
+def selections(count: Callable[[torch.Tensor], int]) -> dict[Any, Callable[..., Any]]:
+    """What a mask selects by: as if `count` of its elements were true."""
 
+    def nonzero(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty((count(tensor), tensor.dim()), dtype=torch.int64)
 
-def _whole(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Masks as the positions that they would give."""
-    positions: list[torch.Tensor | None] = []
-    for index in indices:
-        if index is not None and index.dtype in (torch.bool, torch.uint8):
-            positions += _nonzero(index).unbind(1)
-        else:
-            positions.append(index)
-    return positions
+    def whole(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Masks as the positions that they would give."""
+        positions: list[torch.Tensor | None] = []
+        for index in indices:
+            if index is not None and index.dtype in (torch.bool, torch.uint8):
+                positions += nonzero(index).unbind(1)
+            else:
+                positions.append(index)
+        return positions
 
+    def selecting(operation: Any) -> Callable[..., Any]:
+        def select(tensor: torch.Tensor, indices: Any, *args: Any, **kwargs: Any) -> Any:
+            return operation(tensor, whole(indices), *args, **kwargs)
 
-def _selecting(operation: Any) -> Callable[..., Any]:
-    def select(tensor: torch.Tensor, indices: Any, *args: Any, **kwargs: Any) -> Any:
-        return operation(tensor, _whole(indices), *args, **kwargs)
+        return select
 
-    return select
+    return {
+        _aten.nonzero.default: nonzero,
+        **{
+            operation: selecting(operation)
+            for operation in (
+                _aten.index.Tensor,
+                _aten.index_put.default,
+                _aten.index_put_.default,
+                _aten._index_put_impl_.default,
+            )
+        },
+    }
 
 
 def _grouped_mm(
@@ -75,6 +88,17 @@ def _unique(
     )
 
 
+def _multinomial(
+    probabilities: torch.Tensor, num_samples: int, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """One sample is where a random number is largest beside its probability
+    (ATen/native/Distributions.cpp)."""
+    drawn = torch.empty_like(probabilities)
+    result = drawn.new_empty((*drawn.shape[:-1], num_samples), dtype=torch.int64)
+    del drawn
+    return result
+
+
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """With what the operation makes on the way (ATen/native/transformers/attention.cpp)."""
     usual = torch.softmax(scores, dim, dtype)
@@ -84,18 +108,10 @@ def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = No
 
 
 REPLACED: dict[Any, Callable[..., Any]] = {
-    _aten.nonzero.default: _nonzero,
     _aten._grouped_mm.default: _grouped_mm,
     _aten._unique2.default: _unique,
     _aten.sparse_mask.default: _sparse_mask,
     _aten._safe_softmax.default: _safe_softmax,
-    **{
-        operation: _selecting(operation)
-        for operation in (
-            _aten.index.Tensor,
-            _aten.index_put.default,
-            _aten.index_put_.default,
-            _aten._index_put_impl_.default,
-        )
-    },
+    _aten.multinomial.default: _multinomial,
+    **selections(torch.Tensor.numel),
 }

@@ -18,6 +18,7 @@ from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.cuda import CUDA_KERNELS
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantize_blank
+from ftplan.launcher.dry_run.generation import completions_alone
 from ftplan.launcher.dry_run.layers import keep_few_layers, meet_outside, same_on_every_layer
 from ftplan.launcher.dry_run.objectives import trainer_construction
 from ftplan.launcher.dry_run.operations import REPLACED
@@ -121,6 +122,7 @@ class _DryRun:
     def _record(self, trainer: Any, reference: Any, draft: Draft) -> None:
         decompositions = {
             **REPLACED,
+            **(completions_alone(self.case) if self.plan.resolved_objective.generates else {}),
             **quantized_kernels(self.plan.quantization),
             **optimizer_kernels(self.plan.optimizer, self.case.kind),
         }
@@ -148,6 +150,7 @@ class _DryRun:
             if reference is not None:
                 adopt(recorder, reference, as_reference=True)
             trainer.train()
-            self.say("tracing an evaluation step")
-            trainer.evaluate_one_batch()
+            if not self.plan.resolved_objective.generates:  # that would be less of the same
+                self.say("tracing an evaluation step")
+                trainer.evaluate_one_batch()
             draft.begin_phase("save")

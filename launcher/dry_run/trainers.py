@@ -57,9 +57,13 @@ class Dry:
         self.add_callback(StateLabels(recorder))  # type: ignore[attr-defined]
         self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def begin_micro_batch(self) -> None:
+        """What comes next is forward."""
         self.recorder.between_steps = False
         self.draft.begin_phase("forward")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.begin_micro_batch()
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def evaluate_one_batch(self) -> None:

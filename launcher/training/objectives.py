@@ -17,6 +17,8 @@ from transformers import (
 from trl import (
     DPOConfig,
     DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     RewardConfig,
@@ -48,6 +50,10 @@ class PlannedRewardTrainer(TokenizedRows, RewardTrainer):
     """Rows have `chosen_ids` and `rejected_ids`."""
 
 
+class PlannedGRPOTrainer(GRPOTrainer):
+    """Rows have `prompt`; it takes `reward_funcs` besides."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
     """How an objective is trained.
@@ -74,6 +80,7 @@ TRAININGS: dict[str, Training] = {
         model_settings={"num_labels": 1},
         task_type="SEQ_CLS",
     ),
+    "grpo": Training(arguments=GRPOConfig, trainer=PlannedGRPOTrainer),
 }
 
 

@@ -1,0 +1,119 @@
+"""Dry runs of GRPO against TRL's trainer on the processor, which generates token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the `train` extra")
+
+from datasets import Dataset
+from transformers import set_seed
+
+from ftplan.launcher.dry_run.case import DryRunCase
+from ftplan.launcher.dry_run.step import dry_run
+from ftplan.launcher.dry_run.trainers import blank_tokenizer
+from ftplan.launcher.emit import method_settings, training_arguments
+from ftplan.launcher.training.build import apply_method, count_trainable, load_model
+from ftplan.launcher.training.objectives import PlannedGRPOTrainer, trainer_arguments
+from ftplan.planner.step_trace import GENERATION_PHASE, SCORING_PHASE
+from tests.dry_runs import GPT2, GPT2_MODULES, LLAMA, PHASES, QLORA, QWEN3, STEPS, case, mark
+from tests.test_dry_run_objectives import measured, seed_model
+
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
+
+COMPLETION = 64
+GRPO: dict[str, Any] = {
+    **{"objective": "grpo", "loss": "trl-fused"},
+    **{"num_generations": 2, "max_completion_length": COMPLETION},
+}
+BETA: dict[str, Any] = {"beta": 0.1}
+FULL: dict[str, Any] = {"method": "full"}
+NO_TOKEN = 10**6  # no vocabulary has it: completions end at their full length
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_tiles() -> Iterator[None]:
+    """Beside the usual tiles of 32,768 entries so small a model would not show."""
+    with mock.patch("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 512):
+        yield
+
+
+class MarkedGRPOTrainer(PlannedGRPOTrainer):
+    """Leaves the names of phases in the profile; prompts are of one length."""
+
+    prompt_length: int
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        mark("forward")
+        return super().training_step(*args, **kwargs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return [[2] * self.prompt_length for _ in prompts], None, {}
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        mark(GENERATION_PHASE)
+        generated = super()._generate(prompts)
+        assert all(len(ids) == COMPLETION for ids in generated[1])
+        return generated
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        mark("forward" if kwargs.get("compute_entropy") else SCORING_PHASE)
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+
+def real_trainer(dry_case: DryRunCase, folder: Path) -> MarkedGRPOTrainer:
+    plan, settings = dry_case.plan, method_settings(dry_case.plan)
+    set_seed(0)
+    seed_model(dry_case, folder / "model")
+    model = load_model(str(folder / "model"), settings, "cpu")
+    # The second generation has optimizer states beside it.
+    steps = STEPS + plan.generated_rows // plan.per_device_train_batch_size
+    planned = training_arguments(plan, "cpu") | {"max_steps": steps}
+    arguments = trainer_arguments(plan.objective, planned, str(folder))
+    arguments.save_strategy = "no"
+    trainer = MarkedGRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [float(n) for n, _ in enumerate(completions)],
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": [""] * 8}),
+        processing_class=blank_tokenizer(),
+        peft_config=apply_method(model, plan.method, settings),
+    )
+    trainer.prompt_length = dry_case.row_length - COMPLETION
+    trainer.eos_token_ids = [NO_TOKEN]
+    trainer.generation_config.eos_token_id = NO_TOKEN
+    trainer.generation_kwargs["eos_token_id"] = NO_TOKEN
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "dry_case",
+    [
+        pytest.param(case(config, **GRPO, **settings), id=name)
+        for name, config, settings in (
+            ("lora, reference", LLAMA, BETA),
+            ("lora, many rows", QWEN3, {"steps_per_generation": 4}),
+            ("full, reference", LLAMA, {**FULL, **BETA}),
+            ("full, autocast", QWEN3, {**FULL, "mixed_precision": "bf16"}),
+            ("gpt2, lora", GPT2, {"target_modules": GPT2_MODULES, "attn_implementation": "eager"}),
+            ("qlora, accumulation", LLAMA, {**QLORA, "gradient_accumulation_steps": 2}),
+        )
+    ],
+)
+def test_a_dry_run_takes_what_trls_steps_take(dry_case: DryRunCase, tmp_path: Path) -> None:
+    """As near as for other objectives."""
+    trainer = real_trainer(dry_case, tmp_path)
+    real = measured(trainer)
+    done = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    assert done.num_trainable_parameters == count_trainable(trainer.model)
+    peaks = {phase: peak.allocated_bytes for phase, peak in done.record.phase_peaks().items()}
+    assert (SCORING_PHASE in real) is (SCORING_PHASE in peaks)
+    for phase in (GENERATION_PHASE, SCORING_PHASE, *PHASES):
+        if phase in real:
+            assert peaks[phase] == pytest.approx(real[phase], rel=0.01), phase
