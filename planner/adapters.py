@@ -138,6 +138,7 @@ class DoraLinear(LoraLinear):
     def __init__(self, linear: Linear, numerics: Numerics) -> None:
         super().__init__(linear, numerics)
         self.linear, self.rank = linear, numerics.rank
+        self.drops = numerics.drops
         # TRL turns what is trained beside a quantized base into bf16, all but this vector.
         width = self.width if self.quantization == "none" else FLOAT32
         self.magnitude = Weight(linear.out_features, width, trained=True)
@@ -160,7 +161,7 @@ class DoraLinear(LoraLinear):
         return result if tape.autocast else f.cast(tape, result, before)
 
     def _with_magnitude(self, tape: Tape, x: Tensor, result: Tensor) -> Tensor:
-        if not self.dropout:
+        if not self.drops:
             return f.add(tape, result, self._scaled(tape, x, result))
         x = f.dropout(tape, x, self.dropout)
         return f.add(tape, result, self._scaled(tape, x, None))

@@ -32,7 +32,8 @@ class Numerics:
     `weights`, `norms`, `adapters`: bytes a parameter. `residual`: of the hidden state. `compute`:
     what 4-bit bases compute in. `quantization`: how linear modules are held.
     `trained`: names of the layer's own parameters that are trained. `adapted`: which linear modules
-    carry an adapter, `adapter` what makes it. `rank`, `dropout`: of adapters; `adapter_input`:
+    carry an adapter, `adapter` what makes it. `rank`, `dropout`: of adapters; `drops`: they have a
+    dropout module and train, whatever its rate by now; `adapter_input`:
     bytes a value of what they read, where that is not their own width. `fused_kernels`: norms,
     rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
     `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
@@ -59,6 +60,7 @@ class Numerics:
     rank: int = 0
     adapter_input: int | None = None
     dropout: float = 0.0
+    drops: bool = False
     attn_implementation: str = "sdpa"
     fused_kernels: bool = False
     repeats_key_value: bool = False

@@ -156,6 +156,7 @@ def step_settings(
             double_quant=plan.double_quant,
             rank=plan.lora_rank,
             dropout=plan.lora_dropout if objective.has_dropout else 0.0,
+            drops=plan.lora_dropout > 0,
             attn_implementation=plan.attn_implementation,
             fused_kernels=stack.fused_kernels,
             separate_experts=stack.separates_experts,

@@ -187,7 +187,7 @@ class StepSettings:
     @property
     def in_evaluation(self) -> StepSettings:
         """Of an evaluation's pass, which has no dropout."""
-        numerics = dataclasses.replace(self.numerics, dropout=0.0)
+        numerics = dataclasses.replace(self.numerics, dropout=0.0, drops=False)
         settings = dataclasses.replace(self, numerics=numerics, has_dropout=False)
         return settings if self.whole_rows is None else self.whole_rows.of(settings)
 

@@ -31,9 +31,6 @@ from ftplan.planner.memory import Phase
 
 NEEDS_TRAINING = pytest.mark.skipif(find_spec("trl") is None, reason="needs the `train` extra")
 
-# So many of the full draw are carried out and kept so far.
-COMMITTED_BARS = dataclasses.replace(BARS, least_count=170)
-
 # What a draw on one GPU is held to.
 SMALL_BARS = Bars(least_count=8, median=0.01, p95=0.03, farthest=0.08)
 
@@ -174,7 +171,7 @@ def test_the_committed_rows_are_what_they_say() -> None:
 def test_the_closed_form_agrees_with_the_committed_references(committed: list[Compared]) -> None:
     errors = {c.reference.configuration.key: c.error for c in committed if c.estimate}
     farthest = sorted(errors.items(), key=lambda e: -abs(e[1]))[:9]
-    assert COMMITTED_BARS.reached(list(errors.values())), (len(errors), farthest)
+    assert BARS.reached(list(errors.values())), (len(errors), farthest)
 
 
 def test_the_report_says_whether_the_bars_are_reached(
