@@ -20,6 +20,7 @@ from ftplan.planner.methods import resolve_method
 from ftplan.planner.model_spec import Linear, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.objectives import asks_reference, keeps_reference
+from ftplan.planner.peft_options import PeftOptions
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prefixes import keys_in_front, prefix_of
 from ftplan.planner.prompts import prompt_maker, tokens_in_front
@@ -126,6 +127,30 @@ def step_settings(
     stack: Stack,
     trained: Trained,
 ) -> StepSettings:
+    """Of `model` as the plan's objective has it, of which `trained` is trained."""
+    whole = _of_training(model, plan, workload, kind, capability, stack, trained)
+    settings = _spread_out(whole, plan)
+    if workload.generation is not None:
+        return _with_rollout(model, plan, settings, workload.generation)
+    if not plan.resolved_objective.has_reference:
+        return settings
+    return dataclasses.replace(
+        settings,
+        reference=_of_reference(model, plan, settings),
+        asks_before=plan.precompute_ref_log_probs,
+    )
+
+
+def _of_training(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    workload: Workload,
+    kind: DeviceKind,
+    capability: tuple[int, int],
+    stack: Stack,
+    trained: Trained,
+) -> StepSettings:
+    """Of the micro-batch that is trained on, where a GPU holds the whole model."""
     autocast = plan.autocast and plan.trainer != "loop"  # a plain loop does without
     objective = plan.resolved_objective
     options = plan.resolved_method.options(plan.method_settings)
@@ -134,43 +159,10 @@ def step_settings(
     hooks_input = plan.gradient_checkpointing and (
         plan.resolved_method.adapter or stack.transformers_version is None
     )
-    in_model = plan.loss != "trl-fused"  # TRL's own is computed outside of the model
+    in_model, outer = _loses_in_model(plan), _outer_width(plan, stack)
     in_front, width = tokens_in_front(options), adapter_weight_bytes(plan)
-    attends_prompts = options.peft_type == "ADAPTION_PROMPT"
-    outer = FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
-    spread, cache = spread_of(plan, stack), _cache(model, plan, stack)
-    settings = StepSettings(
-        numerics=Numerics(
-            weights=plan.weight_bytes,
-            residual=outer,
-            norms=FLOAT32_BYTES if stack.kbit_prepare else plan.weight_bytes,
-            adapters=2 if stack.casts_back else adapter_weight_bytes(plan),
-            # What ftplan asks of bitsandbytes (launcher/training/build.py).
-            compute=plan.compute_bytes if plan.autocast else FLOAT32_BYTES,
-            quantization=plan.quantization,
-            # The same for all of the method's plans: by it the trace of a layer is known again.
-            adapter=model.remembered(
-                ("adapter", plan.method, plan.method_settings, in_model),
-                partial(adapter_maker, options, trained, loss_in_model=in_model),
-            ),
-            double_quant=plan.double_quant,
-            rank=plan.lora_rank,
-            dropout=plan.lora_dropout if objective.has_dropout else 0.0,
-            drops=plan.lora_dropout > 0,
-            attn_implementation=plan.attn_implementation,
-            fused_kernels=stack.fused_kernels,
-            separate_experts=stack.separates_experts,
-            padded=stack.padded,
-            masked_windows=workload.masked_windows,
-            cache=cache,
-            keys_in_front=keys_in_front(options),
-            mask_padding=workload.mask_padding,
-            has_bottlenecks=plan.method == "bottleneck",
-            prompt_tokens=options.count("adapter_len") if attends_prompts else 0,
-            prompt_width=plan.weight_bytes if plan.quantization == "none" else width,
-            repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
-            row_parts=plan.cp_size,
-        ),
+    return StepSettings(
+        numerics=_numerics(model, plan, workload, stack, trained),
         trained_names=_trained_in_layers(model, trained),
         adapted=_adapted_in_layers(model, trained),
         trains_embeddings=trained.trains_embeddings,
@@ -202,13 +194,13 @@ def step_settings(
         whole_rows=_whole_rows(plan, workload),
         scores=objective.scores,
         finds_top1=objective.finds_top1,
-        cache=cache,
-        spread=spread,
+        cache=_cache(model, plan, stack),
+        spread=spread_of(plan, stack),
         reduction=_reduction(plan, trained),
         partition=_partition(plan),
         update=plan.optimizer.update(),
         pairs_rows=objective.pairs_rows,
-        prompted=frozenset(trained.adapted_layers if attends_prompts else ()),
+        prompted=frozenset(trained.adapted_layers if _attends_prompts(options) else ()),
         prefix=prefix_of(options, trained, model.num_hidden_layers, width, outer),
         prompts=prompt_maker(options, trained, model.hidden_size, width),
         tokens_in_front=in_front,
@@ -216,16 +208,63 @@ def step_settings(
         early_gradients=early_gradient_bytes(options, trained, width, loss_in_model=in_model),
         loss_copies=loss_copy_bytes(options, trained, loss_in_model=in_model),
     )
-    settings = _spread_out(settings, plan)
-    if workload.generation is not None:
-        return _with_rollout(model, plan, settings, workload.generation)
-    if not objective.has_reference:
-        return settings
-    return dataclasses.replace(
-        settings,
-        reference=_of_reference(model, plan, settings),
-        asks_before=plan.precompute_ref_log_probs,
+
+
+def _numerics(
+    model: ModelSpec, plan: TrainingPlan, workload: Workload, stack: Stack, trained: Trained
+) -> Numerics:
+    """Of a layer without adapters whose own parameters are frozen."""
+    options = plan.resolved_method.options(plan.method_settings)
+    in_model, outer, width = (
+        _loses_in_model(plan),
+        _outer_width(plan, stack),
+        adapter_weight_bytes(plan),
     )
+    return Numerics(
+        weights=plan.weight_bytes,
+        residual=outer,
+        norms=FLOAT32_BYTES if stack.kbit_prepare else plan.weight_bytes,
+        adapters=2 if stack.casts_back else width,
+        # What ftplan asks of bitsandbytes (launcher/training/build.py).
+        compute=plan.compute_bytes if plan.autocast else FLOAT32_BYTES,
+        quantization=plan.quantization,
+        # The same for all of the method's plans: by it the trace of a layer is known again.
+        adapter=model.remembered(
+            ("adapter", plan.method, plan.method_settings, in_model),
+            partial(adapter_maker, options, trained, loss_in_model=in_model),
+        ),
+        double_quant=plan.double_quant,
+        rank=plan.lora_rank,
+        dropout=plan.lora_dropout if plan.resolved_objective.has_dropout else 0.0,
+        drops=plan.lora_dropout > 0,
+        attn_implementation=plan.attn_implementation,
+        fused_kernels=stack.fused_kernels,
+        separate_experts=stack.separates_experts,
+        padded=stack.padded,
+        masked_windows=workload.masked_windows,
+        cache=_cache(model, plan, stack),
+        keys_in_front=keys_in_front(options),
+        mask_padding=workload.mask_padding,
+        has_bottlenecks=plan.method == "bottleneck",
+        prompt_tokens=options.count("adapter_len") if _attends_prompts(options) else 0,
+        prompt_width=plan.weight_bytes if plan.quantization == "none" else width,
+        repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
+        row_parts=plan.cp_size,
+    )
+
+
+def _loses_in_model(plan: TrainingPlan) -> bool:
+    """TRL's own loss is computed outside of the model."""
+    return plan.loss != "trl-fused"
+
+
+def _outer_width(plan: TrainingPlan, stack: Stack) -> int:
+    """Bytes of a parameter of embeddings and output projection."""
+    return FLOAT32_BYTES if stack.kbit_prepare and not stack.casts_back else plan.weight_bytes
+
+
+def _attends_prompts(options: PeftOptions) -> bool:
+    return options.peft_type == "ADAPTION_PROMPT"
 
 
 def _input_bytes(plan: TrainingPlan) -> int:
@@ -250,8 +289,8 @@ def _whole_rows(plan: TrainingPlan, workload: Workload) -> WholeRows | None:
 def _with_rollout(
     model: ModelSpec, plan: TrainingPlan, settings: StepSettings, generation: Generation
 ) -> StepSettings:
-    """Beside adapters the model generates without
-    autocast, which is around PEFT's wrapper (`PeftModel.generate` calls what is within)."""
+    """With the passes that make completions and score them. Beside adapters the model generates
+    without autocast, which is around PEFT's wrapper (`PeftModel.generate` calls what is within)."""
     passing = dataclasses.replace(settings, gradient_checkpointing=False)
     adapter = plan.resolved_method.adapter
     scored = [passing] if generation.scores_policy else []
