@@ -11,7 +11,8 @@ from benchmarks.draws import Configuration, reason
 from benchmarks.references import Reference
 from ftplan.planner.accuracy import GroupStatistics, relative_error
 from ftplan.planner.errors import FtplanError, InputError
-from ftplan.planner.memory import COMPONENTS, MemoryEstimate, estimate_memory
+from ftplan.planner.memory import MemoryEstimate, estimate_memory
+from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.plan import TrainingPlan
 
 

@@ -22,7 +22,7 @@ from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.exact import DryRunner, case_of
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import FtplanError
-from ftplan.planner.memory import Phase
+from ftplan.planner.phases import Phase
 
 REFERENCE = Path(__file__).parent / "reference" / "draw.jsonl"
 

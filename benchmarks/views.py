@@ -13,7 +13,7 @@ from benchmarks.comparison import BARS, Compared, Report, statistics
 from benchmarks.draws import AXES, Draw, axis_values
 from benchmarks.speed import BAR_PER_SECOND, Speed
 from ftplan.launcher.ui import table
-from ftplan.planner.memory import COMPONENTS, Phase
+from ftplan.planner.phases import COMPONENTS, Phase
 from ftplan.planner.plan import flag_name
 from ftplan.planner.units import format_bytes, format_count, format_percent
 

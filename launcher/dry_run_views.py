@@ -11,7 +11,7 @@ from rich.text import Text
 from ftplan.launcher.ui import table
 from ftplan.launcher.views import phases_table
 from ftplan.planner.dry_run_summary import DryRunSummary
-from ftplan.planner.memory import COMPONENTS
+from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.step_trace import EVALUATION_PHASE, GENERATION_PHASE, SCORING_PHASE
 from ftplan.planner.units import GIB, format_bytes
 

@@ -13,15 +13,8 @@ from rich.text import Text
 
 from ftplan.launcher.ui import bar, table
 from ftplan.planner import rules_of_thumb
-from ftplan.planner.memory import (
-    COMPONENTS,
-    MEMORY_MARGIN,
-    STEP_PHASES,
-    MemoryEstimate,
-    Phase,
-    fits,
-    needed_bytes,
-)
+from ftplan.planner.memory import MEMORY_MARGIN, MemoryEstimate, fits, needed_bytes
+from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
 from ftplan.planner.units import (
     format_bytes,
     format_count,

@@ -11,7 +11,7 @@ from ftplan.planner.sharding import ZERO
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_settings import adapter_weight_bytes, spread_of
 from ftplan.planner.trained import Trained, num_elements
-from ftplan.planner.units import BYTES_PER_DTYPE
+from ftplan.planner.units import BYTES_PER_DTYPE, FLOAT32_BYTES
 
 # `save_total_limit` of what ftplan launches. A checkpoint is written before the oldest is deleted
 # (`Trainer._save_checkpoint`, transformers 5.23).
@@ -20,7 +20,6 @@ CHECKPOINTS_KEPT = 2
 # A merged model is written in 16 bits.
 MERGED_WEIGHT_BYTES = 2
 
-_FLOAT32_BYTES = 4
 
 # Random states, schedule, arguments, configuration, state of the trainer (transformers 5.23) and,
 # of an adapter, its configuration and README (PEFT 0.21), as measured.
@@ -129,4 +128,4 @@ def _saved_beside(model: ModelSpec, plan: TrainingPlan, trained: Trained) -> int
     copies = 1
     if kind == "RANDLORA":  # its bases stand there once, and for each module
         copies += sum(model.layer_counts[layer] * len(own) for layer, own in trained.adapted)
-    return index + copies * trained.frozen_parameters * _FLOAT32_BYTES
+    return index + copies * trained.frozen_parameters * FLOAT32_BYTES

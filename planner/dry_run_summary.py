@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ftplan.planner.allocator import AllocatorPeaks, allocator_peaks
-from ftplan.planner.memory import Phase
 from ftplan.planner.memory_record import MemoryRecord
+from ftplan.planner.phases import Phase
 
 CURVE_POINTS = 2000
 # How much too high, relatively, `required` may be: finer steps take a replay each.

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import COMPONENTS, compiled_step, quantized_bytes_per_weight
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_part
+from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_settings import model_rows, trained_widths
@@ -20,6 +21,7 @@ from ftplan.planner.step_trace import GENERATION_PHASE
 from ftplan.planner.tape import Form, value
 from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.trained import num_elements
+from ftplan.planner.weights import quantized_bytes_per_weight
 
 # The equation of each component's part that is there throughout.
 HELD_EQUATIONS = {

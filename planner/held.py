@@ -13,10 +13,9 @@ from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.sharded import Spread, Units
 from ftplan.planner.tape import Moment, constant
 from ftplan.planner.trained import Trained, num_elements
+from ftplan.planner.units import FLOAT32_BYTES
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 from ftplan.planner.zero3 import FLOAT64_BYTES, Partition, sub_groups
-
-FLOAT32_BYTES = 4
 
 
 def _stepping(gradients: int, temporaries: int) -> Moment:

@@ -15,6 +15,7 @@ from ftplan.planner.disk import MERGED_WEIGHT_BYTES, stored_bytes
 from ftplan.planner.hardware_spec import CPU_PROCESS_BYTES, CUDA_HOST_BYTES, DeviceKind
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.units import FLOAT32_BYTES
 
 HOST_COMPONENTS: dict[str, str] = {
     "processes": "processes: Python, its libraries, CUDA",
@@ -29,8 +30,6 @@ HOST_COMPONENTS: dict[str, str] = {
 
 # `max_shard_size` of `save_pretrained`, transformers 5: what is written at once.
 SAVED_AT_ONCE_BYTES = 50 * 10**9
-
-_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,8 +167,8 @@ def _loading(
     if plan.sharding == "fsdp" and plan.quantization == "none":
         whole = _loaded_on_host(model, plan)
         parts["weights"] += whole.get("weights", 0)
-        if plan.autocast and plan.weight_bytes != _FLOAT32_BYTES:
-            parts["copies"] = trained_own * _FLOAT32_BYTES
+        if plan.autocast and plan.weight_bytes != FLOAT32_BYTES:
+            parts["copies"] = trained_own * FLOAT32_BYTES
     return parts
 
 
@@ -232,12 +231,12 @@ def share_under_zero(
     if plan.sharding == "zero3":
         return HostShare(
             weights=base_share * width if plan.offload == "parameters" else 0,
-            gradients=share * (_FLOAT32_BYTES + width),
+            gradients=share * (FLOAT32_BYTES + width),
             optimizer_states=states,
         )
     accumulated = share * width if plan.gradient_accumulation_steps > 1 else 0
     return HostShare(
-        gradients=share * _FLOAT32_BYTES + accumulated,
+        gradients=share * FLOAT32_BYTES + accumulated,
         optimizer_states=states,
         buffers=(share + largest) * width,
     )

@@ -15,17 +15,10 @@ from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import (
-    COMPONENTS,
-    QUANT_BLOCK_SIZE,
-    RESERVED_OVER_ALLOCATED,
-    MemoryEstimate,
-    Phase,
-    memory_from_phases,
-    quantized_bytes_per_weight,
-)
+from ftplan.planner.memory import RESERVED_OVER_ALLOCATED, MemoryEstimate, memory_from_phases
 from ftplan.planner.model_spec import Attention, FeedForward, Layer, Linear, ModelSpec, Norm
 from ftplan.planner.modules import Module, Numerics, norm_module
+from ftplan.planner.phases import COMPONENTS, Phase
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import DEFAULT_CAPABILITY, cublas_workspace_bytes
 from ftplan.planner.tape import (
@@ -43,6 +36,7 @@ from ftplan.planner.tape import (
     subtract_forms,
     value,
 )
+from ftplan.planner.weights import QUANT_BLOCK_SIZE, quantized_bytes_per_weight
 
 # `lora_query` and so on, without `lora_`.
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")

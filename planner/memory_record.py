@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ftplan.planner.memory import COMPONENTS
+from ftplan.planner.phases import COMPONENTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

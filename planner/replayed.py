@@ -11,16 +11,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from ftplan.planner.allocator import allocator_peaks, replay
+from ftplan.planner.compiled_step import CompiledStep, compiled_step
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import (
-    FLOAT32_BYTES,
-    CompiledStep,
-    MemoryEstimate,
-    compiled_step,
-    context_bytes,
-    estimate_memory,
-    quantized_storages,
-)
+from ftplan.planner.memory import MemoryEstimate, context_bytes, estimate_memory
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
 from ftplan.planner.optimizer_steps import Updated
@@ -31,8 +24,9 @@ from ftplan.planner.stack import OWN_STACK, Stack, cublas_workspace_bytes
 from ftplan.planner.step_settings import model_rows, row_length, trained_widths
 from ftplan.planner.step_trace import step_units
 from ftplan.planner.tensor_parallel import one_rank
-from ftplan.planner.units import MIB
+from ftplan.planner.units import FLOAT32_BYTES, MIB
 from ftplan.planner.updated import updated_parameters
+from ftplan.planner.weights import quantized_storages
 
 # `bucket_cap_mb` of torch.nn.parallel.DistributedDataParallel.
 DDP_BUCKET_BYTES = 25 * MIB

@@ -15,8 +15,6 @@ from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
 from ftplan.planner.separate_experts import quantized_linears
 
-FLOAT32_BYTES = 4
-
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:

@@ -28,10 +28,10 @@ from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings, WholeRows
 from ftplan.planner.trained import COPIES, MethodSettings, Trained
+from ftplan.planner.units import FLOAT32_BYTES
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 from ftplan.planner.zero3 import Partition
 
-FLOAT32_BYTES = 4
 MASK_ALIGNMENT = 16  # ATen's memory-efficient kernel reads a mask in pieces of so many entries
 NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 

@@ -11,20 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.hardware_spec import Device, DeviceKind
-from ftplan.planner.memory import compiled_step, weight_memory_bytes
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
 from ftplan.planner.stack import OWN_STACK
-from ftplan.planner.step_settings import (
-    FLOAT32_BYTES,
-)
 from ftplan.planner.step_trace import StepTrace
 from ftplan.planner.tape import value
 from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.trained import Trained
+from ftplan.planner.units import FLOAT32_BYTES
 from ftplan.planner.updated import updated_parameters
+from ftplan.planner.weights import weight_memory_bytes
 
 # Share of the dense peak that large matrix products and the work around them reach together.
 # Assumed for every GPU: LoRA and full fine-tuning of 7B models with FlashAttention-2 on an A100

@@ -22,6 +22,8 @@ BYTES_PER_DTYPE: dict[str, int] = {
     "int8": 1,
 }
 
+FLOAT32_BYTES = BYTES_PER_DTYPE["float32"]
+
 DTYPE_SHORT_NAMES: dict[str, str] = {
     "fp32": "float32",
     "float": "float32",

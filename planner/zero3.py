@@ -30,9 +30,9 @@ from ftplan.planner.tape import (
     covers,
     value,
 )
+from ftplan.planner.units import FLOAT32_BYTES
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE
 
-FLOAT32_BYTES = 4
 FLOAT64_BYTES = 8
 # Elements of the share that the optimizer steps on at once.
 SUB_GROUP_SIZE = 1_000_000_000

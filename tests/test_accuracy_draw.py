@@ -27,7 +27,7 @@ from benchmarks.references import REFERENCE, Reference, carry_out, case_for, rea
 from benchmarks.shapes import FAMILIES
 from ftplan.planner import families
 from ftplan.planner.accuracy import GroupStatistics
-from ftplan.planner.memory import Phase
+from ftplan.planner.phases import Phase
 
 NEEDS_TRAINING = pytest.mark.skipif(find_spec("trl") is None, reason="needs the `train` extra")
 

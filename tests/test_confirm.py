@@ -21,7 +21,7 @@ from ftplan.planner.allocator import AllocatorPeaks
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import COMPONENTS, Phase
+from ftplan.planner.phases import COMPONENTS, Phase
 from ftplan.planner.units import GIB
 from ftplan.profiles import find_gpu
 

@@ -21,6 +21,7 @@ from ftplan.launcher.data_reader import read_data
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner import explain, explain_host, policy
 from ftplan.planner.combinations import COMBINATIONS
+from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.disk import CHECKPOINTS_KEPT
 from ftplan.planner.families import spec_from_size
@@ -34,12 +35,7 @@ from ftplan.planner.hardware_spec import (
     Device,
 )
 from ftplan.planner.host_memory import SAVED_AT_ONCE_BYTES
-from ftplan.planner.memory import (
-    MEMORY_MARGIN,
-    RESERVED_OVER_ALLOCATED,
-    compiled_step,
-    estimate_memory,
-)
+from ftplan.planner.memory import MEMORY_MARGIN, RESERVED_OVER_ALLOCATED, estimate_memory
 from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import SETTING_NAMES, TrainingPlan

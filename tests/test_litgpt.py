@@ -19,8 +19,9 @@ from ftplan.launcher.cases import Case, Refusal, read_cases
 from ftplan.launcher.commands import validate
 from ftplan.planner.errors import InputError
 from ftplan.planner.litgpt import Gpt, check_litgpt, estimate_litgpt
-from ftplan.planner.memory import COMPONENTS, MemoryEstimate
+from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import DEFAULT_CAPABILITY, cublas_workspace_bytes
 from ftplan.profiles import require_model

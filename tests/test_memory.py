@@ -15,16 +15,15 @@ from ftplan.planner.hardware_spec import (
     Device,
 )
 from ftplan.planner.memory import (
-    COMPONENTS,
     MEMORY_MARGIN,
     RESERVED_OVER_ALLOCATED,
     MemoryEstimate,
     estimate_memory,
     fits,
     needed_bytes,
-    weight_memory_bytes,
 )
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.plan import (
     TRAINERS,
     TrainingPlan,
@@ -36,6 +35,7 @@ from ftplan.planner.rules_of_thumb import (
     rule_to_dict,
 )
 from ftplan.planner.stack import cublas_workspace_bytes
+from ftplan.planner.weights import weight_memory_bytes
 
 MakeConfig = Callable[..., dict[str, Any]]
 MakeSpec = Callable[..., ModelSpec]

@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.planner.errors import InputError
-from ftplan.planner.memory import (
-    COMPONENTS,
-    MemoryEstimate,
-    estimate_memory,
-    weight_memory_bytes,
-)
+from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.sharding import ZERO
+from ftplan.planner.weights import weight_memory_bytes
 from tests.modelled_cases import TURNS, ModelledCase, modelled_cases
 
 # A case is as small as any other: there is nothing to shrink to.

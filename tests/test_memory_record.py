@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftplan.planner.dry_run_summary import CURVE_POINTS, DryRunSummary, summarize
-from ftplan.planner.memory import COMPONENTS
 from ftplan.planner.memory_record import MemoryRecord, Peak, Storage
+from ftplan.planner.phases import COMPONENTS
 
 MIB = 1024**2
 

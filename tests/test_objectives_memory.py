@@ -13,8 +13,9 @@ from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.step import dry_run
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import STEP_PHASES, estimate_memory
+from ftplan.planner.memory import estimate_memory
 from ftplan.planner.objectives import trained_model, trained_part
+from ftplan.planner.phases import STEP_PHASES
 from ftplan.planner.stack import Stack
 from ftplan.planner.trained import target_names
 from tests.dry_runs import BF16, FREEZE, GPT2, GPT2_MODULES, LLAMA, QLORA, QWEN3, REENTRANT, case

@@ -12,13 +12,9 @@ from benchmarks.references import read
 from benchmarks.reserved import ReservedErrors, compare_reserved
 from ftplan.launcher.model_source import find_source
 from ftplan.planner.allocator import replay, required_bytes
+from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import (
-    MemoryEstimate,
-    compiled_step,
-    context_bytes,
-    estimate_memory,
-)
+from ftplan.planner.memory import MemoryEstimate, context_bytes, estimate_memory
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.recipe import estimate_recipe

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from ftplan.planner.families import FAMILIES
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import weight_memory_bytes
 from ftplan.planner.methods import COMPARED_METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
@@ -20,6 +19,7 @@ from ftplan.planner.step_time import (
     forward_flops,
     micro_batch_flops,
 )
+from ftplan.planner.weights import weight_memory_bytes
 
 MakeSpec = Callable[..., ModelSpec]
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftplan.planner.memory import QUANT_BLOCK_SIZE, QUANT_SCALES_PER_BLOCK
+from ftplan.planner.weights import QUANT_BLOCK_SIZE, QUANT_SCALES_PER_BLOCK
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftplan.planner.memory import QUANT_SCALES_PER_BLOCK
+from ftplan.planner.weights import QUANT_SCALES_PER_BLOCK
 
 
 def _gemm_4bit(
