@@ -104,6 +104,9 @@ COUNTED: dict[str, dict[str, Any]] = {
 
 # What they train reaches the layers as keys and values in their cache.
 CACHE_FILLING = frozenset(("PREFIX_TUNING", "CARTRIDGE"))
+# Those that put embeddings in front of a row's own; and all that put something there.
+LENGTHENING = frozenset(("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"))
+PROMPTING = CACHE_FILLING | LENGTHENING
 
 # What changes no count: scales, dropout, how weights begin, what a checkpoint holds.
 NEUTRAL = frozenset(

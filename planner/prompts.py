@@ -7,19 +7,16 @@ from collections.abc import Callable
 
 from ftplan.planner import adapter_functions as g
 from ftplan.planner import functions as f
-from ftplan.planner.peft_options import PeftOptions
+from ftplan.planner.peft_options import LENGTHENING, PeftOptions
 from ftplan.planner.tape import Tape, Tensor, Weight, constant, per_row
 from ftplan.planner.trained import Trained
 
 PromptMaker = Callable[[Tape], Tensor]
 
-# These put embeddings in front of the row's own; the others keys and values.
-_LENGTHENING = frozenset(("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"))
-
 
 def tokens_in_front(options: PeftOptions) -> int:
     """By how many tokens each row gets longer."""
-    if options.peft_type not in _LENGTHENING:
+    if options.peft_type not in LENGTHENING:
         return 0
     return options.count("num_virtual_tokens")
 
@@ -29,7 +26,7 @@ def prompt_maker(
 ) -> PromptMaker | None:
     """What makes the learned embeddings of every row, `width` bytes a parameter; None for a method
     without."""
-    if options.peft_type not in _LENGTHENING:
+    if options.peft_type not in LENGTHENING:
         return None
     weights = {
         p.name.removeprefix("prompt_encoder."): Weight(p.num_elements, width, trained=True)

@@ -4,7 +4,7 @@ another, as both are installed."""
 from __future__ import annotations
 
 from ftplan.planner.combination import Asked, Combination, spelled
-from ftplan.planner.peft_options import CACHE_FILLING, read_options
+from ftplan.planner.peft_options import CACHE_FILLING, PROMPTING, read_options
 from ftplan.planner.sharding import PARAM_PERSISTENCE_THRESHOLD
 
 # The class calls its decoder `language_model` and has it as `model` (transformers 5.23).
@@ -18,7 +18,7 @@ DECODERS_BY_OTHER_NAMES = frozenset(
 
 _FUSED_OPTIMIZERS = ("lomo", "adalomo")
 # PEFT's methods that put a prompt before the rows and leave the model's own modules as they are.
-_PROMPTS = (*sorted(CACHE_FILLING), "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+_PROMPTS = tuple(sorted(PROMPTING))
 # PEFT's methods that train a parameter which several layers share.
 _SHARED_BY_LAYERS = ("LILY", "TINYLORA", "UNILORA", "VBLORA")
 

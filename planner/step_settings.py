@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 from ftplan.planner.adapters import (
     adapter_maker,
@@ -16,18 +16,17 @@ from ftplan.planner.generation import Generation, Rollout
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import LossShape
-from ftplan.planner.methods import resolve_method
 from ftplan.planner.model_spec import Linear, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
 from ftplan.planner.objectives import asks_reference, keeps_reference
-from ftplan.planner.peft_options import PeftOptions
+from ftplan.planner.peft_options import PROMPTING, PeftOptions
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prefixes import keys_in_front, prefix_of
 from ftplan.planner.prompts import prompt_maker, tokens_in_front
 from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings, WholeRows
-from ftplan.planner.trained import COPIES, MethodSettings, Trained
+from ftplan.planner.trained import COPIES, Trained
 from ftplan.planner.units import FLOAT32_BYTES
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 from ftplan.planner.zero3 import Partition
@@ -62,19 +61,20 @@ class Workload:
         generation = _generation(plan)
         # Without Triton, TRL's fused loss takes all places, labelled or not.
         alone = generation.completion_length if generation and kind == "cuda" else None
-        _, in_front = _in_front(plan.method, plan.method_settings)
+        _, in_front = _in_front(plan)
 
         def shape(length: int) -> LossShape:
             sizes = model.vocab_size, model.hidden_size
             return LossShape.of(plan.loss, rows, length, *sizes, alone)
 
+        own = shape(length)
         return Workload(
             rows == 1,
             plan.gradient_accumulation_steps > 1,
-            shape(length),
+            own,
             frozenset(window for window in model.sliding_windows if window <= length),
             -(length + in_front) % MASK_ALIGNMENT if in_front else 0,
-            shape(length * plan.cp_size),
+            own if plan.cp_size == 1 else shape(length * plan.cp_size),
             generation,
         )
 
@@ -106,15 +106,17 @@ def model_rows(plan: TrainingPlan, length: int) -> tuple[int, int]:
     """(rows, length) of what goes through the model at once, rows of the data being of that
     length; packed rows are one. Learned tokens stand in front of each. GPUs may divide a row."""
     rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
-    in_front, _ = _in_front(plan.method, plan.method_settings)
+    in_front, _ = _in_front(plan)
     own = -(-length // plan.cp_size)
     return (1, rows * own + in_front) if plan.packing else (rows, own + in_front)
 
 
-@lru_cache(maxsize=1024)
-def _in_front(method: str, settings: MethodSettings) -> tuple[int, int]:
+def _in_front(plan: TrainingPlan) -> tuple[int, int]:
     """Learned tokens in front of each row, and learned keys and values."""
-    options = resolve_method(method).options(settings)
+    method = plan.resolved_method
+    if method.peft_type not in PROMPTING:
+        return 0, 0
+    options = method.options(plan.method_settings)
     return tokens_in_front(options), keys_in_front(options)
 
 

@@ -212,11 +212,12 @@ class StepSettings:
         """Of each layer; equal ones are one object."""
         known: dict[object, Numerics] = {}
         found = []
-        for place in range(model.num_hidden_layers):
+        for place, layer in enumerate(model.layers):
+            masked = self.numerics.masked_windows.intersection((layer.attention.reach,))
             own = self.numerics.prompt_tokens if place in self.prompted else 0
             trained = self.trained_names.get(place, frozenset())
             again = self.checkpoints(place)
-            key = (trained, adapted := self.adapted.get(place, frozenset()), own, again)
+            key = (trained, adapted := self.adapted.get(place, frozenset()), own, again, masked)
             if key not in known:
                 known[key] = dataclasses.replace(
                     self.numerics,
@@ -224,6 +225,7 @@ class StepSettings:
                     adapted=adapted,
                     prompt_tokens=own,
                     checkpointed=again,
+                    masked_windows=masked,
                     cache=None if again and self.cache == "copies" else self.cache,
                 )
             found.append(known[key])

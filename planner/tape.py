@@ -315,16 +315,14 @@ class Tape:
         self.labels.append(storage.component)
         self.events.append(number)
         self._risen = True
-        _change(self._total, storage.size, 1)
-        _change(self._live[storage.component], storage.size, 1)
+        _change_both(self._total, self._live[storage.component], storage.size, 1)
         return number
 
     def died(self, storage: Storage) -> None:
         self.events.append(~storage.number)
         if self._risen:
             self._note()
-        _change(self._total, storage.size, -1)
-        _change(self._live[storage.component], storage.size, -1)
+        _change_both(self._total, self._live[storage.component], storage.size, -1)
 
     def relabel(self, tensor: Tensor, component: str) -> None:
         """Say what a tensor has become."""
@@ -709,6 +707,22 @@ def _change(sums: list[int], size: Form, sign: int) -> None:
         sums[1] += sign * b
         sums[2] += sign * c
         sums[4] += sign * e
+
+
+def _change_both(total: list[int], live: list[int], size: Form, sign: int) -> None:
+    """`_change` of two sums, in one call: this is what a trace does most."""
+    a, b, c, d, e = size
+    if d:
+        d *= sign
+        total[3] += d
+        live[3] += d
+    if a:
+        a *= sign
+        total[0] += a
+        live[0] += a
+    if b or c or e:
+        _change(total, (0, b, c, 0, e), sign)
+        _change(live, (0, b, c, 0, e), sign)
 
 
 def _form(sums: Sequence[int]) -> Form:
