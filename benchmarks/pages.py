@@ -26,21 +26,25 @@ _GROUPINGS = ("shape", "objective", "quantization", "sharding", "trainer")
 Rows = list[list[str]]
 
 
+@cache
 def by_trainer() -> Rows:
     """Allocated memory of the runs in tests/measured, as `ftplan validate` prints it."""
     rows = trainer_rows(list(compare(_measured(), closed_form)))
     return [row[:2] + row[3:] for row in rows if row[2] == "allocated"]
 
 
+@cache
 def by_rule() -> Rows:
     """ftplan and each rule of thumb on the same runs."""
     return [[group.method, group.title, *group.cells] for group in rules.groups(_measured())]
 
 
+@cache
 def sources_of_rules() -> Rows:
     return [[rule.title, rule.source, rule.leaves_out] for rule in RULES.values()]
 
 
+@cache
 def by_draw() -> Rows:
     """The closed form beside the dry runs of the reference file."""
     found = comparison.Report.of([comparison.compare(reference) for reference in read()])
