@@ -233,7 +233,7 @@ class _Session:
         for slot in self.uncatalogued:
             self.notes.append(
                 f"{slot.label} is left out: the catalog has no GPU that the driver calls "
-                f"`{slot.gpu_name}`; a file {_catalog_file(slot.gpu_name)} would add it"
+                f"`{slot.gpu_name}`; an entry in profiles/gpus would add it"
             )
         return tuple(devices)
 
@@ -460,16 +460,16 @@ def _rates_share(slot: _Slot, entry: GpuEntry, memory_bytes: int) -> tuple[float
 def _uncatalogued_error(name: str) -> InputError:
     return InputError(
         f"the driver reports a GPU named `{name}`, which the catalog does not have",
-        f"add a file {_catalog_file(name)} with its data-sheet numbers and this name under "
-        "`nvml_names`, or set CUDA_VISIBLE_DEVICES to nothing to use the processor",
+        f"add an entry `{_catalog_key(name)}` to a file of profiles/gpus with its data-sheet "
+        "numbers and this name under `nvml_names`, or set CUDA_VISIBLE_DEVICES to nothing to use "
+        "the processor",
     )
 
 
-def _catalog_file(name: str) -> str:
-    """Where a GPU of that name would be added: `profiles/gpus/rtx-4090.yaml`."""
+def _catalog_key(name: str) -> str:
+    """What a GPU of that name would be called in the catalog: `rtx-4090`."""
     words = re.findall(r"[a-z0-9]+", name.casefold())
-    key = "-".join(word for word in words if word not in ("nvidia", "geforce"))
-    return f"profiles/gpus/{key}.yaml"
+    return "-".join(word for word in words if word not in ("nvidia", "geforce"))
 
 
 def _decoded(text: str | bytes) -> str:

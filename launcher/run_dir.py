@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from ftplan.planner.errors import InputError
-from ftplan.profiles import read_yaml
 
 # Kept when a run is repeated: what it was started from.
 _INPUTS = frozenset(
@@ -232,7 +231,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """A JSON or YAML file that holds a mapping; raises InputError otherwise."""
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else read_yaml(text)
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"cannot read `{path}`: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:

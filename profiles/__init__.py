@@ -1,30 +1,28 @@
-"""Facts as data: models and GPUs, one YAML file each, every number with its source.
+"""Facts as data: a JSON file for each model and each generation of GPUs, every number with its
+source.
 
 Loaders only; what the numbers mean stands in `ftplan.planner`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.hardware_spec import ASSUMED_CUDA_CONTEXT_BYTES, Device
 from ftplan.planner.model_spec import ModelSpec
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelEntry:
-    """A catalogued model. Its configuration is parsed when it is asked for: of the many models
-    of the catalog, a command needs one."""
+    """A catalogued model. `config` is what stands in its config.json."""
 
     name: str
     hub_id: str
@@ -32,12 +30,7 @@ class ModelEntry:
     licence: str
     kind: str
     num_parameters: int
-    config_text: str
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """What stands in the model's config.json."""
-        return _parsed(self.config_text)
+    config: Mapping[str, Any]
 
     @property
     def spec(self) -> ModelSpec:
@@ -56,7 +49,7 @@ class GpuEntry:
     memory_bytes: int
     memory_bandwidth_bytes_per_second: float
     peak_flops_per_second: Mapping[str, float]
-    context_bytes: int = ASSUMED_CUDA_CONTEXT_BYTES
+    context_bytes: int
     """What a training process holds besides the allocator's memory, where it was measured."""
 
     def device(self) -> Device:
@@ -74,39 +67,26 @@ class GpuEntry:
         )
 
 
-def read_yaml(text: str) -> Any:
-    """Parse YAML with the safe loader."""
-    return yaml.load(text, Loader=_Loader)
+def _texts(folder: str) -> Iterator[str]:
+    """Every file of a data folder."""
+    for item in sorted(_root(folder).iterdir()):
+        if item.name.endswith(".json"):
+            yield item.read_text(encoding="utf-8")
 
 
-@cache
-def _parsed(config_text: str) -> Mapping[str, Any]:
-    parsed: Mapping[str, Any] = read_yaml(config_text)
-    return parsed
-
-
-@cache
-def _texts(folder: str) -> Mapping[str, str]:
-    """Every YAML file of a data folder, by stem."""
-    root = files(f"ftplan.profiles.{folder}")
-    return {
-        item.name.removesuffix(".yaml"): item.read_text(encoding="utf-8")
-        for item in sorted(root.iterdir(), key=lambda i: i.name)
-        if item.name.endswith(".yaml")
-    }
+def _root(folder: str) -> Path:
+    return Path(__file__).parent / folder
 
 
 @cache
 def model_catalog() -> Mapping[str, ModelEntry]:
     """The model catalog, by name."""
-    return {stem: _model_entry(text) for stem, text in _texts("models").items()}
+    entries = map(_model_entry, _texts("models"))
+    return {entry.name: entry for entry in entries}
 
 
-@cache
 def _model_entry(text: str) -> ModelEntry:
-    """A file of the catalog, whose last key is `config`."""
-    facts, _, config_text = text.partition("\nconfig:\n")
-    entry = read_yaml(facts)
+    entry = json.loads(text)
     return ModelEntry(
         name=entry["name"],
         hub_id=entry["hub_id"],
@@ -114,43 +94,45 @@ def _model_entry(text: str) -> ModelEntry:
         licence=entry["licence"],
         kind=entry["kind"],
         num_parameters=entry["num_parameters"],
-        config_text=config_text,
+        config=entry["config"],
     )
 
 
 @cache
 def gpu_catalog() -> Mapping[str, GpuEntry]:
-    """The GPU catalog, by key."""
-    return {
-        stem: GpuEntry(
-            key=stem,
-            name=entry["name"],
-            aliases=tuple(entry["aliases"]),
-            nvml_names=tuple(entry["nvml_names"]),
-            compute_capability=tuple(entry["compute_capability"]),
-            memory_bytes=entry["memory_bytes"]["value"],
-            memory_bandwidth_bytes_per_second=entry["memory_bandwidth_bytes_per_second"]["value"],
-            peak_flops_per_second={
-                dtype: number["value"] for dtype, number in entry["peak_flops_per_second"].items()
-            },
-            **(
-                {"context_bytes": entry["context_bytes"]["value"]}
-                if "context_bytes" in entry
-                else {}
-            ),
-        )
-        for stem, entry in ((stem, read_yaml(text)) for stem, text in _texts("gpus").items())
-    }
+    """The GPU catalog, by key, in the order of the keys."""
+    entries = {key: entry for text in _texts("gpus") for key, entry in json.loads(text).items()}
+    return {key: _gpu_entry(key, entries[key]) for key in sorted(entries)}
 
 
+def _gpu_entry(key: str, entry: Mapping[str, Any]) -> GpuEntry:
+    context = entry.get("context_bytes", {"value": ASSUMED_CUDA_CONTEXT_BYTES})
+    return GpuEntry(
+        key=key,
+        name=entry["name"],
+        aliases=tuple(entry["aliases"]),
+        nvml_names=tuple(entry["nvml_names"]),
+        compute_capability=tuple(entry["compute_capability"]),
+        memory_bytes=entry["memory_bytes"]["value"],
+        memory_bandwidth_bytes_per_second=entry["memory_bandwidth_bytes_per_second"]["value"],
+        peak_flops_per_second={
+            dtype: number["value"] for dtype, number in entry["peak_flops_per_second"].items()
+        },
+        context_bytes=context["value"],
+    )
+
+
+@cache
 def find_model(name: str) -> ModelEntry | None:
     """The catalogued model of that name, alias or Hub id, in any case; None if there is none."""
     wanted = name.casefold()
-    for text in _texts("models").values():
-        if wanted in text.casefold():  # to parse every file takes longer than an estimate may
-            entry = _model_entry(text)
-            if wanted in (entry.name, entry.hub_id.casefold(), *entry.aliases):
-                return entry
+    file = _root("models") / f"{wanted}.json"
+    # The other files need not be read. Path.is_file raises for a name that is too long.
+    if "/" not in wanted and os.path.isfile(file):
+        return _model_entry(file.read_text(encoding="utf-8"))
+    for entry in model_catalog().values():
+        if wanted in (entry.hub_id.casefold(), *entry.aliases):
+            return entry
     return None
 
 
@@ -195,6 +177,5 @@ __all__ = [
     "find_model",
     "gpu_catalog",
     "model_catalog",
-    "read_yaml",
     "require_model",
 ]

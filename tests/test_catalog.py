@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from ftplan.planner.families.remote import REMOTE
 from tests.meta_models import build
 
 FOLDER = Path(__file__).parents[1] / "profiles"
-MODEL_FILES = sorted((FOLDER / "models").glob("*.yaml"))
-GPU_FILES = sorted((FOLDER / "gpus").glob("*.yaml"))
+MODEL_FILES = sorted((FOLDER / "models").glob("*.json"))
+GPU_FILES = sorted((FOLDER / "gpus").glob("*.json"))
 
 
 def stem(path: Path) -> str:
@@ -25,14 +26,17 @@ def stem(path: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    entry = profiles.read_yaml(path.read_text(encoding="utf-8"))
+    entry = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(entry, dict)
     return entry
 
 
+GPUS = {key: entry for path in GPU_FILES for key, entry in read(path).items()}
+
+
 def test_the_catalogs_hold_every_file() -> None:
     assert set(profiles.model_catalog()) == {path.stem for path in MODEL_FILES}
-    assert set(profiles.gpu_catalog()) == {path.stem for path in GPU_FILES}
+    assert set(profiles.gpu_catalog()) == set(GPUS)
 
 
 def test_the_catalogs_can_be_asked_again_and_again() -> None:
@@ -40,7 +44,7 @@ def test_the_catalogs_can_be_asked_again_and_again() -> None:
         assert profiles.find_model("gpt2") is not None
         assert profiles.find_gpu("t4").name == "T4"
         assert len(profiles.model_catalog()) == len(MODEL_FILES)
-        assert len(profiles.gpu_catalog()) == len(GPU_FILES)
+        assert len(profiles.gpu_catalog()) == len(GPUS)
 
 
 # --- models
@@ -108,7 +112,6 @@ def test_a_model_is_filed_under_its_name(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=stem)
 def test_a_model_is_read_as_its_file_has_it(path: Path) -> None:
-    """Parsed in two parts, the second when it is asked for."""
     entry, found = read(path), profiles.require_model(path.stem)
     for field in ("name", "hub_id", "licence", "kind", "num_parameters", "config"):
         assert getattr(found, field) == entry[field], field
@@ -222,10 +225,10 @@ def figures(value: Any, where: str) -> Iterator[tuple[str, Any]]:
         yield where, {"value": value}
 
 
-@pytest.mark.parametrize("path", GPU_FILES, ids=stem)
-def test_every_figure_of_a_gpu_has_kind_and_source(path: Path) -> None:
-    found = dict(figures(read(path), path.stem))
-    assert {f"{path.stem}.memory_bytes", f"{path.stem}.memory_bandwidth_bytes_per_second"} <= set(
+@pytest.mark.parametrize("key", GPUS)
+def test_every_figure_of_a_gpu_has_kind_and_source(key: str) -> None:
+    found = dict(figures(GPUS[key], key))
+    assert {f"{key}.memory_bytes", f"{key}.memory_bandwidth_bytes_per_second"} <= set(
         found
     )
     for where, figure in found.items():
@@ -235,31 +238,30 @@ def test_every_figure_of_a_gpu_has_kind_and_source(path: Path) -> None:
         assert figure["source"].strip(), where
 
 
-@pytest.mark.parametrize("path", GPU_FILES, ids=stem)
-def test_a_gpu_lists_bfloat16_just_where_it_computes_it(path: Path) -> None:
-    entry = read(path)
+@pytest.mark.parametrize("key", GPUS)
+def test_a_gpu_lists_bfloat16_just_where_it_computes_it(key: str) -> None:
+    entry = GPUS[key]
     rates = set(entry["peak_flops_per_second"])
     assert {"float32", "float16"} <= rates
     assert ("bfloat16" in rates) == (tuple(entry["compute_capability"]) >= (8, 0))
 
 
-@pytest.mark.parametrize("path", GPU_FILES, ids=stem)
-def test_a_gpu_is_found_by_each_of_its_names_in_any_case(path: Path) -> None:
-    entry = read(path)
-    for name in (path.stem, entry["name"], *entry["aliases"], *entry["nvml_names"]):
+@pytest.mark.parametrize("key", GPUS)
+def test_a_gpu_is_found_by_each_of_its_names_in_any_case(key: str) -> None:
+    entry = GPUS[key]
+    for name in (key, entry["name"], *entry["aliases"], *entry["nvml_names"]):
         for spelling in (name, name.upper(), name.lower(), name.replace(" ", "-")):
-            assert profiles.find_gpu(spelling).key == path.stem, spelling
+            assert profiles.find_gpu(spelling).key == key, spelling
     for name in entry["nvml_names"]:
         found = profiles.find_gpu_by_nvml_name(name)
-        assert found is not None and found.key == path.stem
+        assert found is not None and found.key == key
 
 
 def test_no_two_gpus_share_a_name() -> None:
     """As they are looked up: case, blanks and dashes do not tell names apart."""
     names: Counter[str] = Counter()
-    for path in GPU_FILES:
-        entry = read(path)
-        spellings = (path.stem, entry["name"], *entry["aliases"], *entry["nvml_names"])
+    for key, entry in GPUS.items():
+        spellings = (key, entry["name"], *entry["aliases"], *entry["nvml_names"])
         names.update({s.casefold().replace(" ", "-").removeprefix("nvidia-") for s in spellings})
     assert [name for name, count in names.items() if count > 1] == []
 
