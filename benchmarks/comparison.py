@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from msgspec import Struct, structs
 
 from benchmarks.draws import Configuration, reason
 from benchmarks.references import Reference
@@ -16,8 +17,7 @@ from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.plan import TrainingPlan
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bars:
+class Bars(Struct, frozen=True, kw_only=True):
     """What the closed form must reach: the absolute relative error of the allocated peak, and
     how many configurations it is taken over, since a refusal is no answer."""
 
@@ -74,8 +74,7 @@ GROUPINGS: Mapping[str, Callable[[Configuration, TrainingPlan], str]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Compared:
+class Compared(Struct, frozen=True, kw_only=True):
     """A configuration by dry run and in closed form; or why one of them refused it."""
 
     reference: Reference
@@ -134,8 +133,7 @@ def closed_form(configuration: Configuration) -> MemoryEstimate:
     return estimate_memory(source.spec, configuration.plan)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
+class Report(Struct, frozen=True, kw_only=True):
     """All comparisons: those with both figures, and who refused the others why."""
 
     compared: tuple[Compared, ...]
@@ -182,7 +180,7 @@ class Report:
         return {
             "schema": 1,
             "within": self.within,
-            "bars": asdict(BARS),
+            "bars": structs.asdict(BARS),
             "all": statistics(self.errors),
             "groups": {
                 name: {group: statistics(errors) for group, errors in groups.items()}

@@ -11,9 +11,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import Any
+
+from msgspec import Struct
 
 from benchmarks.shapes import FAMILIES, random_config
 from ftplan.launcher.exact import case_of
@@ -157,8 +158,7 @@ AXES: Mapping[str, Weights] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Configuration:
+class Configuration(Struct, frozen=True, kw_only=True):
     """A model and the settings given for it.
 
     `model`: a catalog name; None for a random shape, which `config` describes.
@@ -210,8 +210,7 @@ def _source(config: Mapping[str, Any]) -> ModelSource:
     return ModelSource(spec=spec, config=config, origin="drawn", stand_in=stand_in)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Draw:
+class Draw(Struct, frozen=True, kw_only=True):
     """`redrawn`: why hands were refused and drawn again, and how many."""
 
     configurations: tuple[Configuration, ...]

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ftplan.planner.units import GIB
 
@@ -45,8 +46,7 @@ DEEPSEEK_V3 = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(Struct, frozen=True):
     """What is estimated, and the seconds it may take on two cores."""
 
     name: str

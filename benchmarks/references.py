@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+
+from msgspec import Struct
 
 from benchmarks.draws import Configuration
 from ftplan.launcher.dry_run.case import DryRunCase
@@ -38,8 +39,7 @@ _COUNTS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reference:
+class Reference(Struct, frozen=True, kw_only=True):
     """One configuration's dry run. `refused`: why there are no figures; else None.
 
     `target_modules`: what `all-linear` meant, which follows from what ftplan knows of a family.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from benchmarks.comparison import compare, statistics
 from benchmarks.references import Reference
@@ -16,8 +17,7 @@ from ftplan.planner.stack import OWN_STACK
 _SHARES = {True: RESERVED_OVER_ALLOCATED["trl"], False: RESERVED_OVER_ALLOCATED["transformers"]}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReservedErrors:
+class ReservedErrors(Struct, frozen=True, kw_only=True):
     """Relative errors of the peak of reserved bytes on one configuration: the closed form's
     replay, and the share in its place."""
 

@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -35,8 +35,7 @@ _LEGEND = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class Group(Struct, frozen=True, kw_only=True):
     """What a rule says of the runs of one method: of how many, and how far off it is."""
 
     method: str

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from random import Random
 from typing import Any
+
+from msgspec import Struct
 
 Config = dict[str, Any]
 
@@ -29,8 +30,7 @@ _GPT2_NAMES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
+class Family(Struct, frozen=True, kw_only=True):
     """What a draw needs to know of an architecture, by transformers' names.
 
     `shape`: a random `config.json`, without `model_type`. `attention`: the attention's linear

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
+
+from msgspec import Struct, structs
 
 from ftplan.launcher.model_source import find_source
 from ftplan.planner.closed_form import check_closed_form
@@ -40,8 +41,7 @@ _VARIED: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Speed:
+class Speed(Struct, frozen=True, kw_only=True):
     """Of all estimates of so many models. `seconds` of processor time."""
 
     models: int
@@ -62,7 +62,7 @@ class Speed:
             "within": self.within,
             "bar_per_second": BAR_PER_SECOND,
             "per_second": self.per_second,
-            **asdict(self),
+            **structs.asdict(self),
         }
 
 

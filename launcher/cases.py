@@ -11,9 +11,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+
+from msgspec import Struct
 
 from ftplan.launcher.data_reader import decode, read_bytes
 from ftplan.launcher.model_source import ModelSource, cached_folder, find_source
@@ -129,8 +130,7 @@ _HINT = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class Case(Struct, frozen=True, kw_only=True):
     """One measured run, as ftplan would plan it.
 
     `trainer`: the file's own word; the plan's may be another that does the same. `gpu` is None
@@ -164,8 +164,7 @@ class Case:
     """The run begins with its longest batch."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
+class Refusal(Struct, frozen=True, kw_only=True):
     """A line that is no case for ftplan, with every reason found, the weightiest first."""
 
     id: str
@@ -195,8 +194,7 @@ def read_cases(path: Path, environ: Mapping[str, str] = os.environ) -> list[Case
     return [_case(number, value, find_model) for number, value in values.items()]
 
 
-@dataclass(frozen=True, slots=True)
-class _Broken:
+class _Broken(Struct, frozen=True):
     """A line that is no JSON object."""
 
     reason: str

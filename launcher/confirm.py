@@ -5,7 +5,7 @@ Where the dry run needs more memory than there is, the next plan of the ranking 
 
 from __future__ import annotations
 
-import dataclasses
+from msgspec import structs
 
 from ftplan.launcher.exact import DryRunner, case_of, memory_of, shown_dry_runs
 from ftplan.launcher.planning import Planned
@@ -46,7 +46,7 @@ def _confirmed(ui: Ui, planned: Planned, runner: DryRunner) -> Planned:
     for candidate in (planned.chosen, *planned.ranking.alternatives):
         exact = _with_exact_memory(planned, candidate, runner)
         if fits(exact.memory, planned.device):
-            return dataclasses.replace(planned, chosen=exact, confirmed=True)
+            return structs.replace(planned, chosen=exact, confirmed=True)
         ui.say(
             f"{candidate.plan.method} needs {format_bytes(needed_bytes(exact.memory))} by dry run, "
             f"not {format_bytes(needed_bytes(candidate.memory))}: it does not fit"
@@ -73,4 +73,4 @@ def _with_exact_memory(planned: Planned, candidate: Evaluated, runner: DryRunner
         padded=batch[-1] < longest,
     )
     memory = memory_of(runner.run(case), planned.source, plan, planned.device)
-    return dataclasses.replace(candidate, memory=memory)
+    return structs.replace(candidate, memory=memory)

@@ -32,8 +32,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.launcher.host import CPU_THREADS, cpu_flags
 
@@ -55,8 +56,7 @@ CHAIN_SEQUENCES = (8, 16)
 NATIVE_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CpuRates:
+class CpuRates(Struct, frozen=True, kw_only=True):
     """What training on the processor reaches; FLOP/s keyed by dtype name."""
 
     flops_per_second: Mapping[str, float]

@@ -16,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from ftplan.planner.data_profile import Problem
 from ftplan.planner.errors import InputError
@@ -40,14 +41,12 @@ _ANSWER_FIELDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Struct, frozen=True):
     role: str
     content: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class Row(Struct, frozen=True, kw_only=True):
     """A usable row: a conversation that ends with the assistant, or plain text."""
 
     line: int
@@ -64,8 +63,7 @@ class Row:
         return self.messages[-1].content if self.messages else self.text
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataFile:
+class DataFile(Struct, frozen=True, kw_only=True):
     """A data file, read. `num_rows` counts all rows, `rows` holds the usable ones.
 
     `unit` says what `Row.line` and `Problem.first_lines` count: a JSON array's rows have no lines.

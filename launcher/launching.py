@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shutil
@@ -56,7 +55,7 @@ def _write_files(run: RunDir, planned: Planned) -> None:
     plan, device = planned.chosen.plan, planned.device
     model = planned.source
     train = emit.train_config(
-        dataclasses.replace(plan, target_modules=target_names(model.spec, plan.target_modules)),
+        plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
         device,
         model=str((model.folder or Path()).resolve()),
         data=_keep_data(run, planned.data),

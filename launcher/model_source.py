@@ -10,9 +10,10 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import (
@@ -31,8 +32,7 @@ _HUB_TIMEOUT_SECONDS = 5
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSource:
+class ModelSource(Struct, frozen=True, kw_only=True):
     """A model's shape and where it came from.
 
     `config`: what its config.json holds. `hub_id` and `folder` say where weights are: either, both

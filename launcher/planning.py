@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, structs
 
 from ftplan.launcher import default_model
 from ftplan.launcher.data_reader import DataFile, read_data
@@ -51,8 +51,7 @@ INSTALL_TRAINING = "`pip install -c constraints.txt '.[train]'` in ftplan's fold
 _FREE_LICENCES = ("Apache-2.0", "MIT")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
+class Planned(Struct, frozen=True, kw_only=True):
     """Everything that was found out and chosen."""
 
     data: DataFile
@@ -320,7 +319,7 @@ def with_weights(ui: Ui, source: ModelSource) -> ModelSource:
     folder = cached_folder(source.hub_id)
     if folder is None or not has_weights(folder):
         folder = _fetch(ui, source.hub_id)
-    return dataclasses.replace(source, folder=folder)
+    return structs.replace(source, folder=folder)
 
 
 def _fetch(ui: Ui, hub_id: str) -> Path:

@@ -11,9 +11,10 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar, cast
+
+from msgspec import Struct, structs
 
 from ftplan.launcher.cpu_rates import MeasurementFailed, assumed_rates, measured_rates
 from ftplan.launcher.host import read_host
@@ -189,8 +190,7 @@ def _has_nvidia_display_card(root: Path) -> bool:
     return False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Slot:
+class _Slot(Struct, frozen=True, kw_only=True):
     """A device that CUDA could use: a GPU, or a MIG device (`handle`) in a GPU (`gpu_handle`)."""
 
     index: int
@@ -210,14 +210,13 @@ class _Slot:
         return f"GPU {self.index}" + (f" ({self.name})" if self.is_mig else "")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Session:
+class _Session(Struct, frozen=True, kw_only=True):
     """A started NVML, and the notes on what it would not tell."""
 
     nvml: NvmlModule
     root: Path
     notes: list[str]
-    uncatalogued: list[_Slot] = field(default_factory=list)
+    uncatalogued: list[_Slot] = []
 
     def driver_version(self) -> str | None:
         return self._text("the driver's version is unknown", self.nvml.nvmlSystemGetDriverVersion)
@@ -269,7 +268,7 @@ class _Session:
                 continue
             name = self._text(None, nvml.nvmlDeviceGetName, mig) or f"{gpu.name} MIG"
             uuid = self._uuid(mig, f"{gpu.label}, MIG device {place}")
-            slots.append(replace(gpu, handle=mig, name=name, uuid=uuid))
+            slots.append(structs.replace(gpu, handle=mig, name=name, uuid=uuid))
         if not slots:
             self.notes.append(
                 f"{gpu.label} is left out: MIG is on, but it has no MIG device; "

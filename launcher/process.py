@@ -15,10 +15,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.errors import InterruptedRunError, RunFailedError
@@ -37,8 +38,7 @@ _DIED_BY = re.compile(r"(?:died with <Signals\.|Signal \d+ \()(SIG\w+)")
 Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 
 
-@dataclass(slots=True)
-class _Request:
+class _Request(Struct):
     """What the person wants of the run, and what the run has been told of it."""
 
     wanted: int = _GO_ON

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct, structs
 
 from ftplan.launcher.data_reader import DataFile, Row, where
 from ftplan.launcher.tokens import RowTokenizer
@@ -25,8 +25,7 @@ _MAX_EVAL_ROWS = 500
 SPLIT_SEED = 42
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
+class Split(Struct, frozen=True, kw_only=True):
     """Rows to train on and rows held out."""
 
     train: tuple[Row, ...]
@@ -112,7 +111,7 @@ def profile_to_dict(profile: DataProfile, max_position_embeddings: int) -> dict[
         "num_usable_rows": profile.num_usable_rows,
         "num_train_rows": profile.num_train_rows,
         "num_eval_rows": profile.num_eval_rows,
-        "problems": [dataclasses.asdict(problem) for problem in profile.problems],
+        "problems": [structs.asdict(problem) for problem in profile.problems],
         "token_lengths": profile.summary(),
         "max_length": max_length,
         "truncated_rows": profile.cut_rows(max_length),

@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from msgspec import Struct
 
 from ftplan.planner.errors import InputError
 
@@ -24,8 +24,7 @@ _INPUTS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RunDir:
+class RunDir(Struct, frozen=True):
     """Paths of one run. Making the object touches nothing."""
 
     root: Path

@@ -8,10 +8,11 @@ before every text (Llama's, Gemma's), so do we; a chat template writes its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.launcher.data_reader import Message, Row
 from ftplan.planner.errors import InputError
@@ -26,16 +27,14 @@ _OTHER_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """A stretch of text, and whether its tokens carry loss."""
 
     text: str
     trained: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRow:
+class TokenRow(Struct, frozen=True):
     """A row as training sees it: `completion_mask` is 1 where a token carries loss."""
 
     input_ids: list[int]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
+
+from msgspec import Struct, structs
 
 from ftplan.planner.memory import MEMORY_MARGIN
 
@@ -19,8 +20,7 @@ QUANTITIES = ("allocated_bytes", "reserved_bytes", "device_bytes", "tokens_per_s
 FAR_UNDER = MEMORY_MARGIN
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
+class Prediction(Struct, frozen=True, kw_only=True):
     """What is predicted of one run, per GPU. No speed where the GPU is not known."""
 
     allocated_bytes: int
@@ -29,8 +29,7 @@ class Prediction:
     tokens_per_second_per_gpu: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class Comparison(Struct, frozen=True, kw_only=True):
     """A prediction beside what was measured; or, with no prediction, why it was refused.
 
     `refused` names every reason, the weightiest first. `is_bound`: the rows' length is known as a
@@ -70,7 +69,7 @@ class Comparison:
         """The object of `validate --json`."""
         return {
             "id": self.id,
-            "predicted": asdict(self.predicted) if self.predicted else None,
+            "predicted": structs.asdict(self.predicted) if self.predicted else None,
             "measured": dict(self.measured),
             "relative_error": {quantity: self.error(quantity) for quantity in QUANTITIES},
             "bound": "upper" if self.is_bound else None,
@@ -98,8 +97,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupStatistics:
+class GroupStatistics(Struct, frozen=True, kw_only=True):
     """Relative errors of one quantity over a group of runs.
 
     `median` and `p95` are of the absolute error, `bias` is the mean of the signed one.

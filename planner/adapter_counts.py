@@ -6,11 +6,11 @@ the source. Names are PEFT's, without the adapter's own (`default`).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, structs
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Parameter
@@ -34,12 +34,11 @@ Shape = tuple[int, ...]
 _Paths = Mapping[str, Mapping[str, Shape]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tensors:
+class Tensors(Struct, frozen=True, kw_only=True):
     """What a method adds in one place: trained, not trained, and tables of whole numbers."""
 
     trained: Mapping[str, Shape]
-    frozen: Mapping[str, Shape] = field(default_factory=dict)
+    frozen: Mapping[str, Shape] = {}
     index_bytes: int = 0
 
 
@@ -468,8 +467,7 @@ def _check_at_most(o: PeftOptions, name: str, module: str, most: int) -> None:
 # --- what all modules share, or several of them: trained, and not trained
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(Struct, frozen=True):
     """Adapted linear modules of one shape and name, and how many there are."""
 
     linear: Linear
@@ -861,7 +859,7 @@ def with_copies(model: ModelSpec, options: PeftOptions, trained: Trained) -> Tra
         if not any(name.endswith(ending) for name in copied):
             raise UnknownNameError("module to save", ending, {m[0] for m in inside + outside})
     everywhere = bool(copied.intersection(name for name, _, _ in inside))
-    return dataclasses.replace(
+    return structs.replace(
         trained,
         held_as_base=(*trained.held_as_base, *tally.parameters()),
         adapted_layers=(
@@ -876,7 +874,7 @@ def with_copies(model: ModelSpec, options: PeftOptions, trained: Trained) -> Tra
 def _copy(module: str, parameter: Parameter) -> Parameter:
     """`lm_head.weight` as `lm_head.modules_to_save.weight`."""
     kind = parameter.name.rpartition(".")[2]
-    return dataclasses.replace(parameter, name=f"{module}.modules_to_save.{kind}")
+    return structs.replace(parameter, name=f"{module}.modules_to_save.{kind}")
 
 
 def tokens_of(model: ModelSpec, indices: Sequence[int]) -> tuple[Parameter, Parameter]:

@@ -6,9 +6,10 @@ LoRA itself is among `modules`; the others are in `adapter_products`, `adapter_r
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
+
+from msgspec import structs
 
 from ftplan.planner import adapter_functions as g
 from ftplan.planner import functions as f
@@ -82,7 +83,7 @@ def adapter_maker(
         return None
 
     def make(linear: Linear, numerics: Numerics) -> Module:
-        ranked = dataclasses.replace(numerics, rank=trained.rank_of(linear))
+        ranked = structs.replace(numerics, rank=trained.rank_of(linear))
         return kind(linear, ranked, options)
 
     return make

@@ -19,8 +19,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 _MIB = 1024**2
 
@@ -45,8 +46,7 @@ _ENDLESS_BYTES: Final = 1 << 60
 _FIRST_STEP = 0.01
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replay:
+class Replay(Struct, frozen=True, kw_only=True):
     """What the allocator held over a record of events, as torch counts it."""
 
     allocated_peak_bytes: int
@@ -61,8 +61,7 @@ class Replay:
     """The event that ran out of memory, where the replay stopped; `None`: none did."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AllocatorPeaks:
+class AllocatorPeaks(Struct, frozen=True, kw_only=True):
     """What the caching allocator holds. `required`: the least free memory that suffices."""
 
     reserved_peak_bytes: int

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from ftplan.planner.exchange import Call, watched
 from ftplan.planner.model_spec import Parameter
 from ftplan.planner.tape import Tape, Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleEvent:
+class ModuleEvent(Struct, frozen=True):
     """A module is about to run, or has run: forward or backward.
 
     `module`: its number among what the tape met, or its name where several tapes meet it.

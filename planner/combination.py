@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.model_spec import ModelSpec
@@ -16,8 +17,7 @@ from ftplan.planner.trained import LM_HEAD, embedding_name
 Outcome = Literal["warned", "not run", "refused"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caution:
+class Caution(Struct, frozen=True, kw_only=True):
     """What a person is warned about: a stable name, what is so, and what to do instead."""
 
     name: str
@@ -31,8 +31,7 @@ class Caution:
         return {"name": self.name, "text": self.text, "way_out": self.way_out}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class Asked(Struct, frozen=True, kw_only=True):
     """What a combination is looked for in; `device` is None where none is named."""
 
     model: ModelSpec
@@ -83,8 +82,7 @@ class Asked:
 Say = Callable[[Asked], str]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Combination:
+class Combination(Struct, frozen=True, kw_only=True):
     """When something `applies`, its `text` and `way_out`; `source`: how it is known."""
 
     name: str

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import attrgetter
+
+from msgspec import Struct
 
 from ftplan.planner.adapters import unseen_gradient_bytes
 from ftplan.planner.closed_form import check_closed_form
@@ -126,8 +127,7 @@ class TracedStep:
         return known
 
 
-@dataclass(frozen=True, kw_only=True)
-class Span:
+class Span(Struct, frozen=True, kw_only=True):
     """A part of a run: its phase, what is `held` throughout it by component, which moments of a
     trace come on top, and a moment of the optimizer's step, of fixed size."""
 
@@ -148,8 +148,7 @@ class Span:
         return above if stepping is None else [with_parts(stepping, m.components) for m in above]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Standing:
+class Standing(Struct, frozen=True, kw_only=True, dict=True):
     """What a plan holds whatever the batch, on the GPU in each span of a run, and elsewhere."""
 
     held: Held

@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from ftplan.planner.sharding import PARAM_PERSISTENCE_THRESHOLD
 
@@ -33,15 +34,14 @@ class Status(Enum):
     AVAILABLE = 2
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
-class ZeroParameter:
+class ZeroParameter(Struct, kw_only=True, eq=False):
     """A parameter, of which each GPU has `partition_numel` elements."""
 
     ds_id: int
     ds_numel: int
     partition_numel: int
     status: Status = Status.NOT_AVAILABLE
-    active_sub_modules: set[Hashable] = field(default_factory=set)
+    active_sub_modules: set[Hashable] = set()
 
     @property
     def ds_persist(self) -> bool:

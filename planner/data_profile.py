@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.planner.errors import InputError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
+class Problem(Struct, frozen=True, kw_only=True):
     """A kind of trouble in a data file, with the first line numbers where it stands."""
 
     kind: str
@@ -19,8 +19,7 @@ class Problem:
     first_lines: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataProfile:
+class DataProfile(Struct, frozen=True, kw_only=True):
     """A data file, read and measured.
 
     `lengths` are the usable training rows' lengths in tokens, template included, sorted from

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
@@ -30,8 +31,7 @@ _KEEPS_FROZEN_APART = ("PSOFT", "TRAINABLE_TOKENS", "UNILORA")
 _SAVES_INDEX = ("SHIRA", "SUPERTUNING")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiskNeeds:
+class DiskNeeds(Struct, frozen=True, kw_only=True):
     """Bytes on disk. `weights`: the model's files as they are published; `checkpoint`: one of
     those; `final_model`: trained weights at the end, an adapter or the whole model.
 

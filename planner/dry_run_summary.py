@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from msgspec import Struct, to_builtins
 
 from ftplan.planner.allocator import AllocatorPeaks, allocator_peaks
 from ftplan.planner.memory_record import MemoryRecord
@@ -20,8 +21,7 @@ _MODULES_SHOWN = 12
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AliveTensors:
+class AliveTensors(Struct, frozen=True, kw_only=True):
     """Equal tensors alive at the peak. `module`: layer numbers are written `*`."""
 
     num_bytes: int
@@ -33,8 +33,7 @@ class AliveTensors:
     module: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DryRunSummary:
+class DryRunSummary(Struct, frozen=True, kw_only=True):
     """A dry run's record in numbers.
 
     `curve`: (place in the record, allocated bytes), rising and falling with the run; `phase_starts`
@@ -64,7 +63,7 @@ class DryRunSummary:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it."""
         return {
-            **asdict(self),
+            **to_builtins(self),
             "phases": [phase.to_dict() for phase in self.phases],
         }
 

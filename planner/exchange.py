@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from ftplan.planner.tape import Tape, Tensor, constant
 
@@ -51,8 +52,7 @@ class Place(Protocol):
         """What it does with other GPUs."""
 
 
-@dataclass(frozen=True)
-class Alone:
+class Alone(Struct, frozen=True):
     """Where every GPU holds the whole model."""
 
     def exchange(self) -> Exchange:

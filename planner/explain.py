@@ -6,8 +6,9 @@ Equations carry the numbers of docs/memory-model.md.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from msgspec import Struct, structs
 
 from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.hardware_spec import Device
@@ -47,8 +48,7 @@ _PASSING_EQUATIONS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Term:
+class Term(Struct, frozen=True, kw_only=True):
     """One summand of a component: `formula` in words and numbers, and what it comes to."""
 
     component: str
@@ -57,7 +57,7 @@ class Term:
     num_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return structs.asdict(self)
 
 
 def explain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from msgspec import structs
 
 from ftplan.planner import functions as f
 from ftplan.planner.model_spec import Attention
@@ -18,7 +18,7 @@ class FalconAttention:
         self.attention = attention
         if attention.expands_key_value:
             heads = attention.num_heads
-            attention = dataclasses.replace(attention, num_key_value_heads=heads)
+            attention = structs.replace(attention, num_key_value_heads=heads)
         self.input = linear_module(attention.inputs[0], numerics)
         self.output = linear_module(attention.output, numerics)
         self.kernel = attention_kernel(attention, numerics)

@@ -9,15 +9,14 @@ left out beside the layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ftplan.planner.exchange import Call, Exchange, buffer, watched
 from ftplan.planner.sharded import NO_UNIT, Unit, Units
 from ftplan.planner.tape import Tape, Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fsdp1Place:
+class Fsdp1Place(Struct, frozen=True, kw_only=True):
     """A segment's unit and those whose buffers it meets.
 
     `fetched_ahead`: the unit that backward gathers besides, `fetched_late`: at its end. `stays`: it

@@ -7,15 +7,14 @@ torch 2.13; the units are those that accelerate 1.15 makes (`fsdp2_prepare_model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ftplan.planner.exchange import Exchange, buffer, watched
 from ftplan.planner.sharded import NO_UNIT, Spread, Unit, Units
 from ftplan.planner.tape import Tape, Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fsdp2Place:
+class Fsdp2Place(Struct, frozen=True, kw_only=True):
     """A segment's unit and those whose buffers it meets.
 
     `gathered_before`: whose buffer is alive until the unit's own copies are made. `fetched_ahead`:

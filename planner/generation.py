@@ -12,11 +12,11 @@ Sources: transformers 5.23, generation/utils.py (`_sample`, `_prefill`) and cach
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, structs
 
 from ftplan.planner import functions as f
 from ftplan.planner.losses import Head
@@ -62,8 +62,7 @@ _COPY_BYTES = 8
 Change = Callable[[Form], Form]
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(Struct, frozen=True):
     """How completions come about; with this, sizes are still linear in a micro-batch.
 
     `completion_length`: tokens that are generated. `micro_batches`: of which rows are generated at
@@ -96,8 +95,7 @@ class Generation:
         return (a + c, m * (b + d - e), 0, m * e, 0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rollout:
+class Rollout(Struct, frozen=True, kw_only=True):
     """What comes before a micro-batch of completions. `model`: settings of the model as it
     generates; `scored`: of those that are then asked for log-probabilities."""
 
@@ -134,7 +132,7 @@ def with_rollout(model: ModelSpec, settings: StepSettings, trace: StepTrace) -> 
         StepTracer(model, one, phases).add_pass(beside, SCORING_PHASE) for one in rollout.scored
     ]
     kept = {name: of for name, of in trace.phases.items() if name != EVALUATION_PHASE}
-    return dataclasses.replace(
+    return structs.replace(
         trace,
         phases={**{name: tuple(of) for name, of in phases.items()}, **kept},
         evaluation=(),
@@ -201,7 +199,7 @@ class _Generating(StepTracer):
     ) -> None:
         # Each row has places of its own, rotary or learned. And what a layer's trace is remembered
         # by does not tell one cache from another: this copy of the model remembers nothing yet.
-        model = dataclasses.replace(model, counts_positions=True)
+        model = structs.replace(model, counts_positions=True)
         super().__init__(model, settings, phases, with_gradients=False)
         self.caches, self.change = caches, change
 
@@ -254,7 +252,7 @@ class _LastToken(_Generating):
         cached = added(self._layer_cache(layer).layer_bytes for layer in self.model.layers)
         held = _added_parts(segment.held, {"temporaries": cached})
         forward = tuple(_beside(moment, cached) for moment in segment.forward)
-        return dataclasses.replace(segment, held=held, forward=forward)
+        return structs.replace(segment, held=held, forward=forward)
 
 
 def _sample(
@@ -298,7 +296,7 @@ def _changed(segment: Segment, change: Change) -> Segment:
     def moments(of: tuple[Moment, ...]) -> tuple[Moment, ...]:
         return tuple(Moment(change(one.total), parts(one.components)) for one in of)
 
-    return dataclasses.replace(
+    return structs.replace(
         segment,
         forward=moments(segment.forward),
         held=parts(segment.held),
@@ -314,4 +312,4 @@ def _changed(segment: Segment, change: Change) -> Segment:
 
 
 def _changed_record(record: SegmentRecord, change: Change) -> SegmentRecord:
-    return dataclasses.replace(record, sizes=[change(size) for size in record.sizes])
+    return structs.replace(record, sizes=[change(size) for size in record.sizes])

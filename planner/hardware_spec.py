@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct
 
 from ftplan.planner.units import KIB, MIB
 
@@ -43,8 +44,7 @@ QUANTIZATION_CAPABILITY: dict[str, tuple[int, int]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryHolder:
+class MemoryHolder(Struct, frozen=True, kw_only=True):
     """A process that holds GPU memory."""
 
     pid: int
@@ -53,8 +53,7 @@ class MemoryHolder:
     """None where the driver does not tell."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
+class Device(Struct, frozen=True, kw_only=True):
     """One GPU, or the processor as a device that can train.
 
     FLOP/s are dense; `peak_flops_per_second` is keyed by dtype name. `rates_source` says
@@ -85,8 +84,7 @@ class Device:
         return self.kind == "cuda" and (self.compute_capability or (0, 0)) >= least
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Host:
+class Host(Struct, frozen=True, kw_only=True):
     """The machine: what is left of it for a run. `ram_*` respect the container's limit."""
 
     cpu_name: str
@@ -97,15 +95,14 @@ class Host:
     disk_path: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
+class Machine(Struct, frozen=True, kw_only=True):
     """What a probe found: GPUs (none is possible), the processor as a device, the host."""
 
     gpus: tuple[Device, ...]
     cpu: Device
     host: Host
     driver_version: str | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def best_device(self) -> Device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ftplan.planner.host_memory import NOTHING_ON_HOST, HostShare, share_under_zero
 from ftplan.planner.model_spec import ModelSpec
@@ -35,8 +36,7 @@ def _step_of_share(optimizer: Optimizer, shares: Sequence[Updated]) -> Moment:
     return max(moments, key=lambda moment: moment.total)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Held:
+class Held(Struct, frozen=True, kw_only=True):
     """What a GPU holds whatever the batch, in bytes.
 
     `carried`: gradients that wait for further micro-batches; `reduced`: those that the optimizer's

@@ -6,10 +6,10 @@ docs/memory-model.md.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct, structs
 
 from ftplan.planner.disk import MERGED_WEIGHT_BYTES, stored_bytes
 from ftplan.planner.hardware_spec import CPU_PROCESS_BYTES, CUDA_HOST_BYTES, DeviceKind
@@ -32,8 +32,7 @@ HOST_COMPONENTS: dict[str, str] = {
 SAVED_AT_ONCE_BYTES = 50 * 10**9
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HostPhase:
+class HostPhase(Struct, frozen=True, kw_only=True):
     """One phase of a run, and what the machine's RAM holds at its highest point."""
 
     name: str
@@ -49,8 +48,7 @@ class HostPhase:
         return self.peak_bytes - self.components.get("mapped_files", 0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HostMemory:
+class HostMemory(Struct, frozen=True, kw_only=True):
     """RAM over a run. `merging_bytes`: of a process that merges the adapter afterwards, on the
     processor and in 16 bits; None where there is none to merge."""
 
@@ -78,7 +76,7 @@ class HostMemory:
             "training": max(0, num_bytes - CPU_PROCESS_BYTES),
         }
         training = HostPhase(name="training", components=components)
-        return dataclasses.replace(self, phases=(*self.phases, training))
+        return structs.replace(self, phases=(*self.phases, training))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -96,8 +94,7 @@ class HostMemory:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HostShare:
+class HostShare(Struct, frozen=True, kw_only=True):
     """What one process keeps in the host's memory, in bytes."""
 
     weights: int = 0
@@ -106,7 +103,7 @@ class HostShare:
     buffers: int = 0
 
     def times(self, num_processes: int) -> dict[str, int]:
-        sizes = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        sizes = structs.asdict(self)
         return {name: num_processes * size for name, size in sizes.items() if size}
 
 

@@ -9,7 +9,8 @@ whole model is walked through, since only `ftplan validate` asks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
@@ -182,8 +183,7 @@ def _state_bytes(weight: Weight, plan: TrainingPlan) -> int:
     return 0 if elements >= PAGED_FROM else 2 * elements * f.FLOAT32
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(Struct, frozen=True):
     """`prompts`: LLaMA-Adapter's. `scales`: its second version trains a bias and a scale of each
     product, and norms. `targets`: of LoRA. `held`: what the nodes of a graph hold beside what torch
     knows they save."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+
+from msgspec import Struct
 
 from ftplan.planner import functions as f
 from ftplan.planner.exchange import Call
@@ -36,8 +37,7 @@ _TILE_TOP1_BYTES = 1
 _TILE_BACKWARD_BYTES = 7 * FLOAT32 + 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossShape:
+class LossShape(Struct, frozen=True, kw_only=True):
     """How the loss divides a micro-batch. `tile_is_full`: at least TILE_TOKENS positions predict.
     `chunk_tokens`: tokens that Liger projects at a time. `several`: more positions predict than are
     projected at a time. `of_each_row`: how many predict, where it is not all but the last."""
@@ -74,8 +74,7 @@ class LossShape:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Head:
+class Head(Struct, frozen=True, kw_only=True):
     """The output projection's shape and what is done to its logits. `parts`: GPUs that divide its
     rows."""
 

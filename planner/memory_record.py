@@ -8,14 +8,14 @@ through a model of the caching allocator.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec import Struct
 
 from ftplan.planner.phases import COMPONENTS
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Storage:
+class Storage(Struct, frozen=True, kw_only=True):
     """One allocation: its size, and where it comes from."""
 
     num_bytes: int
@@ -29,8 +29,7 @@ class Storage:
     dtype: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryRecord:
+class MemoryRecord(Struct, frozen=True, kw_only=True, dict=True):
     """Births and deaths in order of time.
 
     `events`: `i >= 0` is the birth of `storages[i]`, `~i` its death.
@@ -123,8 +122,7 @@ class MemoryRecord:
         return Peak(position=position, allocated_bytes=levels[position] if levels else 0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Peak:
+class Peak(Struct, frozen=True, kw_only=True):
     """A moment of a record: just after the event at `position`."""
 
     position: int

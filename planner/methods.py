@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.planner.adapter_counts import (
     adalora_count,
@@ -42,11 +42,10 @@ from ftplan.planner.trained import (
     full_count,
 )
 
-_SETTLED = frozenset(item.name for item in dataclasses.fields(MethodSettings))
+_SETTLED = frozenset(MethodSettings.__struct_fields__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
+class Method(Struct, frozen=True, kw_only=True):
     """A way to fine-tune.
 
     `adapter`: small matrices are trained beside a frozen base.
@@ -67,8 +66,8 @@ class Method:
     adapter: bool = False
     quantized_base: bool = False
     peft_type: str | None = None
-    peft_options: Mapping[str, Any] = field(default_factory=dict)
-    takes: Mapping[str, str] = field(default_factory=dict)
+    peft_options: Mapping[str, Any] = {}
+    takes: Mapping[str, str] = {}
 
     @property
     def fills_cache(self) -> bool:

@@ -11,9 +11,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
+
+from msgspec import Struct
 
 from ftplan.planner.errors import InputError
 
@@ -23,8 +24,7 @@ Known = TypeVar("Known")
 Parallel = Literal["colwise", "rowwise"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parameter:
+class Parameter(Struct, frozen=True, kw_only=True):
     """`count` parameters of one name and shape, such as `q_proj.weight`, out x in."""
 
     name: str
@@ -42,8 +42,7 @@ class Parameter:
         return self.count * self.size
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Linear:
+class Linear(Struct, frozen=True, kw_only=True):
     """One linear module of a layer: `out_features x in_features` weights, and a bias or none.
 
     `name` is the module's own name (`q_proj`), the one that `target_modules` matches.
@@ -84,8 +83,7 @@ class Linear:
             yield Parameter(name=f"{self.name}.bias", shape=(self.out_features,))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Norm:
+class Norm(Struct, frozen=True, kw_only=True):
     """A normalization over `width` values.
 
     `kind`: `rms`; `layer`, torch's own LayerNorm; `centered`, a LayerNorm without bias that is
@@ -120,8 +118,7 @@ class Norm:
         return sum(p.num_elements for p in self.parameters())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Latent:
+class Latent(Struct, frozen=True, kw_only=True):
     """A projection through a narrow, normalized middle (DeepSeek's latent attention).
 
     What `down` writes beyond the norm's width goes past it: the part of the keys that all heads
@@ -133,8 +130,7 @@ class Latent:
     up: Linear
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attention:
+class Attention(Struct, frozen=True, kw_only=True):
     """Multi-head, grouped-query or latent attention.
 
     `inputs` are the projections that read the layer's input (separate q, k, v or one fused
@@ -241,8 +237,7 @@ class Attention:
             yield Parameter(name="sinks", shape=(self.num_heads,))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Experts:
+class Experts(Struct, frozen=True, kw_only=True):
     """The mixture around a feed-forward block.
 
     transformers 5 holds the experts' weights as stacked parameters (experts x out x in), not as
@@ -283,8 +278,7 @@ class Experts:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FeedForward:
+class FeedForward(Struct, frozen=True, kw_only=True):
     """A plain or gated feed-forward block, or a mixture of such blocks.
 
     `inputs` read the block's input: gate and up where `gated` (or both in one matrix), else one;
@@ -337,8 +331,7 @@ class FeedForward:
             yield from experts.shared_gate.parameters()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
+class Layer(Struct, frozen=True, kw_only=True):
     """One decoder layer.
 
     Each norm stands before or behind its block, or is absent. `parallel`: attention and
@@ -404,8 +397,7 @@ class Layer:
         return sum(linear.num_weights for linear in self.linears if linear.quantizable)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ModelSpec:
+class ModelSpec(Struct, frozen=True, kw_only=True, eq=False, dict=True):
     """Everything about a model's shape that memory and time depend on.
 
     `layers`, first to last; equal ones are best the same object. `positions`: rows of a learned

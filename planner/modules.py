@@ -7,8 +7,9 @@ Local variables live here as long as they do there: that is what memory is made 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, replace
 from functools import partial
+
+from msgspec import Struct, structs
 
 from ftplan.planner import functions as f
 from ftplan.planner.attention import AttentionKernel
@@ -25,8 +26,7 @@ QUANT_BLOCK_SIZE = 64
 Module = Callable[[Tape, Tensor], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Numerics:
+class Numerics(Struct, frozen=True, kw_only=True):
     """How weights are held and what computes.
 
     `weights`, `norms`, `adapters`: bytes a parameter. `residual`: of the hidden state. `compute`:
@@ -316,7 +316,7 @@ def linear_module(linear: Linear, numerics: Numerics) -> Module:
         return base_linear(linear, numerics)
     if not linear.quantizable and numerics.quantization not in PREQUANTIZED:
         # PEFT has its adapter for plain modules there (FalconLinear, an output projection).
-        numerics = replace(numerics, quantization="none")
+        numerics = structs.replace(numerics, quantization="none")
     return make(linear, numerics)
 
 

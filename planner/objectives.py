@@ -5,10 +5,10 @@ Names are those of TRL's trainers; `launcher/training/objectives.py` has one of 
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, structs
 
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import Layer, ModelSpec, Parameter
@@ -25,8 +25,7 @@ DROPOUT_MODULE_IN_ATTENTION = frozenset(("gpt2", "gpt_neo", "gptj", "codegen", "
 DROPOUT_NUMBER_BESIDE = frozenset(("bloom", "falcon", "opt", "starcoder2"))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Objective:
+class Objective(Struct, frozen=True, kw_only=True):
     """A training objective, as TRL 1.16 carries it out.
 
     `each_row`: what a row of the data holds, where it is more than one text, and
@@ -123,7 +122,7 @@ def with_score(model: ModelSpec) -> ModelSpec:
     """The model as one for sequence classification: a score in the place of the output
     projection (transformers.modeling_layers.GenericForSequenceClassification)."""
     score = Parameter(name="score.weight", shape=(1, model.hidden_size))
-    return dataclasses.replace(
+    return structs.replace(
         model,
         scores=True,
         tie_word_embeddings=True,
@@ -153,14 +152,14 @@ def without_dropout_modules(model: ModelSpec) -> ModelSpec:
     for layer in model.layer_counts:
         attention = layer.attention
         if in_attention and attention.dropout:
-            attention = dataclasses.replace(attention, dropout=0.0)
+            attention = structs.replace(attention, dropout=0.0)
         dropout = 0.0 if beside else layer.dropout
-        changed[id(layer)] = dataclasses.replace(layer, attention=attention, dropout=dropout)
+        changed[id(layer)] = structs.replace(layer, attention=attention, dropout=dropout)
     layers = tuple(changed[id(layer)] for layer in model.layers)
     embedding_dropout = 0.0 if beside else model.embedding_dropout
     if (layers, embedding_dropout) == (model.layers, model.embedding_dropout):
         return model
-    return dataclasses.replace(model, layers=layers, embedding_dropout=embedding_dropout)
+    return structs.replace(model, layers=layers, embedding_dropout=embedding_dropout)
 
 
 def trained_part(model: ModelSpec, plan: TrainingPlan) -> Trained:
@@ -175,7 +174,7 @@ def _counted(model: ModelSpec, plan: TrainingPlan, settings: MethodSettings) -> 
     if not (plan.resolved_objective.scores and trained.adapted):
         return trained
     copy = Parameter(name="score.modules_to_save.weight", shape=(1, model.hidden_size))
-    return dataclasses.replace(trained, held_as_base=(*trained.held_as_base, copy))
+    return structs.replace(trained, held_as_base=(*trained.held_as_base, copy))
 
 
 def asks_reference(plan: TrainingPlan) -> bool:

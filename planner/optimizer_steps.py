@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from ftplan.planner.allocator import BLOCK_BYTES
 from ftplan.planner.tape import Tape, Tensor, Weight, constant, value
@@ -26,8 +27,7 @@ STATE_BLOCK_SIZE = 256
 PROJECTION_RANK = 128
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Updated:
+class Updated(Struct, frozen=True, kw_only=True):
     """`count` equal parameters that an optimizer updates, of `width` bytes an element.
 
     `kind`: an `embedding`'s matrix, one of a `linear` module (torch.nn's own), or another.

@@ -4,7 +4,8 @@ steps. `optimizer_steps.py` has the formulas."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.hardware_spec import DeviceKind
@@ -69,8 +70,7 @@ OPTIMIZER_PACKAGES: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Optimizer:
+class Optimizer(Struct, frozen=True, kw_only=True):
     """Memory of an optimizer.
 
     `states`: bytes of each tensor kept for a parameter; `shared_states`: of those kept besides,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.planner.errors import InputError, nearest_names
 
@@ -133,8 +134,7 @@ NEUTRAL = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PeftOptions:
+class PeftOptions(Struct, frozen=True, kw_only=True):
     """The options of one method that decide its count: given ones, or else PEFT's defaults."""
 
     method: str

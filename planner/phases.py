@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 COMPONENTS: dict[str, str] = {
     "weights": "model weights",
@@ -23,8 +24,7 @@ COMPONENTS: dict[str, str] = {
 STEP_PHASES = ("forward", "loss", "backward")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Phase:
+class Phase(Struct, frozen=True, kw_only=True):
     """One phase of a run and what is allocated at its highest point."""
 
     name: str

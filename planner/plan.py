@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from msgspec import Struct
+
 from ftplan.planner.context_parallel import check_context_parallel
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS, Method, resolve_method
@@ -37,8 +39,7 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 AUTOCAST_DTYPE = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reason:
+class Reason(Struct, frozen=True, kw_only=True):
     """Where a setting's value comes from."""
 
     origin: Origin
@@ -414,8 +415,7 @@ def flag_name(setting: str) -> str:
     return "--" + setting.replace("_", "-")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReasonedPlan:
+class ReasonedPlan(Struct, frozen=True, kw_only=True):
     """A plan with a reason for every setting."""
 
     plan: TrainingPlan

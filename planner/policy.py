@@ -6,8 +6,9 @@ al., Thinking Machines, 2025), LIMA = 2305.11206, Llama 2 = 2307.09288. docs/pol
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.planner.methods import Method
 from ftplan.planner.model_spec import ModelSpec
@@ -26,8 +27,7 @@ MODEL_CHOICE_SECONDS = 6 * 3600.0
 _LENGTH_STEP = 64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Advice:
+class Advice(Struct, frozen=True, kw_only=True):
     """A recommended value and the line of why."""
 
     value: Any

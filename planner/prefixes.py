@@ -7,7 +7,7 @@ joins with its own and keeps so until the loss is computed (transformers' `Dynam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ftplan.planner import functions as f
 from ftplan.planner.peft_options import CACHE_FILLING, PeftOptions
@@ -30,8 +30,7 @@ def keys_in_front(options: PeftOptions) -> int:
     return options.count("num_virtual_tokens") if filling else 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prefix:
+class Prefix(Struct, frozen=True, kw_only=True):
     """Keys and values of `num_tokens` in front of each row, for `num_layers` layers.
 
     `embedding`, `transform`: elements of the table, and of the weights and biases of the network

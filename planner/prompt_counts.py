@@ -4,7 +4,7 @@ norms, bottlenecks and a network beside it. PEFT 0.21 builds all but the bottlen
 
 from __future__ import annotations
 
-import dataclasses
+from msgspec import structs
 
 from ftplan.planner.adapter_counts import tokens_of, with_copies
 from ftplan.planner.errors import InputError, UnknownNameError
@@ -116,7 +116,7 @@ def cartridge_count(model: ModelSpec, settings: MethodSettings, options: PeftOpt
     if kept == 0:
         return trained
     frozen = Parameter(name="prompt_encoder.frozen_embedding", shape=(kept, width))
-    return dataclasses.replace(trained, frozen=(frozen,))
+    return structs.replace(trained, frozen=(frozen,))
 
 
 def _key_width(model: ModelSpec, options: PeftOptions) -> int:
@@ -209,7 +209,7 @@ def norms_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions
 def _tuned(norm: Norm) -> list[Parameter]:
     """The copy of a norm: `norm.ln_tuning_layers.weight`."""
     return [
-        dataclasses.replace(p, name=p.name.replace(".", ".ln_tuning_layers."))
+        structs.replace(p, name=p.name.replace(".", ".ln_tuning_layers."))
         for p in norm.parameters()
     ]
 
@@ -275,4 +275,4 @@ def _shadow(model: ModelSpec, options: PeftOptions) -> list[Parameter]:
     left_out = {"lm_head.weight", "lm_head.bias", *(["embed_tokens.weight"] if shares else [])}
     found = [p for layer in model.layers[:layers] for p in layer.parameters()]
     found += [p for p in model.outer_parameters if p.name not in left_out]
-    return [dataclasses.replace(p, name=f"shadow_backbone.{p.name}") for p in found]
+    return [structs.replace(p, name=f"shadow_backbone.{p.name}") for p in found]

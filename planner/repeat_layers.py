@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
+
+from msgspec import Struct
 
 # Units traced of each run: the ends may differ, the two within must not.
 _TRACED_UNITS = 4
@@ -26,8 +27,7 @@ class NotRepeating(Exception):
     """Layers that look equal did not behave equally."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class Run(Struct, frozen=True, kw_only=True):
     """Equal units in a row. `first`: place of its first layer among the traced ones."""
 
     first: int
@@ -47,8 +47,7 @@ class Run:
         return unit if 0 <= unit < _TRACED_UNITS else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
+class Selection(Struct, frozen=True, kw_only=True):
     """Which layers are traced (`kept`, places in the model) and what repeats among them."""
 
     kept: tuple[int, ...]
@@ -88,8 +87,7 @@ def _longest_run(signatures: Sequence[Hashable], start: int) -> tuple[int, int]:
     return best
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TracedRecord:
+class TracedRecord(Struct, frozen=True, kw_only=True):
     """Births and deaths while the traced layers ran.
 
     `events`: `i >= 0` is the birth of storage i, `~i` its death. `event_layers`: the traced layer
@@ -103,8 +101,7 @@ class TracedRecord:
     marks: Sequence[int]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RepeatedRecord:
+class RepeatedRecord(Struct, frozen=True, kw_only=True):
     """The whole record. `origin`: for each storage, the traced one that it copies, and by how many
     layers it lies further than that one's place among the model's layers."""
 

@@ -7,8 +7,9 @@ docs/accuracy.md (`python -m benchmarks.rules`). None knows batch, length, loss 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.planner.model_spec import Layer, ModelSpec
 from ftplan.planner.plan import TrainingPlan
@@ -48,8 +49,7 @@ def rule_to_dict(num_parameters: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
+class Rule(Struct, frozen=True, kw_only=True):
     """A rule of thumb: where it is from, what it leaves out, and its bytes on each GPU.
 
     `num_bytes` is None for a run that the rule says nothing of.

@@ -6,13 +6,13 @@ with a margin for the estimate's own error, is within the device's free memory.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from msgspec import Struct, structs
 
 from ftplan.planner import policy
 from ftplan.planner.batching import mean_batch_tokens
@@ -43,8 +43,7 @@ PREFERRED_METHODS = ("lora", "qlora")
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluated:
+class Evaluated(Struct, frozen=True, kw_only=True):
     """A plan with what it needs and takes on one device."""
 
     reasoned: ReasonedPlan
@@ -61,8 +60,7 @@ class Evaluated:
         return self.step.step_seconds / self.plan.effective_batch_size
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rejection:
+class Rejection(Struct, frozen=True, kw_only=True):
     """A method that was not taken, and what stopped it."""
 
     method: str
@@ -70,8 +68,7 @@ class Rejection:
     needs_bytes: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeftOut:
+class LeftOut(Struct, frozen=True, kw_only=True):
     """`count` of a method's candidates that cannot be estimated or run, and why."""
 
     method: str
@@ -80,8 +77,7 @@ class LeftOut:
     count: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ranking:
+class Ranking(Struct, frozen=True, kw_only=True):
     """The chosen plan (None if nothing fits), the runners-up, and what was not taken: whole
     methods, and candidates of others."""
 
@@ -190,7 +186,7 @@ def _replayed(
 ) -> Evaluated:
     """With what the allocator really holds: to find that out takes too long for all candidates."""
     memory = replayed_memory(model, evaluated.plan, device=device, longest_row=data.longest)
-    return dataclasses.replace(evaluated, memory=memory)
+    return structs.replace(evaluated, memory=memory)
 
 
 def _confirmed(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from operator import add
+
+from msgspec import Struct, structs
 
 from ftplan.planner.allocator import pinned_bytes
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Parameter
@@ -16,8 +17,7 @@ from ftplan.planner.prequantized import PREQUANTIZED, prequantized_bytes
 from ftplan.planner.separate_experts import quantized_linears
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spread:
+class Spread(Struct, frozen=True, kw_only=True):
     """How the parameters of a model lie on several GPUs.
 
     `kind`: whose code divides them, among `num_shards` GPUs; `replicates`: other groups of as many
@@ -38,8 +38,7 @@ class Spread:
     checkpointed_around: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unit:
+class Unit(Struct, frozen=True, kw_only=True):
     """Parameters that are gathered together, in bytes.
 
     `weights`, `adapters`: a GPU's share at rest. `gathered`: all of them as computed with; `cast`:
@@ -60,18 +59,15 @@ class Unit:
     pinned_gradients: int = 0
 
     def __add__(self, other: Unit) -> Unit:
-        sums = {
-            field.name: getattr(self, field.name) + getattr(other, field.name)
-            for field in dataclasses.fields(self)
-        }
-        return Unit(**sums)
+        mine, others = structs.astuple(self), structs.astuple(other)
+        sums = map(add, mine, others)
+        return Unit(**dict(zip(self.__struct_fields__, sums, strict=True)))
 
 
 NO_UNIT = Unit()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Units:
+class Units(Struct, frozen=True, kw_only=True):
     """The units of a model: embeddings, each layer, final norm and head, and the rest. Tied
     embeddings are with the head; their own unit is then empty."""
 
@@ -113,8 +109,7 @@ def units_of(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shards:
+class Shards(Struct, frozen=True, kw_only=True):
     """A GPU's shares, tensor by tensor: bytes of each at rest, and what the optimizer is given."""
 
     at_rest: tuple[int, ...]

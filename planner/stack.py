@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ftplan.planner.units import KIB, MIB
 
@@ -41,8 +41,7 @@ _GPT_BIGCODE_CACHES_BEFORE = (4, 53)
 DEFAULT_CAPABILITY = (8, 0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stack:
+class Stack(Struct, frozen=True, kw_only=True):
     """Traits of a training stack; the defaults are those of what ftplan launches.
 
     `kbit_prepare`: PEFT's `prepare_model_for_kbit_training` is called; `casts_back`: TRL 0.x turns

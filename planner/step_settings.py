@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from functools import partial
+
+from msgspec import Struct, structs
 
 from ftplan.planner.adapters import (
     adapter_maker,
@@ -35,8 +35,7 @@ MASK_ALIGNMENT = 16  # ATen's memory-efficient kernel reads a mask in pieces of 
 NUMBER_BYTES = 8  # of a token's number, a label, an entry of a mask
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
+class Workload(Struct, frozen=True):
     """What is discrete about the largest micro-batch: all else is linear in its rows and tokens.
 
     `masked_windows`: sliding windows no longer than a row, for which transformers makes a mask
@@ -136,7 +135,7 @@ def step_settings(
         return _with_rollout(model, plan, settings, workload.generation)
     if not plan.resolved_objective.has_reference:
         return settings
-    return dataclasses.replace(
+    return structs.replace(
         settings,
         reference=_of_reference(model, plan, settings),
         asks_before=plan.precompute_ref_log_probs,
@@ -293,20 +292,20 @@ def _with_rollout(
 ) -> StepSettings:
     """With the passes that make completions and score them. Beside adapters the model generates
     without autocast, which is around PEFT's wrapper (`PeftModel.generate` calls what is within)."""
-    passing = dataclasses.replace(settings, gradient_checkpointing=False)
+    passing = structs.replace(settings, gradient_checkpointing=False)
     adapter = plan.resolved_method.adapter
     scored = [passing] if generation.scores_policy else []
     if asks_reference(plan):
         scored.append(_of_reference(model, plan, passing))
     if keeps_reference(plan):  # it does not train, so nothing is dropped
-        scored[-1] = dataclasses.replace(scored[-1], has_dropout=False)
+        scored[-1] = structs.replace(scored[-1], has_dropout=False)
     generating = _without_autocast(passing) if adapter else passing
     rollout = Rollout(
         generation=generation,
-        model=dataclasses.replace(generating, single_row=False),  # a group is several
+        model=structs.replace(generating, single_row=False),  # a group is several
         scored=tuple(scored),
     )
-    return dataclasses.replace(settings, rollout=rollout)
+    return structs.replace(settings, rollout=rollout)
 
 
 def _cache(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> CacheKind | None:
@@ -324,8 +323,8 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
     """The model as it was: without adapters, or a second one. TRL does not freeze that, so autocast
     takes its parameters as trained ones."""
     if not keeps_reference(plan) and plan.resolved_method.adapter:
-        numerics = dataclasses.replace(settings.numerics, keys_in_front=0, has_bottlenecks=False)
-        return dataclasses.replace(
+        numerics = structs.replace(settings.numerics, keys_in_front=0, has_bottlenecks=False)
+        return structs.replace(
             settings,
             numerics=numerics,
             adapted={},
@@ -335,7 +334,7 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
         )
     if not keeps_reference(plan):
         return settings
-    return dataclasses.replace(
+    return structs.replace(
         settings,
         has_dropout=False,
         trained_names={
@@ -356,29 +355,27 @@ def _spread_out(settings: StepSettings, plan: TrainingPlan) -> StepSettings:
         return _without_autocast(_computing_in(settings, plan.compute_bytes))
     if settings.partition is not None:
         engine = _without_autocast(_computing_in(settings, settings.partition.width))
-        return dataclasses.replace(
-            engine, numerics=dataclasses.replace(engine.numerics, gathers=True)
-        )
+        return structs.replace(engine, numerics=structs.replace(engine.numerics, gathers=True))
     if spread is None or spread.gathered is None:
         return settings
     computing = _computing_in(settings, spread.gathered)
     if spread.kind == "fsdp2":
         return _without_autocast(computing)  # `_prepare_fsdp2` of accelerate 1.15
     # Adapters are units of their own, which hide the width that they compute in.
-    numerics = dataclasses.replace(computing.numerics, adapter_input=spread.adapters)
-    return dataclasses.replace(computing, numerics=numerics)
+    numerics = structs.replace(computing.numerics, adapter_input=spread.adapters)
+    return structs.replace(computing, numerics=numerics)
 
 
 def _computing_in(settings: StepSettings, width: int) -> StepSettings:
     """All parameters but quantized ones are of that width when they are computed with."""
-    numerics = dataclasses.replace(
+    numerics = structs.replace(
         settings.numerics, weights=width, residual=width, norms=width, adapters=width
     )
-    return dataclasses.replace(settings, numerics=numerics, embedding_width=width, head_width=width)
+    return structs.replace(settings, numerics=numerics, embedding_width=width, head_width=width)
 
 
 def _without_autocast(settings: StepSettings) -> StepSettings:
-    return dataclasses.replace(settings, autocast=None, returns_fp32=False)
+    return structs.replace(settings, autocast=None, returns_fp32=False)
 
 
 def _reduction(plan: TrainingPlan, trained: Trained) -> Reduction | None:

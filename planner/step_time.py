@@ -8,8 +8,9 @@ read off (`layers.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.hardware_spec import Device, DeviceKind
@@ -48,8 +49,7 @@ FORWARD_PASSES_OVER_LOGITS: dict[DeviceKind, float] = {"cuda": 2, "cpu": 20.5}
 Bound = Literal["arithmetic", "memory bandwidth"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepTime:
+class StepTime(Struct, frozen=True, kw_only=True):
     """Time of one optimizer step (all its micro-batches) on one device, which of the tokens of GPUs
     that divide layers or rows has its part. What they exchange is not counted."""
 

@@ -9,12 +9,11 @@ all is one of them.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, structs
 
 from ftplan.planner import functions as f
 from ftplan.planner.called import Called
@@ -89,8 +88,7 @@ GENERATION_PHASE = "generation"
 SCORING_PHASE = "log-probabilities"
 
 
-@dataclass(frozen=True, kw_only=True)
-class WholeRows:
+class WholeRows(Struct, frozen=True, kw_only=True):
     """What an evaluation has that does not divide rows: `parts` times as long ones."""
 
     parts: int
@@ -98,17 +96,16 @@ class WholeRows:
     input_bytes: int
 
     def of(self, settings: StepSettings) -> StepSettings:
-        return dataclasses.replace(
+        return structs.replace(
             settings,
-            numerics=dataclasses.replace(settings.numerics, row_parts=1),
+            numerics=structs.replace(settings.numerics, row_parts=1),
             loss_shape=self.loss_shape,
             input_bytes=self.input_bytes,
             row_stretch=self.parts,
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepSettings:
+class StepSettings(Struct, frozen=True, kw_only=True):
     """All that a step's trace depends on beside the model: a trace serves every plan that agrees
     in these.
 
@@ -187,8 +184,8 @@ class StepSettings:
     @property
     def in_evaluation(self) -> StepSettings:
         """Of an evaluation's pass, which has no dropout."""
-        numerics = dataclasses.replace(self.numerics, dropout=0.0, drops=False)
-        settings = dataclasses.replace(self, numerics=numerics, has_dropout=False)
+        numerics = structs.replace(self.numerics, dropout=0.0, drops=False)
+        settings = structs.replace(self, numerics=numerics, has_dropout=False)
         return settings if self.whole_rows is None else self.whole_rows.of(settings)
 
     @property
@@ -219,7 +216,7 @@ class StepSettings:
             again = self.checkpoints(place)
             key = (trained, adapted := self.adapted.get(place, frozenset()), own, again, masked)
             if key not in known:
-                known[key] = dataclasses.replace(
+                known[key] = structs.replace(
                     self.numerics,
                     trained=trained,
                     adapted=adapted,
@@ -232,8 +229,7 @@ class StepSettings:
         return found
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SegmentRecord:
+class SegmentRecord(Struct, frozen=True, kw_only=True, eq=False, dict=True):
     """Births and deaths of a segment's storages, as `Tape.events` has them.
 
     `forward`; `held`: what goes when the model's forward pass ends, and `autocast` when autocast
@@ -275,8 +271,7 @@ class SegmentRecord:
         return [number for number in self.left if self.labels[number] == "gradients"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
+class Segment(Struct, frozen=True, kw_only=True, dict=True):
     """A part of the step by itself: an embedding, a layer, or the loss.
 
     Moments are of all that it holds, its input and the gradient that comes back to it included.
@@ -325,8 +320,7 @@ class Segment:
         return _less(self.left, self.taken_over)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepTrace:
+class StepTrace(Struct, frozen=True, kw_only=True):
     """The highest moments of each phase, without what is there all the time (weights, states), and
     the segments that they are sums of: embeddings, layers, loss.
 
@@ -380,16 +374,23 @@ def trace_step(model: ModelSpec, settings: StepSettings) -> StepTrace:
     return StepTracer(model, settings).trace()
 
 
-@dataclass
 class StepTracer:
     """One pass through the model; passes without gradients have tracers of their own."""
 
-    model: ModelSpec
-    settings: StepSettings
-    phases: dict[str, list[Moment]] = field(default_factory=dict)
-    with_gradients: bool = True
-    held_to_backward: Tensor | None = None
-    gathering: Gathering | None = None
+    def __init__(
+        self,
+        model: ModelSpec,
+        settings: StepSettings,
+        phases: dict[str, list[Moment]] | None = None,
+        *,
+        with_gradients: bool = True,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.phases: dict[str, list[Moment]] = {} if phases is None else phases
+        self.with_gradients = with_gradients
+        self.held_to_backward: Tensor | None = None
+        self.gathering: Gathering | None = None
 
     def trace(self) -> StepTrace:
         reference, before = self.settings.reference, list[Segment]()
@@ -460,12 +461,27 @@ class StepTracer:
 
     def _evaluate(self, reference: StepSettings | None) -> list[list[Segment]]:
         """An evaluation's pass, and the reference's where it comes along."""
-        phase = EVALUATION_PHASE
-        return [
-            self._pass_forward(settings, StepTracer(self.model, settings)._inputs(), phase, phase)
-            for settings in (self.settings.in_evaluation, reference)
-            if settings is not None
-        ]
+        of_model = _without_backward(self.settings.in_evaluation)
+        if reference is None and self.gathering is None:
+            key = (EVALUATION_PHASE, *_by_value(of_model))
+            evaluation = self.model.remembered(key, partial(self._evaluation, [of_model]))
+        else:
+            both = [settings for settings in (of_model, reference) if settings is not None]
+            evaluation = self._evaluation(both)
+        segments, self.phases[EVALUATION_PHASE] = evaluation
+        return segments
+
+    def _evaluation(
+        self, of_passes: Iterable[StepSettings]
+    ) -> tuple[list[list[Segment]], list[Moment]]:
+        """Segments and moments of passes with these settings."""
+        moments: dict[str, list[Moment]] = {}
+        passes = []
+        for settings in of_passes:
+            tracer = StepTracer(self.model, settings, moments)
+            tracer.gathering = self.gathering
+            passes.append(tracer.add_pass(tracer._inputs(), EVALUATION_PHASE))
+        return passes, moments[EVALUATION_PHASE]
 
     def _first_input(self, embedding: Segment) -> Parts:
         """The gradient of the embeddings' result, where a hook asked for one: the graph holds it
@@ -484,10 +500,7 @@ class StepTracer:
     ) -> list[Segment]:
         """Add a pass without gradients above `base`; its segments. Autocast's copies are gone at
         its end."""
-        # What only backward asks for makes no difference, so such plans share a pass.
-        settings = dataclasses.replace(
-            settings, accumulates=False, gradient_checkpointing=False, hooks_input=False
-        )
+        settings = _without_backward(settings)
         tracer = StepTracer(self.model, settings, self.phases, with_gradients=False)
         segments, labels = tracer._segments()
         if self.gathering is not None:
@@ -569,12 +582,15 @@ class StepTracer:
     def _add(self, phase: str, moments: Iterable[Moment], base: Parts) -> None:
         """Keep moments above `base`, of those that another covers none."""
         highest = self.phases.setdefault(phase, [])
+        below = _total(base)
         for moment in moments:
-            whole = with_parts(moment, base)
-            if any(covers(other.total, whole.total) for other in highest):
-                continue
-            highest[:] = [other for other in highest if not covers(whole.total, other.total)]
-            highest.append(whole)
+            total = add_forms(moment.total, below)
+            for other in highest:
+                if covers(other.total, total):
+                    break
+            else:
+                highest[:] = [other for other in highest if not covers(total, other.total)]
+                highest.append(Moment(total, _sum(base, moment.components)))
 
     def _segments(self) -> tuple[list[Segment], list[object]]:
         """The segments in forward order, and of what kind each is."""
@@ -641,7 +657,7 @@ class StepTracer:
         """All that the trace of embeddings or loss depends on beside what it is given and its
         place, if not on the settings excluded."""
         settings = self.settings
-        own = (value for name, value in vars(settings).items() if name not in excluded)
+        own = (value for name, value in structs.asdict(settings).items() if name not in excluded)
         return (*own, bool(settings.adapted), *self._tape_options().values(), self.with_gradients)
 
     def _tape_options(self) -> dict[str, Any]:
@@ -694,7 +710,7 @@ class StepTracer:
         model, settings = self.model, self.settings
         module = Embeddings(
             model,
-            dataclasses.replace(settings.numerics, trained=settings.trained_outside),
+            structs.replace(settings.numerics, trained=settings.trained_outside),
             settings.embedding_width,
             trains=settings.trains_embeddings,
             input_learns=settings.hooks_input and self.with_gradients,
@@ -734,7 +750,7 @@ class StepTracer:
         masks = {} if self.settings.holds_logits else {"temporaries": prefix.mask_bytes}
         back = {"temporaries": times(prefix.gradients, prefix.width)}
         above = _sum(_sum(copies, masks), whole.kept_forward)
-        return dataclasses.replace(
+        return structs.replace(
             embedding,
             forward=(*whole.forward, *(with_parts(m, above) for m in embedding.forward)),
             backward=(
@@ -800,7 +816,7 @@ class StepTracer:
     def _loss(self, learns: bool, width: int, place: Place) -> tuple[Segment, bool]:
         """The segment, and whether the gradient of the output projection is a view."""
         model, settings, exchange = self.model, self.settings, place.exchange()
-        numerics = dataclasses.replace(settings.numerics, trained=settings.trained_outside)
+        numerics = structs.replace(settings.numerics, trained=settings.trained_outside)
         behind: list[Module] = []
         if model.final_norm is not None:
             behind.append(norm_module(model.final_norm, numerics))
@@ -1055,12 +1071,26 @@ def _moments_of(stretches: Iterable[Stretch]) -> tuple[Moment, ...]:
     return tuple(moment for stretch in stretches for moment in stretch.moments)
 
 
+def _without_backward(settings: StepSettings) -> StepSettings:
+    """Of a pass without gradients. What only backward asks for makes no difference, so plans that
+    differ in it share a pass."""
+    return structs.replace(
+        settings, accumulates=False, gradient_checkpointing=False, hooks_input=False
+    )
+
+
+def _by_value(settings: StepSettings) -> tuple[Hashable, ...]:
+    """The settings as a key. What has no value, such as a function, stands for itself."""
+    values = structs.astuple(settings)
+    return tuple(frozenset(of.items()) if isinstance(of, Mapping) else of for of in values)
+
+
 def _with_gathered(
     segments: Sequence[Segment], beside: Beside
 ) -> tuple[list[Segment], list[object]]:
     """The segments, each with its own moments: of a kind of its own."""
     found = [
-        dataclasses.replace(segment, forward=tuple(forward), backward=tuple(backward))
+        structs.replace(segment, forward=tuple(forward), backward=tuple(backward))
         for segment, forward, backward in zip(
             segments, beside.forward, beside.backward, strict=True
         )
@@ -1069,18 +1099,24 @@ def _with_gathered(
 
 
 def _heights(base: Parts, changes: Sequence[Parts], places: Iterable[int]) -> dict[int, Parts]:
-    """`base` with all changes before each of these places, and at last before the end. A change
-    that comes several times in a row is one object."""
+    """`base` with all changes before each of these places, and at last before the end. Most changes
+    are one object that comes again and again: what came is counted, and summed where asked for."""
     found: dict[int, Parts] = {}
-    wanted, begin = sorted(places), 0
-    for _, equal in groupby(changes, key=id):
-        run = list(equal)
-        end = begin + len(run)
-        while wanted and wanted[0] < end:
-            place = wanted.pop(0)
-            found[place] = _sum(base, _repeated(run[0], place - begin))
-        base, begin = _sum(base, _repeated(run[0], len(run))), end
-    return {**found, begin: base}
+    wanted = [*sorted(places), len(changes)]
+    numbers: dict[int, int] = {}
+    by_id: dict[int, Parts] = {}
+    begin = 0
+    for place in wanted:
+        for change in changes[begin:place]:
+            key = id(change)
+            by_id[key] = change
+            numbers[key] = numbers.get(key, 0) + 1
+        begin = place
+        height = base
+        for key, number in numbers.items():
+            height = _sum(height, _repeated(by_id[key], number))
+        found[place] = height
+    return found
 
 
 def _repeated(parts: Parts, number: int) -> Parts:

@@ -19,8 +19,9 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
+
+from msgspec import Struct
 
 # A number of bytes or elements: coefficients of 1, rows, row length, tokens, and tokens times row
 # length, where tokens = rows x length.
@@ -92,16 +93,14 @@ def value(form: Sequence[int], rows: Number, length: Number) -> Number:
     return a + b * rows + length * (c + rows * (d + e * length))
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(Struct, frozen=True):
     """What is alive at one moment, by component, beyond what was when the trace began."""
 
     total: Form
     components: dict[str, Form]
 
 
-@dataclass(slots=True)
-class Stretch:
+class Stretch(Struct):
     """A part of a trace between two marks: what was marked (None at a trace's beginning), what was
     alive then, and the high moments until the next mark."""
 
@@ -201,8 +200,7 @@ class Node:
         self.buffer: list[Tensor | None] = [None] * num_results
 
 
-@dataclass(slots=True)
-class Edge:
+class Edge(Struct):
     """Where the gradient of an input goes, and the size it has to have there."""
 
     to: Node | Weight
@@ -220,15 +218,14 @@ class Saved:
         self.frame, self.number = frame, number
 
 
-@dataclass(slots=True)
-class Frame:
+class Frame(Struct):
     """A checkpointed call: how to compute it again, and what that gave.
 
     `saved`: in the order of the operations; one whose node is gone is not kept again.
     """
 
     recompute: Callable[[], object]
-    saved: list[weakref.ref[Saved]] = field(default_factory=list)
+    saved: list[weakref.ref[Saved]] = []
     num_again: int = 0
     again: dict[int, Tensor] | None = None
 

@@ -9,11 +9,12 @@ the logits are whole on each.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import Attention, FeedForward, Layer, Linear, ModelSpec, Parallel
@@ -124,13 +125,13 @@ def one_rank(model: ModelSpec, tp_size: int) -> ModelSpec:
 def _one_rank(model: ModelSpec, tp_size: int) -> ModelSpec:
     check_divides(model, tp_size)
     divided = {id(layer): _divided_layer(layer, tp_size) for layer in model.layers}
-    return dataclasses.replace(
+    return structs.replace(
         model, layers=tuple(divided[id(layer)] for layer in model.layers), vocabulary_parts=tp_size
     )
 
 
 def _divided_layer(layer: Layer, parts: int) -> Layer:
-    return dataclasses.replace(
+    return structs.replace(
         layer,
         attention=_divided_attention(layer.attention, parts),
         feed_forward=_divided_feed_forward(layer.feed_forward, parts),
@@ -138,7 +139,7 @@ def _divided_layer(layer: Layer, parts: int) -> Layer:
 
 
 def _divided_attention(attention: Attention, parts: int) -> Attention:
-    return dataclasses.replace(
+    return structs.replace(
         attention,
         num_heads=attention.num_heads // parts,
         num_key_value_heads=attention.num_key_value_heads // parts,
@@ -148,7 +149,7 @@ def _divided_attention(attention: Attention, parts: int) -> Attention:
 
 
 def _divided_feed_forward(block: FeedForward, parts: int) -> FeedForward:
-    return dataclasses.replace(
+    return structs.replace(
         block,
         intermediate_size=block.intermediate_size // parts,
         inputs=tuple(_divided(linear, "colwise", parts) for linear in block.inputs),
@@ -158,6 +159,4 @@ def _divided_feed_forward(block: FeedForward, parts: int) -> FeedForward:
 
 def _divided(linear: Linear, parallel: Parallel, parts: int) -> Linear:
     width = "out_features" if parallel == "colwise" else "in_features"
-    return dataclasses.replace(
-        linear, parallel=parallel, **{width: getattr(linear, width) // parts}
-    )
+    return structs.replace(linear, parallel=parallel, **{width: getattr(linear, width) // parts})

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec import Struct
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.model_spec import Layer, Linear, ModelSpec, Norm, Parameter
@@ -46,8 +47,7 @@ _EMBEDDING_NAMES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
+class Trained(Struct, frozen=True, kw_only=True, dict=True):
     """What a configuration trains of a model, and what it adds to it.
 
     `own`: the model's own parameters that are trained. What the method adds and trains: `adapters`,
@@ -124,8 +124,7 @@ class Trained:
         return max(model.num_hidden_layers - first, self.trained_layers)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MethodSettings:
+class MethodSettings(Struct, frozen=True, kw_only=True):
     """The settings of a plan that decide what is trained.
 
     `peft_config` holds the options as they are written (`use_dora=true`); `trainable_modules`:

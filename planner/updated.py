@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Literal
+
+from msgspec import structs
 
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.optimizer_steps import Updated
@@ -22,7 +23,7 @@ def updated_parameters(model: ModelSpec, plan: TrainingPlan, trained: Trained) -
     own.add(trained.own)
     there = {(p.name, p.shape) for p in trained.own}
     own.add((p for p in model.parameters_beside if (p.name, p.shape) in there), -1)
-    used = dataclasses.replace(trained, own=tuple(p for p in own.parameters() if p.count > 0))
+    used = structs.replace(trained, own=tuple(p for p in own.parameters() if p.count > 0))
     return [
         Updated(shape=p.shape, width=width, count=p.count, kind=kinds.of(p))
         for parameters, width in trained_widths(plan, used)

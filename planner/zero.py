@@ -8,7 +8,8 @@ divided.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ftplan.planner.exchange import Exchange, buffer
 from ftplan.planner.model_spec import Parameter
@@ -18,8 +19,7 @@ from ftplan.planner.tape import Tape, Tensor
 REDUCE_BUCKET_SIZE = 500_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reduction:
+class Reduction(Struct, frozen=True, kw_only=True):
     """What the gradients' reduction holds, in bytes: the bucket, and a GPU's share of gradients.
 
     `partitions`: gradients go as they come (ZeRO-2); else they stay to the end of the last
@@ -40,8 +40,7 @@ def share_elements(parameters: Iterable[Parameter], num_gpus: int) -> int:
     return sum(p.count * -(-p.size // num_gpus) for p in parameters)
 
 
-@dataclass(frozen=True)
-class ZeroPlace:
+class ZeroPlace(Struct, frozen=True):
     """A segment; `begins`: the one whose backward makes the first gradient, None for others."""
 
     begins: Reduction | None

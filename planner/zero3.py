@@ -9,8 +9,9 @@ of one layer of each kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+from msgspec import Struct
 
 from ftplan.planner.called import ModuleEvent
 from ftplan.planner.coordinator import Coordinator, Status, ZeroParameter
@@ -58,8 +59,7 @@ def sub_groups(shares: Iterable[Share], numel_of: Callable[[Share], int]) -> lis
     return groups
 
 
-@dataclass(frozen=True, kw_only=True)
-class Partition:
+class Partition(Struct, frozen=True, kw_only=True):
     """How ZeRO-3 divides a model.
 
     `width`: bytes a number in the engine's dtype. `offloads_parameters`, `offloads_gradients`: to
@@ -80,8 +80,7 @@ class Partition:
         return -(-numel // self.num_gpus)
 
 
-@dataclass(frozen=True, slots=True)
-class GradientEvent:
+class GradientEvent(Struct, frozen=True):
     """A parameter of so many elements has its gradient."""
 
     numel: int
@@ -111,8 +110,7 @@ class Segment(Protocol):
     def left(self) -> dict[str, Form]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Beside:
+class Beside(Struct, frozen=True):
     """The moments of each segment of a step, with what is gathered."""
 
     forward: list[list[Moment]]
@@ -124,8 +122,7 @@ class Beside:
         return Beside([[] for _ in segments], [[] for _ in segments])
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
-class _Gathered(ZeroParameter):
+class _Gathered(ZeroParameter, kw_only=True, eq=False):
     """A parameter, and the memory it lies in while it is there."""
 
     data: Tensor | None = None
@@ -135,8 +132,7 @@ class _Gathered(ZeroParameter):
         self.status = Status.NOT_AVAILABLE
 
 
-@dataclass(slots=True)
-class _Handle:
+class _Handle(Struct):
     """`AllGatherCoalescedHandle`: the buffer of several parameters lives as long as one of them has
     not been waited for, beside the copies that the first wait makes."""
 

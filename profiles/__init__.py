@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.families import spec_from_config
@@ -20,8 +21,7 @@ from ftplan.planner.hardware_spec import ASSUMED_CUDA_CONTEXT_BYTES, Device
 from ftplan.planner.model_spec import ModelSpec
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelEntry:
+class ModelEntry(Struct, frozen=True, kw_only=True):
     """A catalogued model. `config` is what stands in its config.json."""
 
     name: str
@@ -37,8 +37,7 @@ class ModelEntry:
         return spec_from_config(self.config, self.name)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuEntry:
+class GpuEntry(Struct, frozen=True, kw_only=True):
     """A catalogued GPU. Numbers are the values; their sources stay in the file."""
 
     key: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ GPT2_MODULES = ("c_attn", "c_proj", "c_fc")
 
 def case(config: dict[str, Any] = LLAMA, **settings: Any) -> DryRunCase:
     """A case on the processor, in fp32 unless `settings` say otherwise."""
-    fields = {f.name for f in dataclasses.fields(DryRunCase)}
+    fields = set(DryRunCase.__struct_fields__)
     further = {name: settings.pop(name) for name in fields & set(settings)}
     plan = TrainingPlan(
         **{

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from benchmarks import accuracy
 from benchmarks.comparison import BARS, Bars, Compared, Report, closed_form, compare
@@ -126,7 +126,7 @@ def test_an_error_is_counted_with_its_sign_and_its_components(modelled: Configur
 
 def test_what_is_refused_is_counted_apart(modelled: Configuration) -> None:
     unmodelled = Configuration(model="smollm2-135m", config=None, given={"method": "shadow"})
-    refused = dataclasses.replace(_reference(modelled, 1), phases=(), refused="no such kernel")
+    refused = structs.replace(_reference(modelled, 1), phases=(), refused="no such kernel")
     report = Report.of([compare(_reference(unmodelled, 1)), compare(refused)])
     assert report.refused_by_closed_form == {"the closed form does not model `--method`": 1}
     assert report.refused_by_dry_run == {"no such kernel": 1}
@@ -134,7 +134,7 @@ def test_what_is_refused_is_counted_apart(modelled: Configuration) -> None:
 
 
 def test_figures_of_other_modules_are_not_compared(modelled: Configuration) -> None:
-    stale = dataclasses.replace(_reference(modelled, 1), target_modules=("q_proj",))
+    stale = structs.replace(_reference(modelled, 1), target_modules=("q_proj",))
     assert compare(stale).estimate is None
 
 

@@ -228,9 +228,7 @@ def figures(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("key", GPUS)
 def test_every_figure_of_a_gpu_has_kind_and_source(key: str) -> None:
     found = dict(figures(GPUS[key], key))
-    assert {f"{key}.memory_bytes", f"{key}.memory_bandwidth_bytes_per_second"} <= set(
-        found
-    )
+    assert {f"{key}.memory_bytes", f"{key}.memory_bandwidth_bytes_per_second"} <= set(found)
     for where, figure in found.items():
         assert set(figure) == {"value", "kind", "source"}, where
         assert figure["value"] > 0, where

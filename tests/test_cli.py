@@ -423,7 +423,7 @@ class TestSettingsFlags:
             assert given == {item.name: default}
             assert type(given[item.name]) is type(default)
         if item.name != "steps_per_generation":  # which one objective alone has
-            assert TrainingPlan(**given) == dataclasses.replace(TrainingPlan(), **given)
+            assert TrainingPlan(**given) == TrainingPlan().replace(**given)
 
     @pytest.mark.parametrize(
         ("words", "value"),

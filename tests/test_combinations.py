@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from ftplan.launcher import cli, planning
 from ftplan.launcher.tokens import RowTokenizer
@@ -238,13 +239,13 @@ def test_a_usual_run_is_not_warned_about(ftplan: Ftplan) -> None:
 def test_fp16_overflows_where_a_model_was_trained_in_bf16(
     changes: dict[str, Any], native_dtype: str, warned: bool, small_llama: ModelSpec
 ) -> None:
-    model = dataclasses.replace(small_llama, native_dtype=native_dtype)
+    model = structs.replace(small_llama, native_dtype=native_dtype)
     names = [caution.name for caution in cautions(model, TrainingPlan(**changes), None)]
     assert ("fp16-overflow" in names) == warned
 
 
 def test_all_that_a_card_lacks_is_said(small_llama: ModelSpec, devices: dict[str, Device]) -> None:
-    volta = dataclasses.replace(devices["T4"], name="V100", compute_capability=(7, 0))
+    volta = structs.replace(devices["T4"], name="V100", compute_capability=(7, 0))
     plan = TrainingPlan(
         method="qlora", quantization="int8", attn_implementation="flash_attention_2"
     )
@@ -351,7 +352,7 @@ def test_the_hint_names_what_the_card_can_do(
 ) -> None:
     from ftplan.planner.combinations import check_runs
 
-    volta = dataclasses.replace(devices["T4"], compute_capability=(7, 0))
+    volta = structs.replace(devices["T4"], compute_capability=(7, 0))
     with pytest.raises(InputError) as refused:
         check_runs(
             small_llama,
@@ -390,7 +391,7 @@ def test_prequantized_bases_are_not_run_dry(ftplan: Ftplan) -> None:
 
 
 def test_a_prompt_leaves_the_final_norm_where_accelerate_finds_it(small_llama: ModelSpec) -> None:
-    model = dataclasses.replace(small_llama, tie_word_embeddings=False)
+    model = structs.replace(small_llama, tie_word_embeddings=False)
     sharded = {"loss": "liger", "sharding": "fsdp", "num_gpus": 2}
     check_together(model, TrainingPlan(method="prompt-tuning", **sharded))
     with pytest.raises(InputError, match="has not gathered it"):

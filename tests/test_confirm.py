@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from ftplan.launcher import confirm as confirm_module
 from ftplan.launcher.confirm import confirm
@@ -161,9 +161,7 @@ def test_a_dry_run_that_fails_leaves_the_closed_form(
 def test_a_processor_with_plenty_of_memory_is_not_kept_waiting(
     ui: Ui, rows: Path, answering: Callable[..., Runner]
 ) -> None:
-    cpu = dataclasses.replace(
-        L4, kind="cpu", name="CPU", free_bytes=900 * GIB, total_bytes=900 * GIB
-    )
+    cpu = structs.replace(L4, kind="cpu", name="CPU", free_bytes=900 * GIB, total_bytes=900 * GIB)
     before = planned(ui, rows, cpu, max_steps=1)
     runner = answering()
     assert confirm(ui, before) is before

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
@@ -117,7 +117,7 @@ def test_a_dry_run_takes_what_the_real_steps_take(dry_case: DryRunCase, tmp_path
     """
     trainer = real_trainer(dry_case, tmp_path)
     measured = measured_peaks(trainer)
-    done = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    done = dry_run(structs.replace(dry_case, few_layers=False))
     assert done.num_trainable_parameters == count_trainable(trainer.model)
     peaks = done.record.phase_peaks()
     unseen = GENERATOR_STATE_BYTES * num_checkpointed(dry_case.plan)
@@ -183,7 +183,7 @@ def test_few_layers_stand_for_all(dry_case: DryRunCase, traced: int) -> None:
     smaller than a block of the allocator up to 128 gradients.
     """
     few = dry_run(dry_case)
-    every = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    every = dry_run(structs.replace(dry_case, few_layers=False))
     assert few.num_layers_traced == traced < every.num_layers_traced == few.num_layers
     assert few.num_parameters == every.num_parameters
     assert few.num_trainable_parameters == every.num_trainable_parameters

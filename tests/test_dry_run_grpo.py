@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
@@ -110,7 +110,7 @@ def test_a_dry_run_takes_what_trls_steps_take(dry_case: DryRunCase, tmp_path: Pa
     """As near as for other objectives."""
     trainer = real_trainer(dry_case, tmp_path)
     real = measured(trainer)
-    done = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    done = dry_run(structs.replace(dry_case, few_layers=False))
     assert done.num_trainable_parameters == count_trainable(trainer.model)
     peaks = {phase: peak.allocated_bytes for phase, peak in done.record.phase_peaks().items()}
     assert (SCORING_PHASE in real) is (SCORING_PHASE in peaks)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
@@ -97,7 +97,7 @@ def test_what_is_trained_beside_adapters(settings: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize("name", ["dora", "adalora", "ia3", "oft", "vera", "hra", "prompt-tuning"])
 def test_few_layers_stand_for_all_on_a_gpu(name: str) -> None:
     dry_case = cuda_case(LLAMA, method=name, peft_config=SMALL.get(name, ()))
-    every = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    every = dry_run(structs.replace(dry_case, few_layers=False))
     assert_equal_records(dry_run(dry_case).record, every.record)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -11,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
@@ -154,7 +154,7 @@ def test_a_dry_run_takes_what_trls_steps_take(dry_case: DryRunCase, tmp_path: Pa
     evaluates = not plan.precompute_ref_log_probs and plan.quantization == "none"
     trainer = real_trainer(dry_case, tmp_path)
     real = measured(trainer, evaluates=evaluates)
-    done = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    done = dry_run(structs.replace(dry_case, few_layers=False))
     assert done.num_trainable_parameters == count_trainable(trainer.model)
     peaks = {phase: peak.allocated_bytes for phase, peak in done.record.phase_peaks().items()}
     # A layer that is computed again forks the generator: its state, and the layer's own, once more.
@@ -211,7 +211,7 @@ def allocated_levels(function: Callable[[], Any]) -> list[int]:
 )
 def test_few_layers_stand_for_all(dry_case: DryRunCase, traced: int) -> None:
     few = dry_run(dry_case)
-    every = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    every = dry_run(structs.replace(dry_case, few_layers=False))
     assert few.num_layers_traced == traced < every.num_layers_traced == few.num_layers
     assert few.num_trainable_parameters == every.num_trainable_parameters
     assert_equal_records(few.record, every.record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
@@ -102,7 +102,7 @@ def test_a_dry_step_takes_what_the_real_one_takes(optim: str, tmp_path: Path) ->
         trainer = real_trainer(dry_case, tmp_path)
         unseen = replaced_bytes(trainer, optim)
         measured = measured_peaks(trainer)
-    peaks = dry_run(dataclasses.replace(dry_case, few_layers=False)).record.phase_peaks()
+    peaks = dry_run(structs.replace(dry_case, few_layers=False)).record.phase_peaks()
     for phase in PHASES:
         predicted = peaks[phase].allocated_bytes
         assert predicted == pytest.approx(measured[phase] - unseen, rel=0.01), phase
@@ -122,7 +122,7 @@ def test_few_layers_stand_for_all(optim: str) -> None:
     needs(optim)
     dry_case = cuda_case(LLAMA, **FULL, optim=optim)
     few = dry_run(dry_case)
-    every = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    every = dry_run(structs.replace(dry_case, few_layers=False))
     assert few.num_layers_traced == 4 < every.num_layers_traced
     assert_equal_records(few.record, every.record)
 

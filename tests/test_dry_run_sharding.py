@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
@@ -134,7 +134,7 @@ def same_but_for_norms(few: MemoryRecord, every: MemoryRecord) -> None:
 def test_few_layers_stand_for_all(settings: dict[str, Any]) -> None:
     dry_case = cuda_case(LLAMA, **settings)
     few = dry_run(dry_case)
-    every = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    every = dry_run(structs.replace(dry_case, few_layers=False))
     assert few.num_layers_traced == 4 < every.num_layers_traced
     same_but_for_norms(few.record, every.record)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
@@ -82,7 +82,7 @@ def test_divided_matrices_take_what_they_take_on_real_tensors(
 def test_few_layers_stand_for_all() -> None:
     dry_case = cuda_case(LLAMA, **DIVIDED)
     few = dry_run(dry_case)
-    every = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    every = dry_run(structs.replace(dry_case, few_layers=False))
     assert few.num_layers_traced == 4 < every.num_layers_traced
     assert few.record.phase_peaks() == every.record.phase_peaks()
     assert few.record.events == every.record.events

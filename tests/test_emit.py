@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ftplan.launcher import emit
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_yaml
@@ -32,7 +33,7 @@ CPU = Device(
     memory_bandwidth_bytes_per_second=2e10,
     peak_flops_per_second={"float32": 2e11},
 )
-GPU = dataclasses.replace(CPU, name="Some GPU", kind="cuda", uuid="GPU-1234-5678")
+GPU = structs.replace(CPU, name="Some GPU", kind="cuda", uuid="GPU-1234-5678")
 
 ON_CPU = TrainingPlan(
     dtype="float32",
@@ -317,7 +318,7 @@ class TestEnvironment:
         )
         assert several["CUDA_VISIBLE_DEVICES"] == "1,2"
         unnamed = emit.launch_environment(
-            {"CUDA_VISIBLE_DEVICES": "1"}, dataclasses.replace(GPU, uuid=None), ON_CPU, 8
+            {"CUDA_VISIBLE_DEVICES": "1"}, structs.replace(GPU, uuid=None), ON_CPU, 8
         )
         assert unnamed["CUDA_VISIBLE_DEVICES"] == "1"
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ftplan.launcher.commands.estimate import _checkpointing
 from ftplan.launcher.emit import training_arguments
@@ -40,7 +41,7 @@ def test_the_more_layers_are_checkpointed_the_less_is_kept(
     Frozen layers below those that are trained keep nothing either way.
     """
     assume(case.plan.method != "freeze")
-    deep = dataclasses.replace(case.model, layers=case.model.layers * 3)
+    deep = structs.replace(case.model, layers=case.model.layers * 3)
     case = dataclasses.replace(case, model=deep)
     try:
         kept = [
@@ -76,7 +77,7 @@ def test_no_layer_is_higher_than_those_looked_at(
 
     def peaks() -> list[int]:
         model = tiny_spec(family)
-        deep = dataclasses.replace(model, layers=model.layers * 5)
+        deep = structs.replace(model, layers=model.layers * 5)
         memories = [
             estimate_memory(
                 deep,

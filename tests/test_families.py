@@ -7,13 +7,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import (
@@ -41,6 +41,12 @@ def test_a_size_is_met_within_five_percent(num_parameters: int) -> None:
     count = spec_from_size(num_parameters, "x").num_parameters
     tolerance = 0.05 if num_parameters >= 105_000_000 else 0.15
     assert count == pytest.approx(num_parameters, rel=tolerance)
+
+
+def same_facts(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    specs = (spec_from_config(config, "x") for config in (one, other))
+    first, second = map(structs.asdict, specs)
+    return first == second
 
 
 @pytest.mark.parametrize(
@@ -300,7 +306,9 @@ def test_a_config_that_transformers_saves_means_the_same(
     config = tiny_config(family)
     saved = transformers.AutoConfig.for_model(**config)
     for written in (saved.to_dict(), json.loads(saved.to_json_string())):
-        assert asdict(spec_from_config(written, "x")) == asdict(spec_from_config(config, "x"))
+        assert structs.asdict(spec_from_config(written, "x")) == structs.asdict(
+            spec_from_config(config, "x")
+        )
 
 
 def test_what_auto_model_for_causal_lm_cannot_load_is_told(tiny_config: MakeConfig) -> None:
@@ -342,7 +350,9 @@ def test_a_field_under_its_other_name_is_read(family: str, tiny_config: MakeConf
     for other, own in OTHER_NAMES[family].items():
         if own in config:
             renamed = {other if field == own else field: config[field] for field in config}
-            assert asdict(spec_from_config(renamed, "x")) == asdict(spec_from_config(config, "x"))
+            assert structs.asdict(spec_from_config(renamed, "x")) == structs.asdict(
+                spec_from_config(config, "x")
+            )
             assert spec_from_config(renamed, "x").num_parameters == transformers_count(renamed)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
@@ -113,7 +113,7 @@ def test_every_phase_is_what_a_dry_run_has(dry_case: DryRunCase) -> None:
 def test_few_layers_stand_for_all(settings: dict[str, Any]) -> None:
     dry_case = cuda_case(LLAMA, num_layers=5, **GRPO | {"max_completion_length": 16} | settings)
     few = dry_run(dry_case)
-    every = dry_run(dataclasses.replace(dry_case, few_layers=False))
+    every = dry_run(structs.replace(dry_case, few_layers=False))
     assert few.num_layers_traced == 4 < every.num_layers_traced
     assert_equal_records(few.record, every.record)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from ftplan.planner import memory as memory_module
 from ftplan.planner.allocator import pinned_bytes
@@ -38,7 +38,7 @@ def _phase(host: HostMemory, name: str) -> dict[str, int]:
 @pytest.mark.parametrize("num_gpus", [1, 4])
 def test_processes_share_the_mapped_files(llama_2_7b: ModelSpec, num_gpus: int) -> None:
     """The kernel takes their pages back where it must: they are resident, and not required."""
-    llama_2_7b = dataclasses.replace(llama_2_7b, native_dtype="float16")
+    llama_2_7b = structs.replace(llama_2_7b, native_dtype="float16")
     host = _host(llama_2_7b, num_gpus=num_gpus)
     loading = _phase(host, "loading")
     assert loading == {"processes": num_gpus * PROCESS, "mapped_files": 2 * LLAMA_2_7B}
@@ -138,11 +138,14 @@ _LOAD = """
 import sys
 import torch, transformers, peft, trl, datasets
 from trl import SFTTrainer
+def peak():
+    status = open("/proc/self/status").read()
+    return next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
+imported = peak()
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[2])
 for parameter in model.parameters():  # as a copy to a GPU would
     parameter.data.view(-1)[::256].sum()
-status = open("/proc/self/status").read()
-print(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+print(imported, peak())
 """
 
 
@@ -152,7 +155,8 @@ print(next(line for line in status.splitlines() if line.startswith("VmHWM")).spl
 def test_a_process_that_loads_is_as_large_as_predicted(
     dtype: str, tmp_path: Path, devices: dict[str, Device]
 ) -> None:
-    """0.5 GB of random weights, on the processor."""
+    """0.5 GB of random weights, on the processor. How much of the libraries' files is in memory
+    differs from machine to machine."""
     torch = pytest.importorskip("torch", reason="loads for real")
     pytest.importorskip("trl", reason="needs the `train` extra")
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -163,7 +167,10 @@ def test_a_process_that_loads_is_as_large_as_predicted(
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     plan = TrainingPlan(method="full", dtype=dtype, mixed_precision="no")
     host = estimate_memory(spec_from_config(CONFIG, "half"), plan, device=devices["CPU"]).host
-    assert host.phases[0].peak_bytes == pytest.approx(1024 * int(shown.split()[-1]), rel=0.15)
+    imported, peak = (1024 * int(number) for number in shown.split()[-2:])
+    assert pytest.approx(imported, rel=0.4) == CPU_PROCESS_BYTES
+    loaded = host.phases[0].peak_bytes - CPU_PROCESS_BYTES
+    assert loaded == pytest.approx(peak - imported, rel=0.08)
 
 
 def test_terms_of_host_and_disk_sum_to_them(llama_2_7b: ModelSpec) -> None:

@@ -42,8 +42,8 @@ def package(module: str) -> str:
 @pytest.mark.parametrize(
     ("folder", "allowed"),
     [
-        ("planner", {"ftplan.planner"}),
-        ("profiles", {"ftplan.planner", "ftplan.profiles", "yaml"}),
+        ("planner", {"ftplan.planner", "msgspec"}),
+        ("profiles", {"ftplan.planner", "ftplan.profiles", "msgspec"}),
     ],
 )
 def test_a_lower_package_imports_no_higher_one(folder: str, allowed: set[str]) -> None:

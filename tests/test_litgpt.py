@@ -6,7 +6,6 @@ source and configuration. Nothing is fitted to them.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from functools import cache
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from ftplan.launcher.cases import Case, Refusal, read_cases
 from ftplan.launcher.commands import validate
@@ -97,7 +97,7 @@ def plan_of(**changes: Any) -> TrainingPlan:
 
 def shallow(name: str, layers: int = 2) -> ModelSpec:
     model = require_model(name).spec
-    return dataclasses.replace(model, layers=model.layers[:layers])
+    return structs.replace(model, layers=model.layers[:layers])
 
 
 def estimated(model: ModelSpec, *, longest_first: bool = True, **changes: Any) -> MemoryEstimate:

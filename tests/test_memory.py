@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from ftplan.planner.hardware_spec import (
     CPU_HEAP_HOLES,
@@ -85,8 +85,8 @@ def test_what_fits_leaves_the_margin_free(
     memory = estimate_memory(small_llama, TrainingPlan(), device=devices["A100"])
     needed = needed_bytes(memory)
     assert needed == round((1 + MEMORY_MARGIN) * memory.required_bytes)
-    assert fits(memory, dataclasses.replace(devices["A100"], free_bytes=needed))
-    assert not fits(memory, dataclasses.replace(devices["A100"], free_bytes=needed - 1))
+    assert fits(memory, structs.replace(devices["A100"], free_bytes=needed))
+    assert not fits(memory, structs.replace(devices["A100"], free_bytes=needed - 1))
 
 
 # --- growth (more in test_memory_properties.py)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import Phase as HypothesisPhase
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.planner.errors import InputError
@@ -92,8 +93,8 @@ def test_components_sum_exactly() -> None:
 )
 def test_what_was_worked_out_for_other_plans_changes_nothing(change: dict[str, object]) -> None:
     for case in modelled_cases()[::6]:
-        fresh = dataclasses.replace(case, model=dataclasses.replace(case.model))
-        seen = dataclasses.replace(case, model=dataclasses.replace(case.model))
+        fresh = dataclasses.replace(case, model=structs.replace(case.model))
+        seen = dataclasses.replace(case, model=structs.replace(case.model))
         try:
             expected = fresh.estimate(**change)
         except InputError:
@@ -135,7 +136,7 @@ def test_memory_never_falls_when_the_rank_grows(case: ModelledCase, more: int) -
 @given(case=cases, times=st.integers(2, 4))
 def test_memory_never_falls_when_layers_grow(case: ModelledCase, times: int) -> None:
     """All layers again, so that those trained last by freeze tuning are of the same kinds."""
-    deeper = dataclasses.replace(case.model, layers=case.model.layers * times)
+    deeper = structs.replace(case.model, layers=case.model.layers * times)
     assert not falls(case.estimate(), dataclasses.replace(case, model=deeper).estimate())
 
 
@@ -188,7 +189,7 @@ def test_a_fused_loss_never_holds_more_than_stock_logits_and_their_gradients(
     case: ModelledCase,
 ) -> None:
     """But for what it makes early: gradients of the hidden states and of the head."""
-    model = dataclasses.replace(case.model, vocab_size=32768)
+    model = structs.replace(case.model, vocab_size=32768)
     large = dataclasses.replace(case, model=model)
     tokens = case.plan.per_device_train_batch_size * case.plan.max_length
     early = 4 * (tokens * model.hidden_size + model.embedding_parameters)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ftplan.planner.adapter_counts import (
     BEFT_MODEL_TYPES,
@@ -112,7 +113,7 @@ def built_by_peft(
         model,
         method,
         {
-            **{item.name: getattr(given, item.name) for item in dataclasses.fields(given)},
+            **structs.asdict(given),
             **{"objective": "sft", "lora_alpha": 8, "lora_dropout": 0.0},
             "target_modules": list(targets),
         },
@@ -703,7 +704,7 @@ def test_what_backward_reaches(tiny_spec: MakeSpec) -> None:
 def test_layers_of_several_kinds_are_counted_each(tiny_spec: MakeSpec) -> None:
     """A first layer of feed-forward width 96, then two of 160; ranks of 1."""
     narrow, wide = tiny_spec("llama"), tiny_spec("llama", intermediate_size=160)
-    model = dataclasses.replace(narrow, layers=(*narrow.layers[:1], *wide.layers[:2]))
+    model = structs.replace(narrow, layers=(*narrow.layers[:1], *wide.layers[:2]))
     attention = (64 + 64) + 2 * (64 + 32) + (64 + 64)
     each = [attention + 3 * (64 + width) for width in (96, 160, 160)]
     assert count("lora", model, lora_rank=1).added_parameters == sum(each)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
@@ -81,13 +81,13 @@ def _with_names(dry_case: DryRunCase) -> DryRunCase:
     """Target modules spelled out, as a dry run from the command line gets them."""
     model = spec_from_config(dry_case.config, "")
     names = target_names(model, dry_case.plan.target_modules)
-    plan = dataclasses.replace(dry_case.plan, target_modules=names)
-    return dataclasses.replace(dry_case, plan=plan)
+    plan = dry_case.plan.replace(target_modules=names)
+    return structs.replace(dry_case, plan=plan)
 
 
 def closed_peaks(dry_case: DryRunCase) -> dict[str, int]:
     """The same in closed form."""
-    stack = Stack(**{f.name: getattr(dry_case, f.name) for f in dataclasses.fields(Stack)})
+    stack = Stack(**{name: getattr(dry_case, name) for name in Stack.__struct_fields__})
     memory = estimate_memory(
         spec_from_config(dry_case.config, ""),
         dry_case.plan,

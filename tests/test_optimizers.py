@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.hardware_spec import Device
@@ -155,7 +155,7 @@ def test_gradients_do_not_live_together_where_the_step_is_within_backward(optim:
 @pytest.mark.parametrize("optim", ["lomo", "adalomo"])
 def test_nothing_accumulates_where_the_step_is_within_backward(optim: str) -> None:
     plan = TrainingPlan(method="full", optim=optim, **SHORT)
-    accumulating = dataclasses.replace(plan, gradient_accumulation_steps=4)
+    accumulating = plan.replace(gradient_accumulation_steps=4)
     once, often = (estimate_memory(tiny(), p).allocated_peak_bytes for p in (plan, accumulating))
     assert once == often
 
@@ -181,7 +181,7 @@ def dry(config: dict[str, Any], **settings: Any) -> tuple[MemoryEstimate, Any]:
     from tests.dry_runs import cuda_case
 
     case = cuda_case(config, config["num_hidden_layers"], **{**SHORT, **settings})
-    record = dry_run(dataclasses.replace(case, few_layers=False)).record
+    record = dry_run(structs.replace(case, few_layers=False)).record
     return estimate_memory(spec_from_config(config, "tiny"), case.plan), record
 
 
@@ -256,7 +256,7 @@ def test_bitsandbytes_updates_on_the_processor(
 
     config, settings = {**TINY, "num_hidden_layers": 2}, {**SHORT, "method": "full"}
     on_cpu = case(config, **{**settings, "optim": optim, "dtype": dtype, "mixed_precision": "no"})
-    record = dry_run(dataclasses.replace(on_cpu, few_layers=False)).record
+    record = dry_run(structs.replace(on_cpu, few_layers=False)).record
     model = spec_from_config(config, "tiny")
     phases = estimate_memory(model, on_cpu.plan, device=devices["CPU"]).phases
     step = next(phase for phase in phases if phase.name == "optimizer step")

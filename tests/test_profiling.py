@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ftplan.launcher.data_reader import DataFile, Row
 from ftplan.launcher.profiling import (
@@ -214,7 +214,7 @@ class TestProfile:
     def test_a_json_array_s_rows_are_counted_by_rows(self) -> None:
         rows = different(4)
         problems = (Problem(kind="no usable field", count=1, first_lines=(5,)),)
-        data = dataclasses.replace(data_file(rows, problems), unit="row")
+        data = structs.replace(data_file(rows, problems), unit="row")
         profile = profile_data(data, split_rows(rows), None)
         assert profile.warnings == ("1 of 5 rows left out: no usable field (row 5)",)
 

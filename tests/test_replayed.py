@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from statistics import median
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from benchmarks.references import read
 from benchmarks.reserved import ReservedErrors, compare_reserved
@@ -161,7 +161,7 @@ def test_no_more_is_reserved_than_the_card_has() -> None:
 
 
 def card_with(num_bytes: int) -> Device:
-    return dataclasses.replace(find_gpu("a100-40gb-pcie").device(), free_bytes=num_bytes)
+    return structs.replace(find_gpu("a100-40gb-pcie").device(), free_bytes=num_bytes)
 
 
 def test_where_the_order_is_not_known_a_share_is_taken() -> None:

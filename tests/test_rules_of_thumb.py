@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from benchmarks import rules
 from ftplan.planner.model_spec import ModelSpec
@@ -75,7 +75,7 @@ def test_the_largest_module_is_a_matrix_the_embeddings_or_a_stack_of_experts(
 ) -> None:
     """transformers holds a layer's experts as parameters of one module."""
     assert largest_module_parameters(llama_2_7b) == HEAD
-    narrow = dataclasses.replace(llama_2_7b, vocab_size=100)
+    narrow = structs.replace(llama_2_7b, vocab_size=100)
     assert largest_module_parameters(narrow) == 4096 * 11008
     assert largest_module_parameters(tiny_spec("mixtral")) == 4 * 3 * 64 * 96
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given as for_all
 from hypothesis import strategies as st
+from msgspec import structs
 from rich.console import Console
 
 from ftplan.launcher.estimate_json import estimate_to_dict
@@ -57,7 +57,7 @@ def render(table: Any) -> str:
 
 
 def with_free(device: Device, free_bytes: int) -> Device:
-    return dataclasses.replace(device, free_bytes=free_bytes)
+    return structs.replace(device, free_bytes=free_bytes)
 
 
 def chosen(
@@ -394,7 +394,7 @@ def test_an_unknown_method_is_told_the_nearest(
 def test_an_old_card_takes_no_quantized_base(
     small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
 ) -> None:
-    old = dataclasses.replace(devices["T4"], compute_capability=(5, 2))
+    old = structs.replace(devices["T4"], compute_capability=(5, 2))
     ranking = choose_plan(small_llama, few_short_rows, old, {})
     reasons = {r.method: r.reason for r in ranking.rejected}
     assert "compute capability 6.0" in reasons["qlora"]
@@ -661,7 +661,7 @@ def test_eight_bits_need_a_newer_card_than_four(
 ) -> None:
     """LLM.int8 on Turing and later, NF4 and FP4 on Pascal and later (bitsandbytes' guide)."""
     assert {*QUANTIZATION_CAPABILITY, "none"} == set(QUANTIZATIONS)
-    card = dataclasses.replace(devices["T4"], compute_capability=capability)
+    card = structs.replace(devices["T4"], compute_capability=capability)
     assert card.supports_quantization("nf4") == card.supports_quantization("fp4") == four_bits
     assert card.supports_quantization("int8") == eight_bits
     given = {"quantization": "int8"}

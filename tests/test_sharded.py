@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +10,7 @@ from unittest import mock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ftplan.planner import coordinator, held, zero3
 from ftplan.planner.errors import InputError
@@ -294,7 +294,7 @@ def test_shares_are_shares_of_all_parameters(config: dict[str, Any], num_gpus: i
     assert step.spread is not None
     numerics = step.numerics_of_layers(model)
     units = units_of(model, step.spread, numerics, step.trained_outside)
-    flat = dataclasses.replace(step.spread, kind="fsdp1")
+    flat = structs.replace(step.spread, kind="fsdp1")
     for whole in (units.whole, units_of(model, flat, numerics, step.trained_outside).whole):
         assert whole.weights * num_gpus >= 2 * model.num_parameters
         assert whole.weights * num_gpus <= 2 * model.num_parameters * 1.02

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -15,6 +14,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ftplan.launcher import cli
 from ftplan.launcher.cases import (
@@ -139,7 +139,7 @@ class TestCases:
         )
         assert case.gpu == find_gpu("t4").device()
         expected = require_model("smollm2-135m").spec
-        assert dataclasses.asdict(case.model.spec) == dataclasses.asdict(expected)
+        assert structs.asdict(case.model.spec) == structs.asdict(expected)
         assert case.measured == {"allocated_bytes": 10**9, "device_bytes": None}
         assert (case.kbit_prepare, case.packing, case.length_is) == (False, False, "exact")
         plan = case.plan

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, structs
 
 from ftplan.launcher.estimate_json import estimate_to_dict, parameter_counts
 from ftplan.launcher.host import read_host
@@ -159,7 +159,7 @@ def named_device(gpu: str | None, free_memory: str | None) -> Device | None:
     device = find_gpu(gpu).device()
     if free_memory is None:
         return device
-    return dataclasses.replace(device, free_bytes=parse_bytes(free_memory))
+    return structs.replace(device, free_bytes=parse_bytes(free_memory))
 
 
 def _show(
@@ -208,8 +208,7 @@ def _model_line(model: ModelSpec, num_parameters: int) -> str:
     return f"{model.name}: {format_count(num_parameters)} parameters{what}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ComparedMethod:
+class ComparedMethod(Struct, frozen=True, kw_only=True):
     """A method beside others on the same model: its memory, and what it trains."""
 
     method: str

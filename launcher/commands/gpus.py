@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
+
+from msgspec import structs, to_builtins
 
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.ui import Ui
@@ -38,7 +39,7 @@ def machine_to_dict(machine: Machine) -> dict[str, Any]:
         "schema": 1,
         "gpus": [device_to_dict(gpu) for gpu in machine.gpus],
         "cpu": device_to_dict(machine.cpu),
-        "host": dataclasses.asdict(machine.host),
+        "host": structs.asdict(machine.host),
         "driver_version": machine.driver_version,
         "notes": list(machine.notes),
     }
@@ -46,6 +47,6 @@ def machine_to_dict(machine: Machine) -> dict[str, Any]:
 
 def device_to_dict(device: Device) -> dict[str, Any]:
     """A device's fields as JSON holds them."""
-    fields = dataclasses.asdict(device)
+    fields: dict[str, Any] = to_builtins(device)
     fields["peak_flops_per_second"] = dict(device.peak_flops_per_second)
     return fields

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from msgspec import structs
 
 from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.estimate_json import estimate_to_dict
@@ -91,7 +92,7 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
             {"method": r.method, "reason": r.reason, "needs_bytes": r.needs_bytes}
             for r in planned.ranking.rejected
         ],
-        "left_out": [dataclasses.asdict(left) for left in planned.ranking.left_out],
+        "left_out": [structs.asdict(left) for left in planned.ranking.left_out],
         "warnings": [caution.to_dict() for caution in warnings],
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from ftplan.launcher.cases import Case, Refusal, read_cases
 from ftplan.launcher.host import usable_cores
@@ -192,7 +193,7 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
             "before transformers 5 experts were modules of their own; the installed one stacks them"
         )
     plan = _plan_of_its_time(case)
-    asked = case_of(case.model, plan, case.gpu, **dataclasses.asdict(_stack(case)))
+    asked = case_of(case.model, plan, case.gpu, **structs.asdict(_stack(case)))
     return _prediction(case, memory_of(runner.run(asked), case.model, plan, case.gpu))
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import structs
 
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import DEFAULT_CAPABILITY, Stack
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DryRunCase(Stack):
+class DryRunCase(Stack, frozen=True, kw_only=True):
     """One configuration, on a training stack.
 
     - `config`: what the model's config.json holds.
@@ -31,7 +31,7 @@ class DryRunCase(Stack):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**dataclasses.asdict(self), "plan": dataclasses.asdict(self.plan)}
+        return {**structs.asdict(self), "plan": dataclasses.asdict(self.plan)}
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> DryRunCase:

@@ -7,10 +7,10 @@ second of which meets the gradients of the first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftplan.launcher.dry_run.build_trainer import build_trainer
@@ -46,8 +46,7 @@ from ftplan.planner.sharding import ZERO
 from ftplan.planner.stack import cublas_workspace_bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DryRun:
+class DryRun(Struct, frozen=True, kw_only=True):
     """The record of a dry run, and what the model turned out to be."""
 
     record: MemoryRecord

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -17,8 +16,7 @@ from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.planner.coordinator import Coordinator, Status, ZeroParameter
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
-class TensorParameter(ZeroParameter):
+class TensorParameter(ZeroParameter, kw_only=True, eq=False):
     """A parameter and this GPU's share of it, `ds_tensor`."""
 
     parameter: nn.Parameter

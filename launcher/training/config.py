@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ftplan.launcher.run_dir import RunDir, read_mapping
 from ftplan.planner.errors import InputError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(Struct, frozen=True, kw_only=True):
     """What the training process is to do."""
 
     model: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -11,12 +10,12 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from msgspec import Struct, to_builtins
 from transformers import set_seed
 
 from ftplan.launcher.data_reader import DataFile, Row, read_data
@@ -49,8 +48,7 @@ class Stopped(Exception):
         self.exit_status = exit_status
 
 
-@dataclass
-class _Session:
+class _Session(Struct):
     """What is needed throughout a run."""
 
     run: RunDir
@@ -206,7 +204,7 @@ def sft_arguments(training_arguments: Mapping[str, Any], output_dir: str, **more
 
 
 def as_dataset(rows: list[TokenRow]) -> Dataset:
-    return Dataset.from_list([dataclasses.asdict(row) for row in rows])
+    return Dataset.from_list([to_builtins(row) for row in rows])
 
 
 def _evaluate(

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from msgspec import Struct
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -54,8 +54,7 @@ class PlannedGRPOTrainer(GRPOTrainer):
     """Rows have `prompt`; it takes `reward_funcs` besides."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Training:
+class Training(Struct, frozen=True, kw_only=True):
     """How an objective is trained.
 
     `model_settings`: settings of the model's configuration. `task_type`: PEFT's; for `SEQ_CLS` it
@@ -65,7 +64,7 @@ class Training:
     arguments: type[TrainingArguments]
     trainer: type[Any] | None = None
     model: Any = AutoModelForCausalLM
-    model_settings: Mapping[str, Any] = field(default_factory=dict)
+    model_settings: Mapping[str, Any] = {}
     task_type: str = "CAUSAL_LM"
 
 

@@ -7,8 +7,9 @@ compared with transformers' own in `tests/`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+
+from msgspec import structs
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families.blocks import Reader
@@ -100,7 +101,7 @@ def stand_in_spec(config: Config, name: str) -> ModelSpec:
     heads = shape["num_attention_heads"]
     shape["head_dim"] = max(1, shape["hidden_size"] // heads)
     shape["max_position_embeddings"] = int(said.get("max_position_embeddings") or 2048)
-    return dataclasses.replace(
+    return structs.replace(
         llama({**with_defaults({"model_type": "llama"}), **shape}, name),
         model_type=model_type,
         architecture=architecture(config, model_type),

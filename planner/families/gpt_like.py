@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
+
+from msgspec import structs
 
 from ftplan.planner.families.blocks import (
     Reader,
@@ -349,8 +350,8 @@ def opt(config: Config, name: str) -> ModelSpec:
 def _without_quantized_output(layer: Layer) -> Layer:
     """transformers quantizes no module that holds a model's last parameter: Galactica's `fc2`."""
     block = layer.feed_forward
-    kept = dataclasses.replace(block.output, quantizable=False)
-    return dataclasses.replace(layer, feed_forward=dataclasses.replace(block, output=kept))
+    kept = structs.replace(block.output, quantizable=False)
+    return structs.replace(layer, feed_forward=structs.replace(block, output=kept))
 
 
 def _opt_projections(hidden: int, width: int) -> tuple[Linear, Linear]:

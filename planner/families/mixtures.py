@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
+
+from msgspec import structs
 
 from ftplan.planner.families.blocks import (
     Reader,
@@ -291,7 +292,7 @@ def gpt_oss(config: Config, name: str) -> ModelSpec:
         ),
         bias=True,
     )
-    experts = dataclasses.replace(experts, activation="gpt_oss_glu")
+    experts = structs.replace(experts, activation="gpt_oss_glu")
 
     def build(kind: str) -> Layer:
         attention = separate_attention(
@@ -317,12 +318,12 @@ def gpt_oss(config: Config, name: str) -> ModelSpec:
 
 def _transposed(experts: FeedForward, bias: bool = False) -> FeedForward:
     """The same experts, held as `in_features x out_features`."""
-    return dataclasses.replace(
+    return structs.replace(
         experts,
         inputs=tuple(
-            dataclasses.replace(linear, transposed=True, bias=bias) for linear in experts.inputs
+            structs.replace(linear, transposed=True, bias=bias) for linear in experts.inputs
         ),
-        output=dataclasses.replace(experts.output, transposed=True, bias=bias),
+        output=structs.replace(experts.output, transposed=True, bias=bias),
     )
 
 

@@ -6,8 +6,9 @@ whole; of Llama 4, AutoModelForCausalLM builds the text model alone.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
+
+from msgspec import structs
 
 from ftplan.planner.families.blocks import Reader
 from ftplan.planner.families.defaults import with_defaults
@@ -44,7 +45,7 @@ def gemma3(config: Config, name: str) -> ModelSpec:
     decoder = gemma3_text(_text_config(config, "gemma3_text"), name)
     layers, hidden = count(vision, "num_hidden_layers"), count(vision, "hidden_size")
     projection = Parameter(name="mm_input_projection_weight", shape=(hidden, decoder.hidden_size))
-    return dataclasses.replace(
+    return structs.replace(
         _whole(config, decoder, "Gemma3ForConditionalGeneration"),
         other_linears=_siglip_linears(vision) * layers,
         other_parameters=(
@@ -115,7 +116,7 @@ def mistral3(config: Config, name: str) -> ModelSpec:
     )
     patch = count(vision, "patch_size")
     patches = (hidden, count(vision, "num_channels"), patch, patch)
-    return dataclasses.replace(
+    return structs.replace(
         _whole(config, decoder, "Mistral3ForConditionalGeneration"),
         auto_class="AutoModelForImageTextToText",
         other_linears=_pixtral_linears(vision) * layers + projector,
@@ -156,7 +157,7 @@ def _pixtral_linears(vision: Config) -> tuple[Linear, ...]:
 
 def _whole(config: Config, decoder: ModelSpec, default_class: str) -> ModelSpec:
     """The decoder under the name and with the tying of the model around it."""
-    return dataclasses.replace(
+    return structs.replace(
         decoder,
         architecture=architecture(config, default_class),
         model_type=text(config, "model_type"),
@@ -173,7 +174,7 @@ def _dtype_of_either(config: Config) -> str:
 
 def llama4(config: Config, name: str) -> ModelSpec:
     decoder = llama4_text(_text_config(config, "llama4_text"), name)
-    return dataclasses.replace(
+    return structs.replace(
         decoder, architecture="Llama4ForCausalLM", native_dtype=_dtype_of_either(config)
     )
 

@@ -5,7 +5,7 @@ They follow the `modeling_*.py` of those repositories; counts are compared with 
 
 from __future__ import annotations
 
-import dataclasses
+from msgspec import structs
 
 from ftplan.planner.families.blocks import Reader, decoder, equal_layers, placed, rms
 from ftplan.planner.families.fields import (
@@ -101,7 +101,7 @@ def chatglm(config: Config, name: str) -> ModelSpec:
         **placed(config),
     )
     spec = _remote(config, name, "ChatGLMForConditionalGeneration", layer)
-    return dataclasses.replace(spec, final_norm=rms("final_layernorm", spec.hidden_size))
+    return structs.replace(spec, final_norm=rms("final_layernorm", spec.hidden_size))
 
 
 # ChatGLMConfig in the repositories of ChatGLM3 and GLM-4-9B.
@@ -178,7 +178,7 @@ def qwen(config: Config, name: str) -> ModelSpec:
     norms = {"attention_norm": "ln_1", "feed_forward_norm": "ln_2"}
     layer = Layer(attention=attention, feed_forward=feed_forward, **placed(config, norms))
     spec = _remote(config, name, "QWenLMHeadModel", layer)
-    return dataclasses.replace(spec, final_norm=rms("ln_f", spec.hidden_size))
+    return structs.replace(spec, final_norm=rms("ln_f", spec.hidden_size))
 
 
 def _remote(config: Config, name: str, default_class: str, layer: Layer) -> ModelSpec:
