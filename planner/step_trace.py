@@ -462,7 +462,8 @@ class StepTracer:
     def _evaluate(self, reference: StepSettings | None) -> list[list[Segment]]:
         """An evaluation's pass, and the reference's where it comes along."""
         of_model = _without_backward(self.settings.in_evaluation)
-        if reference is None and self.gathering is None:
+        if reference is None and self.gathering is None and of_model.rollout is None:
+            of_model = structs.replace(of_model, reference=None)  # which was asked before
             key = (EVALUATION_PHASE, *_by_value(of_model))
             evaluation = self.model.remembered(key, partial(self._evaluation, [of_model]))
         else:
