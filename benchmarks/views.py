@@ -205,11 +205,11 @@ def reserved(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
 
 
 def speed(measured: Speed) -> str:
-    """One line: estimates a second, and whether that is enough."""
+    """Estimates a second, first ones and known ones, and whether that is enough."""
     reached = "reached" if measured.within else "MISSED"
     return (
-        f"{format_count(measured.per_second)} estimates a second on one core "
-        f"({format_count(measured.estimates)} of {measured.models} models in "
-        f"{measured.seconds:.2f} s, what a model's plans share counted). "
-        f"Bar ({format_count(BAR_PER_SECOND)}): {reached}"
+        f"{format_count(measured.estimates)} plans of {measured.models} models on one core: "
+        f"{format_count(measured.per_second)} estimates a second where the kind of plan is known "
+        f"(bar {format_count(BAR_PER_SECOND)}: {reached}), "
+        f"{format_count(measured.first_per_second)} with every kind worked out on the way"
     )
