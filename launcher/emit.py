@@ -119,6 +119,7 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         # What divides parameters among GPUs divides only those of one dtype.
         "quant_storage": plan.dtype if plan.shards_parameters else "uint8",
         "dtype": plan.dtype,
+        "compute_dtype": plan.quantized_compute_dtype,
         "mixed_precision": plan.mixed_precision,
         "attn_implementation": plan.attn_implementation,
         "lora_rank": plan.lora_rank,

@@ -70,12 +70,13 @@ def batched(tape: Tape, x: Tensor, y: Tensor, elements: Form, inner: int) -> Ten
         saved += tape.save(right)
     result = tape.empty(elements, left.width)
     flops = times(elements, 2 * inner)
-    tape.count(flops)
+    width = left.width
+    tape.count(flops, width)
     if x_learns or y_learns:
         sizes = (f._size(left) if x_learns else None, f._size(right) if y_learns else None)
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-            tape.count(times(flops, x_learns + y_learns))
+            tape.count(times(flops, x_learns + y_learns), width)
             return [tape.empty(*size) if size else None for size in sizes]
 
         tape.attach([result], [left, right], saved, backward)

@@ -66,11 +66,11 @@ class PromptedAttention:
         del values
         return turned
 
-    @staticmethod
-    def _product(tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
+    def _product(self, tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
         left = f.by_heads(tape, f.to_product(tape, left))
         right = f.by_heads(tape, f.to_product(tape, right))
-        return f.batched_product(tape, left, right, elements)
+        flops = per_token(2 * self.shape.query_width * self.tokens)
+        return f.batched_product(tape, left, right, elements, flops)
 
 
 def prompted(attention: Module, hidden_size: int, numerics: Numerics) -> Module:

@@ -104,10 +104,10 @@ class AttentionKernel:
         a = self.attention
         result = tape.empty(per_token(a.result_width), query.width)
         sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
-        self._count(tape)
+        self._count(tape, query.width)
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-            tape.count(self._causal(5 * (a.query_width + a.result_width) // 2))
+            tape.count(self._causal(5 * (a.query_width + a.result_width) // 2), saved[0].width)
             return [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
 
         if tape.differentiates(query, key, value):
@@ -121,7 +121,7 @@ class AttentionKernel:
         saved = []
         result = tape.empty(per_token(a.result_width), query.width)
         sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
-        self._count(tape)
+        self._count(tape, query.width)
         if not tape.differentiates(query, key, value):
             return result
         saved = tape.save(query, key, value, result, sums)
@@ -129,7 +129,7 @@ class AttentionKernel:
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
             # Scores once more.
-            tape.count(self._causal(5 * (a.query_width + a.result_width) // 2))
+            tape.count(self._causal(5 * (a.query_width + a.result_width) // 2), saved[0].width)
             grads: f.Gradients = [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
             products = tape.empty(per_token(a.num_heads), f.FLOAT32)
             accumulator = tape.empty(per_token(padded), f.FLOAT32)
@@ -149,10 +149,10 @@ class AttentionKernel:
         a = self.attention
         return a.num_heads * -(-a.head_dim // FLASH_HEAD_DIM) * FLASH_HEAD_DIM
 
-    def _count(self, tape: Tape) -> None:
+    def _count(self, tape: Tape, width: int) -> None:
         """Two products, half of whose scores causality masks out."""
         a = self.attention
-        tape.count(self._causal(a.query_width + a.result_width))
+        tape.count(self._causal(a.query_width + a.result_width), width)
 
     def _efficient(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """ATen's memory-efficient kernel, which reads a mask as a bias of the query's dtype.
@@ -161,13 +161,13 @@ class AttentionKernel:
         bias = self._bias(tape, query.width)
         result = tape.empty(per_token(a.result_width), query.width)
         sums = tape.empty(per_token(a.num_heads), f.FLOAT32)
-        self._count(tape)
+        self._count(tape, query.width)
         if not tape.differentiates(query, key, value):
             return result
         saved = tape.save(query, key, value, result, sums, *bias)
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-            tape.count(self._causal(5 * (a.query_width + a.result_width) // 2))
+            tape.count(self._causal(5 * (a.query_width + a.result_width) // 2), saved[0].width)
             grads: f.Gradients = [tape.like(saved[0]), tape.like(saved[1]), tape.like(saved[2])]
             query, result = saved[0], saved[3]
             if query.width == f.FLOAT32:  # gradient times result, before it is summed up
@@ -305,8 +305,8 @@ class AttentionKernel:
         return self._multiply(tape, left, f.to_product(tape, right), elements)
 
     def _multiply(self, tape: Tape, left: Tensor, right: Tensor, elements: Form) -> Tensor:
-        """A batched product, head by head."""
-        tape.count(self._pairs(self.attention.query_width))
+        """A batched product of all pairs, head by head, those too that causality masks out."""
+        flops = self._pairs(2 * self.attention.query_width)
         left = f.by_heads(tape, left)
         right = f.by_heads(tape, right)
-        return f.batched_product(tape, left, right, elements)
+        return f.batched_product(tape, left, right, elements, flops)

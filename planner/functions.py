@@ -346,7 +346,8 @@ def product(
     elements = scaled(x.elements, out_features, in_features)
     result = tape.empty(elements, x.width)
     flops = times(elements, 2 * in_features)
-    tape.count(flops)
+    width = x.width
+    tape.count(flops, width)
     inputs = [x, weight] if bias is None else [x, weight, bias]
     if not tape.differentiates(*inputs):
         return result
@@ -357,7 +358,7 @@ def product(
     ]
 
     def backward(tape: Tape, gradients: Gradients, saved: list[Tensor]) -> Gradients:
-        tape.count(times(flops, x_learns + weight_learns))
+        tape.count(times(flops, x_learns + weight_learns), width)
         grads = [tape.empty(*size) if size else None for size in sizes]
         if grads[0] is not None:
             grads[0].is_view = True  # rows of all batches, seen as a batch of rows
@@ -545,8 +546,9 @@ def by_heads(tape: Tape, x: Tensor) -> Tensor:
     return result
 
 
-def batched_product(tape: Tape, x: Tensor, y: Tensor, elements: Form) -> Tensor:
-    """Backward first brings its gradient into the order of heads, if it is in that of tokens."""
+def batched_product(tape: Tape, x: Tensor, y: Tensor, elements: Form, flops: Form) -> Tensor:
+    """A product of `flops`. Backward first brings its gradient into the order of heads, if it is in
+    that of tokens."""
     tape.read(x, y)
     x_learns, y_learns = tape.differentiates(x), tape.differentiates(y)
     saved = tape.save(x) if y_learns else []
@@ -554,6 +556,8 @@ def batched_product(tape: Tape, x: Tensor, y: Tensor, elements: Form) -> Tensor:
         saved += tape.save(y)
     result = tape.empty(elements, x.width)
     result.by_heads = True
+    width = x.width
+    tape.count(flops, width)
     if x_learns or y_learns:
         sizes = (_size(x) if x_learns else None, _size(y) if y_learns else None)
 
@@ -561,6 +565,7 @@ def batched_product(tape: Tape, x: Tensor, y: Tensor, elements: Form) -> Tensor:
             gradient = gradients[0]
             assert gradient is not None
             copied = by_heads(tape, gradient)
+            tape.count(times(flops, x_learns + y_learns), width)
             grads = [tape.empty(*size) if size else None for size in sizes]
             del copied
             return grads

@@ -57,7 +57,8 @@ class Device(Struct, frozen=True, kw_only=True):
     """One GPU, or the processor as a device that can train.
 
     FLOP/s are dense; `peak_flops_per_second` is keyed by dtype name. `rates_source` says
-    whether they are from a data sheet or measured on this machine.
+    whether they are from a data sheet or measured on this machine. `matmul_flops_per_second`: what
+    large matrix products reach, of the dtypes that someone measured on such a card.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Device(Struct, frozen=True, kw_only=True):
     memory_bandwidth_bytes_per_second: float
     peak_flops_per_second: Mapping[str, float]
     compute_capability: tuple[int, int] | None = None
+    matmul_flops_per_second: Mapping[str, float] = {}
     context_bytes: int = ASSUMED_CUDA_CONTEXT_BYTES
     rates_source: str = ""
     holders: tuple[MemoryHolder, ...] = ()

@@ -426,12 +426,13 @@ class _Attention:
 
     def _attend_softcapped(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         a = self.attention
-        scores = f.scale(tape, f.batched_product(tape, query, key, per_pair(a.num_heads)))
+        flops = per_pair(2 * a.query_width)
+        scores = f.scale(tape, f.batched_product(tape, query, key, per_pair(a.num_heads), flops))
         scores = f.scale(tape, f.tanh(tape, f.scale(tape, scores)))
         mask = tape.empty(per_pair(1), WIDTH)
         scores = f.add_mask(tape, scores, WIDTH)
         scores = f.cast(tape, f.softmax_in_float32(tape, scores), WIDTH)
-        result = f.batched_product(tape, scores, value, per_token(a.result_width))
+        result = f.batched_product(tape, scores, value, per_token(a.result_width), flops)
         del mask
         return result
 

@@ -177,7 +177,7 @@ class TrlFusedLoss:
         del hidden
         weight = f.gather_rows(tape, self.weight, head.parts) if head.parts > 1 else self.weight
         compute = tape.autocast or predicting.width
-        tape.count(times(shape.predicting, 2 * head.hidden_size * head.vocab_size))
+        tape.count(times(shape.predicting, 2 * head.hidden_size * head.vocab_size), compute)
         held = self._fold(tape, shape, predicting.width, compute, self.forward_bytes)
         self._copied_weight(tape, compute, [min(head.vocab_size, TILE_VOCABULARY)])
         del held
@@ -192,7 +192,7 @@ class TrlFusedLoss:
 
         def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
             flops = times(shape.predicting, 2 * head.hidden_size * head.vocab_size)
-            tape.count(times(flops, 3 if weight_size else 2))
+            tape.count(times(flops, 3 if weight_size else 2), compute)
             of_hidden = tape.empty(size[0], FLOAT32)
             of_weight = tape.empty(weight_size[0], FLOAT32) if weight_size else None
             tile = fold(tape, shape, size[1], compute, backward_bytes)
@@ -269,7 +269,8 @@ class LigerLoss:
         of_hidden = tape.like(shifted)
         of_weight = tape.like(weight) if tape.differentiates(weight) else None
         chunk = constant(self.shape.chunk_tokens)
-        tape.count(times(PREDICTING, (6 if of_weight else 4) * head.hidden_size * head.vocab_size))
+        flops = times(PREDICTING, (6 if of_weight else 4) * head.hidden_size * head.vocab_size)
+        tape.count(flops, shifted.width)
         self._work(tape, chunk, shifted.width)
         loss = tape.empty(PREDICTING, FLOAT32)
         if tape.differentiates(shifted, weight):

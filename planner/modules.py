@@ -162,15 +162,15 @@ class Linear4bit:
         dense = self._dequantize(tape, x.width)
         result = tape.empty(scaled(x.elements, linear.out_features, linear.in_features), x.width)
         flops = times(x.elements, 2 * linear.out_features)
-        tape.count(flops)
+        tape.count(flops, x.width)
         del dense
         if tape.differentiates(x):
             dequantize, elements, width = self._dequantize, x.elements, self.width
 
             def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-                tape.count(flops)
                 incoming = gradients[0]
                 assert incoming is not None
+                tape.count(flops, incoming.width)
                 dense = f.cast(tape, dequantize(tape, width), incoming.width)
                 gradient = tape.empty(elements, incoming.width)
                 del dense
@@ -190,6 +190,10 @@ class Linear4bit:
         return dense
 
 
+# Bytes of what LLM.int8 multiplies: forward integers, backward fp16 values.
+_INT8, _FLOAT16 = 1, 2
+
+
 class Linear8bit:
     """bitsandbytes.nn.Linear8bitLt, LLM.int8 with a threshold (arXiv 2208.07339)."""
 
@@ -202,7 +206,7 @@ class Linear8bit:
         vectors = scaled(x.elements, 1, linear.in_features)
         outputs = scaled(x.elements, linear.out_features, linear.in_features)
         flops = times(x.elements, 2 * linear.out_features)
-        tape.count(flops)
+        tape.count(flops, _INT8)
         codes, scales = self._quantize(tape, x, vectors)
         result = self._multiply(tape, outputs, x.width, tape.is_fp16)
         del codes, scales
@@ -210,7 +214,7 @@ class Linear8bit:
             size, width, num_weights = (x.elements, x.width), x.width, linear.num_weights
 
             def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-                tape.count(flops)
+                tape.count(flops, _FLOAT16)
                 dense = tape.empty(constant(num_weights), width)
                 gradient = tape.empty(*size)
                 del dense

@@ -184,6 +184,13 @@ class TrainingPlan:
         return BYTES_PER_DTYPE[autocast or self.dtype]
 
     @property
+    def quantized_compute_dtype(self) -> str:
+        """What a 4-bit base multiplies in (`bnb_4bit_compute_dtype`): autocast's dtype; without it
+        ftplan asks for fp32, and people's own loops for the dtype of the weights."""
+        autocast = AUTOCAST_DTYPE[self.mixed_precision]
+        return autocast or (self.dtype if self.trainer == "loop" else "float32")
+
+    @property
     def autocast(self) -> bool:
         return self.mixed_precision != "no"
 

@@ -35,7 +35,7 @@ class PrequantizedLinear:
         x = f.to_product(tape, x)
         tape.read(x)
         flops = times(x.elements, 2 * linear.out_features)
-        tape.count(flops)
+        tape.count(flops, _HALF)
         dense = tape.empty(constant(linear.num_weights), _HALF)
         result = tape.empty(scaled(x.elements, linear.out_features, linear.in_features), x.width)
         del dense
@@ -43,7 +43,7 @@ class PrequantizedLinear:
             size, num_weights = (x.elements, x.width), linear.num_weights
 
             def backward(tape: Tape, gradients: f.Gradients, saved: list[Tensor]) -> f.Gradients:
-                tape.count(flops)
+                tape.count(flops, _HALF)
                 dense = tape.empty(constant(num_weights), _HALF)
                 gradient = tape.empty(*size)
                 del dense

@@ -45,7 +45,7 @@ class RingAttention:
     def _forward(
         self, tape: Tape, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        self._count(tape, 2)
+        self._count(tape, 2, query.width)
         own = [tape.like(key), tape.like(value)]
         size, width = per_token(self.attention.result_width), query.width
         sums = self._sums(tape)
@@ -67,7 +67,7 @@ class RingAttention:
         return result, sums
 
     def _backward(self, tape: Tape, query: Tensor, key: Tensor, value: Tensor) -> f.Gradients:
-        self._count(tape, 5)
+        self._count(tape, 5, query.width)
         both = add_forms(key.elements, value.elements)
         of_query = tape.like(query, f.FLOAT32)
         of_own = [tape.like(key, f.FLOAT32), tape.like(value, f.FLOAT32)]
@@ -128,11 +128,11 @@ class RingAttention:
         if number < self.num_gpus - 1:
             tape.empty(add_forms(key.elements, value.elements), key.width)
 
-    def _count(self, tape: Tape, products: int) -> None:
+    def _count(self, tape: Tape, products: int, width: int) -> None:
         """Half of the own part's scores are masked out, and half of each other part's left out."""
         a = self.attention
         each: Form = per_pair(products * (a.query_width + a.result_width) // 2)
-        tape.count(times(each, self.num_gpus))
+        tape.count(times(each, self.num_gpus), width)
 
 
 def _in_order_of_heads(tape: Tape, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ftplan.planner.sharded import Spread
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_trace import StepSettings, WholeRows
 from ftplan.planner.trained import COPIES, Trained
-from ftplan.planner.units import FLOAT32_BYTES
+from ftplan.planner.units import BYTES_PER_DTYPE, FLOAT32_BYTES
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE, Reduction, share_elements
 from ftplan.planner.zero3 import Partition
 
@@ -227,7 +227,7 @@ def _numerics(
         norms=FLOAT32_BYTES if stack.kbit_prepare else plan.weight_bytes,
         adapters=2 if stack.casts_back else width,
         # What ftplan asks of bitsandbytes (launcher/training/build.py).
-        compute=plan.compute_bytes if plan.autocast else FLOAT32_BYTES,
+        compute=BYTES_PER_DTYPE[plan.quantized_compute_dtype],
         quantization=plan.quantization,
         # The same for all of the method's plans: by it the trace of a layer is known again.
         adapter=model.remembered(

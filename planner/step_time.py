@@ -26,14 +26,19 @@ from ftplan.planner.units import FLOAT32_BYTES
 from ftplan.planner.updated import updated_parameters
 from ftplan.planner.weights import weight_memory_bytes
 
-# Share of the dense peak that large matrix products and the work around them reach together.
-# Assumed for every GPU: LoRA and full fine-tuning of 7B models with FlashAttention-2 on an A100
-# run at 0.50 to 0.60 of 312 TFLOP/s (fms-acceleration's measured rows).
-ACHIEVED_SHARE_OF_PEAK = 0.55
+# Of the rate that large square products reach on a card, what those of training reach: their
+# shapes leave a part of the last wave of blocks idle, attention's kernel is slower, and the card
+# is warm. Assumed for every GPU.
+TRAINING_SHARE_OF_MATMUL = 0.85
 
-# Element-wise work is bound by memory. On the processor each byte that the layers read and write
-# counts; on a GPU half of it is taken to hide behind the products (assumed).
-SHARE_OF_TRAFFIC: dict[DeviceKind, float] = {"cuda": 0.5, "cpu": 1.0}
+# Of the dense peak, what large square products reach where nobody measured the card. The middle of
+# those that were measured (profiles/matmul_rates.json): 0.74 of an L40S's peak, 0.79 of an H100's,
+# 0.85 of an A100's, 1.07 of an RTX 3090's, whose data sheet counts a lower clock.
+MATMUL_SHARE_OF_PEAK = 0.85
+
+# Of a GPU's memory bandwidth, what element-wise kernels reach: copies reach 0.85 to 0.92 of it on
+# data-centre cards (nvbandwidth, BabelStream). On the processor it is measured with such kernels.
+SHARE_OF_BANDWIDTH: dict[DeviceKind, float] = {"cuda": 0.85, "cpu": 1.0}
 
 # How often the loss moves each logit. `stock`: written, log-softmax read and written, both read and
 # the gradient's source and result written in backward, read by the product; `triton_ce` has no
@@ -89,12 +94,13 @@ def estimate_step_time(
     tokens, length = tokens_per_micro_batch / plan.cp_size, mean_length / plan.cp_size
     forward = forward_flops(model, plan, tokens, length, device)
     step = micro_batch_flops(model, plan, tokens, length, device)
-    arithmetic_seconds = step / achieved_flops_per_second(plan, device)
+    arithmetic_seconds = _arithmetic_seconds(model, plan, tokens, length, device)
     moved = _micro_batch_bytes(model, plan, trained, device, tokens, length)
-    memory_seconds = moved / device.memory_bandwidth_bytes_per_second
+    bandwidth = device.memory_bandwidth_bytes_per_second * SHARE_OF_BANDWIDTH[device.kind]
+    memory_seconds = moved / bandwidth
     micro_batches = plan.gradient_accumulation_steps
     optimizer_bytes = _optimizer_bytes(share, plan, trained)
-    optimizer_seconds = optimizer_bytes / device.memory_bandwidth_bytes_per_second
+    optimizer_seconds = optimizer_bytes / bandwidth
     seconds = micro_batches * (arithmetic_seconds + memory_seconds) + optimizer_seconds
     return StepTime(
         step_seconds=seconds,
@@ -105,12 +111,30 @@ def estimate_step_time(
     )
 
 
-def achieved_flops_per_second(plan: TrainingPlan, device: Device) -> float:
-    """FLOP/s that products in the plan's compute dtype reach on the device."""
-    dtype = AUTOCAST_DTYPE[plan.mixed_precision] or plan.dtype
+def achieved_flops_per_second(dtype: str, device: Device) -> float:
+    """FLOP/s that products of training reach on the device."""
     peaks: Mapping[str, float] = device.peak_flops_per_second
-    peak = peaks.get(dtype) or peaks["float32"]
-    return peak if device.kind == "cpu" else peak * ACHIEVED_SHARE_OF_PEAK
+    if device.kind == "cpu":
+        return peaks.get(dtype) or peaks["float32"]  # measured with training's products
+    measured = device.matmul_flops_per_second.get(dtype)
+    matmul = measured or MATMUL_SHARE_OF_PEAK * (peaks.get(dtype) or peaks["float32"])
+    return TRAINING_SHARE_OF_MATMUL * matmul
+
+
+def _arithmetic_seconds(
+    model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, device: Device
+) -> float:
+    """Of a micro-batch. Products of fp32 values have a rate of their own: those of adapters beside
+    a 16-bit base without autocast, or of the hidden states that k-bit preparation makes fp32."""
+    trace, rows, length = _trace(model, plan, device, tokens, length)
+    both = value(trace.forward_flops, rows, length) + value(trace.backward_flops, rows, length)
+    of_float32 = value(trace.float32_flops, rows, length)
+    others = (both - of_float32) / achieved_flops_per_second(_compute_dtype(plan), device)
+    return others + of_float32 / achieved_flops_per_second("float32", device)
+
+
+def _compute_dtype(plan: TrainingPlan) -> str:
+    return AUTOCAST_DTYPE[plan.mixed_precision] or plan.dtype
 
 
 def _trace(
@@ -157,7 +181,6 @@ def _micro_batch_bytes(
     moved = value((0, *forward), rows, length) + value((0, *backward), rows, length)
     model = one_rank(trained_model(model, plan), plan.tp_size)
     kind: DeviceKind = device.kind
-    layers = SHARE_OF_TRAFFIC[kind] * moved
     forwards = 1 + _recomputed_share(model, plan)
     further = trace.num_passes - 1
     over_logits = passes_over_logits(plan, kind) + further * FORWARD_PASSES_OVER_LOGITS[kind]
@@ -166,7 +189,7 @@ def _micro_batch_bytes(
     passes_over_weights = trace.num_passes + forwards * backwards
     weights = passes_over_weights * weight_memory_bytes(model, plan)
     expanded = _expanded_bytes(model, plan, passes_over_weights, backwards)
-    return layers + logits + weights + expanded
+    return moved + logits + weights + expanded
 
 
 def _recomputed_share(model: ModelSpec, plan: TrainingPlan) -> float:

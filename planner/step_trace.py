@@ -299,6 +299,7 @@ class Segment(Struct, frozen=True, kw_only=True, dict=True):
     taken_over: Parts
     forward_flops: Form
     backward_flops: Form
+    float32_flops: Form
     forward_moved: Form
     backward_moved: Form
     record: SegmentRecord
@@ -352,6 +353,7 @@ class StepTrace(Struct, frozen=True, kw_only=True):
     num_passes: int
     forward_flops: Form
     backward_flops: Form
+    float32_flops: Form
     forward_moved: Form
     backward_moved: Form
     generation: Sequence[Sequence[Segment]] = ()
@@ -426,6 +428,7 @@ class StepTracer:
             num_passes=len(passes),
             forward_flops=added(s.forward_flops for one in passes for s in one),
             backward_flops=added(segment.backward_flops for segment in segments),
+            float32_flops=added(s.float32_flops for one in passes for s in one),
             forward_moved=added(s.forward_moved for one in passes for s in one[:-1]),
             backward_moved=added(segment.backward_moved for segment in segments[:-1]),
         )
@@ -766,6 +769,7 @@ class StepTracer:
             taken_over=_sum(whole.taken_over, back) if whole.backward else {},
             forward_flops=add_forms(embedding.forward_flops, whole.forward_flops),
             backward_flops=add_forms(embedding.backward_flops, whole.backward_flops),
+            float32_flops=add_forms(embedding.float32_flops, whole.float32_flops),
             forward_moved=add_forms(embedding.forward_moved, whole.forward_moved),
             backward_moved=add_forms(embedding.backward_moved, whole.backward_moved),
         )
@@ -1003,6 +1007,7 @@ class StepTracer:
             taken_over=taken_over if backward_stretches else {},
             forward_flops=forward_flops,
             backward_flops=subtract_forms(tape.flops, forward_flops),
+            float32_flops=tape.float32_flops,
             forward_moved=forward_moved,
             backward_moved=subtract_forms(tape.moved, forward_moved),
             record=record,

@@ -23,6 +23,8 @@ from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
+from ftplan.planner.units import FLOAT32_BYTES
+
 # A number of bytes or elements: coefficients of 1, rows, row length, tokens, and tokens times row
 # length, where tokens = rows x length.
 Form = tuple[int, int, int, int, int]
@@ -284,6 +286,7 @@ class Tape:
         self.events: list[int] = []
         self.grad_enabled = True
         self.flops: Form = ZERO
+        self.float32_flops: Form = ZERO
         self._read = [0, 0, 0, 0, 0]
         self._live: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0, 0])
         self._total = [0, 0, 0, 0, 0]
@@ -365,9 +368,11 @@ class Tape:
         self._moments = [m for m in self._moments if not covers(total, m.total)]
         self._moments.append(Moment(total, self.state()))
 
-    def count(self, flops: Form) -> None:
-        """Multiply and add counted as two."""
+    def count(self, flops: Form, width: int) -> None:
+        """Of a product of values of so many bytes; multiply and add counted as two."""
         self.flops = add_forms(self.flops, flops)
+        if width == FLOAT32_BYTES:
+            self.float32_flops = add_forms(self.float32_flops, flops)
 
     def read(self, *tensors: Tensor) -> None:
         """Count the bytes of tensors that an operation reads; parameters are not counted."""

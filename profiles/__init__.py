@@ -48,6 +48,8 @@ class GpuEntry(Struct, frozen=True, kw_only=True):
     memory_bytes: int
     memory_bandwidth_bytes_per_second: float
     peak_flops_per_second: Mapping[str, float]
+    matmul_flops_per_second: Mapping[str, float]
+    """What large matrix products were measured to reach; often empty."""
     context_bytes: int
     """What a training process holds besides the allocator's memory, where it was measured."""
 
@@ -61,6 +63,7 @@ class GpuEntry(Struct, frozen=True, kw_only=True):
             memory_bandwidth_bytes_per_second=self.memory_bandwidth_bytes_per_second,
             peak_flops_per_second=self.peak_flops_per_second,
             compute_capability=self.compute_capability,
+            matmul_flops_per_second=self.matmul_flops_per_second,
             rates_source="data sheet",
             context_bytes=self.context_bytes,
         )
@@ -68,13 +71,13 @@ class GpuEntry(Struct, frozen=True, kw_only=True):
 
 def _texts(folder: str) -> Iterator[str]:
     """Every file of a data folder."""
-    for item in sorted(_root(folder).iterdir()):
+    for item in sorted(_path(folder).iterdir()):
         if item.name.endswith(".json"):
             yield item.read_text(encoding="utf-8")
 
 
-def _root(folder: str) -> Path:
-    return Path(__file__).parent / folder
+def _path(name: str) -> Path:
+    return Path(__file__).parent / name
 
 
 @cache
@@ -101,10 +104,13 @@ def _model_entry(text: str) -> ModelEntry:
 def gpu_catalog() -> Mapping[str, GpuEntry]:
     """The GPU catalog, by key, in the order of the keys."""
     entries = {key: entry for text in _texts("gpus") for key, entry in json.loads(text).items()}
-    return {key: _gpu_entry(key, entries[key]) for key in sorted(entries)}
+    measured = json.loads(_path("matmul_rates.json").read_text(encoding="utf-8"))
+    return {key: _gpu_entry(key, entries[key], measured.get(key, {})) for key in sorted(entries)}
 
 
-def _gpu_entry(key: str, entry: Mapping[str, Any]) -> GpuEntry:
+def _gpu_entry(
+    key: str, entry: Mapping[str, Any], matmul: Mapping[str, Mapping[str, Any]]
+) -> GpuEntry:
     context = entry.get("context_bytes", {"value": ASSUMED_CUDA_CONTEXT_BYTES})
     return GpuEntry(
         key=key,
@@ -114,18 +120,21 @@ def _gpu_entry(key: str, entry: Mapping[str, Any]) -> GpuEntry:
         compute_capability=tuple(entry["compute_capability"]),
         memory_bytes=entry["memory_bytes"]["value"],
         memory_bandwidth_bytes_per_second=entry["memory_bandwidth_bytes_per_second"]["value"],
-        peak_flops_per_second={
-            dtype: number["value"] for dtype, number in entry["peak_flops_per_second"].items()
-        },
+        peak_flops_per_second=_values(entry["peak_flops_per_second"]),
+        matmul_flops_per_second=_values(matmul),
         context_bytes=context["value"],
     )
+
+
+def _values(numbers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    return {name: number["value"] for name, number in numbers.items()}
 
 
 @cache
 def find_model(name: str) -> ModelEntry | None:
     """The catalogued model of that name, alias or Hub id, in any case; None if there is none."""
     wanted = name.casefold()
-    file = _root("models") / f"{wanted}.json"
+    file = _path("models") / f"{wanted}.json"
     # The other files need not be read. Path.is_file raises for a name that is too long.
     if "/" not in wanted and os.path.isfile(file):
         return _model_entry(file.read_text(encoding="utf-8"))

@@ -49,9 +49,11 @@ from ftplan.planner.search import (
 )
 from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_time import (
-    ACHIEVED_SHARE_OF_PEAK,
+    MATMUL_SHARE_OF_PEAK,
     PASSES_OVER_LOGITS,
     PASSES_OVER_LOGITS_WITHOUT_KERNEL,
+    SHARE_OF_BANDWIDTH,
+    TRAINING_SHARE_OF_MATMUL,
 )
 from ftplan.planner.units import GIB, MIB, format_bytes
 from ftplan.profiles import require_model
@@ -435,10 +437,18 @@ def test_the_pages_state_the_constants() -> None:
         ("policy.md", "What fits", f"required x {1 + MEMORY_MARGIN:g} <= "),
         ("policy.md", "Micro-batch and checkpointing",
          f"{', '.join(sizes[:-1])} and {sizes[-1]} rows"),
-        ("policy.md", "Predicted time", f"moved {PASSES_OVER_LOGITS['stock']} times as fp32"),
-        ("policy.md", "Predicted time", f"{PASSES_OVER_LOGITS['trl-fused']} times by a fused one"),
-        ("policy.md", "Predicted time", f"{PASSES_OVER_LOGITS_WITHOUT_KERNEL} times by TRL's"),
-        ("policy.md", "Predicted time", f"{ACHIEVED_SHARE_OF_PEAK:.0%}".replace("%", " %")),
+        ("time-model.md", "Eq. (T4): traffic",
+         f"moved {PASSES_OVER_LOGITS['stock']} times as fp32"),
+        ("time-model.md", "Eq. (T4): traffic",
+         f"{PASSES_OVER_LOGITS['trl-fused']} times by a fused one"),
+        ("time-model.md", "Eq. (T4): traffic",
+         f"{PASSES_OVER_LOGITS_WITHOUT_KERNEL} times by TRL's"),
+        ("time-model.md", "Eq. (T3): the rate of products",
+         f"R(dtype) = {TRAINING_SHARE_OF_MATMUL:.0%}".replace("%", " %")),
+        ("time-model.md", "Eq. (T3): the rate of products",
+         f"{MATMUL_SHARE_OF_PEAK:.0%} of the data".replace("%", " %")),
+        ("time-model.md", "Eq. (T4): traffic",
+         f"B = {SHARE_OF_BANDWIDTH['cuda']:.0%}".replace("%", " %")),
         ("policy.md", "The method", f"compute capability {capability('nf4')}"),
         ("policy.md", "The method", f"in int8 of {capability('int8')}"),
         ("memory-model.md", "Four numbers", f"required x {1 + MEMORY_MARGIN:g} <= "),

@@ -147,7 +147,7 @@ def quantized(model: Any, kind: str) -> Any:
     pytest.importorskip("bitsandbytes")
     from ftplan.launcher.training.build import quantization_config
 
-    settings = {"quantization": kind, "double_quant": True, "mixed_precision": "bf16"}
+    settings = {"quantization": kind, "double_quant": True, "compute_dtype": "bfloat16"}
     config = quantization_config({**settings, "quant_storage": "uint8"})
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -220,14 +220,14 @@ def test_the_optimizer_moves_adapters_in_their_own_width(
     llama_2_7b: ModelSpec, devices: dict[str, Device]
 ) -> None:
     """39,976,960 fp32 adapters: parameter, gradient and two states read, all but the gradient
-    written: (4 + 3) x 4 bytes each over 2e12 bytes/s, whatever the dtype of the frozen base.
+    written: (4 + 3) x 4 bytes each over 85 % of 2e12 bytes/s, whatever the dtype of the frozen base.
     """
     plan = plan_of("lora")
     one, two = (
         step(llama_2_7b, plan.replace(gradient_accumulation_steps=n), devices["A100"]).step_seconds
         for n in (1, 2)
     )
-    assert 2 * one - two == pytest.approx(39_976_960 * 28 / 2e12, rel=1e-3)
+    assert 2 * one - two == pytest.approx(39_976_960 * 28 / (0.85 * 2e12), rel=1e-3)
 
 
 def test_freeze_moves_activations_of_its_trained_layers_only(
@@ -272,7 +272,7 @@ def test_a_quantized_base_is_expanded_for_its_products(
     expected = passes * weights + written_and_read * 4 * 6_476_005_376
     # One token, so that activations, which differ too, weigh little.
     seconds = [step(llama_2_7b, p, devices["A100"], tokens=1).step_seconds for p in (plan, plain)]
-    assert seconds[0] - seconds[1] == pytest.approx(expected / 2e12, rel=0.02)
+    assert seconds[0] - seconds[1] == pytest.approx(expected / (0.85 * 2e12), rel=0.02)
 
 
 def test_a_quantized_base_costs_time_on_equal_terms(

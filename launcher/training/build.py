@@ -80,12 +80,11 @@ def quantization_config(settings: Settings) -> BitsAndBytesConfig | None:
         return None
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=settings["double_quant"],
-        bnb_4bit_compute_dtype=compute[settings["mixed_precision"]],
+        bnb_4bit_compute_dtype=getattr(torch, settings["compute_dtype"]),
         bnb_4bit_quant_storage=getattr(torch, settings["quant_storage"]),
     )
 
