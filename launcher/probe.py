@@ -298,6 +298,11 @@ class _Session(Struct, frozen=True, kw_only=True):
                 peak_flops_per_second={
                     dtype: share * peak for dtype, peak in entry.peak_flops_per_second.items()
                 },
+                matmul_flops_per_second={
+                    dtype: share * rate for dtype, rate in entry.matmul_flops_per_second.items()
+                },
+                link_bytes_per_second=entry.link_bytes_per_second,
+                power_watts=entry.power_watts,
                 context_bytes=entry.context_bytes,
                 compute_capability=self._compute_capability(slot, entry),
                 rates_source=rates_source,
@@ -306,7 +311,7 @@ class _Session(Struct, frozen=True, kw_only=True):
             )
         return None
 
-    def _compute_capability(self, slot: _Slot, entry: GpuEntry) -> tuple[int, int]:
+    def _compute_capability(self, slot: _Slot, entry: GpuEntry) -> tuple[int, int] | None:
         without = f"{slot.label}: compute capability taken from the catalog"
         query = self.nvml.nvmlDeviceGetCudaComputeCapability
         return self._ask(without, query, slot.gpu_handle) or entry.compute_capability

@@ -10,6 +10,7 @@ from __future__ import annotations
 from ftplan.planner import functions as f
 from ftplan.planner.model_spec import Attention
 from ftplan.planner.ring_attention import RingAttention
+from ftplan.planner.stack import FLASH_CAPABILITY
 from ftplan.planner.tape import (
     Form,
     Tape,
@@ -24,7 +25,6 @@ from ftplan.planner.tape import (
 # FlashAttention's backward works on head dimensions rounded up to a multiple of this.
 FLASH_HEAD_DIM = 32
 FLASH_MAX_HEAD_DIM = 256
-FLASH_CAPABILITY = (8, 0)
 INDEX_BYTES = 8
 
 

@@ -40,8 +40,11 @@ class Asked(Struct, frozen=True, kw_only=True):
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """The device's compute capability, (0, 0) where it has none; None without a device."""
-        return (self.device.compute_capability or (0, 0)) if self.device else None
+        """The device's compute capability, (0, 0) where it has none; None without a device, and on
+        another vendor's."""
+        if self.device is None or self.device.vendor != "nvidia":
+            return None
+        return self.device.compute_capability or (0, 0)
 
     @property
     def device_name(self) -> str:

@@ -59,12 +59,12 @@ def _lacks_bfloat16(asked: Asked) -> bool:
 
 
 def _flash_attention_cannot_run(asked: Asked) -> bool:
+    if not asked.uses_flash_attention or asked.device is None:
+        return False
     capability = asked.capability
-    return (
-        asked.uses_flash_attention
-        and capability is not None
-        and capability < _FLASH_ATTENTION_CAPABILITY
-    )
+    if capability is None:
+        return asked.device.vendor == "apple"
+    return capability < _FLASH_ATTENTION_CAPABILITY
 
 
 def _quantizes_on_processor(asked: Asked) -> bool:
@@ -111,6 +111,17 @@ COMBINATIONS: tuple[Combination, ...] = (
         text=lambda a: f"{a.device_name} has no bf16: torch can only imitate it, slowly",
         way_out=lambda a: "use `--mixed-precision fp16`, with `--dtype float16` or float32",
         source="compute capability 8.0; torch.cuda.is_bf16_supported(including_emulation=False)",
+    ),
+    Combination(
+        name="other-vendor",
+        outcome="warned",
+        applies=lambda a: a.device is not None and a.device.vendor != "nvidia",
+        text=lambda a: (
+            f"{a.device_name} is modelled as an NVIDIA card of compute capability 8.0: kernels, "
+            "allocator and context of another vendor's differ, and no run on one was compared"
+        ),
+        way_out=lambda a: "leave a wide margin",
+        source="profiles/gpus; no measured run on such a card",
     ),
     Combination(
         name="no-flash-attention",

@@ -30,7 +30,7 @@ from ftplan.planner.optimizer_steps import Updated, in_place
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED
-from ftplan.planner.stack import DEFAULT_CAPABILITY, Stack, cublas_workspace_bytes
+from ftplan.planner.stack import Stack, cublas_workspace_bytes, kernel_capability
 from ftplan.planner.step_settings import Workload, step_settings
 from ftplan.planner.step_trace import (
     EVALUATION_PHASE,
@@ -64,7 +64,7 @@ _DECISIVE = [
     if not item.metadata["recipe"] and item.name not in _MEASURES
 ]
 _decisive = attrgetter(*_DECISIVE)
-_decisive_but_optim = attrgetter(*(name for name in _DECISIVE if name != "optim"))
+_decisive_for_trace = attrgetter(*(name for name in _DECISIVE if name not in ("optim", "num_gpus")))
 # Of these, what only the trace depends on.
 _WITHIN_STEP = (
     *("attn_implementation", "gradient_checkpointing", "every_n_layers", "loss", "packing"),
@@ -90,7 +90,7 @@ def compiled_step(
 ) -> CompiledStep:
     """The step's memory for any batch and length that agree in what is discrete about these."""
     kind: DeviceKind = device.kind if device else "cuda"
-    capability = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
+    capability = kernel_capability(device)
     workload = Workload.of(model, plan, rows, length, kind)
     key = (_decisive(plan), workload, kind, capability, stack)
     return model.remembered(key, partial(_compile, model, plan, workload, kind, capability, stack))
@@ -300,9 +300,11 @@ def _unseen_bytes(plan: TrainingPlan, trained: Trained, settings: StepSettings) 
 
 
 def _of_trace(plan: TrainingPlan) -> tuple[object, ...]:
-    """The settings that forward and backward depend on: of optimizers, one that steps there."""
+    """The settings that forward and backward depend on: of optimizers, one that steps there; the
+    number of GPUs where they divide something."""
     within = plan.optim if plan.optimizer.steps_in_backward else None
-    return (*_decisive_but_optim(plan), within)
+    divides = plan.sharding != "none" or plan.data_parallel_size < plan.num_gpus
+    return (*_decisive_for_trace(plan), within, plan.num_gpus if divides else 1)
 
 
 def _traced(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ftplan.planner.attention import FLASH_CAPABILITY, FLASH_MAX_HEAD_DIM
+from ftplan.planner.attention import FLASH_MAX_HEAD_DIM
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.model_spec import Attention, ModelSpec
+from ftplan.planner.stack import FLASH_CAPABILITY
 
 if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan

@@ -10,6 +10,7 @@ from msgspec import Struct
 from ftplan.planner.units import KIB, MIB
 
 DeviceKind = Literal["cuda", "cpu"]
+Vendor = Literal["nvidia", "amd", "apple"]
 
 # Memory that a CUDA process holds before its first tensor: context, cuBLAS workspaces and the
 # kernels of loaded libraries. Assumed: 0.14 GiB was seen on a T4 process, "several hundred MiB"
@@ -59,6 +60,9 @@ class Device(Struct, frozen=True, kw_only=True):
     FLOP/s are dense; `peak_flops_per_second` is keyed by dtype name. `rates_source` says
     whether they are from a data sheet or measured on this machine. `matmul_flops_per_second`: what
     large matrix products reach, of the dtypes that someone measured on such a card.
+    `link_bytes_per_second`: what collective operations reach to other GPUs beside it, in one
+    direction, by NVLink or the like where it has that, else by PCIe; None where unknown. What
+    another vendor's card does is modelled as on NVIDIA's: kind `cuda`, no compute capability.
     """
 
     name: str
@@ -68,7 +72,10 @@ class Device(Struct, frozen=True, kw_only=True):
     free_bytes: int
     memory_bandwidth_bytes_per_second: float
     peak_flops_per_second: Mapping[str, float]
+    vendor: Vendor = "nvidia"
     compute_capability: tuple[int, int] | None = None
+    link_bytes_per_second: float | None = None
+    power_watts: float | None = None
     matmul_flops_per_second: Mapping[str, float] = {}
     context_bytes: int = ASSUMED_CUDA_CONTEXT_BYTES
     rates_source: str = ""
@@ -77,11 +84,17 @@ class Device(Struct, frozen=True, kw_only=True):
 
     @property
     def supports_bfloat16(self) -> bool:
-        """bf16 arithmetic: compute capability 8.0 up; any processor (emulated if need be)."""
+        """bf16 arithmetic: compute capability 8.0 up; any processor (emulated if need be); other
+        vendors' cards whose rate in it is known."""
+        if self.vendor != "nvidia":
+            return "bfloat16" in self.peak_flops_per_second
         return self.kind == "cpu" or (self.compute_capability or (0, 0)) >= (8, 0)
 
     def supports_quantization(self, quantization: str) -> bool:
-        """Whether a base held as `nf4`, `fp4` or `int8` can be trained beside."""
+        """Whether a base held as `nf4`, `fp4` or `int8` can be trained beside. bitsandbytes has
+        kernels for ROCm, and none for Apple's GPUs."""
+        if self.vendor != "nvidia":
+            return self.vendor == "amd"
         least = QUANTIZATION_CAPABILITY[quantization]
         return self.kind == "cuda" and (self.compute_capability or (0, 0)) >= least
 

@@ -214,7 +214,11 @@ def context_bytes(device: Device | None) -> int:
 
 def needed_bytes(memory: MemoryEstimate) -> int:
     """Free memory that a plan is given: what it requires, and the margin."""
-    return round(memory.required_bytes * (1 + MEMORY_MARGIN))
+    return with_margin(memory.required_bytes)
+
+
+def with_margin(required_bytes: int) -> int:
+    return round(required_bytes * (1 + MEMORY_MARGIN))
 
 
 def fits(memory: MemoryEstimate, device: Device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from ftplan.planner.hardware_spec import Device
 from ftplan.planner.units import KIB, MIB
 
 # From this release on transformers shifts labels; before it shifted logits, which copies them
@@ -39,6 +40,12 @@ _GPT_BIGCODE_CACHES_BEFORE = (4, 53)
 
 # Of a GPU that is not named: Ampere and later have the kernels that matter.
 DEFAULT_CAPABILITY = (8, 0)
+
+# The compute capabilities from which on something is different: bf16 and FlashAttention; a larger
+# workspace of cuBLAS.
+FLASH_CAPABILITY = (8, 0)
+WORKSPACE_CAPABILITY = (9, 0)
+_BEFORE = (7, 0)
 
 
 class Stack(Struct, frozen=True, kw_only=True):
@@ -112,4 +119,12 @@ OWN_STACK = Stack()
 def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     """What cuBLAS takes from the allocator, once a thread (ATen/cuda/CublasHandlePool.cpp):
     two buffers of 4 MiB and eight of 16 KiB; 32 MiB from Hopper on."""
-    return 32 * MIB if capability >= (9, 0) else 2 * 4 * MIB + 8 * 16 * KIB
+    return 32 * MIB if capability >= WORKSPACE_CAPABILITY else 2 * 4 * MIB + 8 * 16 * KIB
+
+
+def kernel_capability(device: Device | None) -> tuple[int, int]:
+    """One compute capability for all cards that are alike in what is modelled, so that they share
+    what is worked out; the default without a device, and for other vendors' cards."""
+    own = (device.compute_capability if device else None) or DEFAULT_CAPABILITY
+    steps = (WORKSPACE_CAPABILITY, FLASH_CAPABILITY)
+    return next((least for least in steps if own >= least), _BEFORE)

@@ -51,12 +51,32 @@ PASSES_OVER_LOGITS_WITHOUT_KERNEL = 47
 # Of these, in a pass without gradients.
 FORWARD_PASSES_OVER_LOGITS: dict[DeviceKind, float] = {"cuda": 2, "cpu": 20.5}
 
-Bound = Literal["arithmetic", "memory bandwidth"]
+Bound = Literal["arithmetic", "memory bandwidth", "links between GPUs"]
+
+
+class StepWork(Struct, frozen=True, kw_only=True):
+    """What an optimizer step, all its micro-batches, asks of a GPU of some kind, however fast.
+
+    `tokens`: the GPU's part of those of GPUs that divide layers or rows. `dtype`: of products.
+    `float32_flops`: of `flops`, those of fp32 values. `moved_bytes`: by the operations of layers
+    and loss and by reading weights. `exchanged_bytes`: sent to other GPUs, what tensor and context
+    parallelism send not counted.
+    """
+
+    kind: DeviceKind
+    dtype: str
+    tokens: float
+    forward_flops: float
+    flops: float
+    float32_flops: float
+    moved_bytes: float
+    optimizer_bytes: float
+    exchanged_bytes: float
 
 
 class StepTime(Struct, frozen=True, kw_only=True):
     """Time of one optimizer step (all its micro-batches) on one device, which of the tokens of GPUs
-    that divide layers or rows has its part. What they exchange is not counted."""
+    that divide layers or rows has its part."""
 
     step_seconds: float
     tokens_per_step: float
@@ -87,27 +107,62 @@ def estimate_step_time(
     """Time of one optimizer step.
 
     `tokens_per_micro_batch`: padded tokens of the mean micro-batch, `mean_length`: of its rows.
-    An arithmetic and a memory bound added, since on one stream they seldom overlap.
     """
+    work = step_work(
+        model, plan, device, tokens_per_micro_batch=tokens_per_micro_batch, mean_length=mean_length
+    )
+    return time_of(work, device)
+
+
+def step_work(
+    model: ModelSpec,
+    plan: TrainingPlan,
+    device: Device,
+    *,
+    tokens_per_micro_batch: float,
+    mean_length: float,
+) -> StepWork:
+    """The work of a step on a device of this kind and compute capability."""
     share = one_rank(model, plan.tp_size)
     trained = trained_part(share, plan)
     tokens, length = tokens_per_micro_batch / plan.cp_size, mean_length / plan.cp_size
-    forward = forward_flops(model, plan, tokens, length, device)
-    step = micro_batch_flops(model, plan, tokens, length, device)
-    arithmetic_seconds = _arithmetic_seconds(model, plan, tokens, length, device)
-    moved = _micro_batch_bytes(model, plan, trained, device, tokens, length)
-    bandwidth = device.memory_bandwidth_bytes_per_second * SHARE_OF_BANDWIDTH[device.kind]
-    memory_seconds = moved / bandwidth
+    trace, rows, length = _trace(model, plan, device, tokens, length)
+    forward = value(trace.forward_flops, rows, length)
     micro_batches = plan.gradient_accumulation_steps
-    optimizer_bytes = _optimizer_bytes(share, plan, trained)
-    optimizer_seconds = optimizer_bytes / bandwidth
-    seconds = micro_batches * (arithmetic_seconds + memory_seconds) + optimizer_seconds
-    return StepTime(
-        step_seconds=seconds,
-        tokens_per_step=micro_batches * tokens / plan.tp_size,
+    moved = _micro_batch_bytes(model, plan, trained, device, tokens, length)
+    return StepWork(
+        kind=device.kind,
+        dtype=AUTOCAST_DTYPE[plan.mixed_precision] or plan.dtype,
+        tokens=micro_batches * tokens / plan.tp_size,
         forward_flops=micro_batches * forward,
-        step_flops=micro_batches * step,
-        bound_by="arithmetic" if arithmetic_seconds >= memory_seconds else "memory bandwidth",
+        flops=micro_batches * (forward + value(trace.backward_flops, rows, length)),
+        float32_flops=micro_batches * value(trace.float32_flops, rows, length),
+        moved_bytes=micro_batches * moved,
+        optimizer_bytes=_optimizer_bytes(share, plan, trained),
+        exchanged_bytes=_exchanged_bytes(share, plan, trained),
+    )
+
+
+def time_of(work: StepWork, device: Device) -> StepTime:
+    """Arithmetic and traffic are added, since on one stream kernels follow one another; what is
+    sent to other GPUs goes on beside them. Products of fp32 values have a rate of their own: those
+    of adapters beside a 16-bit base without autocast, or of the hidden states that k-bit
+    preparation makes fp32."""
+    bandwidth = device.memory_bandwidth_bytes_per_second * SHARE_OF_BANDWIDTH[device.kind]
+    of_float32 = work.float32_flops / achieved_flops_per_second("float32", device)
+    others = work.flops - work.float32_flops
+    arithmetic = of_float32 + others / achieved_flops_per_second(work.dtype, device)
+    moving = work.moved_bytes / bandwidth
+    computing = arithmetic + moving + work.optimizer_bytes / bandwidth
+    link = device.link_bytes_per_second
+    sending = work.exchanged_bytes / link if link else 0.0
+    bound: Bound = "arithmetic" if arithmetic >= moving else "memory bandwidth"
+    return StepTime(
+        step_seconds=max(computing, sending),
+        tokens_per_step=work.tokens,
+        forward_flops=work.forward_flops,
+        step_flops=work.flops,
+        bound_by="links between GPUs" if sending > computing else bound,
     )
 
 
@@ -119,22 +174,6 @@ def achieved_flops_per_second(dtype: str, device: Device) -> float:
     measured = device.matmul_flops_per_second.get(dtype)
     matmul = measured or MATMUL_SHARE_OF_PEAK * (peaks.get(dtype) or peaks["float32"])
     return TRAINING_SHARE_OF_MATMUL * matmul
-
-
-def _arithmetic_seconds(
-    model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, device: Device
-) -> float:
-    """Of a micro-batch. Products of fp32 values have a rate of their own: those of adapters beside
-    a 16-bit base without autocast, or of the hidden states that k-bit preparation makes fp32."""
-    trace, rows, length = _trace(model, plan, device, tokens, length)
-    both = value(trace.forward_flops, rows, length) + value(trace.backward_flops, rows, length)
-    of_float32 = value(trace.float32_flops, rows, length)
-    others = (both - of_float32) / achieved_flops_per_second(_compute_dtype(plan), device)
-    return others + of_float32 / achieved_flops_per_second("float32", device)
-
-
-def _compute_dtype(plan: TrainingPlan) -> str:
-    return AUTOCAST_DTYPE[plan.mixed_precision] or plan.dtype
 
 
 def _trace(
@@ -228,3 +267,18 @@ def _optimizer_bytes(model: ModelSpec, plan: TrainingPlan, trained: Trained) -> 
     updated = updated_parameters(model, plan, trained)
     parameter_bytes = sum(p.count * p.num_bytes for p in updated)
     return 3 * parameter_bytes + 2 * plan.optimizer.state_bytes(updated)
+
+
+def _exchanged_bytes(model: ModelSpec, plan: TrainingPlan, trained: Trained) -> float:
+    """What a GPU sends in a step, by rings. Gradients are summed once; GPUs that divide parameters
+    gather them for forward and again for backward, and sum gradients, in each micro-batch."""
+    num_gpus = plan.data_parallel_size
+    if num_gpus == 1:
+        return 0.0
+    others = (num_gpus - 1) / num_gpus
+    updated = updated_parameters(model, plan, trained)
+    gradients = sum(p.count * p.num_bytes for p in updated)
+    if not plan.shards_parameters:
+        return others * 2 * gradients
+    gathered = 2 * weight_memory_bytes(model, plan)
+    return others * plan.gradient_accumulation_steps * (gathered + gradients)

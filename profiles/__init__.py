@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.families import spec_from_config
-from ftplan.planner.hardware_spec import ASSUMED_CUDA_CONTEXT_BYTES, Device
+from ftplan.planner.hardware_spec import ASSUMED_CUDA_CONTEXT_BYTES, Device, Vendor
 from ftplan.planner.model_spec import ModelSpec
 
 
@@ -38,20 +38,29 @@ class ModelEntry(Struct, frozen=True, kw_only=True):
 
 
 class GpuEntry(Struct, frozen=True, kw_only=True):
-    """A catalogued GPU. Numbers are the values; their sources stay in the file."""
+    """A catalogued GPU. Numbers are the values; their sources stay in the file.
+
+    `driver_names`: what the vendor's driver calls it: NVML, ROCm, macOS. `compute_capability`:
+    NVIDIA's only. `link_bytes_per_second`: what collective operations reach to GPUs beside it, in
+    one direction, by NVLink or Infinity Fabric where it has that, else by PCIe.
+    `matmul_flops_per_second`: what large matrix products were measured to reach, often empty.
+    `context_bytes`: what a training process holds besides the allocator's memory, where it was
+    measured.
+    """
 
     key: str
     name: str
+    vendor: Vendor
     aliases: tuple[str, ...]
-    nvml_names: tuple[str, ...]
-    compute_capability: tuple[int, int]
+    driver_names: tuple[str, ...]
+    compute_capability: tuple[int, int] | None
     memory_bytes: int
     memory_bandwidth_bytes_per_second: float
     peak_flops_per_second: Mapping[str, float]
     matmul_flops_per_second: Mapping[str, float]
-    """What large matrix products were measured to reach; often empty."""
     context_bytes: int
-    """What a training process holds besides the allocator's memory, where it was measured."""
+    link_bytes_per_second: float | None
+    power_watts: float | None
 
     def device(self) -> Device:
         """The card as it is when nothing else runs on it."""
@@ -62,11 +71,28 @@ class GpuEntry(Struct, frozen=True, kw_only=True):
             free_bytes=self.memory_bytes,
             memory_bandwidth_bytes_per_second=self.memory_bandwidth_bytes_per_second,
             peak_flops_per_second=self.peak_flops_per_second,
-            compute_capability=self.compute_capability,
             matmul_flops_per_second=self.matmul_flops_per_second,
             rates_source="data sheet",
+            vendor=self.vendor,
+            compute_capability=self.compute_capability,
+            link_bytes_per_second=self.link_bytes_per_second,
+            power_watts=self.power_watts,
             context_bytes=self.context_bytes,
         )
+
+
+class Price(Struct, frozen=True, kw_only=True):
+    """What somebody asked for one GPU for an hour, as one of `num_gpus` of an instance."""
+
+    gpu: str
+    provider: str
+    instance: str
+    num_gpus: int
+    region: str
+    usd_per_gpu_hour: float
+    billing: str
+    date: str
+    source: str
 
 
 def _texts(folder: str) -> Iterator[str]:
@@ -104,26 +130,67 @@ def _model_entry(text: str) -> ModelEntry:
 def gpu_catalog() -> Mapping[str, GpuEntry]:
     """The GPU catalog, by key, in the order of the keys."""
     entries = {key: entry for text in _texts("gpus") for key, entry in json.loads(text).items()}
-    measured = json.loads(_path("matmul_rates.json").read_text(encoding="utf-8"))
+    measured = _data("matmul_rates.json")
     return {key: _gpu_entry(key, entries[key], measured.get(key, {})) for key in sorted(entries)}
+
+
+# By which key an entry says what the vendor's driver calls the card.
+DRIVER_NAMES: Mapping[Vendor, str] = {
+    "nvidia": "nvml_names",
+    "amd": "rocm_names",
+    "apple": "chip_names",
+}
 
 
 def _gpu_entry(
     key: str, entry: Mapping[str, Any], matmul: Mapping[str, Mapping[str, Any]]
 ) -> GpuEntry:
+    capability = entry.get("compute_capability")
     context = entry.get("context_bytes", {"value": ASSUMED_CUDA_CONTEXT_BYTES})
     return GpuEntry(
         key=key,
         name=entry["name"],
+        vendor=entry["vendor"],
         aliases=tuple(entry["aliases"]),
-        nvml_names=tuple(entry["nvml_names"]),
-        compute_capability=tuple(entry["compute_capability"]),
+        driver_names=tuple(entry[DRIVER_NAMES[entry["vendor"]]]),
+        compute_capability=tuple(capability) if capability else None,
         memory_bytes=entry["memory_bytes"]["value"],
         memory_bandwidth_bytes_per_second=entry["memory_bandwidth_bytes_per_second"]["value"],
         peak_flops_per_second=_values(entry["peak_flops_per_second"]),
         matmul_flops_per_second=_values(matmul),
         context_bytes=context["value"],
+        link_bytes_per_second=_link(entry),
+        power_watts=entry["tdp_watts"]["value"] if "tdp_watts" in entry else None,
     )
+
+
+def _link(entry: Mapping[str, Any]) -> float | None:
+    """A generation's rate times lanes or links, and the share of that which is reached; of Infinity
+    Fabric no share is known, so NVLink's stands in."""
+    known = _data("interconnects.json")
+    shares = {kind: float(of["achieved_share"]["value"]) for kind, of in known.items()}
+    if "infinity_fabric_bytes_per_second" in entry:
+        return shares["nvlink"] * float(entry["infinity_fabric_bytes_per_second"]["value"])
+    for kind in ("nvlink", "pcie"):
+        if kind in entry:
+            generation, number = entry[kind]["value"]
+            rate = float(known[kind]["bytes_per_second"][generation]["value"])
+            return shares[kind] * float(number) * rate
+    return None
+
+
+@cache
+def prices() -> tuple[Price, ...]:
+    """What GPUs were to be had for."""
+    known = Price.__struct_fields__
+    rows = _data("prices.json")["prices"]
+    return tuple(Price(**{name: row[name] for name in known}) for row in rows)
+
+
+@cache
+def _data(name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(_path(name).read_text(encoding="utf-8"))
+    return found
 
 
 def _values(numbers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -151,7 +218,7 @@ def find_gpu(name: str) -> GpuEntry:
     """
     wanted = _gpu_key(name)
     for entry in gpu_catalog().values():
-        spellings = (entry.key, entry.name, *entry.aliases, *entry.nvml_names)
+        spellings = (entry.key, entry.name, *entry.aliases, *entry.driver_names)
         if wanted in map(_gpu_key, spellings):
             return entry
     raise UnknownNameError("GPU", name, gpu_catalog())
@@ -160,7 +227,7 @@ def find_gpu(name: str) -> GpuEntry:
 def find_gpu_by_nvml_name(nvml_name: str) -> GpuEntry | None:
     """The GPU whose driver reports exactly this name; None if no entry lists it."""
     for entry in gpu_catalog().values():
-        if nvml_name in entry.nvml_names:
+        if nvml_name in entry.driver_names:
             return entry
     return None
 
@@ -178,12 +245,15 @@ def require_model(name: str) -> ModelEntry:
 
 
 __all__ = [
+    "DRIVER_NAMES",
     "GpuEntry",
     "ModelEntry",
+    "Price",
     "find_gpu",
     "find_gpu_by_nvml_name",
     "find_model",
     "gpu_catalog",
     "model_catalog",
+    "prices",
     "require_model",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,16 +214,37 @@ def test_an_unknown_model_is_none_or_refused_with_the_nearest() -> None:
 # --- GPUs
 
 
+def names_of(entry: dict[str, Any]) -> list[str]:
+    names: list[str] = entry[profiles.DRIVER_NAMES[entry["vendor"]]]
+    return names
+
+
+NOT_FIGURES = ("compute_capability", "architecture")
+
+
 def figures(value: Any, where: str) -> Iterator[tuple[str, Any]]:
     """Every number of an entry: mappings with a `value`, and bare numbers (there are none)."""
     if isinstance(value, dict) and "value" in value:
         yield where, value
     elif isinstance(value, dict):
         for key, part in value.items():
-            if key != "compute_capability":
+            if key not in NOT_FIGURES:
                 yield from figures(part, f"{where}.{key}")
     elif isinstance(value, int | float):
         yield where, {"value": value}
+
+
+def check_figure(where: str, figure: dict[str, Any]) -> None:
+    assert set(figure) == {"value", "kind", "source"}, where
+    assert figure["kind"] in ("datasheet", "measured", "assumed"), where
+    assert figure["source"].strip(), where
+    value = figure["value"]
+    if where.endswith((".pcie", ".nvlink")):
+        generation, number = value
+        known = read(FOLDER / "interconnects.json")[where.rsplit(".")[-1]]["bytes_per_second"]
+        assert generation in known and number > 0, where
+    else:
+        assert value > 0, where
 
 
 @pytest.mark.parametrize("key", GPUS)
@@ -230,27 +252,105 @@ def test_every_figure_of_a_gpu_has_kind_and_source(key: str) -> None:
     found = dict(figures(GPUS[key], key))
     assert {f"{key}.memory_bytes", f"{key}.memory_bandwidth_bytes_per_second"} <= set(found)
     for where, figure in found.items():
-        assert set(figure) == {"value", "kind", "source"}, where
-        assert figure["value"] > 0, where
-        assert figure["kind"] in ("datasheet", "measured", "assumed"), where
-        assert figure["source"].strip(), where
+        check_figure(where, figure)
+
+
+@pytest.mark.parametrize("name", ["interconnects", "matmul_rates"])
+def test_every_other_figure_has_kind_and_source(name: str) -> None:
+    for where, figure in figures(read(FOLDER / f"{name}.json"), name):
+        check_figure(where, figure)
+
+
+def test_measured_products_are_of_catalogued_gpus_and_near_their_peaks() -> None:
+    """Data sheets of GeForce cards count a lower clock than they run at; what a card imitates, bf16
+    before Ampere, has no peak of its own."""
+    for key, rates in read(FOLDER / "matmul_rates.json").items():
+        peaks = GPUS[key]["peak_flops_per_second"]
+        for dtype, figure in rates.items():
+            peak = peaks.get(dtype, peaks["float32"])["value"]
+            assert 0.1 < figure["value"] / peak < 1.25, (key, dtype)
+
+
+def test_the_catalog_holds_the_gpus_that_people_train_on() -> None:
+    assert len(GPUS) >= 100
+    for name in (
+        *("GTX 1080 Ti", "RTX 2080 Ti", "RTX 3060", "RTX 4060 Ti 16GB", "RTX 5090"),
+        *(
+            "RTX A2000 12GB",
+            "RTX 6000 Ada",
+            "RTX PRO 6000",
+            "T4",
+            "P100",
+            "V100 16GB",
+            "A10",
+            "A16",
+        ),
+        *("A30", "A40", "A100 40GB PCIe", "A100 80GB SXM", "L4", "L40", "L40S", "H20", "H100 PCIe"),
+        *("H100 SXM", "H100 NVL", "H200", "GH200", "B100", "B200", "GB200"),
+        *("MI210", "MI250X", "MI300X", "MI355X", "RX 7900 XTX", "M1", "M2 Pro", "M3 Max", "M4"),
+    ):
+        assert profiles.find_gpu(name), name
 
 
 @pytest.mark.parametrize("key", GPUS)
-def test_a_gpu_lists_bfloat16_just_where_it_computes_it(key: str) -> None:
+def test_a_vendors_gpu_has_what_its_driver_calls_it(key: str) -> None:
+    entry = GPUS[key]
+    vendor = entry["vendor"]
+    assert [name for name in profiles.DRIVER_NAMES.values() if name in entry] == [
+        profiles.DRIVER_NAMES[vendor]
+    ]
+    assert ("compute_capability" in entry) == (vendor == "nvidia")
+    assert ("architecture" in entry) == (vendor == "amd")
+    assert not {"nvlink", "infinity_fabric_bytes_per_second"} <= set(entry)
+
+
+@pytest.mark.parametrize("key", GPUS)
+def test_a_gpu_lists_what_it_computes(key: str) -> None:
+    """NVIDIA's tensor cores have bf16 and TF32 since Ampere, fp8 since Ada."""
     entry = GPUS[key]
     rates = set(entry["peak_flops_per_second"])
     assert {"float32", "float16"} <= rates
-    assert ("bfloat16" in rates) == (tuple(entry["compute_capability"]) >= (8, 0))
+    if entry["vendor"] == "nvidia":
+        capability = tuple(entry["compute_capability"])
+        assert ("bfloat16" in rates) == ("tensorfloat32" in rates) == (capability >= (8, 0))
+        assert ("float8" in rates) == (capability >= (8, 9))
+
+
+def test_links_are_a_generation_s_rate_times_their_number() -> None:
+    """One direction: an A100's NVLink 300 GB/s, an RTX 3090's 56.25, an L4's PCIe 4.0 x16 31.5, of
+    which 0.8 and 0.6 are reached."""
+    for name, gigabytes in (
+        ("A100 80GB SXM", 0.8 * 300),
+        ("RTX 3090", 0.8 * 56.25),
+        ("L4", 0.6 * 31.5),
+    ):
+        link = profiles.find_gpu(name).link_bytes_per_second
+        assert link == pytest.approx(gigabytes * 1e9, rel=0.001), name
+
+
+# --- prices
+
+
+def test_prices_are_of_catalogued_gpus_and_dated() -> None:
+    assert len(profiles.prices()) >= 40
+    for price in profiles.prices():
+        assert price.gpu in GPUS
+        assert 0.01 < price.usd_per_gpu_hour < 30 and price.num_gpus >= 1
+        assert price.billing in ("on-demand", "spot")
+        assert re.fullmatch(r"20\d\d(-\d\d(-\d\d)?)?", price.date), price
+        assert price.provider and price.region and price.source.strip()
+
+
+# --- names of GPUs
 
 
 @pytest.mark.parametrize("key", GPUS)
 def test_a_gpu_is_found_by_each_of_its_names_in_any_case(key: str) -> None:
     entry = GPUS[key]
-    for name in (key, entry["name"], *entry["aliases"], *entry["nvml_names"]):
+    for name in (key, entry["name"], *entry["aliases"], *names_of(entry)):
         for spelling in (name, name.upper(), name.lower(), name.replace(" ", "-")):
             assert profiles.find_gpu(spelling).key == key, spelling
-    for name in entry["nvml_names"]:
+    for name in names_of(entry):
         found = profiles.find_gpu_by_nvml_name(name)
         assert found is not None and found.key == key
 
@@ -259,7 +359,7 @@ def test_no_two_gpus_share_a_name() -> None:
     """As they are looked up: case, blanks and dashes do not tell names apart."""
     names: Counter[str] = Counter()
     for key, entry in GPUS.items():
-        spellings = (key, entry["name"], *entry["aliases"], *entry["nvml_names"])
+        spellings = (key, entry["name"], *entry["aliases"], *names_of(entry))
         names.update({s.casefold().replace(" ", "-").removeprefix("nvidia-") for s in spellings})
     assert [name for name, count in names.items() if count > 1] == []
 

@@ -220,7 +220,7 @@ def test_the_optimizer_moves_adapters_in_their_own_width(
     llama_2_7b: ModelSpec, devices: dict[str, Device]
 ) -> None:
     """39,976,960 fp32 adapters: parameter, gradient and two states read, all but the gradient
-    written: (4 + 3) x 4 bytes each over 85 % of 2e12 bytes/s, whatever the dtype of the frozen base.
+    written: (4 + 3) x 4 bytes each over 85 % of 2e12 bytes/s, whatever the frozen base's dtype.
     """
     plan = plan_of("lora")
     one, two = (

@@ -27,6 +27,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
+from ftplan.planner.stack import FLASH_CAPABILITY
 from ftplan.planner.units import format_bytes, format_count, parse_bytes
 
 if TYPE_CHECKING:
@@ -313,10 +314,16 @@ def _other_method(
 
 
 def smallest_card(free_bytes: int) -> str:
-    """The catalogued GPU with the least memory of those that have so much, and how much it has."""
+    """The catalogued GPU with the least memory of those that have so much, and how much it has: of
+    NVIDIA's desktop and server cards that compute in bf16, as the estimate takes for granted."""
     from ftplan.profiles import gpu_catalog
 
-    enough = [g for g in gpu_catalog().values() if g.memory_bytes >= free_bytes]
+    meant = [
+        g
+        for g in gpu_catalog().values()
+        if (g.compute_capability or (0, 0)) >= FLASH_CAPABILITY and "Laptop" not in g.name
+    ]
+    enough = [g for g in meant if g.memory_bytes >= free_bytes]
     if not enough:
         return "no single GPU of the catalog"
     smallest = min(enough, key=lambda g: (g.memory_bytes, g.name))

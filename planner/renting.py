@@ -1,0 +1,207 @@
+"""Which GPUs, and how many of them, train a model: what fits, how long it takes, what it costs.
+
+Each choice is a card, a number of them and a method. Its settings are the recipe's; of
+micro-batches the largest that fits is taken, with every layer checkpointed, and of ways to divide
+the model the first that fits: none at all, then FSDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from ftplan.planner.combinations import check_runs
+from ftplan.planner.errors import InputError
+from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
+from ftplan.planner.memory import estimate_memory, with_margin
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.recipe import estimate_recipe
+from ftplan.planner.stack import kernel_capability
+from ftplan.planner.step_time import StepTime, StepWork, step_work, time_of
+
+NUMBERS_OF_GPUS = (1, 2, 4, 8)
+MICRO_BATCHES = (16, 4, 1)
+
+# Rows of an optimizer step, over all GPUs: a micro-batch is repeated until it has as many.
+ROWS_PER_STEP = 16
+
+SECONDS_PER_HOUR = 3600
+
+Mark = Literal["cheapest", "fastest", "Pareto"]
+
+
+class Card(Struct, frozen=True, kw_only=True):
+    """A GPU of the catalog, and the lowest price of one for an hour that is known, if any; `where`
+    it is asked."""
+
+    device: Device
+    usd_per_hour: float | None = None
+    where: str | None = None
+
+
+class Work(Struct, frozen=True, kw_only=True):
+    """A plan on some number of GPUs of a kind, its work, and the memory that it requires beside
+    what a process on the card holds (`context_bytes`)."""
+
+    plan: TrainingPlan
+    required_bytes: int
+    work: StepWork
+
+
+class Choice(Struct, frozen=True, kw_only=True):
+    """A method on some number of cards. `missing_bytes`: how much more each would have to hold, 0
+    where it fits; then `plan`, `step`, `seconds` and `usd` (None without a price) are of the run.
+    """
+
+    card: Card
+    num_gpus: int
+    method: str
+    required_bytes: int
+    missing_bytes: int
+    plan: TrainingPlan | None = None
+    step: StepTime | None = None
+    seconds: float | None = None
+    usd: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.missing_bytes == 0
+
+
+def list_choices(
+    model: ModelSpec,
+    cards: Iterable[Card],
+    methods: Sequence[str],
+    tokens: float,
+    given: Mapping[str, Any],
+) -> list[Choice]:
+    """Every choice of cards, numbers and methods for a run of so many tokens; none where a card's
+    kind, a number or a method cannot be."""
+    known: dict[tuple[object, ...], list[Work]] = {}
+    choices = []
+    for card in cards:
+        for num_gpus in _numbers(given):
+            for method in methods:
+                device = card.device
+                key = (method, num_gpus, *_kind(device))
+                if key not in known:
+                    known[key] = _works(model, device, num_gpus, method, given)
+                if known[key]:
+                    choices.append(_choice(card, num_gpus, method, known[key], tokens))
+    return choices
+
+
+def _kind(device: Device) -> tuple[object, ...]:
+    """What a plan's memory and work depend on, of a card."""
+    quantizes = tuple(device.supports_quantization(name) for name in QUANTIZATION_CAPABILITY)
+    return kernel_capability(device), device.supports_bfloat16, quantizes, device.vendor == "nvidia"
+
+
+def _numbers(given: Mapping[str, Any]) -> tuple[int, ...]:
+    asked = given.get("num_gpus")
+    return NUMBERS_OF_GPUS if asked is None else (asked,)
+
+
+def _works(
+    model: ModelSpec, device: Device, num_gpus: int, method: str, given: Mapping[str, Any]
+) -> list[Work]:
+    """From the fastest to the smallest: what is tried in this order on a card."""
+    divided: tuple[str, ...] = ("none", "fsdp") if num_gpus > 1 else ("none",)
+    found = []
+    for sharding in (given["sharding"],) if "sharding" in given else divided:
+        for rows in _micro_batches(given):
+            settings = {
+                "per_device_train_batch_size": rows,
+                "gradient_accumulation_steps": max(1, ROWS_PER_STEP // (rows * num_gpus)),
+                **given,
+                **{"method": method, "num_gpus": num_gpus, "sharding": sharding},
+            }
+            try:
+                plan = estimate_recipe(model, device, settings).plan
+                check_runs(model, plan, device)
+                found.append(_work(model, plan, device))
+            except InputError:
+                continue  # not on this card, or not so many of them
+    return found
+
+
+def _micro_batches(given: Mapping[str, Any]) -> tuple[int, ...]:
+    asked = given.get("per_device_train_batch_size")
+    return MICRO_BATCHES if asked is None else (asked,)
+
+
+def _work(model: ModelSpec, plan: TrainingPlan, device: Device) -> Work:
+    rows, length = plan.per_device_train_batch_size, plan.max_length
+    return Work(
+        plan=plan,
+        required_bytes=estimate_memory(model, plan, device=device).required_bytes
+        - device.context_bytes,
+        work=step_work(
+            model, plan, device, tokens_per_micro_batch=rows * length, mean_length=length
+        ),
+    )
+
+
+def _choice(card: Card, num_gpus: int, method: str, works: Sequence[Work], tokens: float) -> Choice:
+    free, context = card.device.free_bytes, card.device.context_bytes
+    for of in works:
+        required = of.required_bytes + context
+        if with_margin(required) <= free:
+            break
+    else:
+        required = min(work.required_bytes for work in works) + context
+        return Choice(
+            card=card,
+            num_gpus=num_gpus,
+            method=method,
+            required_bytes=required,
+            missing_bytes=with_margin(required) - free,
+        )
+    step = time_of(of.work, card.device)
+    seconds = tokens / (num_gpus * step.tokens_per_second_per_gpu)
+    price = card.usd_per_hour
+    return Choice(
+        card=card,
+        num_gpus=num_gpus,
+        method=method,
+        required_bytes=required,
+        missing_bytes=0,
+        plan=of.plan,
+        step=step,
+        seconds=seconds,
+        usd=None if price is None else num_gpus * price * seconds / SECONDS_PER_HOUR,
+    )
+
+
+def marks(choices: Iterable[Choice]) -> dict[int, list[Mark]]:
+    """By place among the choices: the cheapest, the fastest, and those that nothing is both cheaper
+    and faster than (the Pareto front). A choice without a price can only be the fastest."""
+    fitting = [(n, c) for n, c in enumerate(choices) if c.fits]
+    priced = [(n, c) for n, c in fitting if c.usd is not None]
+    found: dict[int, list[Mark]] = {}
+    if priced:
+        found.setdefault(min(priced, key=_by_price)[0], []).append("cheapest")
+    if fitting:
+        found.setdefault(min(fitting, key=_by_time)[0], []).append("fastest")
+    fastest = float("inf")
+    for number, choice in sorted(priced, key=_by_price):
+        assert choice.seconds is not None
+        if choice.seconds < fastest:
+            fastest = choice.seconds
+            found.setdefault(number, []).append("Pareto")
+    return found
+
+
+def _by_price(numbered: tuple[int, Choice]) -> tuple[float, float]:
+    choice = numbered[1]
+    assert choice.usd is not None and choice.seconds is not None
+    return choice.usd, choice.seconds
+
+
+def _by_time(numbered: tuple[int, Choice]) -> tuple[float, float]:
+    choice = numbered[1]
+    assert choice.seconds is not None
+    return choice.seconds, choice.usd if choice.usd is not None else float("inf")
