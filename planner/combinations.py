@@ -79,6 +79,15 @@ def _lacks_quantization(asked: Asked) -> bool:
     return not device.supports_quantization(kind)
 
 
+def _lack_of_quantization(asked: Asked) -> str:
+    kind, device = asked.plan.quantization, asked.device
+    if device is not None and device.vendor != "nvidia":
+        return f"there are no kernels for {kind} bases on {device.name}"
+    return (
+        f"{asked.device_name} lacks compute capability {_capability(kind)}, which {kind} bases need"
+    )
+
+
 def _other_than_quantized(asked: Asked) -> str:
     assert asked.device is not None
     four_bits = asked.plan.quantization != "nf4" and asked.device.supports_quantization("nf4")
@@ -163,10 +172,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         name="no-quantization-kernels",
         outcome="not run",
         applies=_lacks_quantization,
-        text=lambda a: (
-            f"{a.device_name} lacks compute capability "
-            f"{_capability(a.plan.quantization)}, which {a.plan.quantization} bases need"
-        ),
+        text=_lack_of_quantization,
         way_out=_other_than_quantized,
         source="bitsandbytes' installation guide; Triton's README",
     ),

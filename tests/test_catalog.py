@@ -280,7 +280,7 @@ def test_the_catalog_holds_the_gpus_that_people_train_on() -> None:
             "RTX 6000 Ada",
             "RTX PRO 6000",
             "T4",
-            "P100",
+            "p100-16gb",
             "V100 16GB",
             "A10",
             "A16",

@@ -46,6 +46,7 @@ LLAMA_4 = "llama-4-scout-17b-16e-instruct"
 # Settings that meet each combination, and its neighbours that do not.
 MET: dict[str, tuple[str, ...]] = {
     "no-bf16": (SMALL, "--gpu", "t4", "--dtype", "bf16"),
+    "other-vendor": (SMALL, "--gpu", "mi300x"),
     "no-flash-attention": (SMALL, "--gpu", "v100-16gb", *FLASH),
     "flash-attention-float32": (SMALL, *FLASH, *PURE_FLOAT32),
     "no-flash-attention-class": ("bloom-560m", *FLASH),
@@ -84,6 +85,7 @@ MET: dict[str, tuple[str, ...]] = {
 }
 NOT_MET: dict[str, tuple[str, ...]] = {
     "no-bf16": (SMALL, "--gpu", "t4"),
+    "other-vendor": (SMALL, "--gpu", "h100-sxm"),
     "no-flash-attention": (SMALL, "--gpu", "l4", *FLASH),
     "flash-attention-float32": (SMALL, *FLASH, "--dtype", "float32"),
     "no-flash-attention-class": (SMALL, *FLASH),
