@@ -42,6 +42,7 @@ class AttentionKernel:
         *,
         mask_width: int,
         repeats_key_value: bool = False,
+        efficient_takes_groups: bool = False,
         masked: bool = False,
         keys_in_front: int = 0,
         mask_padding: int = 0,
@@ -51,6 +52,7 @@ class AttentionKernel:
         self.attention, self.implementation, self.sinks = attention, implementation, sinks
         self.row_parts = row_parts
         self.mask_width, self.repeats_key_value = mask_width, repeats_key_value
+        self.efficient_takes_groups = efficient_takes_groups
         self.masked, self.keys_in_front = masked, keys_in_front
         self.mask_padding = mask_padding
 
@@ -83,11 +85,12 @@ class AttentionKernel:
         return self.masked and self.implementation != "flash_attention_2"
 
     def _takes_math(self, tape: Tape, query: Tensor, repeats: bool) -> bool:
-        """The efficient kernel takes no grouped heads, nor bf16 where the card has none."""
+        """The efficient kernel takes no grouped heads before torch 2.14, nor bf16 where the card
+        has none."""
         bf16_on_old = query.width == 2 and not tape.is_fp16 and tape.capability < FLASH_CAPABILITY
         a = self.attention
         grouped = a.num_heads != a.num_key_value_heads and not repeats
-        return grouped or bf16_on_old
+        return (grouped and not self.efficient_takes_groups) or bf16_on_old
 
     def _takes_flash(self, tape: Tape, width: int) -> bool:
         modern = tape.capability >= FLASH_CAPABILITY
@@ -177,6 +180,9 @@ class AttentionKernel:
             if query.width != f.FLOAT32:
                 workspace = tape.like(query, f.FLOAT32)
                 del workspace
+            if saved[1].elements != query.elements:  # of every query head, then summed by group
+                expanded = [tape.empty(self._of_all_heads(x), x.width) for x in saved[1:3]]
+                del expanded
             del products
             return grads
 

@@ -36,7 +36,8 @@ class Numerics(Struct, frozen=True, kw_only=True):
     dropout module and train, whatever its rate by now; `adapter_input`:
     bytes a value of what they read, where that is not their own width. `fused_kernels`: norms,
     rotary embeddings and dropout of a quantized base's adapters are fms-acceleration's.
-    `repeats_key_value`: grouped heads are repeated before the kernel. `separate_experts`: experts
+    `repeats_key_value`: grouped heads are repeated before the kernel; `efficient_takes_groups`:
+    torch's memory-efficient kernel takes them as they are. `separate_experts`: experts
     are modules. `gathers`: ZeRO-3 gathers each module's parameters. `padded`: some rows are
     shorter, `masked_windows`: sliding windows no longer than a row, `keys_in_front`: learned
     keys of each row; each of them needs a mask, of which a kernel's copy has rows that are
@@ -64,6 +65,7 @@ class Numerics(Struct, frozen=True, kw_only=True):
     attn_implementation: str = "sdpa"
     fused_kernels: bool = False
     repeats_key_value: bool = False
+    efficient_takes_groups: bool = False
     separate_experts: bool = False
     gathers: bool = False
     padded: bool = False
@@ -396,6 +398,7 @@ def attention_kernel(attention: Attention, numerics: Numerics) -> AttentionKerne
         numerics.attn_implementation,
         mask_width=numerics.residual,
         repeats_key_value=numerics.repeats_key_value,
+        efficient_takes_groups=numerics.efficient_takes_groups,
         masked=attention.picks_heads
         or numerics.padded
         or bool(numerics.keys_in_front)

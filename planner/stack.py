@@ -56,7 +56,8 @@ class Stack(Struct, frozen=True, kw_only=True):
     before the attention kernel. `transformers_version`: the release whose stock loss is meant; None
     for the installed one. `fused_kernels`: norms and rotary embeddings are fms-acceleration's.
     `fsdp_version`: of fully sharded data parallelism. `padded`: some rows are shorter than the
-    longest, so that attention is masked.
+    longest, so that attention is masked. `efficient_takes_groups`: torch's memory-efficient
+    attention takes grouped heads, as from 2.14 on.
     """
 
     kbit_prepare: bool = False
@@ -66,6 +67,7 @@ class Stack(Struct, frozen=True, kw_only=True):
     fused_kernels: bool = False
     fsdp_version: int = 2
     padded: bool = False
+    efficient_takes_groups: bool = False
 
     @property
     def shifts_logits(self) -> bool:

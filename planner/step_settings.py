@@ -250,6 +250,7 @@ def _numerics(
         prompt_tokens=options.count("adapter_len") if _attends_prompts(options) else 0,
         prompt_width=plan.weight_bytes if plan.quantization == "none" else width,
         repeats_key_value=stack.repeats_heads(model.model_type, plan.attn_implementation),
+        efficient_takes_groups=stack.efficient_takes_groups,
         row_parts=plan.cp_size,
     )
 

@@ -17,7 +17,7 @@ from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
-from ftplan.planner.stack import OWN_STACK
+from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_trace import StepTrace
 from ftplan.planner.tape import value
 from ftplan.planner.tensor_parallel import one_rank
@@ -103,13 +103,19 @@ def estimate_step_time(
     *,
     tokens_per_micro_batch: float,
     mean_length: float,
+    stack: Stack = OWN_STACK,
 ) -> StepTime:
     """Time of one optimizer step.
 
     `tokens_per_micro_batch`: padded tokens of the mean micro-batch, `mean_length`: of its rows.
     """
     work = step_work(
-        model, plan, device, tokens_per_micro_batch=tokens_per_micro_batch, mean_length=mean_length
+        model,
+        plan,
+        device,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        mean_length=mean_length,
+        stack=stack,
     )
     return time_of(work, device)
 
@@ -121,15 +127,16 @@ def step_work(
     *,
     tokens_per_micro_batch: float,
     mean_length: float,
+    stack: Stack = OWN_STACK,
 ) -> StepWork:
     """The work of a step on a device of this kind and compute capability."""
     share = one_rank(model, plan.tp_size)
     trained = trained_part(share, plan)
     tokens, length = tokens_per_micro_batch / plan.cp_size, mean_length / plan.cp_size
-    trace, rows, length = _trace(model, plan, device, tokens, length)
+    trace, rows, length = _trace(model, plan, device, tokens, length, stack)
     forward = value(trace.forward_flops, rows, length)
     micro_batches = plan.gradient_accumulation_steps
-    moved = _micro_batch_bytes(model, plan, trained, device, tokens, length)
+    moved = _micro_batch_bytes(model, plan, trained, device, tokens, length, stack)
     return StepWork(
         kind=device.kind,
         dtype=AUTOCAST_DTYPE[plan.mixed_precision] or plan.dtype,
@@ -177,12 +184,17 @@ def achieved_flops_per_second(dtype: str, device: Device) -> float:
 
 
 def _trace(
-    model: ModelSpec, plan: TrainingPlan, device: Device | None, tokens: float, length: float
+    model: ModelSpec,
+    plan: TrainingPlan,
+    device: Device | None,
+    tokens: float,
+    length: float,
+    stack: Stack = OWN_STACK,
 ) -> tuple[StepTrace, float, float]:
     """The step's trace, and (rows, length) to read it at."""
     rows = tokens / length
     whole = max(1, round(rows)), max(1, round(length))
-    return compiled_step(model, plan, *whole, device, OWN_STACK).trace, rows, length
+    return compiled_step(model, plan, *whole, device, stack).trace, rows, length
 
 
 def forward_flops(
@@ -209,12 +221,13 @@ def _micro_batch_bytes(
     device: Device,
     tokens: float,
     length: float,
+    stack: Stack,
 ) -> float:
     """Bytes moved by element-wise work and by reading the weights.
 
     Layers below the first trained one are computed forward only.
     """
-    trace, rows, length = _trace(model, plan, device, tokens, length)
+    trace, rows, length = _trace(model, plan, device, tokens, length, stack)
     # What is there for any micro-batch are copies of weights, which are counted below.
     (_, *forward), (_, *backward) = trace.forward_moved, trace.backward_moved
     moved = value((0, *forward), rows, length) + value((0, *backward), rows, length)

@@ -182,3 +182,41 @@ def test_a_reward_model_has_a_score_for_a_head(method: str) -> None:
     assert trained.num_trainable_parameters == done.num_trainable_parameters
     if method == "full":
         assert model.num_parameters == done.num_parameters
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("mixed_precision", ["fp16", "no"])
+def test_grouped_heads_on_a_card_before_ampere(rows: int, mixed_precision: str) -> None:
+    """Plain attention carries them out, and torch's memory-efficient kernel from 2.14 on."""
+    settings = {**CUDA, **FULL, "dtype": "float32", "mixed_precision": mixed_precision}
+    peaks = []
+    for efficient_takes_groups in (False, True):
+        dry_case = wide_case(
+            WIDE_LLAMA,
+            **settings,
+            capability=(7, 5),
+            efficient_takes_groups=efficient_takes_groups,
+            per_device_train_batch_size=rows,
+        )
+        dry, closed = dry_peaks(dry_case), closed_peaks_on(dry_case)
+        assert closed == pytest.approx(dry, rel=0.015)
+        assert closed["micro-batch"] == pytest.approx(dry["micro-batch"], rel=0.002)
+        peaks.append(closed["micro-batch"])
+    assert peaks[0] > 1.05 * peaks[1]
+
+
+def closed_peaks_on(dry_case: DryRunCase) -> dict[str, int]:
+    """`closed_peaks` on a card of the case's compute capability."""
+    device = Device(
+        name="card",
+        kind="cuda",
+        total_bytes=2**40,
+        free_bytes=2**40,
+        memory_bandwidth_bytes_per_second=1e12,
+        peak_flops_per_second={"float32": 1e13},
+        compute_capability=dry_case.capability,
+    )
+    stack = Stack(**{name: getattr(dry_case, name) for name in Stack.__struct_fields__})
+    model = spec_from_config(dry_case.config, "")
+    memory = estimate_memory(model, dry_case.plan, device=device, stack=stack)
+    return _joined({phase.name: phase.allocated_peak_bytes for phase in memory.phases})

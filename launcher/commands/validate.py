@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 # its end again, result included; the newer one stops at the last thing that backward needs.
 _NOT_REENTRANT_SINCE = (5,)
 
+# torch's memory-efficient attention takes grouped heads from here on (pytorch/pytorch PR 191085).
+_TAKES_GROUPS_SINCE = (2, 14)
+
 
 # Processes that carry dry runs out at once; each takes half a gibibyte and more.
 _MOST_PROCESSES = 8
@@ -165,6 +168,7 @@ def _stack(case: Case) -> Stack:
         fused_kernels=case.fused_kernels,
         fsdp_version=case.fsdp_version,
         padded=several and case.length_is == "cap",
+        efficient_takes_groups=(_version("torch", case.software) or (0,)) >= _TAKES_GROUPS_SINCE,
         transformers_version=_version("transformers", case.software),
     )
 
@@ -209,7 +213,12 @@ def _prediction(case: Case, memory: MemoryEstimate) -> Prediction:
     if case.gpu is not None and case.length_is == "exact" and not case.is_litgpt:
         tokens = plan.per_device_train_batch_size * plan.max_length
         step = estimate_step_time(
-            model, plan, case.gpu, tokens_per_micro_batch=tokens, mean_length=plan.max_length
+            model,
+            plan,
+            case.gpu,
+            tokens_per_micro_batch=tokens,
+            mean_length=plan.max_length,
+            stack=_stack(case),
         )
         speed = step.tokens_per_second_per_gpu
     return Prediction(

@@ -100,6 +100,9 @@ class EfficientAttention(torch.autograd.Function):
         if query.dtype is not torch.float32:  # the query's gradient is summed up in fp32
             workspace = query.new_empty((batch, heads, length, head_dim), dtype=torch.float32)
             del workspace
+        if key.shape[1] != heads:  # of every query head, then summed by group
+            expanded = [t.new_empty((batch, heads, *t.shape[2:])) for t in (key, value)]
+            del expanded
         del products, gradient
         return (*grads, None)
 
@@ -114,10 +117,13 @@ def _repeated(
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value: bool) -> Any:
+def scaled_dot_product_attention(
+    capability: tuple[int, int], repeats_key_value: bool, efficient_takes_groups: bool = False
+) -> Any:
     """A stand-in for torch's function of that name, as a card of that capability carries it out.
 
-    `repeats_key_value`: key and value heads are repeated first.
+    `repeats_key_value`: key and value heads are repeated first. `efficient_takes_groups`: not only
+    FlashAttention takes grouped heads.
     """
 
     def attend(
@@ -137,7 +143,8 @@ def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value:
         if repeats_key_value:
             key, value = _repeated(query, key, value)
         # Unequal numbers of heads no kernel takes unless told that they are groups (ATen's
-        # sdp_utils_cpp.h, `check_batch_size_and_num_heads_dense`), and the efficient one never.
+        # sdp_utils_cpp.h, `check_batch_size_and_num_heads_dense`), and the efficient one before
+        # 2.14 never.
         grouped = key.shape[1] != query.shape[1]
         head_dims = {query.shape[-1], value.shape[-1]}
         if (
@@ -150,7 +157,8 @@ def scaled_dot_product_attention(capability: tuple[int, int], repeats_key_value:
         ):
             turned = [t.transpose(1, 2) for t in (query, key, value)]
             return FlashAttention.apply(*turned).transpose(1, 2)
-        if not grouped and not (dtype is torch.bfloat16 and capability < _FLASH_CAPABILITY):
+        one_by_one = grouped and not (efficient_takes_groups and enable_gqa)
+        if not one_by_one and not (dtype is torch.bfloat16 and capability < _FLASH_CAPABILITY):
             return EfficientAttention.apply(query, key, value, _bias(query, key, attn_mask))
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)

@@ -67,7 +67,9 @@ def _to_float32(operation: Any, *args: Any, dtype: Any = None, **kwargs: Any) ->
 
 
 @contextmanager
-def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iterator[None]:
+def cuda_behaviour(
+    capability: tuple[int, int], *, repeats_key_value: bool, efficient_takes_groups: bool = False
+) -> Iterator[None]:
     """Within, the processor's fake tensors behave as those of a card of that capability."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -84,7 +86,9 @@ def cuda_behaviour(capability: tuple[int, int], repeats_key_value: bool) -> Iter
         flash = partial(flash_attention_2, repeats_key_value=repeats_key_value)
         ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash
         stack.callback(ALL_ATTENTION_FUNCTIONS.pop, "flash_attention_2")
-        attention = scaled_dot_product_attention(capability, repeats_key_value)
+        attention = scaled_dot_product_attention(
+            capability, repeats_key_value, efficient_takes_groups
+        )
         for target, replacement in (
             ("torch.nn.functional.scaled_dot_product_attention", attention),
             ("torch.nn.functional.dropout", _dropout),

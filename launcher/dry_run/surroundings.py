@@ -47,7 +47,12 @@ def surroundings(case: DryRunCase, trainer: Any, reference: Any = None) -> ExitS
     stack.enter_context(optimizer_behaviour(plan.optimizer, case.kind))
     if case.kind == "cuda":
         repeats = case.repeats_heads(case.config["model_type"], plan.attn_implementation)
-        stack.enter_context(cuda_behaviour(case.capability, repeats))
+        groups = case.efficient_takes_groups
+        stack.enter_context(
+            cuda_behaviour(
+                case.capability, repeats_key_value=repeats, efficient_takes_groups=groups
+            )
+        )
         if plan.attn_implementation == "flash_attention_2":
             models = [model for model in (trainer.model, reference) if model is not None]
             stack.enter_context(flash_classes(*models))
