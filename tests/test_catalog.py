@@ -15,6 +15,7 @@ from ftplan import profiles
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.families import FAMILIES, spec_from_config
 from ftplan.planner.families.remote import REMOTE
+from ftplan.planner.stack import kernel_capability
 from tests.meta_models import build
 
 FOLDER = Path(__file__).parents[1] / "profiles"
@@ -413,3 +414,25 @@ def test_a_catalogued_gpu_becomes_an_idle_device() -> None:
     assert device.free_bytes == device.total_bytes == 15360 * 1024**2
     assert not device.supports_bfloat16
     assert device.supports_quantization("nf4") and device.supports_quantization("int8")
+
+
+def test_other_vendors_cards_compute_what_their_libraries_can() -> None:
+    amd, apple = profiles.find_gpu("mi300x").device(), profiles.find_gpu("m2-max").device()
+    assert amd.supports_bfloat16 and amd.supports_quantization("nf4")
+    assert amd.compute_capability is None and amd.kind == "cuda"
+    assert apple.supports_bfloat16 and not apple.supports_quantization("nf4")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        *(("p40", (7, 0)), ("v100-16gb", (7, 0)), ("t4", (7, 0))),
+        *(("a100-80gb-sxm", (8, 0)), ("rtx-4090", (8, 0)), ("mi300x", (8, 0))),
+        *(("h100-sxm", (9, 0)), ("rtx-5090", (9, 0))),
+    ],
+)
+def test_cards_with_the_same_kernels_share_a_capability(
+    name: str, capability: tuple[int, int]
+) -> None:
+    """bf16 and FlashAttention come with 8.0, cuBLAS's larger workspace with 9.0."""
+    assert kernel_capability(profiles.find_gpu(name).device()) == capability
