@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from operator import attrgetter
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner.adapters import unseen_gradient_bytes
 from ftplan.planner.closed_form import check_closed_form
@@ -30,7 +30,12 @@ from ftplan.planner.optimizer_steps import Updated, in_place
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED
-from ftplan.planner.stack import Stack, cublas_workspace_bytes, kernel_capability
+from ftplan.planner.stack import (
+    FLASH_CAPABILITY,
+    Stack,
+    cublas_workspace_bytes,
+    kernel_capability,
+)
 from ftplan.planner.step_settings import Workload, step_settings
 from ftplan.planner.step_trace import (
     EVALUATION_PHASE,
@@ -115,6 +120,12 @@ class TracedStep:
             NOTHING: (Moment(ZERO, {}),),
         }
         self._known_peaks: dict[tuple[int, int], Mapping[str, int]] = {}
+
+    def on(self, capability: tuple[int, int]) -> TracedStep:
+        """The same on a card with the same kernels."""
+        if self.settings.capability == capability:
+            return self
+        return TracedStep(structs.replace(self.settings, capability=capability), self.trace)
 
     def peaks(self, rows: int, length: int) -> Mapping[str, int]:
         """Bytes of the highest of each of `moments`."""
@@ -336,10 +347,11 @@ def _compile(
     check_rows_divided(model, plan, kind, capability)
     published, model = model, one_rank(model, plan.tp_size)
     trained = trained_part(model, plan)
+    kernels = min(capability, FLASH_CAPABILITY)  # cuBLAS's workspace is no part of the trace
     traced = model.remembered(
-        ("trace", *_of_trace(plan), workload, kind, capability, stack),
-        partial(_traced, model, plan, workload, kind, capability, stack, trained),
-    )
+        ("trace", *_of_trace(plan), workload, kind, kernels, stack),
+        partial(_traced, model, plan, workload, kind, kernels, stack, trained),
+    ).on(capability)
     settings = traced.settings
     widths = settings.numerics.weights, settings.numerics.adapters
     division = settings.spread, settings.reduction, settings.partition
