@@ -218,6 +218,7 @@ def needed_bytes(memory: MemoryEstimate) -> int:
 
 
 def with_margin(required_bytes: int) -> int:
+    """What has to be free for a plan that requires so much (`MEMORY_MARGIN`)."""
     return round(required_bytes * (1 + MEMORY_MARGIN))
 
 

@@ -1,8 +1,8 @@
 """How long an optimizer step takes, in closed form.
 
-A step is the larger of its arithmetic and its memory traffic: FLOPs over what the device
-achieves, bytes moved over its bandwidth. The list of operations is the one that memory is
-read off (`layers.py`).
+A step is its arithmetic and its memory traffic, FLOPs over what the device achieves and bytes over
+what it moves, or what it sends to other GPUs where that takes longer. The operations are those of
+the trace that memory is read off (docs/time-model.md).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ftplan.planner.combinations import check_together
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.recipe import estimate_recipe
-from ftplan.planner.renting import Card, Choice, Mark, list_choices, marks
+from ftplan.planner.renting import SECONDS_PER_HOUR, Card, Choice, Mark, list_choices, marks
 from ftplan.planner.units import format_bytes, format_count, format_seconds, parse_count
 from ftplan.profiles import GpuEntry, Price, find_gpu, gpu_catalog, prices
 
@@ -31,7 +31,7 @@ _SHOWN = 20
 
 _COLUMNS = ("GPUs", "method", "sharding", ">needs", ">time", ">USD", ">USD/h", "")
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SECONDS = {"s": 1, "m": 60, "h": SECONDS_PER_HOUR, "d": 24 * SECONDS_PER_HOUR}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
