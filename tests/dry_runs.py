@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.fakes import held_tensors
-from ftplan.launcher.dry_run.trainers import blank_tokenizer
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.tokens import TokenRow
 from ftplan.launcher.training.build import apply_method, quantization_config
 from ftplan.launcher.training.loop import as_dataset, sft_arguments
 from ftplan.launcher.training.measure import live_bytes, storage_sizes
+from ftplan.launcher.training.stacks import blank_tokenizer
 from ftplan.launcher.training.trainer import PlannedTrainer
 from ftplan.planner.memory_record import MemoryRecord
 from ftplan.planner.plan import TrainingPlan

@@ -17,10 +17,10 @@ from transformers import set_seed
 
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.step import dry_run
-from ftplan.launcher.dry_run.trainers import blank_tokenizer
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.objectives import PlannedGRPOTrainer, trainer_arguments
+from ftplan.launcher.training.stacks import blank_tokenizer
 from ftplan.planner.step_trace import GENERATION_PHASE, SCORING_PHASE
 from tests.dry_runs import GPT2, GPT2_MODULES, LLAMA, PHASES, QLORA, QWEN3, STEPS, case, mark
 from tests.test_dry_run_objectives import measured, seed_model
@@ -34,6 +34,9 @@ GRPO: dict[str, Any] = {
 }
 BETA: dict[str, Any] = {"beta": 0.1}
 FULL: dict[str, Any] = {"method": "full"}
+# oneDNN, which multiplies bf16 on processors, lays blocks out anew for as long as a product takes;
+# how many bytes depends on the processor (18 KiB on one with AVX-512, next to none on others).
+ONEDNN_BLOCKS_BYTES = 20 * 1024
 NO_TOKEN = 10**6  # no vocabulary has it: completions end at their full length
 
 
@@ -107,7 +110,7 @@ def real_trainer(dry_case: DryRunCase, folder: Path) -> MarkedGRPOTrainer:
     ],
 )
 def test_a_dry_run_takes_what_trls_steps_take(dry_case: DryRunCase, tmp_path: Path) -> None:
-    """As near as for other objectives."""
+    """As near as for other objectives, but for what products in bf16 take on some processors."""
     trainer = real_trainer(dry_case, tmp_path)
     real = measured(trainer)
     done = dry_run(structs.replace(dry_case, few_layers=False))
@@ -116,4 +119,6 @@ def test_a_dry_run_takes_what_trls_steps_take(dry_case: DryRunCase, tmp_path: Pa
     assert (SCORING_PHASE in real) is (SCORING_PHASE in peaks)
     for phase in (GENERATION_PHASE, SCORING_PHASE, *PHASES):
         if phase in real:
-            assert peaks[phase] == pytest.approx(real[phase], rel=0.01), phase
+            blocks = ONEDNN_BLOCKS_BYTES if dry_case.plan.autocast else 0
+            near = max(0.01 * real[phase], blocks)
+            assert peaks[phase] == pytest.approx(real[phase], abs=near), phase

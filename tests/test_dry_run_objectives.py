@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.step import dry_run
-from ftplan.launcher.dry_run.trainers import blank_tokenizer
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.measure import live_bytes, storage_sizes
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
+from ftplan.launcher.training.stacks import blank_tokenizer
 from ftplan.planner.errors import InputError
 from ftplan.planner.step_trace import REFERENCE_PHASE
 from tests.dry_runs import (

@@ -89,9 +89,10 @@ def test_no_run_is_planned_for_another_objective(
 def test_each_has_a_trainer_and_a_dry_one() -> None:
     pytest.importorskip("trl", reason="needs the `train` extra")
     from ftplan.launcher.dry_run.objectives import DRY_TRAINERS
+    from ftplan.launcher.training.model_classes import MODEL_CLASSES
     from ftplan.launcher.training.objectives import TRAININGS
 
-    assert set(TRAININGS) == set(OBJECTIVES) == {"sft", *DRY_TRAINERS}
+    assert set(TRAININGS) == set(MODEL_CLASSES) == set(OBJECTIVES) == {"sft", *DRY_TRAINERS}
     for name, dry in DRY_TRAINERS.items():
         trainer = TRAININGS[name].trainer
         assert trainer is not None and issubclass(dry, trainer)

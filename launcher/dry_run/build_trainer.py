@@ -16,17 +16,19 @@ from ftplan.launcher.dry_run.objectives import DRY_TRAINERS, preference_rows
 from ftplan.launcher.dry_run.trainers import (
     DrySFTTrainer,
     DryTransformersTrainer,
-    PlainLoop,
-    blank_tokenizer,
     cast_back,
-    causal_model,
     collating_for_real,
-    with_adapters,
 )
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.adapters import refused, settle_adapters
 from ftplan.launcher.training.loop import sft_arguments
 from ftplan.launcher.training.objectives import trainer_arguments
+from ftplan.launcher.training.stacks import (
+    PlainLoop,
+    blank_tokenizer,
+    causal_model,
+    with_adapters,
+)
 from ftplan.planner.errors import InputError
 
 _STEPS = 2

@@ -17,12 +17,11 @@ from transformers.generation.utils import StopCheck
 from trl.models import unwrap_model_for_generation
 
 from ftplan.launcher.dry_run.case import DryRunCase
-from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.layers import renumber
 from ftplan.launcher.dry_run.operations import selections
-from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.trainers import Dry
 from ftplan.launcher.training.objectives import PlannedGRPOTrainer
+from ftplan.launcher.training.stacks import Observer
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.step_trace import GENERATION_PHASE, SCORING_PHASE
 
@@ -55,13 +54,13 @@ class DryGRPOTrainer(Dry, PlannedGRPOTrainer):
         self.plan, self.row_length = plan, row_length
         super().__init__(reward_funcs=_no_reward, **kwargs)
 
-    def observe(self, draft: Draft, recorder: Recorder) -> None:
-        super().observe(draft, recorder)
+    def observe(self, observer: Observer) -> None:
+        super().observe(observer)
         renumber(self.model)
 
     def begin_micro_batch(self) -> None:
         """What comes next may be another generation."""
-        self.recorder.between_steps = False
+        self.observer.recorder.between_steps = False
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         begins = 0 if self._step == self._generates_again_at else self._step
@@ -91,7 +90,7 @@ class DryGRPOTrainer(Dry, PlannedGRPOTrainer):
         """What the trainer's own method returns: numbers of prompt and completion, and texts."""
         completion = self.max_completion_length
         prompt = self.row_length - completion
-        self.draft.begin_phase(GENERATION_PHASE)
+        self.observer.draft.begin_phase(GENERATION_PHASE)
         self._generate_twice(len(prompts), prompt, completion)
         texts = [""] * len(prompts)
         ids = ([[1] * length for _ in prompts] for length in (prompt, completion))
@@ -99,7 +98,7 @@ class DryGRPOTrainer(Dry, PlannedGRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            self.draft.begin_phase(SCORING_PHASE)
+            self.observer.draft.begin_phase(SCORING_PHASE)
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _generate_twice(self, rows: int, prompt: int, completion: int) -> None:
@@ -131,14 +130,15 @@ class DryGRPOTrainer(Dry, PlannedGRPOTrainer):
 
     def _lengthen(self, cache: Any, length: int) -> None:
         """Make the cache one of so many tokens, as if they had been generated."""
-        self.recorder.between_steps = True  # a layer's cache stays the layer's
+        recorder = self.observer.recorder
+        recorder.between_steps = True  # a layer's cache stays the layer's
         for layer in cache.layers:
             window = getattr(layer, "sliding_window", None)
             kept = length if window is None else min(length, window - 1)
             layer.keys, layer.values = _longer(layer.keys, kept), _longer(layer.values, kept)
             if window is not None:
                 layer.cumulative_length = length
-        self.recorder.between_steps = False
+        recorder.between_steps = False
 
 
 def completions_alone(case: DryRunCase) -> dict[Any, Any]:

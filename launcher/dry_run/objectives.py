@@ -44,12 +44,11 @@ class _DryPreference(Dry):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = self
         if trainer.precompute_ref_logps:
-            self.recorder.between_steps = False
-            self.draft.begin_phase(REFERENCE_PHASE)
+            self.observer.begin(REFERENCE_PHASE)
             batch = next(iter(trainer.get_train_dataloader()))
             trainer.compute_ref_log_probs(trainer.model, batch)
             del batch
-            self.recorder.between_steps = True
+            self.observer.recorder.between_steps = True
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
 

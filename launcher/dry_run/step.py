@@ -27,6 +27,7 @@ from ftplan.launcher.dry_run.quantized import quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
 from ftplan.launcher.dry_run.sharding import adopt, spread
 from ftplan.launcher.dry_run.surroundings import surroundings
+from ftplan.launcher.dry_run.trainers import PhaseMarker
 from ftplan.launcher.dry_run.zero import engine_dtype, turn_into
 from ftplan.launcher.emit import method_settings
 from ftplan.launcher.training.build import (
@@ -131,7 +132,7 @@ class _DryRun:
             recorder.decompositions.update(CUDA_KERNELS)
             draft.granularity = BLOCK_BYTES
             draft.workspace_bytes = cublas_workspace_bytes(self.case.capability)
-        trainer.observe(draft, recorder)
+        trainer.observe(PhaseMarker(draft, recorder))
         if self.plan.sharding in ZERO:
             turn_into(trainer.model, engine_dtype(self.plan))
         make_fake(trainer.model, fake_mode)

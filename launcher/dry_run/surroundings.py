@@ -22,7 +22,7 @@ from ftplan.launcher.dry_run.losses import (
 )
 from ftplan.launcher.dry_run.optimizers import optimizer_behaviour
 from ftplan.launcher.dry_run.quantized import dequantization, int8_matmul
-from ftplan.launcher.dry_run.trainers import causal_model
+from ftplan.launcher.training.stacks import causal_model
 
 
 def surroundings(case: DryRunCase, trainer: Any, reference: Any = None) -> ExitStack:

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from ftplan.launcher.training.objectives import TRAININGS
+from ftplan.launcher.training.model_classes import MODEL_CLASSES
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import Method
 from ftplan.planner.peft_options import read_options
@@ -50,7 +50,7 @@ def peft_config_of(
     for name in options:
         if name not in known:
             raise UnknownNameError(f"option of {config_class.__name__}", name, known)
-    task_type = TRAININGS[settings["objective"]].task_type
+    task_type = MODEL_CLASSES[settings["objective"]].task_type
     try:
         return config_class(task_type=task_type, **options)
     except (ValueError, TypeError) as error:

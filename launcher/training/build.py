@@ -14,7 +14,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from ftplan.launcher.training.adapters import peft_config_of
-from ftplan.launcher.training.objectives import TRAININGS, check_model_class
+from ftplan.launcher.training.model_classes import MODEL_CLASSES, check_model_class
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import resolve_method
 
@@ -32,9 +32,9 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
         arguments["quantization_config"] = quantization
     if device_type == "cuda":
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    training = TRAININGS[settings["objective"]]
-    arguments.update(training.model_settings)
-    return training.model.from_pretrained(model, use_safetensors=True, **arguments)
+    model_class = MODEL_CLASSES[settings["objective"]]
+    arguments.update(model_class.settings)
+    return model_class.auto.from_pretrained(model, use_safetensors=True, **arguments)
 
 
 def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel:
@@ -45,12 +45,12 @@ def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel
     attention = settings["attn_implementation"]
     # flash-attn need not be installed to ask what it would take.
     build_with = "eager" if attention == "flash_attention_2" else attention
-    training = TRAININGS[settings["objective"]]
+    model_class = MODEL_CLASSES[settings["objective"]]
     try:
-        model_config = AutoConfig.for_model(**{**config, **training.model_settings})
+        model_config = AutoConfig.for_model(**{**config, **model_class.settings})
         check_model_class(settings["objective"], model_config)
         with torch.device("meta"):
-            model = training.model.from_config(
+            model = model_class.auto.from_config(
                 model_config,
                 dtype=getattr(torch, settings["dtype"]),
                 attn_implementation=build_with,
