@@ -57,7 +57,8 @@ SETTING_OF_FIELD = {
 RUN_FIELDS = ("packing", "kbit_prepare", "length_is")
 ADAPTER_FIELDS = ("lora_rank", "target_modules")
 QUANTIZED_FIELDS = ("double_quant",)
-# Left at ftplan's default where a case does not give them: its runs do without.
+# Left at ftplan's default where a case does not give them, as any further setting is: its runs do
+# without.
 OPTIONAL_FIELDS = (
     "lora_alpha",
     "lora_dropout",
@@ -122,7 +123,27 @@ LONGEST_FIRST = ("Lightning-AI/litgpt tutorials/resource-tables.md",)
 # its scenarios-liger.yaml and scenarios.yaml.
 FUSED_WITH_LIGER = ("foundation-model-stack/fms-acceleration",)
 
+# Any other setting of a plan, by its own name.
+FURTHER_FIELDS = tuple(
+    name
+    for name in SETTING_NAMES
+    if name not in SETTING_OF_FIELD.values() and name not in CONFIG_FIELDS
+)
+
 LENGTH_KINDS = ("exact", "cap")
+
+_SETTINGS_BY_NAME = (*ADAPTER_FIELDS, *QUANTIZED_FIELDS, *OPTIONAL_FIELDS, *FURTHER_FIELDS)
+
+# The processor, which no catalog has. How much memory it has decides nothing here.
+PROCESSOR = Device(
+    name="cpu",
+    kind="cpu",
+    total_bytes=0,
+    free_bytes=0,
+    memory_bandwidth_bytes_per_second=0.0,
+    peak_flops_per_second={},
+    context_bytes=0,
+)
 
 _HINT = (
     "it needs one JSON object a line, with `id`, `source`, `model`, `gpu`, `config` and `measured` "
@@ -341,7 +362,7 @@ def _settings(config: Mapping[str, Any], attempt: _Attempts) -> dict[str, Any]:
     """The plan's settings that the case gives, each looked at."""
     fields = {
         **SETTING_OF_FIELD,
-        **{name: name for name in (*ADAPTER_FIELDS, *QUANTIZED_FIELDS, *OPTIONAL_FIELDS)},
+        **{name: name for name in _SETTINGS_BY_NAME},
     }
     assert set(fields.values()) <= set(SETTING_NAMES)
     given = {name: config[field] for field, name in fields.items() if config.get(field) is not None}
@@ -419,17 +440,20 @@ def _check_spreading(config: Mapping[str, Any]) -> None:
 
 def _check_fields(config: Mapping[str, Any]) -> None:
     """A field that nobody here knows may mean anything; one that is null or false, nothing."""
-    unknown = [name for name, value in config.items() if name not in CONFIG_FIELDS and value]
+    known = (*CONFIG_FIELDS, *FURTHER_FIELDS)
+    unknown = [name for name, value in config.items() if name not in known and value]
     if unknown:
         raise InputError(f"unknown in `config`: {_listed(unknown)}")
 
 
 def _gpu(name: object) -> Device | None:
-    """The catalogued GPU; a remark in parentheses after its name is left out."""
+    """The catalogued GPU, or the processor; a remark in parentheses after its name is left out."""
     if name is None:
         return None
     if not isinstance(name, str):
         raise InputError("`gpu` is not text")
+    if name == PROCESSOR.name:
+        return PROCESSOR
     return find_gpu(_without_remark(name)).device()
 
 

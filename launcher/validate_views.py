@@ -12,8 +12,10 @@ from rich.table import Table
 from ftplan.launcher.cases import TRAINERS_OF_CASES, UNKNOWN_TRAINER
 from ftplan.launcher.ui import table
 from ftplan.planner.accuracy import (
+    FAILED_WITH,
     FAR_UNDER,
     QUANTITIES,
+    SURVIVED_WITH,
     Comparison,
     GroupStatistics,
     errors_by_group,
@@ -58,6 +60,8 @@ def report(comparisons: Sequence[Comparison]) -> list[RenderableType]:
     bounds = [c for c in predicted if c.is_bound]
     if any(c.excess(q) is not None for c in bounds for q in QUANTITIES):
         parts += [bounds_table(bounds), "", _BOUNDS_LEGEND, ""]
+    if tight := [c for c in predicted if c.survival_foreseen is not None]:
+        parts += [survival_table(tight), ""]
     if len(predicted) < len(comparisons):
         parts += [refusals_table(comparisons), ""]
     if any(c.refused[0].startswith(UNKNOWN_TRAINER) for c in comparisons if c.refused):
@@ -68,6 +72,30 @@ def report(comparisons: Sequence[Comparison]) -> list[RenderableType]:
     if compared:
         parts.append(_far_under(predicted, compared[0]))
     return parts
+
+
+def survival_table(comparisons: Sequence[Comparison]) -> Table:
+    """Runs that were left little memory on purpose: how much, and whether they survived."""
+    rows = [
+        [
+            comparison.id,
+            format_bytes(required := _required(comparison)),
+            format_bytes(free := comparison.measured[name] or 0),
+            format_percent(free / required - 1),
+            "survived" if name == SURVIVED_WITH else "failed",
+            "foreseen" if comparison.survival_foreseen else "not foreseen",
+        ]
+        for comparison in comparisons
+        for name in (SURVIVED_WITH, FAILED_WITH)
+        if comparison.measured.get(name) is not None
+    ]
+    columns = ("case", ">required", ">free", ">more", "", "")
+    return table("Runs with little memory", columns, rows)
+
+
+def _required(comparison: Comparison) -> int:
+    assert comparison.predicted is not None
+    return comparison.predicted.required_bytes
 
 
 def _percent(share: float) -> str:

@@ -15,6 +15,10 @@ Key = TypeVar("Key", bound=Hashable)
 # differ by gibibytes.
 QUANTITIES = ("allocated_bytes", "reserved_bytes", "device_bytes", "tokens_per_second_per_gpu")
 
+# Of runs that were left little memory on purpose: how much was free where the run was carried out
+# to its end, and where it was not. With `required_bytes` and more a run is to survive.
+SURVIVED_WITH, FAILED_WITH = "survived_free_bytes", "failed_free_bytes"
+
 # An under-estimate by more is one that matters: it eats up what a plan keeps free for the
 # estimate's own error, and the run may not survive.
 FAR_UNDER = MEMORY_MARGIN
@@ -27,6 +31,7 @@ class Prediction(Struct, frozen=True, kw_only=True):
     reserved_bytes: int
     device_bytes: int
     tokens_per_second_per_gpu: float | None = None
+    required_bytes: int
 
 
 class Comparison(Struct, frozen=True, kw_only=True):
@@ -64,6 +69,17 @@ class Comparison(Struct, frozen=True, kw_only=True):
         if predicted is None or measured is None:
             return None
         return relative_error(predicted, measured)
+
+    @property
+    def survival_foreseen(self) -> bool | None:
+        """Whether a run that was left little memory ended as the required memory says; None for
+        other runs."""
+        if self.predicted is None or self.is_bound:
+            return None
+        survived, failed = (self.measured.get(name) for name in (SURVIVED_WITH, FAILED_WITH))
+        if survived is not None:
+            return survived >= self.predicted.required_bytes
+        return None if failed is None else failed < self.predicted.required_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """The object of `validate --json`."""

@@ -13,16 +13,15 @@ pytest.importorskip("trl", reason="needs the `train` extra")
 import torch
 from datasets import Dataset
 from peft import get_peft_model, prepare_model_for_kbit_training
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 
+from benchmarks.gpu.meters import held_bytes, mark, phase_peaks
 from ftplan.launcher.dry_run.case import DryRunCase
-from ftplan.launcher.dry_run.fakes import held_tensors
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.tokens import TokenRow
 from ftplan.launcher.training.build import apply_method, quantization_config
 from ftplan.launcher.training.loop import as_dataset, sft_arguments
-from ftplan.launcher.training.measure import live_bytes, storage_sizes
 from ftplan.launcher.training.stacks import blank_tokenizer
 from ftplan.launcher.training.trainer import PlannedTrainer
 from ftplan.planner.memory_record import MemoryRecord
@@ -80,12 +79,6 @@ def case(config: dict[str, Any] = LLAMA, **settings: Any) -> DryRunCase:
 
 
 # --- the same steps for real ---------------------------------------------------------------------
-
-
-def mark(phase: str) -> None:
-    """Leave a name in the profile."""
-    with record_function(f"phase: {phase}"):
-        pass
 
 
 class MarkedSFTTrainer(PlannedTrainer):
@@ -191,26 +184,12 @@ def mark_backward(accelerator: Any) -> None:
     accelerator.backward = marked
 
 
-def scales(model: Any) -> list[torch.Tensor]:
-    """What belongs to a quantized model and is neither parameter nor buffer."""
-    found: list[Any] = []
-    for module in model.modules():
-        state = getattr(module, "quant_state", None)
-        while state is not None:
-            found += [state.absmax, state.code, state.offset]
-            state = state.state2
-        found.append(getattr(getattr(module, "state", None), "SCB", None))
-        found.append(getattr(getattr(module, "weight", None), "SCB", None))
-    found += [tensor for module in model.modules() for tensor in held_tensors(module)]
-    return [tensor for tensor in found if tensor is not None]
-
-
 def measured_peaks(trainer: Any, *, evaluates: bool = False) -> dict[str, int]:
     """Tensor bytes at the highest moment of each phase, by torch's profiler."""
     if not isinstance(trainer, MarkedLoop):
         mark_backward(trainer.accelerator)
     gc.collect()  # what earlier tests left must not die in the profile
-    level = live_bytes(trainer.model, None) + sum(storage_sizes(scales(trainer.model)).values())
+    level = held_bytes(trainer.model)
     gc.disable()  # as in the dry run
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.train()
@@ -219,20 +198,6 @@ def measured_peaks(trainer: Any, *, evaluates: bool = False) -> dict[str, int]:
             trainer.evaluate(eval_dataset=trainer.train_dataset)
     gc.enable()
     return phase_peaks(profiler, level)
-
-
-def phase_peaks(profiler: Any, level: int) -> dict[str, int]:
-    """The highest level of each phase in a profile that begins at `level`."""
-    peaks: dict[str, int] = {}
-    phase = "load"
-    events = profiler.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            level += event.nbytes()
-        elif event.name().startswith("phase: "):
-            phase = event.name().removeprefix("phase: ")
-        peaks[phase] = max(peaks.get(phase, 0), level)
-    return peaks
 
 
 def num_checkpointed(plan: TrainingPlan, num_layers: int = NUM_LAYERS) -> int:

@@ -210,12 +210,13 @@ def _version(package: str, software: str) -> tuple[int, ...] | None:
 def _prediction(case: Case, memory: MemoryEstimate) -> Prediction:
     model, plan = case.model.spec, case.plan
     speed = None
-    if case.gpu is not None and case.length_is == "exact" and not case.is_litgpt:
+    gpu = case.gpu
+    if gpu and gpu.kind == "cuda" and case.length_is == "exact" and not case.is_litgpt:
         tokens = plan.per_device_train_batch_size * plan.max_length
         step = estimate_step_time(
             model,
             plan,
-            case.gpu,
+            gpu,
             tokens_per_micro_batch=tokens,
             mean_length=plan.max_length,
             stack=_stack(case),
@@ -225,6 +226,7 @@ def _prediction(case: Case, memory: MemoryEstimate) -> Prediction:
         allocated_bytes=memory.allocated_peak_bytes,
         reserved_bytes=memory.reserved_peak_bytes,
         device_bytes=memory.device_peak_bytes,
+        required_bytes=memory.required_bytes,
         tokens_per_second_per_gpu=speed,
     )
 

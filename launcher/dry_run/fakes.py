@@ -22,9 +22,9 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     done: dict[int, Any] = {}
     with mode:
         for module in model.modules():
-            if _is_4bit(module):
+            if is_4bit(module):
                 _fake_4bit(module)
-            elif _is_8bit(module):
+            elif is_8bit(module):
                 _fake_8bit(module)
             for name, parameter in module._parameters.items():
                 if parameter is not None and not _is_fake(parameter):
@@ -78,17 +78,19 @@ def quantize_blank(model: nn.Module, dtype: torch.dtype) -> None:
     loaded, before PEFT looks at them. `dtype`: of the weights before they were quantized."""
     with torch.device("meta"):
         for module in model.modules():
-            if _is_4bit(module):
+            if is_4bit(module):
                 _quantize_4bit(module, dtype)
-            elif _is_8bit(module):
+            elif is_8bit(module):
                 _quantize_8bit(module)
 
 
-def _is_4bit(module: nn.Module) -> bool:
+def is_4bit(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds the module's weight in 4 bits."""
     return hasattr(module, "quant_state") and hasattr(module, "compute_dtype")
 
 
-def _is_8bit(module: nn.Module) -> bool:
+def is_8bit(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds the module's weight in int8."""
     return hasattr(module, "state") and hasattr(module.state, "CB")
 
 

@@ -93,20 +93,24 @@ def process_peak_bytes() -> int | None:
 def measured_memory(recorder: CpuAllocationRecorder) -> dict[str, int | None]:
     """Peak bytes: allocated, reserved, device, in the sense of the estimate."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        reserved_now = torch.cuda.memory_reserved()
         reserved = torch.cuda.max_memory_reserved()
         return {
             "allocated_bytes": torch.cuda.max_memory_allocated(),
             "reserved_bytes": reserved,
-            # What the driver shows beside the allocator's cache does not shrink with it.
-            "device_bytes": process_device_bytes(total - free) - reserved_now + reserved,
+            "device_bytes": bytes_beside_cache() + reserved,
         }
     return {
         "allocated_bytes": recorder.peak_bytes,
         "reserved_bytes": recorder.peak_bytes,
         "device_bytes": process_peak_bytes(),
     }
+
+
+def bytes_beside_cache() -> int:
+    """What the driver shows of this process beside the allocator's cache: context, libraries. It
+    does not shrink with the cache."""
+    free, total = torch.cuda.mem_get_info()
+    return process_device_bytes(total - free) - int(torch.cuda.memory_reserved())
 
 
 def process_device_bytes(fallback: int) -> int:

@@ -126,7 +126,8 @@ class PlainLoop:
         if arguments.gradient_checkpointing:
             settings = dict(arguments.gradient_checkpointing_kwargs)
             every = settings.pop("every_n_layers", 1)
-            model.activation_checkpointing_enable(settings, every_n_layers=every)
+            some = {"every_n_layers": every} if every > 1 else {}  # which 5.17 has not yet
+            model.gradient_checkpointing_enable(settings, **some)
 
     def observe(self, observer: Observer) -> None:
         """Tell `observer` from now on."""

@@ -1,0 +1,178 @@
+"""What a training run takes, phase by phase, and how long its steps are.
+
+A meter is the observer of a trainer: it is told what comes next and looks at the allocator. On the
+processor torch's profiler counts tensors during the first steps.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ftplan.launcher.dry_run.fakes import held_tensors, quantization_tensors
+from ftplan.launcher.training.measure import (
+    PROFILED_STEPS,
+    bytes_beside_cache,
+    process_peak_bytes,
+    storage_sizes,
+)
+from ftplan.launcher.training.stacks import Observer
+
+_MARK = "phase: "
+
+
+class Meter(Observer):
+    """Times steps; which memory it looks at, a device's own meter says.
+
+    `begin` is called with the name of each phase: `forward`, `backward`, `optimizer step`. The
+    seconds of a step lie between two ends of the optimizer's.
+    """
+
+    def __init__(self) -> None:
+        self.ended_at: list[float] = []
+
+    def begin(self, phase: str) -> None:
+        """What comes next; what was before is over."""
+
+    def finish(self) -> dict[str, float | None]:
+        """The memory that was measured, in bytes, by the names of a case's `measured`."""
+        raise NotImplementedError
+
+    def forward_begins(self) -> None:
+        self.begin("forward")
+
+    def backward_begins(self) -> None:
+        self.begin("backward")
+
+    def backward_ended(self, *, steps_next: bool) -> None:
+        if steps_next:
+            self.begin("optimizer step")
+
+    def optimizer_ended(self, model: nn.Module, optimizer: Any) -> None:
+        self.synchronize()
+        self.ended_at.append(time.perf_counter())
+
+    def synchronize(self) -> None:
+        """Wait until the device is done."""
+
+    def step_seconds(self, warm_up: int) -> list[float]:
+        """Of each step after so many."""
+        ends = self.ended_at[max(0, warm_up - 1) :]
+        return [end - start for start, end in itertools.pairwise(ends)]
+
+
+# Phases as a case's `measured` calls their peaks.
+_PEAKS = {
+    "forward": "peak_forward_bytes",
+    "backward": "peak_backward_bytes",
+    "optimizer step": "peak_optimizer_bytes",
+}
+
+
+class CudaMeter(Meter):
+    """The caching allocator's own counters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after_load_bytes = torch.cuda.memory_allocated()
+        self.peaks: dict[str, int] = {}
+        self.reserved_bytes = 0
+        self._phase = "load"
+        torch.cuda.reset_peak_memory_stats()
+
+    def begin(self, phase: str) -> None:
+        self._look()
+        self._phase = phase
+        torch.cuda.reset_peak_memory_stats()
+
+    def _look(self) -> None:
+        allocated = torch.cuda.max_memory_allocated()
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), allocated)
+        self.reserved_bytes = max(self.reserved_bytes, torch.cuda.max_memory_reserved())
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def finish(self) -> dict[str, float | None]:
+        self._look()
+        return {
+            "allocated_bytes": max(self.peaks.values()),
+            "reserved_bytes": self.reserved_bytes,
+            "device_bytes": bytes_beside_cache() + self.reserved_bytes,
+            "after_load_bytes": self.after_load_bytes,
+            **{name: self.peaks.get(phase) for phase, name in _PEAKS.items()},
+        }
+
+
+class CpuMeter(Meter):
+    """Torch's profiler, during the first steps; the second one holds optimizer states."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        gc.collect()  # what died before must not die in the profile
+        self.after_load_bytes = held_bytes(model)
+        self.peaks: dict[str, int] = {}
+        self._profiler: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profiler.__enter__()
+
+    def begin(self, phase: str) -> None:
+        if self._profiler is not None:
+            mark(phase)
+
+    def optimizer_ended(self, model: nn.Module, optimizer: Any) -> None:
+        if len(self.ended_at) == PROFILED_STEPS - 1:
+            self._stop()  # before the clock is looked at: it takes its time
+        super().optimizer_ended(model, optimizer)
+
+    def _stop(self) -> None:
+        if self._profiler is None:
+            return
+        self._profiler.__exit__(None, None, None)
+        self.peaks = phase_peaks(self._profiler, self.after_load_bytes)
+        self._profiler = None
+
+    def finish(self) -> dict[str, float | None]:
+        self._stop()
+        return {
+            "allocated_bytes": max(self.peaks.values()),
+            "reserved_bytes": None,  # the processor's allocator keeps nothing back
+            "device_bytes": process_peak_bytes(),
+            "after_load_bytes": self.after_load_bytes,
+            **{name: self.peaks.get(phase) for phase, name in _PEAKS.items()},
+        }
+
+
+def mark(phase: str) -> None:
+    """Leave a phase's name in the profile."""
+    with record_function(f"{_MARK}{phase}"):
+        pass
+
+
+def phase_peaks(profiler: Any, level: int) -> dict[str, int]:
+    """The highest level of each phase in a profile that begins at `level`, in bytes."""
+    peaks: dict[str, int] = {}
+    phase = "load"
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            level += event.nbytes()
+        elif event.name().startswith(_MARK):
+            phase = event.name().removeprefix(_MARK)
+        peaks[phase] = max(peaks.get(phase, 0), level)
+    return peaks
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all that a model holds, what belongs to quantized weights included."""
+    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        tensors += [*quantization_tensors(module), *held_tensors(module)]
+        scales = getattr(getattr(module, "weight", None), "SCB", None)  # int8, before its first use
+        tensors += [] if scales is None else [scales]
+    return sum(storage_sizes(tensors).values())
