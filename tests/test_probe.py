@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ftplan.launcher import cpu_rates, host
-from ftplan.launcher.probe import NvmlModule, probe_machine
+from ftplan.launcher.probe import probe_machine
+from ftplan.launcher.probing.nvml import NvmlModule
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Machine, MemoryHolder
 from ftplan.planner.units import KIB
@@ -135,6 +136,35 @@ class TestGpus:
         assert machine.notes[0].startswith(note)
         assert machine.notes[0].endswith(f"({error.text})")
 
+    def test_the_power_limit_in_force_and_the_boards_own(self, root: Path) -> None:
+        machine = probe(FakeNvml([FakeGpu(power_limit=300_000)]), root)
+        (gpu,) = machine.gpus
+        assert (gpu.power_watts, gpu.default_power_watts, gpu.power_capped) == (300, 450, True)
+        assert machine.notes == (
+            "GPU 0 is held at 300 W of 450: it computes more slowly than its data sheet says, "
+            "which predictions count on",
+        )
+
+    def test_a_board_made_for_less_power_is_not_capped(self, root: Path) -> None:
+        """Its own limit counts, not that of the card in the catalog."""
+        (gpu,) = probe(
+            FakeNvml([FakeGpu(power_limit=320_000, default_power_limit=320_000)]), root
+        ).gpus
+        assert (gpu.power_watts, gpu.power_capped) == (320, False)
+        assert find_gpu("rtx-4090").power_watts == 450
+
+    def test_a_power_limit_unknown_is_the_data_sheets(self, root: Path) -> None:
+        calls = ["nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetPowerManagementDefaultLimit"]
+        machine = probe(FakeNvml([FakeGpu(fails=dict.fromkeys(calls, NVMLError))]), root)
+        assert (machine.gpus[0].power_watts, machine.gpus[0].power_capped) == (450, False)
+        assert machine.notes == ()
+
+    @pytest.mark.parametrize(("number", "version"), [(12040, (12, 4)), (13000, (13, 0)), (0, None)])
+    def test_the_newest_cuda_of_the_driver(
+        self, root: Path, number: int, version: tuple[int, int] | None
+    ) -> None:
+        assert probe(FakeNvml([FakeGpu()], cuda_version=number), root).cuda_version == version
+
     @pytest.mark.parametrize("call", ["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetName"])
     def test_a_gpu_without_memory_or_name_is_left_out(self, root: Path, call: str) -> None:
         machine = probe(FakeNvml([FakeGpu(fails={call: NVMLError_NotSupported})]), root)
@@ -226,7 +256,7 @@ class TestNoDriver:
         pynvml = pytest.importorskip("pynvml")
         asked = {name for name in vars(NvmlModule) if name.lower().startswith("nvml")}
         errors = {error.__name__ for error in NVMLError.__subclasses__()}
-        assert len(asked) == 17
+        assert len(asked) == 30
         assert [name for name in asked if not hasattr(FakeNvml, name)] == []
         assert [name for name in asked | errors if not hasattr(pynvml, name)] == []
 
