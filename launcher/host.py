@@ -75,6 +75,13 @@ def ram_bytes(root: Path = Path("/")) -> tuple[int, int]:
     return total, available
 
 
+def ram_limit_bytes(root: Path = Path("/")) -> int | None:
+    """The group's limit where it is below the machine's RAM; None where there is none."""
+    machine = _meminfo_bytes(root)
+    total, _ = ram_bytes(root)
+    return total if machine is not None and total < machine[0] else None
+
+
 def _meminfo_bytes(root: Path) -> tuple[int, int] | None:
     fields = dict(
         line.split(":", 1) for line in read_text(root / "proc/meminfo").splitlines() if ":" in line

@@ -33,6 +33,19 @@ NO_LIBRARY = (
     "NVIDIA's GPUs cannot be seen without the package `nvidia-ml-py`: "
     "install it with `pip install nvidia-ml-py`"
 )
+_NO_ANSWER = "NVIDIA's driver does not answer"
+_NO_LIBRARY_OF_DRIVER = (
+    "there is an NVIDIA GPU but no driver library (libnvidia-ml): install NVIDIA's driver, "
+    "or start the container with GPU access (`docker run --gpus all`)"
+)
+_LOST = "the driver has lost it"
+
+
+def is_fault(note: str) -> bool:
+    """Whether a note tells of a GPU that is there and does not work, rather than of a setting, a
+    sensor or a card that the catalog lacks."""
+    faults = (*_START_ADVICE.values(), _NO_LIBRARY_OF_DRIVER, NO_LIBRARY)
+    return note in faults or note.startswith(_NO_ANSWER) or _LOST in note
 
 
 class NvmlMemory(Protocol):
@@ -127,13 +140,10 @@ def session(nvml: NvmlModule, root: Path, notes: list[str]) -> Iterator[Session 
 def _start_note(error: Exception, root: Path) -> str:
     kind = type(error).__name__
     if kind != "NVMLError_LibraryNotFound":
-        return _START_ADVICE.get(kind, f"NVIDIA's driver does not answer: {error}")
+        return _START_ADVICE.get(kind, f"{_NO_ANSWER}: {error}")
     if not _has_nvidia_display_card(root):
         return NO_DRIVER
-    return (
-        "there is an NVIDIA GPU but no driver library (libnvidia-ml): install NVIDIA's driver, "
-        "or start the container with GPU access (`docker run --gpus all`)"
-    )
+    return _NO_LIBRARY_OF_DRIVER
 
 
 def _has_nvidia_display_card(root: Path) -> bool:
@@ -189,7 +199,7 @@ class Session(Struct, frozen=True, kw_only=True):
             yield
         except self.nvml.NVMLError_GpuIsLost:
             self.notes.append(
-                f"{label} is left out: the driver has lost it; restart the machine, "
+                f"{label} is left out: {_LOST}; restart the machine, "
                 "and check its power and seating if it happens again"
             )
 
