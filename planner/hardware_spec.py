@@ -164,6 +164,7 @@ class Machine(Struct, frozen=True, kw_only=True):
     links: tuple[GpuLink, ...] = ()
     """Between each two of the visible GPUs."""
     notes: tuple[str, ...] = ()
+    """What is missing, hidden or slow: what was found, then after a semicolon what to do."""
 
     @property
     def best_device(self) -> Device:

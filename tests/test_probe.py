@@ -142,7 +142,7 @@ class TestGpus:
         assert (gpu.power_watts, gpu.default_power_watts, gpu.power_capped) == (300, 450, True)
         assert machine.notes == (
             "GPU 0 is held at 300 W of 450: it computes more slowly than its data sheet says, "
-            "which predictions count on",
+            "which predictions count on; `sudo nvidia-smi -i 0 -pl 450` lifts the limit",
         )
 
     def test_a_board_made_for_less_power_is_not_capped(self, root: Path) -> None:

@@ -139,7 +139,9 @@ def test_a_gpu_lost_meanwhile_costs_the_links(tmp_path: Path) -> None:
     fails = {"nvmlDeviceGetNvLinkState": NVMLError_GpuIsLost}
     machine = probe(FakeNvml(gpus(A100, [None, None], fails=fails)), tmp_path)
     assert (len(machine.gpus), machine.links) == (2, ())
-    assert machine.notes == ("the driver has lost a GPU while its links were read: restart",)
+    assert machine.notes == (
+        "the driver has lost a GPU while its links were read; restart the machine",
+    )
 
 
 def test_one_gpu_has_no_links_and_its_catalogued_rate(tmp_path: Path) -> None:

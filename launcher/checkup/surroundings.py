@@ -56,7 +56,8 @@ def gpus(facts: Facts) -> Iterator[Finding]:
         yield _gpu(gpu)
     for note in notes:
         status: Status = "problem" if is_fault(note) else "warning"
-        yield Finding(name="gpus", status=status, found=note)
+        found, _, mend = note.rpartition("; ")
+        yield Finding(name="gpus", status=status, found=found or note, mend=mend if found else None)
 
 
 def _gpu(gpu: Device) -> Finding:
@@ -66,7 +67,10 @@ def _gpu(gpu: Device) -> Finding:
     busy = max(held, gpu.total_bytes - gpu.free_bytes) > BUSY_SHARE * gpu.total_bytes
     if gpu.vendor == "apple" or not busy:
         return Finding(name="gpus", status="ok", found=found)
-    names = ", ".join(f"{holder.name} (pid {holder.pid})" for holder in gpu.holders)
+    names = ", ".join(
+        f"{holder.name} {format_bytes(holder.used_bytes) if holder.used_bytes else ''}".strip()
+        for holder in gpu.holders
+    )
     return Finding(
         name="gpus",
         status="warning",

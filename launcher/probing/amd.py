@@ -123,13 +123,13 @@ def _may_compute(root: Path, notes: list[str]) -> bool:
     device = root / "dev/kfd"
     if not device.exists():
         notes.append(
-            "there is an AMD GPU but no /dev/kfd: start the container with "
+            "there is an AMD GPU but no /dev/kfd; start the container with "
             "`--device=/dev/kfd --device=/dev/dri`"
         )
         return False
     if not os.access(device, os.R_OK | os.W_OK):
         notes.append(
-            "this user may not compute on the AMD GPU: `sudo usermod -aG render,video $USER`, "
+            "this user may not compute on the AMD GPU; `sudo usermod -aG render,video $USER`, "
             "then log in again"
         )
         return False

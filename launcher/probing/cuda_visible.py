@@ -39,14 +39,14 @@ def visible(
         notes.append(f"`CUDA_VISIBLE_DEVICES={setting}` hides every GPU")
     if len(chosen) > 1 and any(slot.is_mig for slot in chosen):
         notes.append(
-            "a process can use only one MIG device: "
+            "a process can use only one MIG device; "
             "name it in CUDA_VISIBLE_DEVICES by its UUID (`nvidia-smi -L`)"
         )
     unlike = len({slot.gpu_name for slot in everything}) > 1
     if unlike and environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and _has_index(setting):
         notes.append(
             "the GPUs differ, and CUDA numbers the fastest first while ftplan and nvidia-smi "
-            "number by bus: set CUDA_DEVICE_ORDER=PCI_BUS_ID so that indices mean the same"
+            "number by bus; set CUDA_DEVICE_ORDER=PCI_BUS_ID so that indices mean the same"
         )
     return chosen
 

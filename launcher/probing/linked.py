@@ -67,6 +67,7 @@ def notes_on(label: str, device: Device, entry: GpuEntry) -> Iterator[str]:
         yield (
             f"{label} is held at {device.power_watts:.0f} W of {device.default_power_watts:.0f}: "
             "it computes more slowly than its data sheet says, which predictions count on"
+            f"{_uncap(device)}"
         )
     lanes = pcie_lanes(device.pcie, entry.pcie)
     width = device.pcie.width if device.pcie else None
@@ -75,6 +76,14 @@ def notes_on(label: str, device: Device, entry: GpuEntry) -> Iterator[str]:
             f"{label} has {width} of its {lanes} PCIe lanes: what moves between it, the RAM and "
             "other GPUs moves slowly; a slot with more lanes would help"
         )
+
+
+def _uncap(device: Device) -> str:
+    """How to raise the limit again, where one command does it."""
+    if device.vendor != "nvidia":
+        return ""
+    watts = f"{device.default_power_watts:.0f}"
+    return f"; `sudo nvidia-smi -i {device.index} -pl {watts}` lifts the limit"
 
 
 def pcie_lanes(link: PcieLink | None, catalogued: tuple[str, int] | None) -> int:

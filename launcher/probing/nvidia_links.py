@@ -52,7 +52,9 @@ def gpu_links(
         ends = [_end(session, slot, entry, bus_ids) for slot, entry in gpus]
         links = tuple(_link(session, one, other) for one, other in combinations(ends, 2))
     except session.nvml.NVMLError_GpuIsLost:
-        session.notes.append("the driver has lost a GPU while its links were read: restart")
+        session.notes.append(
+            "the driver has lost a GPU while its links were read; restart the machine"
+        )
         return (), {}
     return links, {e.index: (e.to_switch + e.to_gpus.total()) * e.bytes_per_link for e in ends}
 

@@ -21,21 +21,21 @@ _PCI_DISPLAY_CLASS = "0x03"
 
 # Names of NVML's errors at start, and what a person can do.
 _START_ADVICE = {
-    "NVMLError_DriverNotLoaded": "NVIDIA's driver is installed but not loaded: run "
+    "NVMLError_DriverNotLoaded": "NVIDIA's driver is installed but not loaded; run "
     "`sudo modprobe nvidia`, or restart the machine after a driver update",
-    "NVMLError_NoPermission": "this user may not open NVIDIA's driver: check the rights of "
+    "NVMLError_NoPermission": "this user may not open NVIDIA's driver; check the rights of "
     "/dev/nvidiactl and /dev/nvidia*",
-    "NVMLError_LibRmVersionMismatch": "NVIDIA's driver and its library are of different versions: "
+    "NVMLError_LibRmVersionMismatch": "NVIDIA's driver and its library are of different versions; "
     "restart the machine after a driver update",
 }
 NO_DRIVER = "no NVIDIA driver found"
 NO_LIBRARY = (
-    "NVIDIA's GPUs cannot be seen without the package `nvidia-ml-py`: "
+    "NVIDIA's GPUs cannot be seen without the package `nvidia-ml-py`; "
     "install it with `pip install nvidia-ml-py`"
 )
 _NO_ANSWER = "NVIDIA's driver does not answer"
 _NO_LIBRARY_OF_DRIVER = (
-    "there is an NVIDIA GPU but no driver library (libnvidia-ml): install NVIDIA's driver, "
+    "there is an NVIDIA GPU but no driver library (libnvidia-ml); install NVIDIA's driver, "
     "or start the container with GPU access (`docker run --gpus all`)"
 )
 _LOST = "the driver has lost it"
