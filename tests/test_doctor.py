@@ -423,6 +423,8 @@ def test_flash_attention_on_a_card_too_old() -> None:
     machine = structs.replace(machine, gpus=gpus, notes=())
     found = only("flash-attn", machine=machine, answers=answers).found
     assert found == "2.8.3; it needs a GPU of compute capability 8.0, so `sdpa` is used"
+    rocm = {**torch_says(cuda=None, hip="7.0"), "flash_attn": answers["flash_attn"]}
+    assert only("flash-attn", machine=other_vendor("mi300x"), answers=rocm).found == "2.8.3"
 
 
 # --- configuration, Hub, disk, memory
@@ -514,7 +516,7 @@ def test_facts_are_the_environments(tmp_path: Path) -> None:
         "HF_ENDPOINT": "https://me:secret@mirror.example/hf/",
         "HF_TOKEN": "hf_secret",
         "ACCELERATE_USE_FSDP": "true",
-        "ACCELERATE_LOG_LEVEL": "info",
+        "ACCELERATE_MIXED_PRECISION": "fp16",  # `accelerate launch` sets it anew
     }
     found = gather(runs_dir=tmp_path / "runs", nvml=FakeNvml([FakeGpu()]), environ=environ)
     assert found.accelerate_config == config

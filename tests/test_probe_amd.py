@@ -163,6 +163,27 @@ def test_a_capped_card_and_a_narrow_slot_are_noted(root: Path) -> None:
     assert narrow.startswith("GPU 0 has 4 of its 16 PCIe lanes")
 
 
+def test_the_slot_counts_and_not_the_cards_own_switch(root: Path) -> None:
+    """As Linux nests them: the processor's port, the card's switch, the GPU."""
+    add_gpu(root, 1)
+    port = root / "sys/devices/pci0000:00/0000:00:01.1"
+    gpu = port / "0000:01:00.0/0000:02:00.0/0000:03:00.0"
+    gpu.parent.mkdir(parents=True)
+    device = root / "sys/class/drm/renderD128/device"
+    device.rename(gpu)
+    device.symlink_to(gpu)
+    write(port, "vendor", "0x1022\n")
+    for bridge, width in ((gpu.parent, "16"), (gpu.parent.parent, "4")):
+        write(bridge, "vendor", "0x1002\n")
+        write(bridge, "current_link_width", f"{width}\n")
+        write(bridge, "max_link_width", "16\n")
+        write(bridge, "max_link_speed", "8.0 GT/s PCIe\n")
+    machine = probe(root)
+    assert machine.gpus[0].pcie == PcieLink(width=4, max_generation=3, max_width=16)
+    assert machine.gpus[0].total_bytes == 24 * GIB
+    assert "4 of its 16 PCIe lanes" in machine.notes[-1]
+
+
 def test_who_holds_memory(root: Path) -> None:
     add_gpu(root, 1)
     processes = "sys/class/kfd/kfd/proc"

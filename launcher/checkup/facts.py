@@ -25,12 +25,14 @@ from ftplan.planner.hardware_spec import Device, Machine
 
 Status = Literal["ok", "warning", "problem"]
 
-# What the training process heeds of accelerate's variables, though `accelerate launch` gets a
-# configuration (accelerate's `Accelerator` and `state.py`).
+# What the training process heeds of accelerate's variables and `accelerate launch` does not set
+# from its configuration (accelerate 1.15, utils/launch.py).
 ACCELERATE_VARIABLES = (
-    "ACCELERATE_USE_",
-    "ACCELERATE_DYNAMO_",
-    "ACCELERATE_DEEPSPEED_",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_TORCH_DEVICE",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
 )
 
@@ -113,9 +115,7 @@ def gather(
         answers=ask_libraries(environ, answered),
         accelerate_config=config if config.is_file() else None,
         accelerate_config_error=_fault_of(config) if config.is_file() else None,
-        accelerate_variables=tuple(
-            sorted(name for name in environ if name.startswith(ACCELERATE_VARIABLES))
-        ),
+        accelerate_variables=tuple(name for name in ACCELERATE_VARIABLES if name in environ),
         hub_endpoint=_without_password(hub_endpoint(environ)),
         hub_offline=offline,
         hub_reachable=not offline and default_model.hub_reachable(environ),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ftplan.launcher.checkup.facts import Facts, Finding, dotted
 from ftplan.launcher.planning import INSTALL_TRAINING, TRAIN_PACKAGES
-from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY
+from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 
 # FlashAttention-2's kernels (its README: Ampere, Ada, Hopper and newer).
 FLASH_ATTENTION_CAPABILITY = (8, 0)
 
 TORCH_SELECTOR = "the selector on pytorch.org (Get Started) gives the command"
+
+_PLATFORMS = {"cuda": "CUDA", "hip": "ROCm"}
 
 
 def python(facts: Facts) -> Iterator[Finding]:
@@ -28,7 +31,7 @@ def torch(facts: Facts) -> Iterator[Finding]:
         yield _broken("torch", answer.error)
         return
     version = str(answer.facts.get("version"))
-    fault = _build_fault(facts, answer.facts) if facts.gpu else None
+    fault = _build_fault(facts, facts.gpu, answer.facts) if facts.gpu else None
     if fault is None:
         yield Finding(name="torch", status="ok", found=f"{version}{_built_for(answer.facts)}")
     else:
@@ -36,7 +39,7 @@ def torch(facts: Facts) -> Iterator[Finding]:
         yield Finding(name="torch", status="problem", found=f"{version} {found}", mend=mend)
 
 
-def _built_for(said: Mapping[str, object]) -> str:
+def _built_for(said: Mapping[str, Any]) -> str:
     if said.get("cuda"):
         return f", built for CUDA {said['cuda']}"
     if said.get("hip"):
@@ -44,50 +47,67 @@ def _built_for(said: Mapping[str, object]) -> str:
     return ", with Metal" if said.get("mps") else ", for the processor"
 
 
-def _build_fault(facts: Facts, said: Mapping[str, object]) -> tuple[str, str] | None:
-    """Why this build does not compute on the GPU that is there, and what to do."""
-    gpu = facts.gpu
-    assert gpu is not None
+# What is wrong with a build of torch, and what to do about it.
+_Fault = tuple[str, str]
+
+
+def _build_fault(facts: Facts, gpu: Device, said: Mapping[str, Any]) -> _Fault | None:
+    """Why this build does not compute on the GPU that is there."""
     if gpu.vendor == "apple":
-        if said.get("mps"):
-            return None
-        return "does not see Apple's GPU", "install torch for macOS on arm64, not for x86"
+        mend = "install torch for macOS on arm64, not for x86"
+        return None if said.get("mps") else ("does not see Apple's GPU", mend)
+    return (
+        _of_other_platform(facts, gpu, said)
+        or _newer_than_driver(facts, said)
+        or _without_kernels(gpu, said)
+        or _blind(gpu, said)
+    )
+
+
+def _of_other_platform(facts: Facts, gpu: Device, said: Mapping[str, Any]) -> _Fault | None:
     wanted, other = ("hip", "cuda") if gpu.vendor == "amd" else ("cuda", "hip")
-    platforms = {"cuda": "CUDA", "hip": "ROCm"}
-    install = f"install torch's build for {platforms[wanted]}{_at_most(facts)}: {TORCH_SELECTOR}"
-    if not said.get(wanted):
-        built = f"is built for {platforms[other]}" if said.get(other) else "is built for processors"
-        return f"{built} only, beside {gpu.name}", install
+    if said.get(wanted):
+        return None
+    built = f"is built for {_PLATFORMS[other]}" if said.get(other) else "is built for processors"
+    return f"{built} only, beside {gpu.name}", _install(facts, wanted)
+
+
+def _newer_than_driver(facts: Facts, said: Mapping[str, Any]) -> _Fault | None:
+    """A newer minor version runs on the driver of an older one (CUDA's minor version
+    compatibility), a newer major version does not."""
+    newest, built = facts.machine.cuda_version, said.get("cuda")
+    if not newest or not built or _numbers(built)[0] <= newest[0]:
+        return None
+    found = f"is built for CUDA {built}, and the driver runs up to {dotted(newest)}"
+    return found, f"update NVIDIA's driver, or {_install(facts, 'cuda')}"
+
+
+def _without_kernels(gpu: Device, said: Mapping[str, Any]) -> _Fault | None:
+    capability, built_for = gpu.compute_capability, said.get("architectures")
+    if capability is None or not built_for or runs_on(capability, built_for):
+        return None
+    return (
+        f"has no kernels for {gpu.name} of compute capability {dotted(capability)}, only for "
+        f"{', '.join(built_for)}",
+        "install a build of torch that has them, an older one for an older card",
+    )
+
+
+def _blind(gpu: Device, said: Mapping[str, Any]) -> _Fault | None:
+    if said.get("available"):
+        return None
+    tool = "rocminfo" if gpu.vendor == "amd" else "nvidia-smi"
+    found = f"sees no GPU: {said.get('why_not') or 'it does not say why'}"
+    return found, f"restart the machine or the container; `{tool}` should work first"
+
+
+def _install(facts: Facts, platform: str) -> str:
     newest = facts.machine.cuda_version
-    needs = _numbers(str(said["cuda"])) if wanted == "cuda" else ()
-    if newest and needs and needs[0] > newest[0]:
-        return (
-            f"is built for CUDA {said['cuda']}, and the driver runs up to {dotted(newest)}",
-            f"update NVIDIA's driver, or {install}",
-        )
-    names = said.get("architectures")
-    built_for = [str(name) for name in names] if isinstance(names, list) else []
-    if gpu.compute_capability and built_for and not runs_on(gpu.compute_capability, built_for):
-        return (
-            f"has no kernels for {gpu.name} of compute capability "
-            f"{dotted(gpu.compute_capability)}, only for {', '.join(built_for)}",
-            "install a build of torch that has them, an older one for an older card",
-        )
-    if not said.get("available"):
-        return f"sees no GPU: {said.get('why_not') or 'it does not say why'}", (
-            "restart the machine or the container; `nvidia-smi` should work first"
-            if wanted == "cuda"
-            else "`rocminfo` should work first"
-        )
-    return None
+    at_most = f" {dotted(newest)} or older" if newest and platform == "cuda" else ""
+    return f"install torch's build for {_PLATFORMS[platform]}{at_most}: {TORCH_SELECTOR}"
 
 
-def _at_most(facts: Facts) -> str:
-    cuda = facts.machine.cuda_version
-    return f" {dotted(cuda)} or older" if cuda else ""
-
-
-def runs_on(capability: tuple[int, int], built_for: list[str]) -> bool:
+def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
     """Whether a card runs any of torch's architectures: `sm_80` runs on 8.0 and later 8.x, `sm_90a`
     on 9.0 alone, and the driver translates `compute_90` for that and everything later."""
     major, minor = capability
@@ -182,10 +202,15 @@ def flash_attention(facts: Facts) -> Iterator[Finding]:
         )
     else:
         here, least = answer.facts.get("version"), FLASH_ATTENTION_CAPABILITY
-        capability = gpu.compute_capability if gpu else None
-        serves = capability is not None and capability >= least
         unfit = f"; it needs a GPU of compute capability {dotted(least)}, so `sdpa` is used"
-        yield Finding(name=name, status="ok", found=f"{here}{'' if serves else unfit}")
+        yield Finding(name=name, status="ok", found=f"{here}{'' if _serves(gpu) else unfit}")
+
+
+def _serves(gpu: Device | None) -> bool:
+    """Whether FlashAttention has kernels for the GPU; it has for ROCm too."""
+    if gpu is None or gpu.vendor == "apple":
+        return False
+    return gpu.vendor == "amd" or (gpu.compute_capability or (0, 0)) >= FLASH_ATTENTION_CAPABILITY
 
 
 def accelerate_config(facts: Facts) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ from ftplan.profiles import (
 
 _NODES = "sys/class/kfd/kfd/topology/nodes"
 _PROCESSES = "sys/class/kfd/kfd/proc"
+_VENDOR = "0x1002"
 _XGMI = 11  # HSA_IOLINKTYPE_XGMI, kfd_crat.h
 
 # libdrm's list of marketing names, installed with Mesa and with ROCm.
@@ -225,13 +226,23 @@ def _watts(card: _Card, name: str) -> float | None:
 
 
 def _pcie(card: _Card) -> PcieLink | None:
+    slot = structs.replace(card, folder=_at_the_slot(card.folder))
     link = PcieLink(
-        generation=_generation(card.text("current_link_speed")),
-        width=card.number("current_link_width"),
-        max_generation=_generation(card.text("max_link_speed")),
-        max_width=card.number("max_link_width"),
+        generation=_generation(slot.text("current_link_speed")),
+        width=slot.number("current_link_width"),
+        max_generation=_generation(slot.text("max_link_speed")),
+        max_width=slot.number("max_link_width"),
     )
     return None if link == PcieLink() else link
+
+
+def _at_the_slot(folder: Path) -> Path:
+    """The PCI device that sits in the slot: many cards have a switch of AMD's own before the GPU,
+    whose inner link is always full. The processor's ports are of another vendor."""
+    found = folder = folder.resolve()
+    while read_text(folder / "vendor").strip() == _VENDOR:
+        found, folder = folder, folder.parent
+    return found
 
 
 def _generation(speed: str) -> int | None:
