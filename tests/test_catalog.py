@@ -331,6 +331,26 @@ def test_links_are_a_generation_s_rate_times_their_number() -> None:
         assert link == pytest.approx(gigabytes * 1e9, rel=0.001), name
 
 
+def test_a_rate_is_a_generations_times_its_number() -> None:
+    assert profiles.link_bytes_per_second("pcie", "3", 4) == pytest.approx(3.938e9, rel=0.001)
+    assert profiles.link_bytes_per_second("nvlink", "4", 18) == 450e9
+    with pytest.raises(KeyError):
+        profiles.link_bytes_per_second("pcie", "9", 16)
+
+
+def test_amds_cards_are_found_by_their_pci_ids() -> None:
+    """Each has some, and no two share one: an id without a revision stands for all of them."""
+    ids = [(pci_id, e) for e in profiles.gpu_catalog().values() for pci_id in e.pci_ids]
+    assert {entry.key for _, entry in ids} == {k for k, e in GPUS.items() if e["vendor"] == "amd"}
+    assert len({pci_id for pci_id, _ in ids}) == len(ids)
+    whole = {pci_id for pci_id, _ in ids if ":" not in pci_id}
+    assert not whole & {pci_id.split(":")[0] for pci_id, _ in ids if ":" in pci_id}
+    for pci_id, entry in ids:
+        device, _, revision = pci_id.partition(":")
+        assert profiles.find_gpu_by_pci_id(device, revision or "00") is entry
+    assert profiles.find_gpu_by_pci_id("744c", "00") is None
+
+
 # --- prices
 
 

@@ -463,6 +463,13 @@ class TestHost:
         assert host.ram_bytes(root) == (64 * GIB, 48 * GIB)
         assert host.usable_cores(root) == len(os.sched_getaffinity(0))
 
+    def test_a_limit_is_told_where_it_binds(self, root: Path, tmp_path: Path) -> None:
+        write(root, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": str(4 * GIB)})
+        assert host.ram_limit_bytes(root) == 4 * GIB
+        write(root, {"sys/fs/cgroup/memory.max": str(128 * GIB)})
+        assert host.ram_limit_bytes(root) is None
+        assert host.ram_limit_bytes(tmp_path / "nothing") is None
+
     def test_use_beyond_the_limit_leaves_nothing(self, root: Path) -> None:
         write(
             root,
