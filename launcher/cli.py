@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "data": "what is in a data file",
     "validate": "predictions beside measured runs",
     "gpus": "what this machine has, free and total",
+    "doctor": "what keeps this machine from training, and how to mend it",
     "hardware": "which GPUs, how many, how long, how much",
     "models": "the models ftplan knows by name",
 }

@@ -182,12 +182,21 @@ def environment_changes(device: Device, plan: TrainingPlan, num_cores: int) -> d
     }
     if device.kind == "cuda":
         changed["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-        if plan.num_gpus == 1 and device.uuid:
-            changed["CUDA_VISIBLE_DEVICES"] = device.uuid
+        if plan.num_gpus == 1:
+            changed.update(_only(device))
     else:
         changed["CUDA_VISIBLE_DEVICES"] = ""
         changed.update(CPU_THREADS)
     return changed
+
+
+def _only(device: Device) -> dict[str, str]:
+    """What leaves one GPU visible. Of AMD's, ROCm's runtime takes the UUID or, of cards without
+    one, the number, and HIP numbers anew what that leaves."""
+    if device.vendor == "amd":
+        left = {"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "0"}
+        return {"ROCR_VISIBLE_DEVICES": device.uuid or str(device.index), **left}
+    return {"CUDA_VISIBLE_DEVICES": device.uuid} if device.uuid else {}
 
 
 def launch_environment(

@@ -75,9 +75,16 @@ def ram_bytes(root: Path = Path("/")) -> tuple[int, int]:
     return total, available
 
 
+def ram_limit_bytes(root: Path = Path("/")) -> int | None:
+    """The group's limit where it is below the machine's RAM; None where there is none."""
+    machine = _meminfo_bytes(root)
+    total, _ = ram_bytes(root)
+    return total if machine is not None and total < machine[0] else None
+
+
 def _meminfo_bytes(root: Path) -> tuple[int, int] | None:
     fields = dict(
-        line.split(":", 1) for line in _text(root / "proc/meminfo").splitlines() if ":" in line
+        line.split(":", 1) for line in read_text(root / "proc/meminfo").splitlines() if ":" in line
     )
     try:
         total, available = (int(fields[k].split()[0]) for k in ("MemTotal", "MemAvailable"))
@@ -103,7 +110,7 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     """
     mount = root / "sys/fs/cgroup"
     folders: list[Path] = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         if not controllers:
             top = mount
@@ -117,10 +124,10 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
 
 
 def _quota_cores(folder: Path) -> float | None:
-    quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+    quota, _, period = read_text(folder / "cpu.max").strip().partition(" ")
     if not quota:
-        quota = _text(folder / "cpu.cfs_quota_us").strip()
-        period = _text(folder / "cpu.cfs_period_us").strip()
+        quota = read_text(folder / "cpu.cfs_quota_us").strip()
+        period = read_text(folder / "cpu.cfs_period_us").strip()
     if not (quota.isdigit() and period.isdigit()):  # `max`, or -1: no limit
         return None
     return int(quota) / int(period)
@@ -139,14 +146,14 @@ def _memory_limit_and_use(folder: Path) -> tuple[int | None, int]:
         return None, 0
     statistics = dict(
         line.split(" ", 1)
-        for line in _text(folder / "memory.stat").splitlines()
+        for line in read_text(folder / "memory.stat").splitlines()
         if line.count(" ") == 1
     )
     return limit, max(0, (used or 0) - int(statistics.get(cache, 0)))
 
 
 def _cpuinfo_value(root: Path, key: str) -> str:
-    for line in _text(root / "proc/cpuinfo").splitlines():
+    for line in read_text(root / "proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:
             return value.strip()
@@ -154,11 +161,11 @@ def _cpuinfo_value(root: Path, key: str) -> str:
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path).strip()
+    text = read_text(path).strip()
     return int(text) if text.isdigit() else None
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The file's text; empty where it is missing or may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")

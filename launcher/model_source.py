@@ -116,11 +116,18 @@ def _read_config(folder: Path) -> Any:
 
 def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
     """Where huggingface_hub keeps models, by its own rules (`huggingface_hub.constants`)."""
-    home = environ.get("HF_HOME") or os.path.join(
-        environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
-    )
     hub = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(os.path.expandvars(os.path.expanduser(hub or os.path.join(home, "hub"))))
+    return _expanded(hub) if hub else hub_home(environ) / "hub"
+
+
+def hub_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where huggingface_hub and accelerate keep everything: models, a token, a configuration."""
+    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return _expanded(environ.get("HF_HOME") or os.path.join(cache, "huggingface"))
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
 def cached_folder(hub_id: str, environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -169,8 +176,12 @@ def hub_offline(environ: Mapping[str, str] = os.environ) -> bool:
 
 def config_url(hub_id: str, environ: Mapping[str, str]) -> str:
     """The address of a Hub model's config.json."""
-    endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return f"{endpoint}/{hub_id}/resolve/main/config.json"
+    return f"{hub_endpoint(environ)}/{hub_id}/resolve/main/config.json"
+
+
+def hub_endpoint(environ: Mapping[str, str]) -> str:
+    """The Hub's address, or that of a mirror."""
+    return environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def _fetch_config(hub_id: str, environ: Mapping[str, str]) -> Any:

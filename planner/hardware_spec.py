@@ -11,6 +11,7 @@ from ftplan.planner.units import KIB, MIB
 
 DeviceKind = Literal["cuda", "cpu"]
 Vendor = Literal["nvidia", "amd", "apple"]
+LinkKind = Literal["nvlink", "nvswitch", "xgmi", "pcie"]
 
 # Memory that a CUDA process holds before its first tensor: context, cuBLAS workspaces and the
 # kernels of loaded libraries. Assumed: 0.14 GiB was seen on a T4 process, "several hundred MiB"
@@ -54,6 +55,36 @@ class MemoryHolder(Struct, frozen=True, kw_only=True):
     """None where the driver does not tell."""
 
 
+class PcieLink(Struct, frozen=True, kw_only=True):
+    """A GPU's PCI Express link: now, and the most that card, slot and chipset allow together.
+
+    `generation` falls while the GPU idles, to save power; `width`, in lanes, does not.
+    """
+
+    generation: int | None = None
+    width: int | None = None
+    max_generation: int | None = None
+    max_width: int | None = None
+
+
+class GpuLink(Struct, frozen=True, kw_only=True):
+    """The way between two of the visible GPUs, named by their `index`.
+
+    `num_links` and `bytes_per_second`, in one direction: direct links, NVLink or AMD's XGMI, none
+    over PCIe. `path`: how far apart they are on PCIe, as `nvidia-smi topo -m` calls it. Through a
+    switch each reaches every other with all its links, though not all at once.
+    """
+
+    first: int
+    second: int
+    kind: LinkKind
+    num_links: int = 0
+    bytes_per_second: float = 0.0
+    path: str | None = None
+    peer_access: bool | None = None
+    """Whether one reads the other's memory without the detour through RAM; None if unknown."""
+
+
 class Device(Struct, frozen=True, kw_only=True):
     """One GPU, or the processor as a device that can train.
 
@@ -61,8 +92,10 @@ class Device(Struct, frozen=True, kw_only=True):
     whether they are from a data sheet or measured on this machine. `matmul_flops_per_second`: what
     large matrix products reach, of the dtypes that someone measured on such a card.
     `link_bytes_per_second`: what collective operations reach to other GPUs beside it, in one
-    direction, by NVLink or the like where it has that, else by PCIe; None where unknown. What
-    another vendor's card does is modelled as on NVIDIA's: kind `cuda`, no compute capability.
+    direction, by NVLink or the like where it has that, else by PCIe; None where unknown.
+    `power_watts`: the limit in force, `default_power_watts` the board's own; on a catalogued card
+    both are the data sheet's. What another vendor's card does is modelled as on NVIDIA's: kind
+    `cuda`, no compute capability.
     """
 
     name: str
@@ -76,11 +109,20 @@ class Device(Struct, frozen=True, kw_only=True):
     compute_capability: tuple[int, int] | None = None
     link_bytes_per_second: float | None = None
     power_watts: float | None = None
+    default_power_watts: float | None = None
+    pcie: PcieLink | None = None
     matmul_flops_per_second: Mapping[str, float] = {}
     context_bytes: int = ASSUMED_CUDA_CONTEXT_BYTES
     rates_source: str = ""
     holders: tuple[MemoryHolder, ...] = ()
     uuid: str | None = None
+
+    @property
+    def power_capped(self) -> bool:
+        """Held below the board's own power limit, by more than what is lost in rounding."""
+        if self.power_watts is None or self.default_power_watts is None:
+            return False
+        return self.power_watts < self.default_power_watts - 1
 
     @property
     def supports_bfloat16(self) -> bool:
@@ -117,7 +159,12 @@ class Machine(Struct, frozen=True, kw_only=True):
     cpu: Device
     host: Host
     driver_version: str | None = None
+    cuda_version: tuple[int, int] | None = None
+    """The newest CUDA that the driver runs."""
+    links: tuple[GpuLink, ...] = ()
+    """Between each two of the visible GPUs."""
     notes: tuple[str, ...] = ()
+    """What is missing, hidden or slow: what was found, then after a semicolon what to do."""
 
     @property
     def best_device(self) -> Device:

@@ -40,8 +40,10 @@ class ModelEntry(Struct, frozen=True, kw_only=True):
 class GpuEntry(Struct, frozen=True, kw_only=True):
     """A catalogued GPU. Numbers are the values; their sources stay in the file.
 
-    `driver_names`: what the vendor's driver calls it: NVML, ROCm, macOS. `compute_capability`:
-    NVIDIA's only. `link_bytes_per_second`: what collective operations reach to GPUs beside it, in
+    `driver_names`: what the vendor's driver calls it: NVML, ROCm, macOS. `pci_ids`: AMD's, device
+    and revision (`744c:c8`) or device alone, since drivers often give no name. `architecture`:
+    AMD's (`gfx1100`). `compute_capability`: NVIDIA's only. `pcie`, `nvlink`: generation, and lanes
+    or links. `link_bytes_per_second`: what collective operations reach to GPUs beside it, in
     one direction, by NVLink or Infinity Fabric where it has that, else by PCIe.
     `matmul_flops_per_second`: what large matrix products were measured to reach, often empty.
     `context_bytes`: what a training process holds besides the allocator's memory, where it was
@@ -61,6 +63,10 @@ class GpuEntry(Struct, frozen=True, kw_only=True):
     context_bytes: int
     link_bytes_per_second: float | None
     power_watts: float | None
+    pci_ids: tuple[str, ...] = ()
+    architecture: str | None = None
+    pcie: tuple[str, int] | None = None
+    nvlink: tuple[str, int] | None = None
 
     def device(self) -> Device:
         """The card as it is when nothing else runs on it."""
@@ -77,6 +83,7 @@ class GpuEntry(Struct, frozen=True, kw_only=True):
             compute_capability=self.compute_capability,
             link_bytes_per_second=self.link_bytes_per_second,
             power_watts=self.power_watts,
+            default_power_watts=self.power_watts,
             context_bytes=self.context_bytes,
         )
 
@@ -160,23 +167,45 @@ def _gpu_entry(
         matmul_flops_per_second=_values(matmul),
         context_bytes=context["value"],
         link_bytes_per_second=_link(entry),
-        power_watts=entry["tdp_watts"]["value"] if "tdp_watts" in entry else None,
+        power_watts=_value(entry, "tdp_watts"),
+        pci_ids=tuple(_value(entry, "pci_ids") or ()),
+        architecture=entry.get("architecture"),
+        pcie=_generation_and_number(entry, "pcie"),
+        nvlink=_generation_and_number(entry, "nvlink"),
     )
+
+
+def _value(entry: Mapping[str, Any], name: str) -> Any:
+    return entry[name]["value"] if name in entry else None
+
+
+def _generation_and_number(entry: Mapping[str, Any], name: str) -> tuple[str, int] | None:
+    value = _value(entry, name)
+    return (str(value[0]), int(value[1])) if value else None
 
 
 def _link(entry: Mapping[str, Any]) -> float | None:
     """A generation's rate times lanes or links, and the share of that which is reached; of Infinity
     Fabric no share is known, so NVLink's stands in."""
-    known = _data("interconnects.json")
-    shares = {kind: float(of["achieved_share"]["value"]) for kind, of in known.items()}
-    if "infinity_fabric_bytes_per_second" in entry:
-        return shares["nvlink"] * float(entry["infinity_fabric_bytes_per_second"]["value"])
+    fabric = _value(entry, "infinity_fabric_bytes_per_second")
+    if fabric is not None:
+        return reached_share("nvlink") * float(fabric)
     for kind in ("nvlink", "pcie"):
-        if kind in entry:
-            generation, number = entry[kind]["value"]
-            rate = float(known[kind]["bytes_per_second"][generation]["value"])
-            return shares[kind] * float(number) * rate
+        if found := _generation_and_number(entry, kind):
+            return reached_share(kind) * link_bytes_per_second(kind, *found)
     return None
+
+
+def link_bytes_per_second(kind: str, generation: str, number: int) -> float:
+    """Lanes or links of a generation of `pcie`, `nvlink`, ... in one direction, as on paper. Raises
+    KeyError for a generation that is not known."""
+    known = _data("interconnects.json")[kind]["bytes_per_second"]
+    return number * float(known[generation]["value"])
+
+
+def reached_share(kind: str) -> float:
+    """The share of such a link's rate that collective operations reach."""
+    return float(_data("interconnects.json")[kind]["achieved_share"]["value"])
 
 
 @cache
@@ -224,10 +253,20 @@ def find_gpu(name: str) -> GpuEntry:
     raise UnknownNameError("GPU", name, gpu_catalog())
 
 
-def find_gpu_by_nvml_name(nvml_name: str) -> GpuEntry | None:
+def find_gpu_by_driver_name(name: str) -> GpuEntry | None:
     """The GPU whose driver reports exactly this name; None if no entry lists it."""
     for entry in gpu_catalog().values():
-        if nvml_name in entry.driver_names:
+        if name in entry.driver_names:
+            return entry
+    return None
+
+
+def find_gpu_by_pci_id(device: str, revision: str) -> GpuEntry | None:
+    """AMD's GPU of these hexadecimal ids (`744c`, `c8`), as Linux shows them; None if no entry
+    lists them."""
+    wanted = {device, f"{device}:{revision}"}
+    for entry in gpu_catalog().values():
+        if wanted & set(entry.pci_ids):
             return entry
     return None
 
@@ -250,10 +289,13 @@ __all__ = [
     "ModelEntry",
     "Price",
     "find_gpu",
-    "find_gpu_by_nvml_name",
+    "find_gpu_by_driver_name",
+    "find_gpu_by_pci_id",
     "find_model",
     "gpu_catalog",
+    "link_bytes_per_second",
     "model_catalog",
     "prices",
+    "reached_share",
     "require_model",
 ]

@@ -31,6 +31,10 @@ class NVMLError_NotFound(NVMLError):
     text = "Not Found"
 
 
+class NVMLError_InvalidArgument(NVMLError):
+    text = "Invalid Argument"
+
+
 class NVMLError_GpuIsLost(NVMLError):
     text = "GPU is lost"
 
@@ -62,6 +66,15 @@ class FakeProcess:
     usedGpuMemory: int | None
 
 
+@dataclass(frozen=True)
+class FakePciInfo:
+    busId: str | bytes
+
+
+SWITCH = "NVSwitch"
+"""The other end of an NVLink, beside a GPU's bus id."""
+
+
 @dataclass(eq=False)
 class FakeGpu:
     """A GPU or MIG device; it is its own handle."""
@@ -76,6 +89,14 @@ class FakeGpu:
     mig: Sequence[FakeGpu | None] | None = None
     """MIG devices by place, None where a place is empty; None where MIG is not supported."""
     mig_mode: int = 1
+    power_limit: int = 450_000
+    default_power_limit: int = 450_000
+    """In milliwatts."""
+    pcie: tuple[int, int, int, int] = (1, 16, 4, 16)
+    """Generation and width now (idle: 1), and at most."""
+    bus_id: str | bytes = "00000000:01:00.0"
+    nvlinks: Sequence[str | bytes | None] | None = None
+    """The other end of each link, None of one that is down; None where there is no NVLink."""
     fails: Failures = field(default_factory=dict)
 
 
@@ -83,7 +104,10 @@ class FakeGpu:
 class FakeNvml:
     gpus: Sequence[FakeGpu] = ()
     driver_version: str | bytes = "550.54.15"
+    cuda_version: int = 12040
     process_names: Mapping[int, str | bytes] = field(default_factory=dict)
+    topology_level: int = 20
+    p2p_status: int = 0
     fails: Failures = field(default_factory=dict)
     open_sessions: int = 0
 
@@ -101,6 +125,10 @@ class FakeNvml:
     def nvmlSystemGetDriverVersion(self) -> str | bytes:
         self._system("nvmlSystemGetDriverVersion")
         return self.driver_version
+
+    def nvmlSystemGetCudaDriverVersion(self) -> int:
+        self._system("nvmlSystemGetCudaDriverVersion")
+        return self.cuda_version
 
     def nvmlSystemGetProcessName(self, pid: int) -> str | bytes:
         self._system("nvmlSystemGetProcessName")
@@ -149,6 +177,55 @@ class FakeNvml:
         if mig is None:
             raise NVMLError_NotFound
         return mig
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: FakeGpu) -> int:
+        return self._device("nvmlDeviceGetEnforcedPowerLimit", handle).power_limit
+
+    def nvmlDeviceGetPowerManagementDefaultLimit(self, handle: FakeGpu) -> int:
+        gpu = self._device("nvmlDeviceGetPowerManagementDefaultLimit", handle)
+        return gpu.default_power_limit
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, handle: FakeGpu) -> int:
+        return self._device("nvmlDeviceGetCurrPcieLinkGeneration", handle).pcie[0]
+
+    def nvmlDeviceGetCurrPcieLinkWidth(self, handle: FakeGpu) -> int:
+        return self._device("nvmlDeviceGetCurrPcieLinkWidth", handle).pcie[1]
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle: FakeGpu) -> int:
+        return self._device("nvmlDeviceGetMaxPcieLinkGeneration", handle).pcie[2]
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, handle: FakeGpu) -> int:
+        return self._device("nvmlDeviceGetMaxPcieLinkWidth", handle).pcie[3]
+
+    def nvmlDeviceGetPciInfo(self, handle: FakeGpu) -> FakePciInfo:
+        return FakePciInfo(self._device("nvmlDeviceGetPciInfo", handle).bus_id)
+
+    def nvmlDeviceGetNvLinkState(self, handle: FakeGpu, link: int) -> int:
+        gpu = self._device("nvmlDeviceGetNvLinkState", handle)
+        if gpu.nvlinks is None:
+            raise NVMLError_NotSupported
+        if link >= len(gpu.nvlinks):
+            raise NVMLError_InvalidArgument
+        return int(gpu.nvlinks[link] is not None)
+
+    def nvmlDeviceGetNvLinkRemoteDeviceType(self, handle: FakeGpu, link: int) -> int:
+        gpu = self._device("nvmlDeviceGetNvLinkRemoteDeviceType", handle)
+        return 2 if (gpu.nvlinks or ())[link] == SWITCH else 0
+
+    def nvmlDeviceGetNvLinkRemotePciInfo(self, handle: FakeGpu, link: int) -> FakePciInfo:
+        gpu = self._device("nvmlDeviceGetNvLinkRemotePciInfo", handle)
+        remote = (gpu.nvlinks or ())[link]
+        assert remote is not None, "a link that is down was asked for its other end"
+        return FakePciInfo("00000000:FF:00.0" if remote == SWITCH else remote)
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, one: FakeGpu, other: FakeGpu) -> int:
+        self._device("nvmlDeviceGetTopologyCommonAncestor", one)
+        return self.topology_level
+
+    def nvmlDeviceGetP2PStatus(self, one: FakeGpu, other: FakeGpu, index: int) -> int:
+        self._device("nvmlDeviceGetP2PStatus", one)
+        assert index == 0, "NVML_P2P_CAPS_INDEX_READ"
+        return self.p2p_status
 
     def _system(self, call: str) -> None:
         assert self.open_sessions == 1, f"{call} outside nvmlInit ... nvmlShutdown"

@@ -244,6 +244,8 @@ def check_figure(where: str, figure: dict[str, Any]) -> None:
         generation, number = value
         known = read(FOLDER / "interconnects.json")[where.rsplit(".")[-1]]["bytes_per_second"]
         assert generation in known and number > 0, where
+    elif where.endswith(".pci_ids"):
+        assert all(re.fullmatch("[0-9a-f]{4}(:[0-9a-f]{2})?", pci_id) for pci_id in value), where
     else:
         assert value > 0, where
 
@@ -329,6 +331,26 @@ def test_links_are_a_generation_s_rate_times_their_number() -> None:
         assert link == pytest.approx(gigabytes * 1e9, rel=0.001), name
 
 
+def test_a_rate_is_a_generations_times_its_number() -> None:
+    assert profiles.link_bytes_per_second("pcie", "3", 4) == pytest.approx(3.938e9, rel=0.001)
+    assert profiles.link_bytes_per_second("nvlink", "4", 18) == 450e9
+    with pytest.raises(KeyError):
+        profiles.link_bytes_per_second("pcie", "9", 16)
+
+
+def test_amds_cards_are_found_by_their_pci_ids() -> None:
+    """Each has some, and no two share one: an id without a revision stands for all of them."""
+    ids = [(pci_id, e) for e in profiles.gpu_catalog().values() for pci_id in e.pci_ids]
+    assert {entry.key for _, entry in ids} == {k for k, e in GPUS.items() if e["vendor"] == "amd"}
+    assert len({pci_id for pci_id, _ in ids}) == len(ids)
+    whole = {pci_id for pci_id, _ in ids if ":" not in pci_id}
+    assert not whole & {pci_id.split(":")[0] for pci_id, _ in ids if ":" in pci_id}
+    for pci_id, entry in ids:
+        device, _, revision = pci_id.partition(":")
+        assert profiles.find_gpu_by_pci_id(device, revision or "00") is entry
+    assert profiles.find_gpu_by_pci_id("744c", "00") is None
+
+
 # --- prices
 
 
@@ -352,7 +374,7 @@ def test_a_gpu_is_found_by_each_of_its_names_in_any_case(key: str) -> None:
         for spelling in (name, name.upper(), name.lower(), name.replace(" ", "-")):
             assert profiles.find_gpu(spelling).key == key, spelling
     for name in names_of(entry):
-        found = profiles.find_gpu_by_nvml_name(name)
+        found = profiles.find_gpu_by_driver_name(name)
         assert found is not None and found.key == key
 
 
@@ -370,7 +392,7 @@ def test_l4_l40_and_l40s_are_told_apart() -> None:
     assert profiles.find_gpu("L40").name == "L40"
     assert profiles.find_gpu("NVIDIA L40S").name == "L40S"
     for nvml_name, key in (("NVIDIA L4", "l4"), ("NVIDIA L40", "l40"), ("NVIDIA L40S", "l40s")):
-        found = profiles.find_gpu_by_nvml_name(nvml_name)
+        found = profiles.find_gpu_by_driver_name(nvml_name)
         assert found is not None and found.key == key
     memory = [profiles.find_gpu(name).memory_bytes for name in ("l4", "l40")]
     assert memory[0] < memory[1]
@@ -404,8 +426,8 @@ def test_an_unknown_gpu_is_told_the_nearest() -> None:
     with pytest.raises(UnknownNameError) as refused:
         profiles.find_gpu("rtx 4091")
     assert "`rtx-4090`" in (refused.value.hint or "")
-    assert profiles.find_gpu_by_nvml_name("NVIDIA GeForce RTX 4091") is None
-    assert profiles.find_gpu_by_nvml_name("nvidia l4") is None  # the driver's spelling, exactly
+    assert profiles.find_gpu_by_driver_name("NVIDIA GeForce RTX 4091") is None
+    assert profiles.find_gpu_by_driver_name("nvidia l4") is None  # the driver's spelling, exactly
 
 
 def test_a_catalogued_gpu_becomes_an_idle_device() -> None:

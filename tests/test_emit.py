@@ -322,6 +322,18 @@ class TestEnvironment:
         )
         assert unnamed["CUDA_VISIBLE_DEVICES"] == "1"
 
+    def test_one_of_amds_gpus_is_chosen_as_rocm_numbers_them(self) -> None:
+        card = structs.replace(GPU, vendor="amd", uuid="GPU-00ff", index=3)
+        environ = {"HIP_VISIBLE_DEVICES": "2,3"}
+        named = emit.launch_environment(environ, card, ON_CPU, 8)
+        assert named["ROCR_VISIBLE_DEVICES"] == "GPU-00ff"
+        assert named["HIP_VISIBLE_DEVICES"] == named["CUDA_VISIBLE_DEVICES"] == "0"
+        unnamed = emit.launch_environment(environ, structs.replace(card, uuid=None), ON_CPU, 8)
+        assert unnamed["ROCR_VISIBLE_DEVICES"] == "3"
+        several = emit.launch_environment(environ, card, ON_CPU.replace(num_gpus=2), 8)
+        assert several["HIP_VISIBLE_DEVICES"] == "2,3"
+        assert "ROCR_VISIBLE_DEVICES" not in several
+
     def test_on_the_processor_no_gpu_is_seen(self) -> None:
         child = emit.launch_environment({"CUDA_VISIBLE_DEVICES": "0"}, CPU, ON_CPU, 8)
         assert child["CUDA_VISIBLE_DEVICES"] == ""

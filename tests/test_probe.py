@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ftplan.launcher import cpu_rates, host
-from ftplan.launcher.probe import NvmlModule, probe_machine
+from ftplan.launcher.probe import probe_machine
+from ftplan.launcher.probing.nvml import NvmlModule
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Machine, MemoryHolder
 from ftplan.planner.units import KIB
@@ -135,6 +136,35 @@ class TestGpus:
         assert machine.notes[0].startswith(note)
         assert machine.notes[0].endswith(f"({error.text})")
 
+    def test_the_power_limit_in_force_and_the_boards_own(self, root: Path) -> None:
+        machine = probe(FakeNvml([FakeGpu(power_limit=300_000)]), root)
+        (gpu,) = machine.gpus
+        assert (gpu.power_watts, gpu.default_power_watts, gpu.power_capped) == (300, 450, True)
+        assert machine.notes == (
+            "GPU 0 is held at 300 W of 450: it computes more slowly than its data sheet says, "
+            "which predictions count on; `sudo nvidia-smi -i 0 -pl 450` lifts the limit",
+        )
+
+    def test_a_board_made_for_less_power_is_not_capped(self, root: Path) -> None:
+        """Its own limit counts, not that of the card in the catalog."""
+        (gpu,) = probe(
+            FakeNvml([FakeGpu(power_limit=320_000, default_power_limit=320_000)]), root
+        ).gpus
+        assert (gpu.power_watts, gpu.power_capped) == (320, False)
+        assert find_gpu("rtx-4090").power_watts == 450
+
+    def test_a_power_limit_unknown_is_the_data_sheets(self, root: Path) -> None:
+        calls = ["nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetPowerManagementDefaultLimit"]
+        machine = probe(FakeNvml([FakeGpu(fails=dict.fromkeys(calls, NVMLError))]), root)
+        assert (machine.gpus[0].power_watts, machine.gpus[0].power_capped) == (450, False)
+        assert machine.notes == ()
+
+    @pytest.mark.parametrize(("number", "version"), [(12040, (12, 4)), (13000, (13, 0)), (0, None)])
+    def test_the_newest_cuda_of_the_driver(
+        self, root: Path, number: int, version: tuple[int, int] | None
+    ) -> None:
+        assert probe(FakeNvml([FakeGpu()], cuda_version=number), root).cuda_version == version
+
     @pytest.mark.parametrize("call", ["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetName"])
     def test_a_gpu_without_memory_or_name_is_left_out(self, root: Path, call: str) -> None:
         machine = probe(FakeNvml([FakeGpu(fails={call: NVMLError_NotSupported})]), root)
@@ -226,7 +256,7 @@ class TestNoDriver:
         pynvml = pytest.importorskip("pynvml")
         asked = {name for name in vars(NvmlModule) if name.lower().startswith("nvml")}
         errors = {error.__name__ for error in NVMLError.__subclasses__()}
-        assert len(asked) == 17
+        assert len(asked) == 30
         assert [name for name in asked if not hasattr(FakeNvml, name)] == []
         assert [name for name in asked | errors if not hasattr(pynvml, name)] == []
 
@@ -432,6 +462,13 @@ class TestHost:
         )
         assert host.ram_bytes(root) == (64 * GIB, 48 * GIB)
         assert host.usable_cores(root) == len(os.sched_getaffinity(0))
+
+    def test_a_limit_is_told_where_it_binds(self, root: Path, tmp_path: Path) -> None:
+        write(root, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": str(4 * GIB)})
+        assert host.ram_limit_bytes(root) == 4 * GIB
+        write(root, {"sys/fs/cgroup/memory.max": str(128 * GIB)})
+        assert host.ram_limit_bytes(root) is None
+        assert host.ram_limit_bytes(tmp_path / "nothing") is None
 
     def test_use_beyond_the_limit_leaves_nothing(self, root: Path) -> None:
         write(

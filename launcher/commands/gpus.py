@@ -23,14 +23,27 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     machine = probe_machine(run_dir=arguments.runs_dir)
     ui.json(machine_to_dict(machine))
     if not ui.as_json:
-        from ftplan.launcher import views
-
-        ui.show(views.hardware_table(machine))
-        if machine.driver_version:
-            ui.say(f"driver {machine.driver_version}")
+        show(machine, ui)
         for note in machine.notes:
             ui.say(note)
     return 0
+
+
+def show(machine: Machine, ui: Ui) -> None:
+    """The machine for a person."""
+    from ftplan.launcher import gpu_views, views
+
+    ui.show(views.hardware_table(machine))
+    cards = gpu_views.cards_table(machine.gpus)
+    if cards is not None:
+        ui.show("", cards)
+    between = list(gpu_views.between_gpus(machine))
+    if between:
+        ui.show("", *between)
+    if machine.driver_version:
+        cuda = machine.cuda_version
+        runs = f", which runs CUDA up to {cuda[0]}.{cuda[1]}" if cuda else ""
+        ui.say(f"driver {machine.driver_version}{runs}")
 
 
 def machine_to_dict(machine: Machine) -> dict[str, Any]:
@@ -40,7 +53,9 @@ def machine_to_dict(machine: Machine) -> dict[str, Any]:
         "gpus": [device_to_dict(gpu) for gpu in machine.gpus],
         "cpu": device_to_dict(machine.cpu),
         "host": structs.asdict(machine.host),
+        "links": to_builtins(machine.links),
         "driver_version": machine.driver_version,
+        "cuda_version": to_builtins(machine.cuda_version),
         "notes": list(machine.notes),
     }
 

@@ -1,0 +1,1 @@
+"""What keeps this machine from training: facts about it, and checks of them."""
