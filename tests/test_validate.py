@@ -384,8 +384,15 @@ class TestPrediction:
             allocated_bytes=memory.allocated_peak_bytes,
             reserved_bytes=memory.reserved_peak_bytes,
             device_bytes=memory.device_peak_bytes,
+            required_bytes=memory.required_bytes,
             tokens_per_second_per_gpu=step.tokens_per_second_per_gpu,
         )
+
+    def test_no_speed_of_the_processor(self, read: Read) -> None:
+        """Its rates are measured where a run is planned. Its kernels are others than a GPU's."""
+        on_cpu = validate.closed_form(case_of(read, gpu="cpu"))
+        assert on_cpu.tokens_per_second_per_gpu is None
+        assert on_cpu.allocated_bytes != validate.closed_form(case_of(read)).allocated_bytes
 
     def test_no_speed_without_a_gpu(self, read: Read) -> None:
         assert validate.closed_form(case_of(read, gpu=None)).tokens_per_second_per_gpu is None
@@ -471,7 +478,9 @@ class TestStatistics:
             trainer="transformers",
             method="lora",
             measured={"allocated_bytes": 100, "reserved_bytes": None, "device_bytes": 300},
-            predicted=Prediction(allocated_bytes=110, reserved_bytes=120, device_bytes=150),
+            predicted=Prediction(
+                allocated_bytes=110, reserved_bytes=120, device_bytes=150, required_bytes=150
+            ),
         )
         assert comparison.to_dict()["relative_error"] == {
             "allocated_bytes": pytest.approx(0.1),
@@ -479,6 +488,42 @@ class TestStatistics:
             "device_bytes": -0.5,
             "tokens_per_second_per_gpu": None,
         }
+
+
+class TestRunsWithLittleMemory:
+    def comparison(self, **measured: float) -> Comparison:
+        prediction = Prediction(
+            allocated_bytes=1, reserved_bytes=1, device_bytes=1, required_bytes=1000
+        )
+        return Comparison(
+            id="tight",
+            source="s",
+            trainer="trl",
+            method="lora",
+            measured=measured,
+            predicted=prediction,
+        )
+
+    def test_with_the_required_memory_a_run_is_to_survive_and_with_less_to_fail(self) -> None:
+        for measured, foreseen in (
+            ({"survived_free_bytes": 1000.0}, True),
+            ({"survived_free_bytes": 999.0}, False),
+            ({"failed_free_bytes": 999.0}, True),
+            ({"failed_free_bytes": 1000.0}, False),
+            ({"allocated_bytes": 5.0}, None),
+        ):
+            assert self.comparison(**measured).survival_foreseen is foreseen
+
+    def test_they_have_a_table(self, read: Read, tmp_path: Path) -> None:
+        tight = [
+            changed(CASE, {}, id=name, measured={name: size})
+            for name, size in (("failed_free_bytes", 2**30), ("survived_free_bytes", 2**36))
+        ]
+        status, out, _ = printed(str(write(tmp_path / "cases.jsonl", *tight)))
+        assert status == 0 and "Runs with little memory" in out
+        lines = [line.split() for line in out.splitlines() if "_free_bytes" in line]
+        assert [line[-1] for line in lines] == ["foreseen"] * 2
+        assert [line[-2] for line in lines] == ["failed", "survived"]
 
 
 # A100 rows of foundation-model-stack/fms-acceleration, scripts/benchmarks (as in
@@ -528,7 +573,7 @@ class TestJson:
                 *("id", "predicted", "measured", "relative_error", "bound", "refused")
             ]
             assert list(line["relative_error"]) == list(QUANTITIES)
-        assert list(first["predicted"]) == list(QUANTITIES)
+        assert list(first["predicted"]) == [*QUANTITIES, "required_bytes"]
         assert first["measured"] == FMS_LORA["measured"]
         for quantity in ("allocated_bytes", "device_bytes"):
             error = first["predicted"][quantity] / first["measured"][quantity] - 1
@@ -629,7 +674,9 @@ class TestTables:
         def predict(case: Case) -> Prediction:
             closed_form(case)
             size = sizes[case.id]
-            return Prediction(allocated_bytes=size, reserved_bytes=200, device_bytes=300)
+            return Prediction(
+                allocated_bytes=size, reserved_bytes=200, device_bytes=300, required_bytes=300
+            )
 
         monkeypatch.setattr(validate, "closed_form", predict)
         status, out, err = printed(str(write(tmp_path / "cases.jsonl", *cases)))

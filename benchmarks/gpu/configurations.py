@@ -316,8 +316,10 @@ def _shows(candidate: Candidate, axes: Axes) -> Iterator[tuple[Any, float]]:
 
 
 def _with_tight(chosen: Sequence[Candidate]) -> list[Run]:
-    """Runs that are left little memory come behind the first that are not."""
-    first = sorted(chosen[:_BEFORE_TIGHT], key=lambda c: -c.required_bytes)
+    """Runs that are left little memory come behind the first that are not. None with paged
+    states: a driver that moves pages to and fro without end may hang the GPU."""
+    first = [c for c in chosen[:_BEFORE_TIGHT] if not c.plan.optimizer.paged]
+    first.sort(key=lambda c: -c.required_bytes)
     tight = [
         Run(candidate=_replayed(candidate), tight_share=share)
         for candidate in first[:_TIGHT_CONFIGURATIONS]

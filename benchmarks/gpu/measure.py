@@ -6,7 +6,6 @@ or {"failed": reason}. What libraries print goes to stderr.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import statistics
@@ -77,7 +76,6 @@ def measure(task: Task) -> dict[str, Any]:
     set_seed(case.plan.seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(case, task.steps, folder)
-        gc.collect()
         meter: Meter = CudaMeter() if case.kind == "cuda" else CpuMeter(trainer.model)
         trainer.observe(meter)
         trainer.train()

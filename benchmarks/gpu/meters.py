@@ -80,6 +80,8 @@ class CudaMeter(Meter):
 
     def __init__(self) -> None:
         super().__init__()
+        gc.collect()
+        torch.cuda.empty_cache()  # of what making random weights took
         self.after_load_bytes = torch.cuda.memory_allocated()
         self.peaks: dict[str, int] = {}
         self.reserved_bytes = 0

@@ -126,8 +126,9 @@ class PlainLoop:
         if arguments.gradient_checkpointing:
             settings = dict(arguments.gradient_checkpointing_kwargs)
             every = settings.pop("every_n_layers", 1)
-            some = {"every_n_layers": every} if every > 1 else {}  # which 5.17 has not yet
-            model.gradient_checkpointing_enable(settings, **some)
+            enable = getattr(model, "activation_checkpointing_enable", None)  # not yet in 5.17
+            enable = enable or model.gradient_checkpointing_enable
+            enable(settings, **({"every_n_layers": every} if every > 1 else {}))
 
     def observe(self, observer: Observer) -> None:
         """Tell `observer` from now on."""
