@@ -14,14 +14,14 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.gpu import self_test
+from benchmarks.gpu import self_test, views
 from benchmarks.gpu.configurations import PACKAGES_OF, Run, choose
 from benchmarks.gpu.suite import CEILINGS_SECONDS, Suite, packages_at_hand
 from ftplan.launcher import validate_views
 from ftplan.launcher.probe import probe_machine
-from ftplan.launcher.ui import Ui, table
+from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import FtplanError, InputError
-from ftplan.planner.units import format_bytes, format_seconds
+from ftplan.planner.units import format_bytes
 
 
 def main(words: list[str] | None = None) -> int:
@@ -69,13 +69,14 @@ def _measure(arguments: argparse.Namespace, ui: Ui) -> int:
     runs = choose(device, packages)
     if arguments.list:
         ui.json([_said(run) for run in runs])
-        ui.show(_runs_table(runs))
+        ui.show(views.runs_table(runs, CEILINGS_SECONDS))
         return 0
     if arguments.out is None:
         raise InputError("no folder to write to", "name one with `--out DIR`")
     suite = Suite(machine, device, arguments.out, ui, small=False)
     suite.run(runs, arguments.minutes)
-    ui.show(*validate_views.report(self_test.comparisons(suite.rows.path)))
+    ui.show(*validate_views.report(self_test.comparisons(suite.rows.path)), "")
+    ui.show(views.ceilings_table(suite.ceilings, device))
     return 0
 
 
@@ -96,7 +97,8 @@ def _self_test(arguments: argparse.Namespace, ui: Ui) -> int:
         suite = Suite(machine, machine.cpu, out, ui, small=True)
         suite.run(runs, arguments.minutes)
         compared = self_test.comparisons(suite.rows.path)
-        ui.show(*validate_views.report(compared))
+        ui.show(*validate_views.report(compared), "")
+        ui.show(views.ceilings_table(suite.ceilings, machine.cpu))
         wrong = self_test.complaints(compared, sum(1 for _ in suite.failures))
     for complaint in wrong:
         ui.warn(complaint)
@@ -111,21 +113,6 @@ def _said(run: Run) -> dict[str, object]:
         "step_seconds": candidate.step_seconds,
         "seconds": candidate.seconds,
     }
-
-
-def _runs_table(runs: list[Run]) -> object:
-    rows = [
-        [
-            run.key,
-            format_bytes(run.candidate.required_bytes),
-            format_seconds(run.candidate.step_seconds),
-            run.candidate.plan.optim,
-        ]
-        for run in runs
-    ]
-    total = sum(run.candidate.seconds for run in runs) + CEILINGS_SECONDS
-    title = f"{len(runs)} runs, about {format_seconds(total)}"
-    return table(title, ("run", ">requires", ">step", "optimizer"), rows)
 
 
 if __name__ == "__main__":
