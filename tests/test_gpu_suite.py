@@ -231,3 +231,63 @@ class TestCommand:
         shown = capsys.readouterr().err
         assert shown.startswith("error: no GPU to measure") and "--self-test" in shown
         assert not Path("nowhere").exists()
+
+
+class FakeAllocator:
+    """torch.cuda's counters, as far as a meter looks at them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        self.now, self.peak, self.reserved, self.waits = 0, 0, 0, 0
+        answers = {
+            "memory_allocated": lambda: self.now,
+            "max_memory_allocated": lambda: self.peak,
+            "memory_reserved": lambda: self.reserved,
+            "max_memory_reserved": lambda: self.reserved,
+            "reset_peak_memory_stats": self.reset,
+            "empty_cache": lambda: None,
+            "synchronize": self.wait,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+        monkeypatch.setattr("benchmarks.gpu.meters.bytes_beside_cache", lambda: 500)
+
+    def reset(self) -> None:
+        self.peak = self.now
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def rise(self, to: int, *, then: int) -> None:
+        """Up to so many bytes, then down again."""
+        self.peak, self.now = max(self.peak, to), then
+        self.reserved = max(self.reserved, to)
+
+
+@needs_peft
+@pytest.mark.train
+def test_a_gpus_meter_keeps_the_peak_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.meters import CudaMeter
+
+    allocator = FakeAllocator(monkeypatch)
+    allocator.rise(900, then=100)  # while the model is made
+    meter = CudaMeter()
+    for forward, backward in ((300, 700), (350, 650)):
+        meter.forward_begins()
+        allocator.rise(forward, then=250)
+        meter.backward_begins()
+        allocator.rise(backward, then=200)
+        meter.backward_ended(steps_next=True)
+        allocator.rise(400, then=150)
+        meter.optimizer_ended(None, None)  # type: ignore[arg-type]
+    assert meter.finish() == {
+        "allocated_bytes": 700,
+        "reserved_bytes": 900,  # which making the model left, here where no cache is emptied
+        "device_bytes": 1400,
+        "after_load_bytes": 100,
+        "peak_forward_bytes": 350,
+        "peak_backward_bytes": 700,
+        "peak_optimizer_bytes": 400,
+    }
+    assert allocator.waits == 2 and len(meter.step_seconds(warm_up=1)) == 1
