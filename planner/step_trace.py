@@ -300,8 +300,11 @@ class Segment(Struct, frozen=True, kw_only=True, dict=True):
     forward_flops: Form
     backward_flops: Form
     float32_flops: Form
+    recomputed_flops: Form
     forward_moved: Form
     backward_moved: Form
+    forward_kernels: int
+    backward_kernels: int
     record: SegmentRecord
     forward_stretches: tuple[Stretch, ...] = ()
     backward_stretches: tuple[Stretch, ...] = ()
@@ -351,9 +354,11 @@ class StepTrace(Struct, frozen=True, kw_only=True):
     evaluation: Sequence[Sequence[Segment]]
     after_backward: Parts
     num_passes: int
+    num_kernels: int
     forward_flops: Form
     backward_flops: Form
     float32_flops: Form
+    recomputed_flops: Form
     forward_moved: Form
     backward_moved: Form
     generation: Sequence[Sequence[Segment]] = ()
@@ -429,8 +434,11 @@ class StepTracer:
             forward_flops=added(s.forward_flops for one in passes for s in one),
             backward_flops=added(segment.backward_flops for segment in segments),
             float32_flops=added(s.float32_flops for one in passes for s in one),
+            recomputed_flops=added(segment.recomputed_flops for segment in segments),
             forward_moved=added(s.forward_moved for one in passes for s in one[:-1]),
             backward_moved=added(segment.backward_moved for segment in segments[:-1]),
+            num_kernels=sum(s.forward_kernels for one in passes for s in one)
+            + sum(segment.backward_kernels for segment in segments),
         )
 
     def _add_backward(self, segments: list[Segment], bases: Mapping[int, Parts]) -> Parts:
@@ -958,6 +966,7 @@ class StepTracer:
         result_width = result.width
         forward_stretches = tape.stretches()
         forward_flops, forward_moved = tape.flops, tape.moved
+        forward_kernels = tape.num_kernels
         exchange.hand_on()
         recording.end("forward")
         holds_result = any(tensor.storage is result.storage for tensor in held)
@@ -1008,8 +1017,11 @@ class StepTracer:
             forward_flops=forward_flops,
             backward_flops=subtract_forms(tape.flops, forward_flops),
             float32_flops=tape.float32_flops,
+            recomputed_flops=tape.recomputed_flops,
             forward_moved=forward_moved,
             backward_moved=subtract_forms(tape.moved, forward_moved),
+            forward_kernels=forward_kernels,
+            backward_kernels=tape.num_kernels - forward_kernels,
             record=record,
             forward_stretches=forward_stretches,
             backward_stretches=backward_stretches,

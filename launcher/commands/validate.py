@@ -24,7 +24,7 @@ from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.stack import Stack
-from ftplan.planner.step_time import estimate_step_time
+from ftplan.planner.step_time import StepTime, estimate_step_time
 
 if TYPE_CHECKING:
     from ftplan.launcher.exact import DryRunner
@@ -208,24 +208,34 @@ def _version(package: str, software: str) -> tuple[int, ...] | None:
 
 
 def _prediction(case: Case, memory: MemoryEstimate) -> Prediction:
-    model, plan = case.model.spec, case.plan
-    speed = None
-    if case.gpu is not None and case.length_is == "exact" and not case.is_litgpt:
-        tokens = plan.per_device_train_batch_size * plan.max_length
-        step = estimate_step_time(
-            model,
-            plan,
-            case.gpu,
-            tokens_per_micro_batch=tokens,
-            mean_length=plan.max_length,
-            stack=_stack(case),
-        )
-        speed = step.tokens_per_second_per_gpu
+    step = None if case.is_litgpt else _step(case)
+    speeds = {}
+    if step is not None:
+        speeds = {
+            "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
+            "least_tokens_per_second_per_gpu": step.tokens_per_step / step.most_seconds,
+            "most_tokens_per_second_per_gpu": step.tokens_per_step / step.least_seconds,
+        }
     return Prediction(
         allocated_bytes=memory.allocated_peak_bytes,
         reserved_bytes=memory.reserved_peak_bytes,
         device_bytes=memory.device_peak_bytes,
-        tokens_per_second_per_gpu=speed,
+        **speeds,
+    )
+
+
+def _step(case: Case) -> StepTime | None:
+    """A step's time where the GPU and the rows' length are known."""
+    if case.gpu is None or case.length_is != "exact":
+        return None
+    plan = case.plan
+    return estimate_step_time(
+        case.model.spec,
+        plan,
+        case.gpu,
+        tokens_per_micro_batch=plan.per_device_train_batch_size * plan.max_length,
+        mean_length=plan.max_length,
+        stack=_stack(case),
     )
 
 
