@@ -302,7 +302,7 @@ class _Session(Struct, frozen=True, kw_only=True):
                     dtype: share * rate for dtype, rate in entry.matmul_flops_per_second.items()
                 },
                 link_bytes_per_second=entry.link_bytes_per_second,
-                power_watts=entry.power_watts,
+                power_watts=share * entry.power_watts if entry.power_watts else None,
                 context_bytes=entry.context_bytes,
                 compute_capability=self._compute_capability(slot, entry),
                 rates_source=rates_source,

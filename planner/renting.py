@@ -7,7 +7,7 @@ the model the first that fits: none at all, then FSDP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -19,16 +19,15 @@ from ftplan.planner.memory import estimate_memory, with_margin
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
-from ftplan.planner.stack import kernel_capability
+from ftplan.planner.stack import OWN_STACK, Stack, kernel_capability
 from ftplan.planner.step_time import StepTime, StepWork, step_work, time_of
+from ftplan.planner.units import SECONDS_PER_HOUR
 
 NUMBERS_OF_GPUS = (1, 2, 4, 8)
 MICRO_BATCHES = (16, 4, 1)
 
 # Rows of an optimizer step, over all GPUs: a micro-batch is repeated until it has as many.
 ROWS_PER_STEP = 16
-
-SECONDS_PER_HOUR = 3600
 
 Mark = Literal["cheapest", "fastest", "Pareto"]
 
@@ -77,9 +76,11 @@ def list_choices(
     methods: Sequence[str],
     tokens: float,
     given: Mapping[str, Any],
+    stack_on: Callable[[Device], Stack] = lambda device: OWN_STACK,
 ) -> list[Choice]:
     """Every choice of cards, numbers and methods for a run of so many tokens; none where a card's
-    kind, a number or a method cannot be."""
+    kind, a number or a method cannot be. `stack_on`: the training stack on a card, the same on
+    cards of a kind."""
     known: dict[tuple[object, ...], list[Work]] = {}
     choices = []
     for card in cards:
@@ -88,7 +89,7 @@ def list_choices(
                 device = card.device
                 key = (method, num_gpus, *_kind(device))
                 if key not in known:
-                    known[key] = _works(model, device, num_gpus, method, given)
+                    known[key] = _works(model, device, num_gpus, method, given, stack_on(device))
                 if known[key]:
                     choices.append(_choice(card, num_gpus, method, known[key], tokens))
     return choices
@@ -106,7 +107,12 @@ def _numbers(given: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _works(
-    model: ModelSpec, device: Device, num_gpus: int, method: str, given: Mapping[str, Any]
+    model: ModelSpec,
+    device: Device,
+    num_gpus: int,
+    method: str,
+    given: Mapping[str, Any],
+    stack: Stack,
 ) -> list[Work]:
     """From the fastest to the smallest: what is tried in this order on a card."""
     divided: tuple[str, ...] = ("none", "fsdp") if num_gpus > 1 else ("none",)
@@ -122,7 +128,7 @@ def _works(
             try:
                 plan = estimate_recipe(model, device, settings).plan
                 check_runs(model, plan, device)
-                found.append(_work(model, plan, device))
+                found.append(_work(model, plan, device, stack))
             except InputError:
                 continue  # not on this card, or not so many of them
     return found
@@ -133,14 +139,19 @@ def _micro_batches(given: Mapping[str, Any]) -> tuple[int, ...]:
     return MICRO_BATCHES if asked is None else (asked,)
 
 
-def _work(model: ModelSpec, plan: TrainingPlan, device: Device) -> Work:
+def _work(model: ModelSpec, plan: TrainingPlan, device: Device, stack: Stack) -> Work:
     rows, length = plan.per_device_train_batch_size, plan.max_length
     return Work(
         plan=plan,
-        required_bytes=estimate_memory(model, plan, device=device).required_bytes
+        required_bytes=estimate_memory(model, plan, device=device, stack=stack).required_bytes
         - device.context_bytes,
         work=step_work(
-            model, plan, device, tokens_per_micro_batch=rows * length, mean_length=length
+            model,
+            plan,
+            device,
+            tokens_per_micro_batch=rows * length,
+            mean_length=length,
+            stack=stack,
         ),
     )
 

@@ -27,7 +27,7 @@ from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.optimizer_steps import Updated
-from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
+from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_trace import StepTrace
 from ftplan.planner.tape import value
@@ -81,14 +81,14 @@ class StepTime(Struct, frozen=True, kw_only=True):
     """Time of one optimizer step (all its micro-batches) on one device, which of the tokens of GPUs
     that divide layers or rows has its part.
 
-    `least_seconds`, `most_seconds`: its bounds. `model_flops`: without what is computed again;
-    `mfu`: the share of the data sheet's peak that these are, None on a processor. `step_joules`: of
-    the card alone, None where its power is not known.
+    `least_step_seconds`, `most_step_seconds`: its bounds. `model_flops`: without what is computed
+    again; `mfu`: the share of the data sheet's peak that these are, None on a processor.
+    `step_joules`: of the card alone, None where its power is not known.
     """
 
     step_seconds: float
-    least_seconds: float
-    most_seconds: float
+    least_step_seconds: float
+    most_step_seconds: float
     tokens_per_step: float
     forward_flops: float
     step_flops: float
@@ -106,16 +106,20 @@ class StepTime(Struct, frozen=True, kw_only=True):
         return None if self.step_joules is None else self.step_joules / self.tokens_per_step
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "step_seconds": self.step_seconds,
-            "least_step_seconds": self.least_seconds,
-            "most_step_seconds": self.most_seconds,
-            "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
-            "bound_by": self.bound_by,
-            "model_flops": self.model_flops,
-            "mfu": self.mfu,
-            "joules_per_token": self.joules_per_token,
-        }
+        return {name: getattr(self, name) for name in STEP_KEYS}
+
+
+# Of a step, in the JSON of commands.
+STEP_KEYS = (
+    "step_seconds",
+    "least_step_seconds",
+    "most_step_seconds",
+    "tokens_per_second_per_gpu",
+    "bound_by",
+    "model_flops",
+    "mfu",
+    "joules_per_token",
+)
 
 
 def estimate_step_time(
@@ -163,7 +167,7 @@ def step_work(
     updated = updated_parameters(share, plan, trained)
     return StepWork(
         kind=device.kind,
-        dtype=AUTOCAST_DTYPE[plan.mixed_precision] or plan.dtype,
+        dtype=plan.compute_dtype,
         tokens=micro_batches * tokens / plan.tp_size,
         forward_flops=micro_batches * forward,
         flops=micro_batches * flops,
@@ -185,8 +189,8 @@ def time_of(work: StepWork, device: Device) -> StepTime:
     watts = device.power_watts
     return StepTime(
         step_seconds=seconds,
-        least_seconds=_seconds(work, device, FASTEST)[0],
-        most_seconds=_seconds(work, device, SLOWEST)[0],
+        least_step_seconds=_seconds(work, device, FASTEST)[0],
+        most_step_seconds=_seconds(work, device, SLOWEST)[0],
         tokens_per_step=work.tokens,
         forward_flops=work.forward_flops,
         step_flops=work.flops,

@@ -385,6 +385,8 @@ class TestPrediction:
             reserved_bytes=memory.reserved_peak_bytes,
             device_bytes=memory.device_peak_bytes,
             tokens_per_second_per_gpu=step.tokens_per_second_per_gpu,
+            least_tokens_per_second_per_gpu=step.tokens_per_step / step.most_step_seconds,
+            most_tokens_per_second_per_gpu=step.tokens_per_step / step.least_step_seconds,
         )
 
     def test_no_speed_without_a_gpu(self, read: Read) -> None:
@@ -528,7 +530,8 @@ class TestJson:
                 *("id", "predicted", "measured", "relative_error", "bound", "refused")
             ]
             assert list(line["relative_error"]) == list(QUANTITIES)
-        assert list(first["predicted"]) == list(QUANTITIES)
+        bounds = [f"{end}_tokens_per_second_per_gpu" for end in ("least", "most")]
+        assert list(first["predicted"]) == [*QUANTITIES, *bounds]
         assert first["measured"] == FMS_LORA["measured"]
         for quantity in ("allocated_bytes", "device_bytes"):
             error = first["predicted"][quantity] / first["measured"][quantity] - 1

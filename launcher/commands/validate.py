@@ -23,7 +23,7 @@ from ftplan.planner.litgpt import estimate_litgpt
 from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.stack import Stack
+from ftplan.planner.stack import TAKES_GROUPS_SINCE, Stack
 from ftplan.planner.step_time import StepTime, estimate_step_time
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 # (`gradient_checkpointing_enable` in modeling_utils.py of 4.45 and 4.48). It computes a layer to
 # its end again, result included; the newer one stops at the last thing that backward needs.
 _NOT_REENTRANT_SINCE = (5,)
-
-# torch's memory-efficient attention takes grouped heads from here on (pytorch/pytorch PR 191085).
-_TAKES_GROUPS_SINCE = (2, 14)
 
 
 # Processes that carry dry runs out at once; each takes half a gibibyte and more.
@@ -168,7 +165,7 @@ def _stack(case: Case) -> Stack:
         fused_kernels=case.fused_kernels,
         fsdp_version=case.fsdp_version,
         padded=several and case.length_is == "cap",
-        efficient_takes_groups=(_version("torch", case.software) or (0,)) >= _TAKES_GROUPS_SINCE,
+        efficient_takes_groups=(_version("torch", case.software) or (0,)) >= TAKES_GROUPS_SINCE,
         transformers_version=_version("transformers", case.software),
     )
 
@@ -213,8 +210,8 @@ def _prediction(case: Case, memory: MemoryEstimate) -> Prediction:
     if step is not None:
         speeds = {
             "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
-            "least_tokens_per_second_per_gpu": step.tokens_per_step / step.most_seconds,
-            "most_tokens_per_second_per_gpu": step.tokens_per_step / step.least_seconds,
+            "least_tokens_per_second_per_gpu": step.tokens_per_step / step.most_step_seconds,
+            "most_tokens_per_second_per_gpu": step.tokens_per_step / step.least_step_seconds,
         }
     return Prediction(
         allocated_bytes=memory.allocated_peak_bytes,
