@@ -206,13 +206,18 @@ def _replayed(
 def _confirmed(
     possible: list[Evaluated], model: ModelSpec, data: DataProfile, device: Device, stack: Stack
 ) -> Evaluated | None:
-    """The fastest of these that fits."""
+    """The fastest of these that fits. What does not fit is no measure of how fast others are."""
     while possible:
         fastest = _fastest(possible)
         confirmed = _replayed(fastest, model, data, device, stack)
+        too_large = fastest
         if fits(confirmed.memory, device):
-            return confirmed
-        possible = [e for e in possible if e is not fastest]
+            too_large = min(possible, key=lambda e: e.seconds_per_row)
+            if too_large is fastest:
+                return confirmed
+            if fits(_replayed(too_large, model, data, device, stack).memory, device):
+                return confirmed
+        possible = [e for e in possible if e is not too_large]
     return None
 
 
