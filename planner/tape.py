@@ -277,7 +277,8 @@ class Tape:
         self.partitioned = partitioned
         self.autocast, self.on_cuda, self.capability = autocast, on_cuda, capability
         self.is_fp16, self.accumulates = is_fp16, accumulates
-        self.residual, self.single_row = residual, single_row
+        self.residual, self._single_row = residual, single_row
+        self.asks_for_rows = False
         self.component = "temporaries"
         # Births and deaths in order: `i` is the birth of the storage of `sizes[i]`, `~i` its death.
         # `labels[i]`: its component.
@@ -381,6 +382,12 @@ class Tape:
         for tensor in tensors:
             if tensor.storage is not None:
                 _change(self._read, tensor.num_bytes, 1)
+
+    @property
+    def single_row(self) -> bool:
+        """Whether the micro-batch is one row; `asks_for_rows` says that something depends on it."""
+        self.asks_for_rows = True
+        return self._single_row
 
     @property
     def num_kernels(self) -> int:
