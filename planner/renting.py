@@ -84,10 +84,11 @@ def list_choices(
     known: dict[tuple[object, ...], list[Work]] = {}
     choices = []
     for card in cards:
+        kind = _kind(card.device)
         for num_gpus in _numbers(given):
             for method in methods:
                 device = card.device
-                key = (method, num_gpus, *_kind(device))
+                key = (method, num_gpus, *kind)
                 if key not in known:
                     known[key] = _works(model, device, num_gpus, method, given, stack_on(device))
                 if known[key]:

@@ -162,7 +162,7 @@ def step_work(
     trace, rows, length = _trace(model, plan, device, tokens, length, stack)
     forward = value(trace.forward_flops, rows, length)
     micro_batches = plan.gradient_accumulation_steps
-    moved = _micro_batch_bytes(model, plan, trained, device, tokens, length, stack)
+    moved = _micro_batch_bytes(model, plan, trained, device, trace, rows, length)
     flops = forward + value(trace.backward_flops, rows, length)
     updated = updated_parameters(share, plan, trained)
     return StepWork(
@@ -283,15 +283,14 @@ def _micro_batch_bytes(
     plan: TrainingPlan,
     trained: Trained,
     device: Device,
-    tokens: float,
+    trace: StepTrace,
+    rows: float,
     length: float,
-    stack: Stack,
 ) -> float:
     """Bytes moved by element-wise work and by reading the weights.
 
     Layers below the first trained one are computed forward only.
     """
-    trace, rows, length = _trace(model, plan, device, tokens, length, stack)
     # What is there for any micro-batch are copies of weights, which are counted below.
     (_, *forward), (_, *backward) = trace.forward_moved, trace.backward_moved
     moved = value((0, *forward), rows, length) + value((0, *backward), rows, length)
@@ -300,7 +299,7 @@ def _micro_batch_bytes(
     forwards = 1 + _recomputed_share(model, plan)
     further = trace.num_passes - 1
     over_logits = passes_over_logits(plan, kind) + further * FORWARD_PASSES_OVER_LOGITS[kind]
-    logits = over_logits * tokens * model.vocab_size * FLOAT32_BYTES
+    logits = over_logits * rows * length * model.vocab_size * FLOAT32_BYTES
     backwards = trained.reached_layers(model) / model.num_hidden_layers
     passes_over_weights = trace.num_passes + forwards * backwards
     weights = passes_over_weights * weight_memory_bytes(model, plan)
