@@ -196,9 +196,12 @@ def lowest_prices(gpu_name: str) -> dict[str, Price]:
     driver, for each of BILLINGS that there is one of."""
     keys = {e.key for e in gpu_catalog().values() if gpu_name in (e.name, *e.driver_names)}
     found: dict[str, Price] = {}
-    for price in sorted(prices(), key=lambda price: price.usd_per_gpu_hour):
-        if price.gpu in keys:
-            found.setdefault(price.billing, price)
+    for price in prices():
+        lowest = found.get(price.billing)
+        if price.gpu in keys and (
+            lowest is None or price.usd_per_gpu_hour < lowest.usd_per_gpu_hour
+        ):
+            found[price.billing] = price
     return found
 
 
