@@ -37,7 +37,8 @@ class Fsdp2Place(Struct, frozen=True, kw_only=True):
         return _Fsdp2(self)
 
     def in_forward(self) -> Fsdp2Place:
-        """What is gathered, of which GPUs' numbers but one are alike if they divide it evenly."""
+        """What is gathered, and the share of it that is cast before. Among how many GPUs makes no
+        other difference."""
         spread, before = self.spread, Unit(gathered=self.gathered_before.gathered)
         return Fsdp2Place(
             spread=structs.replace(spread, num_shards=min(2, spread.num_shards)),
