@@ -233,7 +233,7 @@ def test_no_work_is_worked_out_that_no_card_asks_for(
 def test_layers_that_do_not_ask_for_the_number_of_rows_share_a_trace(
     llama_2_7b: ModelSpec,
 ) -> None:
-    """FlashAttention takes tokens as they lie; eager attention puts heads of several rows in order."""
+    """FlashAttention takes tokens as they lie; eager attention puts heads in order."""
     for attention, shared in (("flash_attention_2", True), ("eager", False)):
         plan = TrainingPlan(method="lora", attn_implementation=attention, loss="stock")
         one, several = (
