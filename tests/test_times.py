@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+import json
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,6 @@ def test_plan_tells_the_time_of_the_whole_run(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert all(f"\n{row}  " in shown for row in ("an epoch", "training", "MFU", "energy", "cost"))
     assert cli.main([*words, "--method", "lora", "--json"]) == 0
-    import json
-
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
     run, step = told["run"], told["estimate"]["step"]
     assert run["seconds"] == pytest.approx(run["steps"] * step["step_seconds"])
@@ -143,28 +142,46 @@ def test_plan_tells_the_time_of_the_whole_run(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    ("release", "takes_groups"),
-    [("2.13.0+cpu", False), ("2.14.0+cu130", True), ("3.0", True), (None, False)],
+    ("text", "takes_groups"),
+    [
+        ("__version__ = '2.13.0+cpu'\n", False),
+        ("import x\n__version__ = '2.14.0+cu130'\ndebug = False\n", True),
+        ('__version__ = "3.0.1"\n', True),
+        ("nothing\n", False),
+        (None, False),
+    ],
 )
 def test_before_ampere_the_installed_torch_decides(
-    release: str | None, takes_groups: bool, monkeypatch: pytest.MonkeyPatch
+    text: str | None, takes_groups: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def version(package: str) -> str:
-        assert package == "torch"
-        if release is None:
-            raise metadata.PackageNotFoundError(package)
-        return release
-
-    monkeypatch.setattr(metadata, "version", version)
-    own_stack._release.cache_clear()
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('not to be imported')")
+    if text is not None:
+        (tmp_path / "torch" / "version.py").write_text(text)
+    spec = PathFinder.find_spec("torch", [str(tmp_path)])
+    monkeypatch.setattr(own_stack, "find_spec", lambda name: spec)
+    own_stack._torch_release.cache_clear()
     stack = own_stack.installed_stack(find_gpu("t4").device())
-    own_stack._release.cache_clear()
+    own_stack._torch_release.cache_clear()
     assert stack == Stack(efficient_takes_groups=takes_groups)
+
+
+def test_the_release_is_the_one_that_is_imported() -> None:
+    torch = pytest.importorskip("torch", reason="its own version is the reference")
+    own_stack._torch_release.cache_clear()
+    assert own_stack._torch_release() == tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+def test_without_torch_the_stack_is_the_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_stack, "find_spec", lambda name: None)
+    own_stack._torch_release.cache_clear()
+    assert own_stack.installed_stack(find_gpu("t4").device()) == OWN_STACK
+    own_stack._torch_release.cache_clear()
 
 
 @pytest.mark.parametrize("gpu", ["a100-80gb-sxm", "l4", "mi300x", None])
 def test_elsewhere_nothing_is_asked(gpu: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", None)
+    monkeypatch.setattr(own_stack, "_torch_release", None)
     device = find_gpu(gpu).device() if gpu else None
     assert own_stack.installed_stack(device) == OWN_STACK
 
@@ -180,7 +197,7 @@ def test_the_commands_hand_the_stack_down(monkeypatch: pytest.MonkeyPatch) -> No
     for takes_groups in (False, True):
         stack = Stack(efficient_takes_groups=takes_groups)
         release = (2, 14) if takes_groups else (2, 13)
-        monkeypatch.setattr(own_stack, "_release", lambda package, of=release: of)
+        monkeypatch.setattr(own_stack, "_torch_release", lambda of=release: of)
         told = as_json(*words)
         memory = estimate_memory(model, plan, device=device, stack=stack)
         assert told["per_gpu"]["allocated_peak_bytes"] == memory.allocated_peak_bytes
