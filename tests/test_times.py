@@ -56,6 +56,13 @@ def test_estimate_shows_time_energy_and_cost_of_a_named_gpu(width: int) -> None:
     assert f" {step['usd_per_million_tokens']['on-demand']:.2g} USD " in told["cost"]
 
 
+def test_several_gpus_have_the_speed_of_each() -> None:
+    words = ("7B", "--method", "full", "--gpu", "h100-sxm", "--num-gpus", "4", "--sharding", "fsdp")
+    rows = time_rows(*words)
+    assert any("1 full row of 2,048 tokens on each GPU" in row for row in rows)
+    assert any(row.startswith("tokens/s") and "of each GPU; bound by" in row for row in rows)
+
+
 def test_without_a_gpu_no_time_is_told() -> None:
     words = ("7B", "--method", "lora")
     assert time_rows(*words) == []
