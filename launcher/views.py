@@ -361,22 +361,15 @@ def step_table(plan: TrainingPlan, step: StepTime, device: Device) -> Table:
     """Speed of a GPU, energy and cost, with full rows."""
     rows = plan.gradient_accumulation_steps * plan.per_device_train_batch_size
     rows *= plan.resolved_objective.sequences_per_row
-    several = plan.num_gpus > 1
-    full = f"{rows:,} full {'row' if rows == 1 else 'rows'} of {plan.max_length:,} tokens"
+    where, whose = (" on each GPU", "of each GPU; ") if plan.num_gpus > 1 else ("", "")
+    full = f"{rows:,} full {'row' if rows == 1 else 'rows'} of {plan.max_length:,} tokens{where}"
+    speed = f"{step.tokens_per_second_per_gpu:,.0f}"
     return table(
         f"Time on {device.name}",
         ("", ">expected", ""),
         [
-            [
-                "a step",
-                format_seconds(step.step_seconds),
-                f"{_bounds(step)}; {full}{' on each GPU' if several else ''}",
-            ],
-            [
-                "tokens/s",
-                f"{step.tokens_per_second_per_gpu:,.0f}",
-                f"{'of each GPU; ' if several else ''}bound by {step.bound_by}",
-            ],
+            ["a step", format_seconds(step.step_seconds), f"{_bounds(step)}; {full}"],
+            ["tokens/s", speed, f"{whose}bound by {step.bound_by}"],
             *_efficiency_rows(plan, step, device),
         ],
     )
