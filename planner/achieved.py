@@ -41,8 +41,8 @@ SHARE_OF_BANDWIDTH: dict[DeviceKind, Share] = {
 SHARE_OF_MEASURED = Share(0.75, 1.0, 1.1)
 
 # Seconds that the host takes for an operation: Python, torch's dispatcher, autograd. Measured with
-# `python -m benchmarks.launching` on one core of an AMD EPYC (Zen 4), torch 2.13 and transformers
-# 5.23: 9 to 11 µs, and 16 to 20 µs where checkpointing's hooks see each saved tensor.
+# `python -m benchmarks.launching` on one core of an AMD EPYC, torch 2.13 and transformers
+# 5.23: 9 to 11 µs, and 15 to 20 µs where checkpointing's hooks see each saved tensor.
 HOST_SECONDS = 10.5e-6
 HOST_SECONDS_WITH_HOOKS = 17e-6
 
