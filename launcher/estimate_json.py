@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ftplan.launcher.costs import usd_per_million_tokens
+from ftplan.launcher.own_stack import installed_stack
 from ftplan.planner.closed_form import unmodelled
 from ftplan.planner.combination import Caution
 from ftplan.planner.hardware_spec import Device
@@ -13,7 +15,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.rules_of_thumb import rule_to_dict
-from ftplan.planner.step_time import estimate_step_time
+from ftplan.planner.step_time import STEP_KEYS, StepTime, estimate_step_time
 
 if TYPE_CHECKING:
     from ftplan.planner.dry_run_summary import DryRunSummary
@@ -25,12 +27,13 @@ def estimate_to_dict(
     memory: MemoryEstimate,
     device: Device | None,
     warnings: Sequence[Caution],
-    step: Mapping[str, Any] | None = None,
+    step: StepTime | None = None,
     dry_run: DryRunSummary | None = None,
     confirmed: bool = False,
 ) -> dict[str, Any]:
     """The object of `estimate --json`.
 
+    `step`: of what is trained on; None where that is not known, so that rows are full.
     `confirmed`: `memory` is from a dry run; `dry_run`: that dry run, where it is to be told.
     """
     num_parameters, num_trainable = parameter_counts(model, reasoned.plan, dry_run)
@@ -46,7 +49,7 @@ def estimate_to_dict(
         "per_gpu": memory.to_dict(),
         "host_ram_peak_bytes": memory.host_ram_peak_bytes,
         "disk_bytes": memory.disk_bytes,
-        "step": step or _step(model, reasoned, device),
+        "step": _step(step or full_step(model, reasoned.plan, device), device),
         "rule_of_thumb": rule_to_dict(num_parameters),
         "fits": _fits(memory, device),
         "estimated_by": "dry-run" if dry_run or confirmed else "closed-form",
@@ -84,18 +87,26 @@ def _dry_run(summary: DryRunSummary) -> dict[str, Any]:
     return {key: value for key, value in summary.to_dict().items() if key not in known}
 
 
-def _step(model: ModelSpec, reasoned: ReasonedPlan, device: Device | None) -> dict[str, Any]:
+def full_step(model: ModelSpec, plan: TrainingPlan, device: Device | None) -> StepTime | None:
     """Time of a step of full rows; unknown without a device, without a closed form, and where it
     waits for completions."""
-    plan = reasoned.plan
     if device is None or unmodelled(plan) or plan.resolved_objective.generates:
-        return {"step_seconds": None, "tokens_per_second_per_gpu": None, "bound_by": None}
+        return None
     rows = plan.per_device_train_batch_size * plan.resolved_objective.sequences_per_row
-    tokens = rows * plan.max_length
-    step = estimate_step_time(
-        model, plan, device, tokens_per_micro_batch=tokens, mean_length=plan.max_length
+    return estimate_step_time(
+        model,
+        plan,
+        device,
+        tokens_per_micro_batch=rows * plan.max_length,
+        mean_length=plan.max_length,
+        stack=installed_stack(device),
     )
-    return step.to_dict()
+
+
+def _step(step: StepTime | None, device: Device | None) -> dict[str, Any]:
+    if step is None or device is None:
+        return dict.fromkeys((*STEP_KEYS, "usd_per_million_tokens"))
+    return {**step.to_dict(), "usd_per_million_tokens": usd_per_million_tokens(device, step)}
 
 
 def _fits(memory: MemoryEstimate, device: Device | None) -> dict[str, Any] | None:

@@ -16,8 +16,11 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import IO, Any
 
+from msgspec import structs
+
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.model_source import ModelSource
+from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.planning import INSTALL_TRAINING, missing_packages
 from ftplan.launcher.ui import Ui
 from ftplan.planner.dry_run_summary import DryRunSummary
@@ -179,6 +182,7 @@ def case_of(
             "kind": device.kind if device else "cuda",
             "capability": capability or DEFAULT_CAPABILITY,
             "row_length": plan.max_length,
+            **structs.asdict(installed_stack(device)),
             **more,
         }
     )

@@ -114,7 +114,7 @@ def plan_to_dict(planned: Planned) -> dict[str, Any]:
             planned.chosen.memory,
             device,
             plan_cautions(planned),
-            planned.chosen.step.to_dict(),
+            planned.chosen.step,
             confirmed=planned.confirmed,
         ),
     }

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import Struct, structs
 
 from ftplan.launcher import default_model
+from ftplan.launcher.costs import usd_for
 from ftplan.launcher.data_reader import DataFile, read_data
 from ftplan.launcher.emit import check_launched
 from ftplan.launcher.model_source import (
@@ -19,6 +20,7 @@ from ftplan.launcher.model_source import (
     has_weights,
     hub_offline,
 )
+from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.profiling import Split, make_split, profile_data
 from ftplan.launcher.tokens import RowTokenizer, load_tokenizer
@@ -35,6 +37,7 @@ from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
 from ftplan.planner.search import (
     Evaluated,
     Ranking,
+    RunTime,
     choose_plan,
     limit_to_time_budget,
     optimizer_steps,
@@ -74,6 +77,16 @@ class Planned(Struct, frozen=True, kw_only=True):
     def steps(self) -> int:
         """Optimizer steps of the run."""
         return optimizer_steps(self.chosen.plan, self.profile.num_train_rows)
+
+    @property
+    def run_time(self) -> RunTime:
+        """How long the run trains."""
+        return RunTime.of(self.chosen.plan, self.chosen.step, self.profile.num_train_rows)
+
+    @property
+    def usd(self) -> dict[str, float | None]:
+        """What its GPUs cost for that time, by way of billing."""
+        return usd_for(self.device, self.chosen.plan.num_gpus * self.run_time.seconds)
 
     def why_not(self, other: Evaluated) -> str:
         """Why another plan that fits was not taken."""
@@ -139,7 +152,7 @@ def make_plan(
         source = with_weights(ui, source)
     tokenizer = tokenizer_of(ui, source)
     profile = profile_data(data, split, tokenizer)
-    ranking = choose_plan(source.spec, profile, device, given)
+    ranking = choose_plan(source.spec, profile, device, given, installed_stack(device))
     if ranking.best is None:
         raise does_not_fit(source, profile, device, given, ranking)
     chosen = ranking.best
@@ -270,6 +283,7 @@ def _largest_trainable(
     profile: DataProfile, device: Device, given: Mapping[str, Any], *, in_cache_only: bool
 ) -> tuple[ModelSource, str] | None:
     entries = sorted(model_catalog().values(), key=lambda e: -e.num_parameters)
+    stack = installed_stack(device)
     chat = [e for e in entries if e.kind == "chat" and e.licence in _FREE_LICENCES]
     for entry in chat:
         if not entry.spec.loads_as_causal_lm:
@@ -278,7 +292,7 @@ def _largest_trainable(
         if in_cache_only and not (folder and has_weights(folder)):
             continue
         try:
-            ranking = choose_plan(entry.spec, profile, device, given)
+            ranking = choose_plan(entry.spec, profile, device, given, stack)
         except InputError:  # not modelled, or without what was asked for
             continue
         if ranking.best is None:
@@ -377,7 +391,8 @@ def _fits_in(
     source: ModelSource, profile: DataProfile, device: Device, given: Mapping[str, Any], **more: Any
 ) -> bool:
     try:
-        return choose_plan(source.spec, profile, device, {**given, **more}).best is not None
+        stack = installed_stack(device)
+        return choose_plan(source.spec, profile, device, {**given, **more}, stack).best is not None
     except InputError:
         return False
 
@@ -394,7 +409,7 @@ def _largest_fitting_model(device: Device, num_parameters: int) -> str | None:
         method = "qlora" if device.supports_quantization(DEFAULT_QUANTIZATION) else "lora"
         plan = estimate_recipe(entry.spec, device, {"method": method}).plan
         try:
-            memory = estimate_memory(entry.spec, plan, device=device)
+            memory = estimate_memory(entry.spec, plan, device=device, stack=installed_stack(device))
         except InputError:  # not modelled
             continue
         if fits(memory, device):

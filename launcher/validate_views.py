@@ -71,6 +71,9 @@ def report(comparisons: Sequence[Comparison]) -> list[RenderableType]:
     parts.append(f"{cases}: {len(predicted)} predicted, {refused} refused")
     if compared:
         parts.append(_far_under(predicted, compared[0]))
+    within = [c.speed_within for c in predicted if c.speed_within is not None]
+    if within:
+        parts.append(f"Speed within its bounds: {sum(within)} of {len(within)}")
     return parts
 
 

@@ -11,16 +11,20 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ftplan.launcher.costs import usd_per_million_tokens
 from ftplan.launcher.ui import bar, table
 from ftplan.planner import rules_of_thumb
+from ftplan.planner.achieved import SHARE_OF_POWER
 from ftplan.planner.memory import MEMORY_MARGIN, MemoryEstimate, fits, needed_bytes
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
 from ftplan.planner.units import (
     format_bytes,
     format_count,
+    format_energy,
     format_percent,
     format_seconds,
 )
+from ftplan.profiles import lowest_prices
 
 if TYPE_CHECKING:
     from ftplan.launcher.commands.estimate import ComparedMethod
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.plan import ReasonedPlan, TrainingPlan
     from ftplan.planner.search import Evaluated, Rejection
+    from ftplan.planner.step_time import StepTime
 
 
 def hardware_table(machine: Machine) -> Table:
@@ -352,16 +357,81 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def time_table(chosen: Evaluated, steps: int, device: Device) -> Table:
-    """Expected time of a step and of the run."""
-    step = chosen.step
-    total = steps * step.step_seconds
-    rows = [
-        ["optimizer steps", f"{steps:,}", f"{chosen.plan.effective_batch_size} rows each"],
+def step_table(plan: TrainingPlan, step: StepTime, device: Device) -> Table:
+    """Speed of a GPU, energy and cost, with full rows."""
+    rows = plan.gradient_accumulation_steps * plan.per_device_train_batch_size
+    rows *= plan.resolved_objective.sequences_per_row
+    where, whose = (" on each GPU", "of each GPU; ") if plan.num_gpus > 1 else ("", "")
+    full = f"{rows:,} full {'row' if rows == 1 else 'rows'} of {plan.max_length:,} tokens{where}"
+    speed = f"{step.tokens_per_second_per_gpu:,.0f}"
+    return table(
+        f"Time on {device.name}",
+        ("", ">expected", ""),
+        [
+            ["a step", format_seconds(step.step_seconds), f"{_bounds(step)}; {full}"],
+            ["tokens/s", speed, f"{whose}bound by {step.bound_by}"],
+            *_efficiency_rows(plan, step, device),
+        ],
+    )
+
+
+def _bounds(step: StepTime) -> str:
+    least, most = step.least_step_seconds, step.most_step_seconds
+    return f"{format_seconds(least)} to {format_seconds(most)}"
+
+
+def _efficiency_rows(
+    plan: TrainingPlan, step: StepTime, device: Device
+) -> list[list[RenderableType]]:
+    """MFU, energy and cost, what is not known left out."""
+    rows: list[list[RenderableType]] = []
+    if step.mfu is not None:
+        peak = device.peak_flops_per_second[plan.compute_dtype] / 1e12
+        of = f"of {peak:,.0f} TFLOP/s in {plan.compute_dtype}; recomputation not counted"
+        rows.append(["MFU", f"{100 * step.mfu:.0f} %", of])
+    if step.joules_per_token is not None and device.power_watts is not None:
+        energy = format_energy(1e6 * step.joules_per_token)
+        drawn = f"{100 * SHARE_OF_POWER:.0f} % of the GPU's {device.power_watts:,.0f} W"
+        rows.append(["energy", energy, f"a million tokens; {drawn}"])
+    costs = usd_per_million_tokens(device, step)
+    if any(costs.values()):
+        rows.append(["cost", *_cost_cells(costs, device, "a million tokens")])
+    return rows
+
+
+def _cost_cells(costs: Mapping[str, float | None], device: Device, of: str) -> list[str]:
+    """The cost on demand, or spot where nothing else is known, and the other beside it."""
+    known = lowest_prices(device.name)
+    (billing, cost), *others = [(name, usd) for name, usd in costs.items() if usd is not None]
+    price = known[billing]
+    words = f"{of}; {billing} at {price.provider}, {price.date}"
+    for other, usd in others:
+        words += f"; {other} {usd:.2g} USD at {known[other].provider}"
+    return [f"{cost:.2g} USD", words]
+
+
+def time_table(planned: Planned) -> Table:
+    """Expected time of a step and of the run, its energy and cost."""
+    plan, step, device = planned.chosen.plan, planned.chosen.step, planned.device
+    run = planned.run_time
+    rows: list[list[RenderableType]] = [
+        ["optimizer steps", f"{run.steps:,}", f"{plan.effective_batch_size} rows each"],
         ["a step", format_seconds(step.step_seconds),
-         f"{step.tokens_per_second_per_gpu:,.0f} tokens/s; bound by {step.bound_by}"],
-        ["training", format_seconds(total), f"rates of {device.name}: {device.rates_source}"],
+         f"{_bounds(step)}; {step.tokens_per_second_per_gpu:,.0f} tokens/s; "
+         f"bound by {step.bound_by}"],
     ]  # fmt: skip
+    if plan.max_steps is None and plan.num_train_epochs > 1:
+        rows.append(["an epoch", format_seconds(run.epoch_seconds), ""])
+    rates = f"rates of {device.name}: {device.rates_source}"
+    bounds = f"{format_seconds(run.least_seconds)} to {format_seconds(run.most_seconds)}"
+    rows.append(["training", format_seconds(run.seconds), f"{bounds}; {rates}"])
+    if step.mfu is not None:
+        rows.append(["MFU", f"{100 * step.mfu:.0f} %", "recomputation not counted"])
+    if run.joules is not None and device.power_watts is not None:
+        drawn = f"{100 * SHARE_OF_POWER:.0f} % of {device.power_watts:,.0f} W"
+        rows.append(["energy", format_energy(run.joules), f"{drawn} a GPU"])
+    if any(planned.usd.values()):
+        rows.append(["cost", *_cost_cells(planned.usd, device, "for that time")])
     return table("Time", ("", ">expected", ""), rows)
 
 
@@ -405,7 +475,7 @@ def plan_parts(planned: Planned) -> list[RenderableType]:
         Text(""),
         choices_table(chosen.reasoned, model=(planned.source.spec.name, planned.model_why)),
         Text(""),
-        time_table(chosen, planned.steps, device),
+        time_table(planned),
     ]
     if planned.ranking.alternatives:
         parts += [Text(""), alternatives_table(planned.ranking.alternatives)]

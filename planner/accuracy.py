@@ -25,12 +25,15 @@ FAR_UNDER = MEMORY_MARGIN
 
 
 class Prediction(Struct, frozen=True, kw_only=True):
-    """What is predicted of one run, per GPU. No speed where the GPU is not known."""
+    """What is predicted of one run, per GPU. No speed, and no bounds of it, where the GPU is not
+    known."""
 
     allocated_bytes: int
     reserved_bytes: int
     device_bytes: int
     tokens_per_second_per_gpu: float | None = None
+    least_tokens_per_second_per_gpu: float | None = None
+    most_tokens_per_second_per_gpu: float | None = None
     required_bytes: int
 
 
@@ -58,6 +61,18 @@ class Comparison(Struct, frozen=True, kw_only=True):
         """Relative error of one quantity; None unless it was predicted, not as a bound, and
         measured."""
         return None if self.is_bound else self._difference(quantity)
+
+    @property
+    def speed_within(self) -> bool | None:
+        """Whether the measured speed lies within its bounds; None where there are none."""
+        if self.predicted is None or self.error("tokens_per_second_per_gpu") is None:
+            return None
+        least = self.predicted.least_tokens_per_second_per_gpu
+        most = self.predicted.most_tokens_per_second_per_gpu
+        measured = self.measured["tokens_per_second_per_gpu"]
+        if least is None or most is None or measured is None:
+            return None
+        return least <= measured <= most
 
     def excess(self, quantity: str) -> float | None:
         """How far an upper bound is above what was measured, relative to that; None as above."""

@@ -51,9 +51,15 @@ class Place(Protocol):
     def exchange(self) -> Exchange:
         """What it does with other GPUs."""
 
+    def in_forward(self) -> Place:
+        """The same as far as a pass without gradients depends on it."""
+
 
 class Alone(Struct, frozen=True):
     """Where every GPU holds the whole model."""
+
+    def in_forward(self) -> Alone:
+        return self
 
     def exchange(self) -> Exchange:
         return Exchange()

@@ -36,6 +36,9 @@ class Fsdp1Place(Struct, frozen=True, kw_only=True):
     def exchange(self) -> Exchange:
         return _Checkpointed(self) if self.around else _Fsdp1(self)
 
+    def in_forward(self) -> Fsdp1Place:
+        return self
+
 
 def fsdp1_places(
     units: Units, *, accumulates: bool, checkpoints: bool, around: bool

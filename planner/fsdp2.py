@@ -7,7 +7,7 @@ torch 2.13; the units are those that accelerate 1.15 makes (`fsdp2_prepare_model
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner.exchange import Exchange, buffer, watched
 from ftplan.planner.sharded import NO_UNIT, Spread, Unit, Units
@@ -35,6 +35,18 @@ class Fsdp2Place(Struct, frozen=True, kw_only=True):
 
     def exchange(self) -> Exchange:
         return _Fsdp2(self)
+
+    def in_forward(self) -> Fsdp2Place:
+        """What is gathered, and the share of it that is cast before. Among how many GPUs makes no
+        other difference."""
+        spread, before = self.spread, Unit(gathered=self.gathered_before.gathered)
+        return Fsdp2Place(
+            spread=structs.replace(spread, num_shards=min(2, spread.num_shards)),
+            unit=Unit(gathered=self.unit.gathered, cast=self.unit.cast),
+            gathered_before=before,
+            stays=self.stays,
+            gathered_by_loss=self.gathered_by_loss,
+        )
 
 
 def fsdp2_places(units: Units, spread: Spread, *, accumulates: bool, loss: str) -> list[Fsdp2Place]:

@@ -253,6 +253,7 @@ def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
 
 def add_in_place(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     """x, with y added to it."""
+    tape.num_in_place += 1
     tape.read(x, y)
     result = Tensor(x.storage, x.elements, x.width)
     if tape.differentiates(x, y):
@@ -521,6 +522,7 @@ def broadcast(tape: Tape, x: Tensor, elements: Form) -> Tensor:
 def copy_into(tape: Tape, whole: Tensor, x: Tensor) -> Tensor:
     """`whole` with x written to a part of it. Backward copies the gradient, and the part once more
     (torch/csrc/autograd/functions/tensor.cpp, CopySlices)."""
+    tape.num_in_place += 1
     tape.read(x)
     result = Tensor(whole.storage, whole.elements, whole.width)
     if tape.differentiates(whole, x):
@@ -675,6 +677,7 @@ def fused_dropout(tape: Tape, x: Tensor) -> Tensor:
 def add_rows_in_place(tape: Tape, total: Tensor, part: Tensor) -> Tensor:
     """`total` with a part added to some of its rows (`index_add_`). Backward hands `total`'s
     gradient on, and picks the part's rows out of it."""
+    tape.num_in_place += 1
     tape.read(part)
     result = Tensor(total.storage, total.elements, total.width)
     if tape.differentiates(total, part):

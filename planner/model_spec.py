@@ -483,6 +483,10 @@ class ModelSpec(Struct, frozen=True, kw_only=True, eq=False, dict=True):
         found = self._known[key] = work_out()
         return found
 
+    def recalled(self, key: Hashable) -> Any:
+        """What is remembered under the key, if anything is."""
+        return self._known.get(key)
+
     @cached_property
     def sliding_windows(self) -> tuple[int, ...]:
         """The windows and chunks of its layers, each once."""

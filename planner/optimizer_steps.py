@@ -573,6 +573,39 @@ def clip_gradients(tape: Tape, groups: Groups) -> None:
     del stacked
 
 
+# --- kernels of a step
+
+
+# Numbers of tensors, and of elements, that one kernel of torch's `_foreach_` functions works on: of
+# lists of three tensors, and of 320 blocks of 65,536 (ATen/native/cuda/MultiTensorApply.cuh).
+TENSORS_A_KERNEL = 48
+ELEMENTS_A_KERNEL = 320 * 65_536
+
+Kernels = Callable[[Sequence[Updated]], int]
+
+
+def of_lists(operations: int) -> Kernels:
+    """Operations on all parameters as lists. Some kernels work on lists of more or fewer tensors,
+    36 of fused AdamW's four lists."""
+
+    def kernels(parameters: Sequence[Updated]) -> int:
+        tensors = sum(p.count for p in parameters)
+        elements = sum(p.count * p.num_elements for p in parameters)
+        lists = max(-(-tensors // TENSORS_A_KERNEL), -(-elements // ELEMENTS_A_KERNEL))
+        return operations * lists
+
+    return kernels
+
+
+def of_each(operations: int) -> Kernels:
+    """Operations on one parameter after another."""
+
+    def kernels(parameters: Sequence[Updated]) -> int:
+        return operations * sum(p.count for p in parameters)
+
+    return kernels
+
+
 # --- steps within backward
 
 

@@ -14,6 +14,7 @@ from ftplan.planner.optimizer_steps import (
     FusedStep,
     FusedUpdate,
     Groups,
+    Kernels,
     LayerwiseUpdate,
     States,
     Step,
@@ -47,6 +48,8 @@ from ftplan.planner.optimizer_steps import (
     low_rank_groups,
     no_shared_states,
     no_states,
+    of_each,
+    of_lists,
     rmsprop_step,
     rounded,
     schedule_free_step,
@@ -83,6 +86,8 @@ class Optimizer(Struct, frozen=True, kw_only=True):
     `module`: the one of OPTIMIZER_PACKAGES that it comes from; None for torch and transformers.
     `low_rank`: works on projections of the gradients of linear modules (`optim_target_modules`).
     `steps_in_backward`: each parameter is updated when its gradient is there, which is then freed.
+    `kernels`: that a step launches on a GPU; ten for each parameter, about as many as a loop in
+    Python has operations, where no other number is known.
     """
 
     name: str
@@ -97,6 +102,7 @@ class Optimizer(Struct, frozen=True, kw_only=True):
     needs_whole_parameters: bool = False
     low_rank: bool = False
     steps_in_backward: bool = False
+    kernels: Kernels = of_each(10)
     source: str
 
     @property
@@ -114,6 +120,13 @@ class Optimizer(Struct, frozen=True, kw_only=True):
         if not self.steps_in_backward:
             return None
         return FusedUpdate(self.fused_step) if self.fused_step else LayerwiseUpdate(self.step)
+
+    def num_kernels(self, parameters: Sequence[Updated], kind: DeviceKind) -> int:
+        """Operations of a step; a processor has no kernels for lists. What steps within backward
+        is counted there."""
+        if self.steps_in_backward:
+            return 0
+        return self.kernels(parameters) if kind == "cuda" else of_each(10)(parameters)
 
     def state_bytes(self, parameters: Iterable[Updated], kind: DeviceKind = "cuda") -> int:
         """Bytes of all states on a device of that kind, as its allocator rounds them."""
@@ -201,6 +214,7 @@ def _bitsandbytes(
         step=bitsandbytes_step(averaging, averages, bits),
         paged=name.startswith("paged_"),
         module="bitsandbytes",
+        kernels=of_each(1),
         source=source,
     )
 
@@ -221,12 +235,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
         Optimizer(
             name="adamw_torch_fused",
             states=like_parameter(2, counts_steps=True),
+            kernels=of_lists(1),
             source="torch.optim.AdamW(fused=True): exp_avg, exp_avg_sq, updated in place",
         ),
         Optimizer(
             name="adamw_torch",
             states=like_parameter(2, counts_steps=True),
             step=by_group(adam_step),
+            kernels=of_lists(9),
             source="torch.optim.AdamW(foreach): one list of square roots beside the states; "
             "10.0 bytes a bf16 parameter at the step on A100 (fms-acceleration)",
         ),
@@ -247,12 +263,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
         _bitsandbytes("rmsprop_bnb_32bit", "rmsprop", _ONE, 32, _RMSPROP),
         Optimizer(
             name="sgd",
+            kernels=of_lists(2),
             source="torch.optim.SGD without momentum, as TrainingArguments makes it",
         ),
         Optimizer(
             name="adagrad",
             states=like_parameter(1, counts_steps=True),
             step=by_group(adagrad_step),
+            kernels=of_lists(5),
             source="torch.optim.Adagrad(foreach): sums of squares, made with the optimizer; their "
             "roots and the scaled gradients beside them",
         ),
@@ -260,6 +278,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             name="rmsprop",
             states=like_parameter(1, counts_steps=True),
             step=by_group(rmsprop_step),
+            kernels=of_lists(5),
             source="torch.optim.RMSprop(foreach): square_avg; their roots beside them",
         ),
         Optimizer(
@@ -276,6 +295,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             step=torchao_step(8),
             module="torchao",
             needs_whole_parameters=True,
+            kernels=of_each(1),
             source="torchao 0.18, optim/adam.py: states of 1 byte, a compiled step for each tensor",
         ),
         Optimizer(
@@ -284,6 +304,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             step=torchao_step(4),
             module="torchao",
             needs_whole_parameters=True,
+            kernels=of_each(1),
             source="torchao 0.18, optim/adam.py: two states a byte, a compiled step a tensor",
         ),
         Optimizer(
@@ -291,6 +312,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             states=like_parameter(2),
             step=schedule_free_step,
             module="schedulefree",
+            kernels=of_lists(9),
             source="schedulefree 1.4.1 (foreach): z, exp_avg_sq; a list of denominators",
         ),
         Optimizer(
@@ -298,12 +320,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
             states=like_parameter(2),
             step=schedule_free_step,
             module="schedulefree",
+            kernels=of_lists(9),
             source="schedulefree 1.4.1 (foreach): z, exp_avg_sq; denominators from the sixth step",
         ),
         Optimizer(
             name="schedule_free_sgd",
             states=like_parameter(1),
             module="schedulefree",
+            kernels=of_lists(4),
             source="schedulefree 1.4.1 (foreach): z, updated in place",
         ),
         Optimizer(
@@ -311,6 +335,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             states=stable_adamw_states,
             step=stable_adamw_step,
             module="optimi",
+            kernels=of_each(1),
             source="torch-optimi 0.3.3 (triton): exp_avg, exp_avg_sq and, in 16 bits, the Kahan "
             "compensation; kernels that write in place",
         ),

@@ -178,6 +178,11 @@ class TrainingPlan:
         return BYTES_PER_DTYPE[self.dtype]
 
     @property
+    def compute_dtype(self) -> str:
+        """The dtype of most products."""
+        return AUTOCAST_DTYPE[self.mixed_precision] or self.dtype
+
+    @property
     def compute_bytes(self) -> int:
         """Bytes of one element that a matrix product returns."""
         autocast = AUTOCAST_DTYPE[self.mixed_precision]

@@ -7,7 +7,7 @@ the model the first that fits: none at all, then FSDP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -19,16 +19,15 @@ from ftplan.planner.memory import estimate_memory, with_margin
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
-from ftplan.planner.stack import kernel_capability
+from ftplan.planner.stack import OWN_STACK, Stack, kernel_capability
 from ftplan.planner.step_time import StepTime, StepWork, step_work, time_of
+from ftplan.planner.units import SECONDS_PER_HOUR
 
 NUMBERS_OF_GPUS = (1, 2, 4, 8)
 MICRO_BATCHES = (16, 4, 1)
 
 # Rows of an optimizer step, over all GPUs: a micro-batch is repeated until it has as many.
 ROWS_PER_STEP = 16
-
-SECONDS_PER_HOUR = 3600
 
 Mark = Literal["cheapest", "fastest", "Pareto"]
 
@@ -77,21 +76,40 @@ def list_choices(
     methods: Sequence[str],
     tokens: float,
     given: Mapping[str, Any],
+    stack_on: Callable[[Device], Stack] = lambda device: OWN_STACK,
 ) -> list[Choice]:
     """Every choice of cards, numbers and methods for a run of so many tokens; none where a card's
-    kind, a number or a method cannot be."""
-    known: dict[tuple[object, ...], list[Work]] = {}
+    kind, a number or a method cannot be. `stack_on`: the training stack on a card, the same on
+    cards of a kind."""
+    known: dict[tuple[object, ...], _Works] = {}
     choices = []
     for card in cards:
+        kind = _kind(card.device)
         for num_gpus in _numbers(given):
             for method in methods:
                 device = card.device
-                key = (method, num_gpus, *_kind(device))
+                key = (method, num_gpus, *kind)
                 if key not in known:
-                    known[key] = _works(model, device, num_gpus, method, given)
-                if known[key]:
-                    choices.append(_choice(card, num_gpus, method, known[key], tokens))
+                    stack = stack_on(device)
+                    known[key] = _Works(_works(model, device, num_gpus, method, given, stack))
+                choice = _choice(card, num_gpus, method, known[key], tokens)
+                if choice is not None:
+                    choices.append(choice)
     return choices
+
+
+class _Works:
+    """Works that are worked out when they are asked for: cards on which an earlier one fits need
+    no later ones."""
+
+    def __init__(self, coming: Iterator[Work]) -> None:
+        self._coming, self._known = coming, list[Work]()
+
+    def __iter__(self) -> Iterator[Work]:
+        yield from self._known
+        for work in self._coming:
+            self._known.append(work)
+            yield work
 
 
 def _kind(device: Device) -> tuple[object, ...]:
@@ -106,11 +124,15 @@ def _numbers(given: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _works(
-    model: ModelSpec, device: Device, num_gpus: int, method: str, given: Mapping[str, Any]
-) -> list[Work]:
+    model: ModelSpec,
+    device: Device,
+    num_gpus: int,
+    method: str,
+    given: Mapping[str, Any],
+    stack: Stack,
+) -> Iterator[Work]:
     """From the fastest to the smallest: what is tried in this order on a card."""
     divided: tuple[str, ...] = ("none", "fsdp") if num_gpus > 1 else ("none",)
-    found = []
     for sharding in (given["sharding"],) if "sharding" in given else divided:
         for rows in _micro_batches(given):
             settings = {
@@ -122,10 +144,10 @@ def _works(
             try:
                 plan = estimate_recipe(model, device, settings).plan
                 check_runs(model, plan, device)
-                found.append(_work(model, plan, device))
+                work = _work(model, plan, device, stack)
             except InputError:
                 continue  # not on this card, or not so many of them
-    return found
+            yield work
 
 
 def _micro_batches(given: Mapping[str, Any]) -> tuple[int, ...]:
@@ -133,32 +155,41 @@ def _micro_batches(given: Mapping[str, Any]) -> tuple[int, ...]:
     return MICRO_BATCHES if asked is None else (asked,)
 
 
-def _work(model: ModelSpec, plan: TrainingPlan, device: Device) -> Work:
+def _work(model: ModelSpec, plan: TrainingPlan, device: Device, stack: Stack) -> Work:
     rows, length = plan.per_device_train_batch_size, plan.max_length
     return Work(
         plan=plan,
-        required_bytes=estimate_memory(model, plan, device=device).required_bytes
+        required_bytes=estimate_memory(model, plan, device=device, stack=stack).required_bytes
         - device.context_bytes,
         work=step_work(
-            model, plan, device, tokens_per_micro_batch=rows * length, mean_length=length
+            model,
+            plan,
+            device,
+            tokens_per_micro_batch=rows * length,
+            mean_length=length,
+            stack=stack,
         ),
     )
 
 
-def _choice(card: Card, num_gpus: int, method: str, works: Sequence[Work], tokens: float) -> Choice:
+def _choice(card: Card, num_gpus: int, method: str, works: _Works, tokens: float) -> Choice | None:
+    """None where there is no work at all."""
     free, context = card.device.free_bytes, card.device.context_bytes
+    lacking = []
     for of in works:
         required = of.required_bytes + context
         if with_margin(required) <= free:
             break
+        lacking.append(required)
     else:
-        required = min(work.required_bytes for work in works) + context
+        if not lacking:
+            return None
         return Choice(
             card=card,
             num_gpus=num_gpus,
             method=method,
-            required_bytes=required,
-            missing_bytes=with_margin(required) - free,
+            required_bytes=min(lacking),
+            missing_bytes=with_margin(min(lacking)) - free,
         )
     step = time_of(of.work, card.device)
     seconds = tokens / (num_gpus * step.tokens_per_second_per_gpu)

@@ -33,6 +33,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import data_recipe
 from ftplan.planner.replayed import replayed_memory
+from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_time import StepTime, estimate_step_time
 
 # Methods tried when none is given, best first. `freeze` is offered, not recommended, and full
@@ -91,7 +92,11 @@ class Ranking(Struct, frozen=True, kw_only=True):
 
 
 def choose_plan(
-    model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any]
+    model: ModelSpec,
+    data: DataProfile,
+    device: Device,
+    given: Mapping[str, Any],
+    stack: Stack = OWN_STACK,
 ) -> Ranking:
     """The best plan for this data on this device, `given` settings kept.
 
@@ -107,7 +112,7 @@ def choose_plan(
     num_evaluated = 0
     for number, method in enumerate(_candidate_methods(given)):
         try:
-            evaluated, refused = _evaluate_method(model, data, device, given, method)
+            evaluated, refused = _evaluate_method(model, data, device, given, method, stack)
         except InputError as error:
             if number == 0 or isinstance(error, UnknownNameError):
                 raise
@@ -123,11 +128,13 @@ def choose_plan(
         if best and fitting:
             fastest: Evaluated | None = _fastest(fitting)
         else:
-            fastest = _confirmed([e for e in evaluated if _may_fit(e, device)], model, data, device)
+            fastest = _confirmed(
+                [e for e in evaluated if _may_fit(e, device)], model, data, device, stack
+            )
         if fastest is not None:
             best.append(fastest)
             continue
-        smallest = _smallest(evaluated, model, data, device)
+        smallest = _smallest(evaluated, model, data, device, stack)
         missed.append(smallest)
         reason = "needs more memory than is free"
         rejected.append(
@@ -146,7 +153,12 @@ def choose_plan(
 
 
 def _evaluate_method(
-    model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any], method: str
+    model: ModelSpec,
+    data: DataProfile,
+    device: Device,
+    given: Mapping[str, Any],
+    method: str,
+    stack: Stack,
 ) -> tuple[list[Evaluated], list[InputError]]:
     """The method's candidates, and why others cannot be one; raises InputError where the given
     settings rule the method out."""
@@ -155,7 +167,7 @@ def _evaluate_method(
     for reasoned in candidates(model, data, device, given, method=method, refused=refused):
         try:
             check_runs(model, reasoned.plan, device)
-            evaluated.append(evaluate(model, reasoned, device, data))
+            evaluated.append(evaluate(model, reasoned, device, data, stack))
         except UnknownNameError:
             raise
         except InputError as error:
@@ -182,36 +194,47 @@ def _may_fit(evaluated: Evaluated, device: Device) -> bool:
 
 
 def _replayed(
-    evaluated: Evaluated, model: ModelSpec, data: DataProfile, device: Device
+    evaluated: Evaluated, model: ModelSpec, data: DataProfile, device: Device, stack: Stack
 ) -> Evaluated:
     """With what the allocator really holds: to find that out takes too long for all candidates."""
-    memory = replayed_memory(model, evaluated.plan, device=device, longest_row=data.longest)
+    memory = replayed_memory(
+        model, evaluated.plan, device=device, longest_row=data.longest, stack=stack
+    )
     return structs.replace(evaluated, memory=memory)
 
 
 def _confirmed(
-    possible: list[Evaluated], model: ModelSpec, data: DataProfile, device: Device
+    possible: list[Evaluated], model: ModelSpec, data: DataProfile, device: Device, stack: Stack
 ) -> Evaluated | None:
-    """The fastest of these that fits."""
+    """The fastest of these that fits. What does not fit is no measure of how fast others are."""
     while possible:
         fastest = _fastest(possible)
-        confirmed = _replayed(fastest, model, data, device)
+        confirmed = _replayed(fastest, model, data, device, stack)
+        too_large = fastest
         if fits(confirmed.memory, device):
-            return confirmed
-        possible = [e for e in possible if e is not fastest]
+            too_large = min(possible, key=lambda e: e.seconds_per_row)
+            if too_large is fastest:
+                return confirmed
+            if fits(_replayed(too_large, model, data, device, stack).memory, device):
+                return confirmed
+        possible = [e for e in possible if e is not too_large]
     return None
 
 
 def _smallest(
-    evaluated: Sequence[Evaluated], model: ModelSpec, data: DataProfile, device: Device
+    evaluated: Sequence[Evaluated],
+    model: ModelSpec,
+    data: DataProfile,
+    device: Device,
+    stack: Stack,
 ) -> Evaluated:
     """The one that requires least."""
     first, *others = sorted(evaluated, key=lambda e: e.memory.allocated_peak_bytes)
-    smallest = _replayed(first, model, data, device)
+    smallest = _replayed(first, model, data, device, stack)
     for other in others:
         if _least_bytes(other, device) >= smallest.memory.required_bytes:
             break
-        replayed = _replayed(other, model, data, device)
+        replayed = _replayed(other, model, data, device, stack)
         smallest = min(smallest, replayed, key=lambda e: e.memory.required_bytes)
     return smallest
 
@@ -231,7 +254,11 @@ def _fastest(fitting: Sequence[Evaluated]) -> Evaluated:
 
 
 def evaluate(
-    model: ModelSpec, reasoned: ReasonedPlan, device: Device, data: DataProfile
+    model: ModelSpec,
+    reasoned: ReasonedPlan,
+    device: Device,
+    data: DataProfile,
+    stack: Stack = OWN_STACK,
 ) -> Evaluated:
     """Memory on the longest batch, time on the mean one."""
     plan = reasoned.plan
@@ -242,8 +269,9 @@ def evaluate(
         device,
         tokens_per_micro_batch=tokens,
         mean_length=tokens / plan.per_device_train_batch_size,
+        stack=stack,
     )
-    memory = estimate_memory(model, plan, device=device, longest_row=data.longest)
+    memory = estimate_memory(model, plan, device=device, longest_row=data.longest, stack=stack)
     return Evaluated(reasoned=reasoned, memory=memory, step=step)
 
 
@@ -354,15 +382,48 @@ def _with_batch(
 def optimizer_steps(plan: TrainingPlan, num_train_rows: int) -> int:
     """Optimizer steps of the whole run: `max_steps`, else as the Trainer counts them.
 
-    A last, smaller accumulation of an epoch is a step, and so is what is left of the last epoch
-    (`Trainer.set_initial_training_values`, transformers 5.23).
+    What is left of the last epoch is a step, too (`Trainer.set_initial_training_values`,
+    transformers 5.23).
     """
     if plan.max_steps is not None:
         return plan.max_steps
+    return math.ceil(plan.num_train_epochs * steps_per_epoch(plan, num_train_rows))
+
+
+def steps_per_epoch(plan: TrainingPlan, num_train_rows: int) -> int:
+    """Optimizer steps of a pass over the rows; a last, smaller accumulation is one."""
     rows_per_micro_step = plan.per_device_train_batch_size * plan.data_parallel_size
     micro_batches = -(-num_train_rows // rows_per_micro_step)
-    per_epoch = -(-micro_batches // plan.gradient_accumulation_steps)
-    return math.ceil(plan.num_train_epochs * per_epoch)
+    return -(-micro_batches // plan.gradient_accumulation_steps)
+
+
+class RunTime(Struct, frozen=True, kw_only=True):
+    """How long a run trains, of `steps` optimizer steps, and between which bounds. `joules`: of all
+    its GPUs, None where their power is not known."""
+
+    steps: int
+    seconds: float
+    least_seconds: float
+    most_seconds: float
+    epoch_seconds: float
+    joules: float | None
+
+    @staticmethod
+    def of(plan: TrainingPlan, step: StepTime, num_train_rows: int) -> RunTime:
+        """Of the training alone: neither loading, nor evaluations, nor saving."""
+        steps = optimizer_steps(plan, num_train_rows)
+        joules = step.step_joules
+        return RunTime(
+            steps=steps,
+            seconds=steps * step.step_seconds,
+            least_seconds=steps * step.least_step_seconds,
+            most_seconds=steps * step.most_step_seconds,
+            epoch_seconds=steps_per_epoch(plan, num_train_rows) * step.step_seconds,
+            joules=None if joules is None else steps * plan.num_gpus * joules,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return structs.asdict(self)
 
 
 def limit_to_time_budget(

@@ -38,6 +38,10 @@ _CHECKPOINTS_WITHIN_SINCE = (4, 52)
 # or not (`use_cache` in `GPTBigCodeModel.forward` of 4.48.1 and 4.52.4).
 _GPT_BIGCODE_CACHES_BEFORE = (4, 53)
 
+# From this release on torch's memory-efficient attention takes grouped heads (pytorch/pytorch PR
+# 191085).
+TAKES_GROUPS_SINCE = (2, 14)
+
 # Of a GPU that is not named: Ampere and later have the kernels that matter.
 DEFAULT_CAPABILITY = (8, 0)
 

@@ -1,22 +1,33 @@
-"""How long an optimizer step takes, in closed form.
+"""How long an optimizer step takes, in closed form, and between which bounds.
 
 A step is its arithmetic and its memory traffic, FLOPs over what the device achieves and bytes over
-what it moves, or what it sends to other GPUs where that takes longer. The operations are those of
-the trace that memory is read off (docs/time-model.md).
+what it moves; or what it sends to other GPUs, or the host's launching of kernels, where that takes
+longer. The operations are those of the trace that memory is read off (docs/time-model.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
 
+from ftplan.planner.achieved import (
+    ESTIMATE,
+    FASTEST,
+    HOST_SECONDS,
+    HOST_SECONDS_WITH_HOOKS,
+    LAUNCH_SECONDS,
+    SHARE_OF_POWER,
+    SLOWEST,
+    Achieved,
+)
 from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
-from ftplan.planner.plan import AUTOCAST_DTYPE, TrainingPlan
+from ftplan.planner.optimizer_steps import Updated
+from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_trace import StepTrace
 from ftplan.planner.tape import value
@@ -25,20 +36,6 @@ from ftplan.planner.trained import Trained
 from ftplan.planner.units import FLOAT32_BYTES
 from ftplan.planner.updated import updated_parameters
 from ftplan.planner.weights import weight_memory_bytes
-
-# Of the rate that large square products reach on a card, what those of training reach: their
-# shapes leave a part of the last wave of blocks idle, attention's kernel is slower, and the card
-# is warm. Assumed for every GPU.
-TRAINING_SHARE_OF_MATMUL = 0.85
-
-# Of the dense peak, what large square products reach where nobody measured the card. The middle of
-# those that were measured (profiles/matmul_rates.json): 0.74 of an L40S's peak, 0.79 of an H100's,
-# 0.85 of an A100's, 1.07 of an RTX 3090's, whose data sheet counts a lower clock.
-MATMUL_SHARE_OF_PEAK = 0.85
-
-# Of a GPU's memory bandwidth, what element-wise kernels reach: copies reach 0.85 to 0.92 of it on
-# data-centre cards (nvbandwidth, BabelStream). On the processor it is measured with such kernels.
-SHARE_OF_BANDWIDTH: dict[DeviceKind, float] = {"cuda": 0.85, "cpu": 1.0}
 
 # How often the loss moves each logit. `stock`: written, log-softmax read and written, both read and
 # the gradient's source and result written in backward, read by the product; `triton_ce` has no
@@ -51,16 +48,18 @@ PASSES_OVER_LOGITS_WITHOUT_KERNEL = 47
 # Of these, in a pass without gradients.
 FORWARD_PASSES_OVER_LOGITS: dict[DeviceKind, float] = {"cuda": 2, "cpu": 20.5}
 
-Bound = Literal["arithmetic", "memory bandwidth", "links between GPUs"]
+Bound = Literal["arithmetic", "memory bandwidth", "links between GPUs", "launching kernels"]
 
 
 class StepWork(Struct, frozen=True, kw_only=True):
     """What an optimizer step, all its micro-batches, asks of a GPU of some kind, however fast.
 
     `tokens`: the GPU's part of those of GPUs that divide layers or rows. `dtype`: of products.
-    `float32_flops`: of `flops`, those of fp32 values. `moved_bytes`: by the operations of layers
-    and loss and by reading weights. `exchanged_bytes`: sent to other GPUs, what tensor and context
-    parallelism send not counted.
+    `float32_flops`: of `flops`, those of fp32 values; `model_flops`: without what is computed
+    again. `moved_bytes`: by the operations of layers and loss and by reading weights.
+    `exchanged_bytes`: sent to other GPUs, what tensor and context parallelism send not counted.
+    `kernels` and `optimizer_kernels`: launched by the host, `hooked`: while checkpointing's hooks
+    see each tensor that micro-batches save.
     """
 
     kind: DeviceKind
@@ -68,32 +67,59 @@ class StepWork(Struct, frozen=True, kw_only=True):
     tokens: float
     forward_flops: float
     flops: float
+    model_flops: float
     float32_flops: float
     moved_bytes: float
     optimizer_bytes: float
     exchanged_bytes: float
+    kernels: int
+    optimizer_kernels: int
+    hooked: bool
 
 
 class StepTime(Struct, frozen=True, kw_only=True):
     """Time of one optimizer step (all its micro-batches) on one device, which of the tokens of GPUs
-    that divide layers or rows has its part."""
+    that divide layers or rows has its part.
+
+    `least_step_seconds`, `most_step_seconds`: its bounds. `model_flops`: without what is computed
+    again; `mfu`: the share of the data sheet's peak that these are, None on a processor.
+    `step_joules`: of the card alone, None where its power is not known.
+    """
 
     step_seconds: float
+    least_step_seconds: float
+    most_step_seconds: float
     tokens_per_step: float
     forward_flops: float
     step_flops: float
+    model_flops: float
     bound_by: Bound
+    mfu: float | None
+    step_joules: float | None
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
         return self.tokens_per_step / self.step_seconds
 
+    @property
+    def joules_per_token(self) -> float | None:
+        return None if self.step_joules is None else self.step_joules / self.tokens_per_step
+
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "step_seconds": self.step_seconds,
-            "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
-            "bound_by": self.bound_by,
-        }
+        return {name: getattr(self, name) for name in STEP_KEYS}
+
+
+# Of a step, in the JSON of commands.
+STEP_KEYS = (
+    "step_seconds",
+    "least_step_seconds",
+    "most_step_seconds",
+    "tokens_per_second_per_gpu",
+    "bound_by",
+    "model_flops",
+    "mfu",
+    "joules_per_token",
+)
 
 
 def estimate_step_time(
@@ -136,51 +162,89 @@ def step_work(
     trace, rows, length = _trace(model, plan, device, tokens, length, stack)
     forward = value(trace.forward_flops, rows, length)
     micro_batches = plan.gradient_accumulation_steps
-    moved = _micro_batch_bytes(model, plan, trained, device, tokens, length, stack)
+    moved = _micro_batch_bytes(model, plan, trained, device, trace, rows, length)
+    flops = forward + value(trace.backward_flops, rows, length)
+    updated = updated_parameters(share, plan, trained)
     return StepWork(
         kind=device.kind,
-        dtype=AUTOCAST_DTYPE[plan.mixed_precision] or plan.dtype,
+        dtype=plan.compute_dtype,
         tokens=micro_batches * tokens / plan.tp_size,
         forward_flops=micro_batches * forward,
-        flops=micro_batches * (forward + value(trace.backward_flops, rows, length)),
+        flops=micro_batches * flops,
+        model_flops=micro_batches * (flops - value(trace.recomputed_flops, rows, length)),
         float32_flops=micro_batches * value(trace.float32_flops, rows, length),
         moved_bytes=micro_batches * moved,
-        optimizer_bytes=_optimizer_bytes(share, plan, trained),
-        exchanged_bytes=_exchanged_bytes(share, plan, trained),
+        optimizer_bytes=_optimizer_bytes(plan, updated),
+        exchanged_bytes=_exchanged_bytes(share, plan, updated),
+        kernels=micro_batches * trace.num_kernels,
+        optimizer_kernels=plan.optimizer.num_kernels(updated, device.kind),
+        hooked=plan.gradient_checkpointing and not plan.use_reentrant,
     )
 
 
 def time_of(work: StepWork, device: Device) -> StepTime:
-    """Arithmetic and traffic are added, since on one stream kernels follow one another; what is
-    sent to other GPUs goes on beside them. Products of fp32 values have a rate of their own: those
-    of adapters beside a 16-bit base without autocast, or of the hidden states that k-bit
-    preparation makes fp32."""
-    bandwidth = device.memory_bandwidth_bytes_per_second * SHARE_OF_BANDWIDTH[device.kind]
-    of_float32 = work.float32_flops / achieved_flops_per_second("float32", device)
-    others = work.flops - work.float32_flops
-    arithmetic = of_float32 + others / achieved_flops_per_second(work.dtype, device)
-    moving = work.moved_bytes / bandwidth
-    computing = arithmetic + moving + work.optimizer_bytes / bandwidth
-    link = device.link_bytes_per_second
-    sending = work.exchanged_bytes / link if link else 0.0
-    bound: Bound = "arithmetic" if arithmetic >= moving else "memory bandwidth"
+    """The step's time with what devices achieve in the middle, at most and at least."""
+    seconds, bound = _seconds(work, device, ESTIMATE)
+    peak = device.peak_flops_per_second.get(work.dtype) if device.kind == "cuda" else None
+    watts = device.power_watts
     return StepTime(
-        step_seconds=max(computing, sending),
+        step_seconds=seconds,
+        least_step_seconds=_seconds(work, device, FASTEST)[0],
+        most_step_seconds=_seconds(work, device, SLOWEST)[0],
         tokens_per_step=work.tokens,
         forward_flops=work.forward_flops,
         step_flops=work.flops,
-        bound_by="links between GPUs" if sending > computing else bound,
+        model_flops=work.model_flops,
+        bound_by=bound,
+        mfu=work.model_flops / (seconds * peak) if peak else None,
+        step_joules=SHARE_OF_POWER * watts * seconds if watts else None,
     )
 
 
-def achieved_flops_per_second(dtype: str, device: Device) -> float:
+def _seconds(work: StepWork, device: Device, achieved: Achieved) -> tuple[float, Bound]:
+    """The step's time under some assumptions, and what takes it.
+
+    Arithmetic and traffic are added, since on one stream kernels follow one another, unless the
+    assumptions have them overlap. Products of fp32 values have a rate of their own: those of
+    adapters beside a 16-bit base without autocast, or of the hidden states that k-bit preparation
+    makes fp32. A GPU computes beside the host that launches its kernels; a processor is the host.
+    """
+    bandwidth = device.memory_bandwidth_bytes_per_second * achieved.bandwidth[device.kind]
+    of_float32 = work.float32_flops / achieved_flops_per_second("float32", device, achieved)
+    others = work.flops - work.float32_flops
+    arithmetic = of_float32 + others / achieved_flops_per_second(work.dtype, device, achieved)
+    moving = work.moved_bytes / bandwidth
+    both = max(arithmetic, moving) if achieved.overlaps_traffic else arithmetic + moving
+    computing = both + work.optimizer_bytes / bandwidth
+    link = device.link_bytes_per_second
+    sending = work.exchanged_bytes / link if link else 0.0
+    together = max(computing, sending) if achieved.overlaps_links else computing + sending
+    launching = achieved.host * host_seconds(work)
+    bound: Bound = "arithmetic" if arithmetic >= moving else "memory bandwidth"
+    if sending > computing:
+        bound = "links between GPUs"
+    if device.kind == "cpu":
+        return together + launching, bound if launching < computing else "launching kernels"
+    return max(together, launching), bound if launching < together else "launching kernels"
+
+
+def host_seconds(work: StepWork) -> float:
+    """What the host takes to call a step's operations, on a GPU to launch their kernels."""
+    launch = LAUNCH_SECONDS if work.kind == "cuda" else 0.0
+    of_micro_batches = HOST_SECONDS_WITH_HOOKS if work.hooked else HOST_SECONDS
+    return work.kernels * (of_micro_batches + launch) + work.optimizer_kernels * (
+        HOST_SECONDS + launch
+    )
+
+
+def achieved_flops_per_second(dtype: str, device: Device, achieved: Achieved = ESTIMATE) -> float:
     """FLOP/s that products of training reach on the device."""
     peaks: Mapping[str, float] = device.peak_flops_per_second
-    if device.kind == "cpu":
-        return peaks.get(dtype) or peaks["float32"]  # measured with training's products
+    if device.kind == "cpu":  # measured with training's products
+        return achieved.measured * (peaks.get(dtype) or peaks["float32"])
     measured = device.matmul_flops_per_second.get(dtype)
-    matmul = measured or MATMUL_SHARE_OF_PEAK * (peaks.get(dtype) or peaks["float32"])
-    return TRAINING_SHARE_OF_MATMUL * matmul
+    matmul = measured or achieved.peak * (peaks.get(dtype) or peaks["float32"])
+    return achieved.matmul * matmul
 
 
 def _trace(
@@ -219,15 +283,14 @@ def _micro_batch_bytes(
     plan: TrainingPlan,
     trained: Trained,
     device: Device,
-    tokens: float,
+    trace: StepTrace,
+    rows: float,
     length: float,
-    stack: Stack,
 ) -> float:
     """Bytes moved by element-wise work and by reading the weights.
 
     Layers below the first trained one are computed forward only.
     """
-    trace, rows, length = _trace(model, plan, device, tokens, length, stack)
     # What is there for any micro-batch are copies of weights, which are counted below.
     (_, *forward), (_, *backward) = trace.forward_moved, trace.backward_moved
     moved = value((0, *forward), rows, length) + value((0, *backward), rows, length)
@@ -236,7 +299,7 @@ def _micro_batch_bytes(
     forwards = 1 + _recomputed_share(model, plan)
     further = trace.num_passes - 1
     over_logits = passes_over_logits(plan, kind) + further * FORWARD_PASSES_OVER_LOGITS[kind]
-    logits = over_logits * tokens * model.vocab_size * FLOAT32_BYTES
+    logits = over_logits * rows * length * model.vocab_size * FLOAT32_BYTES
     backwards = trained.reached_layers(model) / model.num_hidden_layers
     passes_over_weights = trace.num_passes + forwards * backwards
     weights = passes_over_weights * weight_memory_bytes(model, plan)
@@ -274,22 +337,20 @@ def _expanded_bytes(model: ModelSpec, plan: TrainingPlan, passes: float, backwar
     return times * 2 * model.quantizable_weights * plan.compute_bytes
 
 
-def _optimizer_bytes(model: ModelSpec, plan: TrainingPlan, trained: Trained) -> float:
+def _optimizer_bytes(plan: TrainingPlan, updated: Sequence[Updated]) -> float:
     """Bytes an optimizer step moves: parameter, gradient and states read; all but the gradient
     written."""
-    updated = updated_parameters(model, plan, trained)
     parameter_bytes = sum(p.count * p.num_bytes for p in updated)
     return 3 * parameter_bytes + 2 * plan.optimizer.state_bytes(updated)
 
 
-def _exchanged_bytes(model: ModelSpec, plan: TrainingPlan, trained: Trained) -> float:
+def _exchanged_bytes(model: ModelSpec, plan: TrainingPlan, updated: Sequence[Updated]) -> float:
     """What a GPU sends in a step, by rings. Gradients are summed once; GPUs that divide parameters
     gather them for forward and again for backward, and sum gradients, in each micro-batch."""
     num_gpus = plan.data_parallel_size
     if num_gpus == 1:
         return 0.0
     others = (num_gpus - 1) / num_gpus
-    updated = updated_parameters(model, plan, trained)
     gradients = sum(p.count * p.num_bytes for p in updated)
     if not plan.shards_parameters:
         return others * 2 * gradients

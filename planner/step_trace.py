@@ -78,7 +78,7 @@ _OF_LAYERS = (
     "prompted",
 )
 _NOT_OF_LOSS = (*_OF_LAYERS, "input_learns", "hooks_input", "prompts", "prefix")
-_NOT_OF_EMBEDDINGS = (*_OF_LAYERS, "loss_shape")
+_NOT_OF_EMBEDDINGS = (*_OF_LAYERS, "loss_shape", "single_row")
 
 EVALUATION_PHASE = "evaluation"
 # Where a reference's log-probabilities are computed before training.
@@ -284,6 +284,7 @@ class Segment(Struct, frozen=True, kw_only=True, dict=True):
     `kept`: until its backward. `left`: gradients that it leaves, its input's not counted.
     `taken_over`: of what is there without it, what its backward counts itself.
     `forward_stretches`, `backward_stretches`: the same moments, between the marks of modules.
+    `of_any_rows`: it is the same whether the micro-batch is one row or several.
     """
 
     forward: tuple[Moment, ...]
@@ -300,9 +301,13 @@ class Segment(Struct, frozen=True, kw_only=True, dict=True):
     forward_flops: Form
     backward_flops: Form
     float32_flops: Form
+    recomputed_flops: Form
     forward_moved: Form
     backward_moved: Form
+    forward_kernels: int
+    backward_kernels: int
     record: SegmentRecord
+    of_any_rows: bool
     forward_stretches: tuple[Stretch, ...] = ()
     backward_stretches: tuple[Stretch, ...] = ()
 
@@ -351,9 +356,11 @@ class StepTrace(Struct, frozen=True, kw_only=True):
     evaluation: Sequence[Sequence[Segment]]
     after_backward: Parts
     num_passes: int
+    num_kernels: int
     forward_flops: Form
     backward_flops: Form
     float32_flops: Form
+    recomputed_flops: Form
     forward_moved: Form
     backward_moved: Form
     generation: Sequence[Sequence[Segment]] = ()
@@ -429,8 +436,11 @@ class StepTracer:
             forward_flops=added(s.forward_flops for one in passes for s in one),
             backward_flops=added(segment.backward_flops for segment in segments),
             float32_flops=added(s.float32_flops for one in passes for s in one),
+            recomputed_flops=added(segment.recomputed_flops for segment in segments),
             forward_moved=added(s.forward_moved for one in passes for s in one[:-1]),
             backward_moved=added(segment.backward_moved for segment in segments[:-1]),
+            num_kernels=sum(s.forward_kernels for one in passes for s in one)
+            + sum(segment.backward_kernels for segment in segments),
         )
 
     def _add_backward(self, segments: list[Segment], bases: Mapping[int, Parts]) -> Parts:
@@ -610,7 +620,7 @@ class StepTracer:
             holds_input = len(segments) == 1 and segments[0].holds_result
             key = (id(layer), id(numerics), learns, width, holds_input, place)
             if key not in known:
-                known[key] = model.remembered(
+                known[key] = self._remembered(
                     (id(layer), numerics, *key[2:], *around),
                     partial(self._layer, layer, numerics, learns, width, place, holds_input),
                 )
@@ -631,8 +641,20 @@ class StepTracer:
             segments[0] = self._embedding(places[0], beside)
         return segments, found
 
+    def _remembered(self, key: tuple[object, ...], work_out: Callable[[], Segment]) -> Segment:
+        """A segment that depends on the key and, perhaps, on whether there are several rows."""
+        single_row = self.settings.single_row
+        other: Segment | None = self.model.recalled((*key, not single_row))
+        if other is not None and other.of_any_rows:
+            return other
+        return self.model.remembered((*key, single_row), work_out)
+
     def _places(self) -> Sequence[Place]:
         """Of each segment, where it is among the others."""
+        places = self._all_places()
+        return places if self.with_gradients else [place.in_forward() for place in places]
+
+    def _all_places(self) -> Sequence[Place]:
         settings, model = self.settings, self.model
         if settings.reduction is not None:
             trains = [numerics.trains for numerics in settings.numerics_of_layers(model)]
@@ -655,14 +677,19 @@ class StepTracer:
         s = self.settings
         checkpoints = s.gradient_checkpointing and self.with_gradients
         how = (self.with_gradients, checkpoints and (s.use_reentrant,), s.prefix, s.holds_logits)
-        return (*how, *self._tape_options().values())
+        return (*how, *self._options_but_rows())
 
     def _around(self, excluded: Container[str]) -> tuple[object, ...]:
         """All that the trace of embeddings or loss depends on beside what it is given and its
         place, if not on the settings excluded."""
         settings = self.settings
         own = (value for name, value in structs.asdict(settings).items() if name not in excluded)
-        return (*own, bool(settings.adapted), *self._tape_options().values(), self.with_gradients)
+        return (*own, bool(settings.adapted), *self._options_but_rows(), self.with_gradients)
+
+    def _options_but_rows(self) -> tuple[object, ...]:
+        options = self._tape_options()
+        del options["single_row"]
+        return tuple(options.values())
 
     def _tape_options(self) -> dict[str, Any]:
         s = self.settings
@@ -705,7 +732,7 @@ class StepTracer:
         return {"temporaries": stretched(form(size), self.settings.row_stretch)} if size else {}
 
     def _embedding(self, place: Place, beside: int = 0) -> Segment:
-        return self.model.remembered(
+        return self._remembered(
             ("embeddings", place, beside, *self._around(_NOT_OF_EMBEDDINGS)),
             partial(self._traced_embedding, place.exchange(), beside),
         )
@@ -958,6 +985,7 @@ class StepTracer:
         result_width = result.width
         forward_stretches = tape.stretches()
         forward_flops, forward_moved = tape.flops, tape.moved
+        forward_kernels = tape.num_kernels
         exchange.hand_on()
         recording.end("forward")
         holds_result = any(tensor.storage is result.storage for tensor in held)
@@ -1008,9 +1036,13 @@ class StepTracer:
             forward_flops=forward_flops,
             backward_flops=subtract_forms(tape.flops, forward_flops),
             float32_flops=tape.float32_flops,
+            recomputed_flops=tape.recomputed_flops,
             forward_moved=forward_moved,
             backward_moved=subtract_forms(tape.moved, forward_moved),
+            forward_kernels=forward_kernels,
+            backward_kernels=tape.num_kernels - forward_kernels,
             record=record,
+            of_any_rows=not tape.asks_for_rows,
             forward_stretches=forward_stretches,
             backward_stretches=backward_stretches,
         )

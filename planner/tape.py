@@ -277,7 +277,8 @@ class Tape:
         self.partitioned = partitioned
         self.autocast, self.on_cuda, self.capability = autocast, on_cuda, capability
         self.is_fp16, self.accumulates = is_fp16, accumulates
-        self.residual, self.single_row = residual, single_row
+        self.residual, self._single_row = residual, single_row
+        self.asks_for_rows = False
         self.component = "temporaries"
         # Births and deaths in order: `i` is the birth of the storage of `sizes[i]`, `~i` its death.
         # `labels[i]`: its component.
@@ -287,6 +288,8 @@ class Tape:
         self.grad_enabled = True
         self.flops: Form = ZERO
         self.float32_flops: Form = ZERO
+        self.recomputed_flops: Form = ZERO
+        self.num_in_place = 0
         self._read = [0, 0, 0, 0, 0]
         self._live: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0, 0])
         self._total = [0, 0, 0, 0, 0]
@@ -379,6 +382,17 @@ class Tape:
         for tensor in tensors:
             if tensor.storage is not None:
                 _change(self._read, tensor.num_bytes, 1)
+
+    @property
+    def single_row(self) -> bool:
+        """Whether the micro-batch is one row; `asks_for_rows` says that something depends on it."""
+        self.asks_for_rows = True
+        return self._single_row
+
+    @property
+    def num_kernels(self) -> int:
+        """Launched so far: one for each new tensor, and those that write where one is."""
+        return len(self.sizes) + self.num_in_place
 
     @property
     def moved(self) -> Form:
@@ -536,7 +550,9 @@ class Tape:
             holder = tape.leaf(leaf)
             held, tape._held = tape._held, []
             tape.grad_enabled = True
+            before = tape.flops
             result = function(leaf)
+            tape._count_again(before)
             tape.grad_enabled = False
             tape.end_autocast()
             # Result, what came with it and gradient are held by the call until all is done.
@@ -630,15 +646,22 @@ class Tape:
         self._refilled, self.grad_enabled = frame, True
         copies, self._copies = self._copies, {}
         held, self._held = self._held, []
+        before = self.flops
         try:
             frame.recompute()
         except _AllSaved:
             pass
         finally:
+            self._count_again(before)
             self._refilled, self.grad_enabled = None, False
             self._copies, self._held = copies, held
             self.returned.clear()
             self.release_cached()
+
+    def _count_again(self, before: Form) -> None:
+        """What was computed since then was computed for the second time."""
+        again = subtract_forms(self.flops, before)
+        self.recomputed_flops = add_forms(self.recomputed_flops, again)
 
     def _accumulate(self, weight: Weight, gradient: Tensor) -> None:
         """The first gradient of a parameter is kept as it is, later ones are added to it."""
@@ -656,6 +679,8 @@ class Tape:
             self.relabel(gradient, "gradients")
             weight.gradient = gradient
             self._with_gradients.append(weight)
+        else:
+            self.num_in_place += 1
 
     def release_gradients(self) -> None:
         """Let go of the gradients of all parameters."""
@@ -672,6 +697,8 @@ class Tape:
             node.buffer[edge.index] = gradient
         elif first.is_view or sys.getrefcount(first) > _ONLY_REFERENCE or is_shared(first):
             node.buffer[edge.index] = self.like(first)
+        else:
+            self.num_in_place += 1
 
 
 # What `sys.getrefcount` says of an object in a list's slot and one variable.

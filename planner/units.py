@@ -22,6 +22,7 @@ BYTES_PER_DTYPE: dict[str, int] = {
     "int8": 1,
 }
 
+SECONDS_PER_HOUR = 3600
 FLOAT32_BYTES = BYTES_PER_DTYPE["float32"]
 
 DTYPE_SHORT_NAMES: dict[str, str] = {
@@ -114,6 +115,12 @@ def format_seconds(seconds: float) -> str:
         hours, rest = divmod(round(seconds / 60), 60)
         return f"{hours} h {rest:02d} min"
     return f"{seconds / 86400:.1f} days"
+
+
+def format_energy(joules: float) -> str:
+    """`0.42 Wh`, `12.5 Wh`, `3.10 kWh`, `1.25 MWh`."""
+    hours = joules / SECONDS_PER_HOUR
+    return _scaled(hours, (("Wh", 1), ("kWh", 10**3), ("MWh", 10**6)), 1000)
 
 
 def format_percent(fraction: float) -> str:

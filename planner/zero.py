@@ -48,6 +48,9 @@ class ZeroPlace(Struct, frozen=True):
     def exchange(self) -> Exchange:
         return _Zero(self.begins) if self.begins else Exchange()
 
+    def in_forward(self) -> ZeroPlace:
+        return self
+
 
 def zero_places(reduction: Reduction, trains: list[bool]) -> list[ZeroPlace]:
     """Of each segment, of which `trains` says whether it has trained parameters."""

@@ -88,6 +88,10 @@ class GpuEntry(Struct, frozen=True, kw_only=True):
         )
 
 
+# Ways of billing that prices are known of.
+BILLINGS = ("on-demand", "spot")
+
+
 class Price(Struct, frozen=True, kw_only=True):
     """What somebody asked for one GPU for an hour, as one of `num_gpus` of an instance."""
 
@@ -216,6 +220,20 @@ def prices() -> tuple[Price, ...]:
     return tuple(Price(**{name: row[name] for name in known}) for row in rows)
 
 
+def lowest_prices(gpu_name: str) -> dict[str, Price]:
+    """The lowest price of the GPU that goes by exactly this name, in the catalog or with its
+    driver, for each of BILLINGS that there is one of."""
+    keys = {e.key for e in gpu_catalog().values() if gpu_name in (e.name, *e.driver_names)}
+    found: dict[str, Price] = {}
+    for price in prices():
+        lowest = found.get(price.billing)
+        if price.gpu in keys and (
+            lowest is None or price.usd_per_gpu_hour < lowest.usd_per_gpu_hour
+        ):
+            found[price.billing] = price
+    return found
+
+
 @cache
 def _data(name: str) -> Mapping[str, Any]:
     found: Mapping[str, Any] = json.loads(_path(name).read_text(encoding="utf-8"))
@@ -284,6 +302,7 @@ def require_model(name: str) -> ModelEntry:
 
 
 __all__ = [
+    "BILLINGS",
     "DRIVER_NAMES",
     "GpuEntry",
     "ModelEntry",
@@ -294,6 +313,7 @@ __all__ = [
     "find_model",
     "gpu_catalog",
     "link_bytes_per_second",
+    "lowest_prices",
     "model_catalog",
     "prices",
     "reached_share",

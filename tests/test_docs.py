@@ -20,6 +20,17 @@ from ftplan.launcher import cli, emit
 from ftplan.launcher.data_reader import read_data
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner import explain, explain_host, policy
+from ftplan.planner.achieved import (
+    HOST_FACTOR,
+    HOST_SECONDS,
+    HOST_SECONDS_WITH_HOOKS,
+    LAUNCH_SECONDS,
+    MATMUL_SHARE_OF_PEAK,
+    SHARE_OF_BANDWIDTH,
+    SHARE_OF_MEASURED,
+    SHARE_OF_POWER,
+    TRAINING_SHARE_OF_MATMUL,
+)
 from ftplan.planner.combinations import COMBINATIONS
 from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.data_profile import DataProfile
@@ -48,13 +59,7 @@ from ftplan.planner.search import (
     limit_to_time_budget,
 )
 from ftplan.planner.stack import OWN_STACK
-from ftplan.planner.step_time import (
-    MATMUL_SHARE_OF_PEAK,
-    PASSES_OVER_LOGITS,
-    PASSES_OVER_LOGITS_WITHOUT_KERNEL,
-    SHARE_OF_BANDWIDTH,
-    TRAINING_SHARE_OF_MATMUL,
-)
+from ftplan.planner.step_time import PASSES_OVER_LOGITS, PASSES_OVER_LOGITS_WITHOUT_KERNEL
 from ftplan.planner.units import GIB, MIB, format_bytes
 from ftplan.profiles import require_model
 from tests.test_measured import ROWS
@@ -444,11 +449,20 @@ def test_the_pages_state_the_constants() -> None:
         ("time-model.md", "Eq. (T4): traffic",
          f"{PASSES_OVER_LOGITS_WITHOUT_KERNEL} times by TRL's"),
         ("time-model.md", "Eq. (T3): the rate of products",
-         f"R(dtype) = {TRAINING_SHARE_OF_MATMUL:.0%}".replace("%", " %")),
+         f"R(dtype) = {TRAINING_SHARE_OF_MATMUL.middle:.0%}".replace("%", " %")),
         ("time-model.md", "Eq. (T3): the rate of products",
-         f"{MATMUL_SHARE_OF_PEAK:.0%} of the data".replace("%", " %")),
+         f"{MATMUL_SHARE_OF_PEAK.middle:.0%} of the data".replace("%", " %")),
         ("time-model.md", "Eq. (T4): traffic",
-         f"B = {SHARE_OF_BANDWIDTH['cuda']:.0%}".replace("%", " %")),
+         f"B = {SHARE_OF_BANDWIDTH['cuda'].middle:.0%}".replace("%", " %")),
+        ("time-model.md", "Eq. (T6): launching kernels", f"{1e6 * HOST_SECONDS:g} µs"),
+        ("time-model.md", "Eq. (T6): launching kernels", f"{1e6 * HOST_SECONDS_WITH_HOOKS:g} µs"),
+        ("time-model.md", "Eq. (T6): launching kernels", f"{1e6 * LAUNCH_SECONDS:g} µs"),
+        *(
+            ("time-model.md", "Eq. (T7): bounds", f"| {of.least:g} | {of.middle:g} | {of.most:g} |")
+            for of in (TRAINING_SHARE_OF_MATMUL, MATMUL_SHARE_OF_PEAK, SHARE_OF_MEASURED,
+                       *SHARE_OF_BANDWIDTH.values(), HOST_FACTOR)
+        ),
+        ("time-model.md", "Eq. (T9): energy and cost", f"{SHARE_OF_POWER:g} x the rated power"),
         ("policy.md", "The method", f"compute capability {capability('nf4')}"),
         ("policy.md", "The method", f"in int8 of {capability('int8')}"),
         ("memory-model.md", "Four numbers", f"required x {1 + MEMORY_MARGIN:g} <= "),

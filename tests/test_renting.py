@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 from ftplan.launcher.cli import main
+from ftplan.planner import renting
+from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import estimate_memory, with_margin
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.renting import Card, Choice, list_choices, marks
+from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_time import estimate_step_time
 from ftplan.profiles import find_gpu, prices
 
@@ -204,3 +208,61 @@ def test_bad_input_is_told(words: list[str], said: str, capsys: pytest.CaptureFi
     status, out, err = run(capsys, *words)
     assert status == 2 and not out
     assert said in err and "Traceback" not in err
+
+
+def test_no_work_is_worked_out_that_no_card_asks_for(
+    small_llama: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """135 M parameters fit any card with the largest micro-batch: no smaller one, no FSDP."""
+    seen = []
+
+    def watched(*arguments: Any) -> renting.Work:
+        seen.append(arguments[1])
+        return work_of(*arguments)
+
+    work_of = renting._work
+    monkeypatch.setattr(renting, "_work", watched)
+    found = choices(small_llama, card("a100-80gb-sxm", 1.0), card("l40s", 1.0))
+    assert all(choice.fits for choice in found) and len(found) == 2 * len(seen)
+    assert {(p.sharding, p.per_device_train_batch_size) for p in seen} == {("none", 16)}
+
+
+# --- what traces share
+
+
+def test_layers_that_do_not_ask_for_the_number_of_rows_share_a_trace(
+    llama_2_7b: ModelSpec,
+) -> None:
+    """FlashAttention takes tokens as they lie; eager attention puts heads in order."""
+    for attention, shared in (("flash_attention_2", True), ("eager", False)):
+        plan = TrainingPlan(method="lora", attn_implementation=attention, loss="stock")
+        one, several = (
+            compiled_step(llama_2_7b, plan, rows, 512, None, OWN_STACK).trace for rows in (1, 4)
+        )
+        assert (one.segments[5] is several.segments[5]) == shared
+        assert one.segments[5].of_any_rows == shared
+        assert several.segments[0] is one.segments[0]
+
+
+def test_evaluations_share_what_only_gathers(llama_2_7b: ModelSpec) -> None:
+    """All layers but the first, behind the embeddings, have one trace; and one whatever the number
+    of GPUs, unless a share is cast before it is sent."""
+    for mixed_precision, shared in (("no", True), ("bf16", False)):
+        two, eight = (
+            compiled_step(
+                llama_2_7b,
+                TrainingPlan(
+                    method="lora",
+                    dtype="bfloat16",
+                    mixed_precision=mixed_precision,
+                    num_gpus=num_gpus,
+                    sharding="fsdp",
+                ),
+                *(1, 512, None, OWN_STACK),
+            ).trace
+            for num_gpus in (2, 8)
+        )
+        layers = [{id(segment) for segment in of.evaluation[0][1:-1]} for of in (two, eight)]
+        assert [len(of) for of in layers] == [2, 2]
+        assert (layers[0] == layers[1]) == shared
+        assert len({id(segment) for segment in two.segments[1:-1]}) == 3

@@ -17,6 +17,7 @@ from ftplan.planner.units import (
     TIB,
     format_bytes,
     format_count,
+    format_energy,
     format_percent,
     format_seconds,
     parse_bytes,
@@ -140,6 +141,12 @@ def test_a_number_rounded_up_to_the_next_unit_is_printed_in_it(
     show: Callable[[float], str], number: float, text: str
 ) -> None:
     assert show(number) == text
+
+
+def test_format_energy() -> None:
+    assert [format_energy(3600 * hours) for hours in (0.424, 26, 3100, 1.25e6)] == [
+        *("0.42 Wh", "26.0 Wh", "3.10 kWh", "1.25 MWh")
+    ]
 
 
 def test_format_percent() -> None:

@@ -386,6 +386,8 @@ class TestPrediction:
             device_bytes=memory.device_peak_bytes,
             required_bytes=memory.required_bytes,
             tokens_per_second_per_gpu=step.tokens_per_second_per_gpu,
+            least_tokens_per_second_per_gpu=step.tokens_per_step / step.most_step_seconds,
+            most_tokens_per_second_per_gpu=step.tokens_per_step / step.least_step_seconds,
         )
 
     def test_no_speed_of_the_processor(self, read: Read) -> None:
@@ -573,7 +575,8 @@ class TestJson:
                 *("id", "predicted", "measured", "relative_error", "bound", "refused")
             ]
             assert list(line["relative_error"]) == list(QUANTITIES)
-        assert list(first["predicted"]) == [*QUANTITIES, "required_bytes"]
+        bounds = [f"{end}_tokens_per_second_per_gpu" for end in ("least", "most")]
+        assert list(first["predicted"]) == [*QUANTITIES, *bounds, "required_bytes"]
         assert first["measured"] == FMS_LORA["measured"]
         for quantity in ("allocated_bytes", "device_bytes"):
             error = first["predicted"][quantity] / first["measured"][quantity] - 1

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, structs
 
-from ftplan.launcher.estimate_json import estimate_to_dict, parameter_counts
+from ftplan.launcher.estimate_json import estimate_to_dict, full_step, parameter_counts
 from ftplan.launcher.host import read_host
 from ftplan.launcher.model_source import find_source
+from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.combination import Caution
@@ -79,9 +80,9 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     reasoned = estimate_recipe(model, device, given)
     check_together(model, reasoned.plan)
     warnings = cautions(model, reasoned.plan, device)
-    dry_run = None
+    dry_run, stack = None, installed_stack(device)
     if not arguments.exact:
-        memory = replayed_memory(model, reasoned.plan, device=device)
+        memory = replayed_memory(model, reasoned.plan, device=device, stack=stack)
     else:
         from ftplan.launcher.exact import case_of, memory_of, shown_dry_runs
 
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         memory = memory_of(dry_run, source, reasoned.plan, device)
     if device is not None:
         warnings += _host_cautions(memory, reasoned.plan, device)
-    terms = explain(model, reasoned.plan, device) if arguments.explain else None
+    terms = explain(model, reasoned.plan, device, stack) if arguments.explain else None
     compared = _compared(arguments.compare, model, device, given) if arguments.compare else None
     ui.json(
         {
@@ -186,6 +187,9 @@ def _show(
         views.memory_table(memory, device),
         "",
     )
+    step = full_step(model, plan, device)
+    if step is not None and device is not None:
+        ui.show(views.step_table(plan, step, device), "")
     if dry_run:
         from ftplan.launcher import dry_run_views
 
@@ -235,7 +239,7 @@ def _compared(
     for name in dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()):
         method = resolve_method(name)
         plan = estimate_recipe(model, device, {**kept, "method": method.name}).plan
-        memory = replayed_memory(model, plan, device=device)
+        memory = replayed_memory(model, plan, device=device, stack=installed_stack(device))
         trained = method.count(model, plan.method_settings)
         rows.append(
             ComparedMethod(
@@ -306,7 +310,7 @@ def _other_method(
         plan = estimate_recipe(model, device, {**kept, "method": name}).plan
         check_together(model, plan)
         trained = plan.resolved_method.count(model, plan.method_settings)
-        memory = estimate_memory(model, plan, device=device)
+        memory = estimate_memory(model, plan, device=device, stack=installed_stack(device))
     except InputError:
         return []
     card = smallest_card(needed_bytes(memory))

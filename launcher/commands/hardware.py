@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from ftplan.launcher.model_source import find_source
+from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui, table
 from ftplan.planner import policy
@@ -18,9 +19,15 @@ from ftplan.planner.combinations import check_together
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.recipe import estimate_recipe
-from ftplan.planner.renting import SECONDS_PER_HOUR, Card, Choice, Mark, list_choices, marks
-from ftplan.planner.units import format_bytes, format_count, format_seconds, parse_count
-from ftplan.profiles import GpuEntry, Price, find_gpu, gpu_catalog, prices
+from ftplan.planner.renting import Card, Choice, Mark, list_choices, marks
+from ftplan.planner.units import (
+    SECONDS_PER_HOUR,
+    format_bytes,
+    format_count,
+    format_seconds,
+    parse_count,
+)
+from ftplan.profiles import GpuEntry, Price, find_gpu, gpu_catalog, lowest_prices
 
 METHODS = ("full", "lora", "qlora")
 
@@ -65,7 +72,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     for method in methods:  # what no card could run is told at once
         check_together(model, estimate_recipe(model, None, {**given, "method": method}).plan)
     cards = [_card(entry, spot=arguments.spot) for entry in _entries(arguments.gpu)]
-    found = list_choices(model, cards, methods, tokens, given)
+    found = list_choices(model, cards, methods, tokens, given, installed_stack)
     found = [c for c in found if _is_wanted(c, within, under)]
     found.sort(key=_order)
     marked = marks(found)
@@ -128,7 +135,7 @@ def _entries(gpu: str | None) -> Sequence[GpuEntry]:
 def _card(entry: GpuEntry, *, spot: bool) -> Card:
     """With the lowest price that is known of it."""
     billings = ("on-demand", "spot") if spot else ("on-demand",)
-    offered = [p for p in prices() if p.gpu == entry.key and p.billing in billings]
+    offered = [p for billing, p in lowest_prices(entry.name).items() if billing in billings]
     best: Price | None = min(offered, key=lambda p: p.usd_per_gpu_hour, default=None)
     return Card(
         device=entry.device(),

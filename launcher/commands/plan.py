@@ -80,6 +80,7 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
         "schema": 1,
         "plan": planned.chosen.reasoned.to_dict(),
         "estimate": _estimate(planned, planned.chosen, warnings),
+        "run": {**planned.run_time.to_dict(), "usd": planned.usd},
         "alternatives": [
             {
                 "plan": other.reasoned.to_dict(),
@@ -106,6 +107,6 @@ def _estimate(
         evaluated.memory,
         planned.device,
         warnings,
-        evaluated.step.to_dict(),
+        evaluated.step,
         confirmed=planned.confirmed and evaluated is planned.chosen,
     )

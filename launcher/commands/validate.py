@@ -23,8 +23,8 @@ from ftplan.planner.litgpt import estimate_litgpt
 from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.stack import Stack
-from ftplan.planner.step_time import estimate_step_time
+from ftplan.planner.stack import TAKES_GROUPS_SINCE, Stack
+from ftplan.planner.step_time import StepTime, estimate_step_time
 
 if TYPE_CHECKING:
     from ftplan.launcher.exact import DryRunner
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 # (`gradient_checkpointing_enable` in modeling_utils.py of 4.45 and 4.48). It computes a layer to
 # its end again, result included; the newer one stops at the last thing that backward needs.
 _NOT_REENTRANT_SINCE = (5,)
-
-# torch's memory-efficient attention takes grouped heads from here on (pytorch/pytorch PR 191085).
-_TAKES_GROUPS_SINCE = (2, 14)
 
 
 # Processes that carry dry runs out at once; each takes half a gibibyte and more.
@@ -168,7 +165,7 @@ def _stack(case: Case) -> Stack:
         fused_kernels=case.fused_kernels,
         fsdp_version=case.fsdp_version,
         padded=several and case.length_is == "cap",
-        efficient_takes_groups=(_version("torch", case.software) or (0,)) >= _TAKES_GROUPS_SINCE,
+        efficient_takes_groups=(_version("torch", case.software) or (0,)) >= TAKES_GROUPS_SINCE,
         transformers_version=_version("transformers", case.software),
     )
 
@@ -208,26 +205,35 @@ def _version(package: str, software: str) -> tuple[int, ...] | None:
 
 
 def _prediction(case: Case, memory: MemoryEstimate) -> Prediction:
-    model, plan = case.model.spec, case.plan
-    speed = None
-    gpu = case.gpu
-    if gpu and gpu.kind == "cuda" and case.length_is == "exact" and not case.is_litgpt:
-        tokens = plan.per_device_train_batch_size * plan.max_length
-        step = estimate_step_time(
-            model,
-            plan,
-            gpu,
-            tokens_per_micro_batch=tokens,
-            mean_length=plan.max_length,
-            stack=_stack(case),
-        )
-        speed = step.tokens_per_second_per_gpu
+    step = None if case.is_litgpt else _step(case)
+    speeds = {}
+    if step is not None:
+        speeds = {
+            "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
+            "least_tokens_per_second_per_gpu": step.tokens_per_step / step.most_step_seconds,
+            "most_tokens_per_second_per_gpu": step.tokens_per_step / step.least_step_seconds,
+        }
     return Prediction(
         allocated_bytes=memory.allocated_peak_bytes,
         reserved_bytes=memory.reserved_peak_bytes,
         device_bytes=memory.device_peak_bytes,
         required_bytes=memory.required_bytes,
-        tokens_per_second_per_gpu=speed,
+        **speeds,
+    )
+
+
+def _step(case: Case) -> StepTime | None:
+    """A step's time where the GPU and the rows' length are known."""
+    if case.gpu is None or case.gpu.kind == "cpu" or case.length_is != "exact":
+        return None
+    plan = case.plan
+    return estimate_step_time(
+        case.model.spec,
+        plan,
+        case.gpu,
+        tokens_per_micro_batch=plan.per_device_train_batch_size * plan.max_length,
+        mean_length=plan.max_length,
+        stack=_stack(case),
     )
 
 

@@ -116,8 +116,9 @@ class _Reader(Struct, frozen=True, kw_only=True):
                 return None
             share, rates_source = _rates_share(slot, entry, memory.total)
             whole, card = entry.device(), slot.gpu_handle
-            power = self._watts(nvml.nvmlDeviceGetEnforcedPowerLimit, card)
             default_power = self._watts(nvml.nvmlDeviceGetPowerManagementDefaultLimit, card)
+            default_power = default_power or entry.power_watts
+            power = self._watts(nvml.nvmlDeviceGetEnforcedPowerLimit, card) or default_power
             device = structs.replace(
                 whole,
                 name=slot.name,
@@ -127,8 +128,8 @@ class _Reader(Struct, frozen=True, kw_only=True):
                 memory_bandwidth_bytes_per_second=share * entry.memory_bandwidth_bytes_per_second,
                 peak_flops_per_second=_times(share, entry.peak_flops_per_second),
                 matmul_flops_per_second=_times(share, entry.matmul_flops_per_second),
-                power_watts=power or default_power or entry.power_watts,
-                default_power_watts=default_power or entry.power_watts,
+                power_watts=power and share * power,
+                default_power_watts=default_power and share * default_power,
                 pcie=self._pcie(card),
                 compute_capability=self._compute_capability(slot, entry),
                 rates_source=rates_source,
