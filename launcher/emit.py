@@ -139,10 +139,9 @@ def train_config(
     device: Device,
     *,
     model: str,
-    data: str,
-    eval_data: str | None,
-    data_sha256: str,
-    eval_data_sha256: str | None,
+    data: Mapping[str, Any],
+    eval_data: Mapping[str, Any] | None,
+    test_share: float = 0.0,
 ) -> dict[str, Any]:
     """train.yaml: all that the training process reads. Relative paths are within the run."""
     return {

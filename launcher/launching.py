@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ftplan.launcher import emit
-from ftplan.launcher.data_reader import DataFile
+from ftplan.launcher.data.data_file import DataFile
+from ftplan.launcher.data.profile import profile_to_dict
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
@@ -19,7 +21,6 @@ from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, require_training
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.process import run_to_end
-from ftplan.launcher.profiling import profile_to_dict
 from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.version import version
@@ -47,7 +48,7 @@ def write_run(planned: Planned, name: str | None, runs_dir: Path) -> RunDir:
 
 def default_name(planned: Planned) -> str:
     """`smollm2-135m-instruct-lora-python_docs`."""
-    parts = (planned.source.spec.name, planned.chosen.plan.method, planned.data.path.stem)
+    parts = (planned.source.spec.name, planned.chosen.plan.method, planned.data.source.files[0].path.name.partition(".")[0])
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
 
 
@@ -58,32 +59,54 @@ def _write_files(run: RunDir, planned: Planned) -> None:
         plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
         device,
         model=str((model.folder or Path()).resolve()),
-        data=_keep_data(run, planned.data),
-        eval_data=_keep_data(run, planned.eval_data) if planned.eval_data else None,
-        data_sha256=planned.data.sha256,
-        eval_data_sha256=planned.eval_data.sha256 if planned.eval_data else None,
+        data=_data_config(run, planned.data),
+        eval_data=_data_config(run, planned.eval_data) if planned.eval_data else None,
+        test_share=planned.asked.test_share,
     )
     write_yaml(run.train, train, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))
     profile = profile_to_dict(planned.profile, model.spec.max_position_embeddings)
     write_json(run.data_profile, profile)
+    _write_left_out(run, planned.data)
     write_text(run.command, _command_text(run, device, plan))
     # Last: a directory without its plan is not a run directory.
     write_yaml(run.plan, plan_to_dict(planned), "What was planned, and why.")
 
 
-def _keep_data(run: RunDir, data: DataFile) -> str:
-    """The file's path as the run knows it: a copy inside, or where it is."""
-    if data.path.stat().st_size > COPIED_DATA_BYTES:
-        return str(data.path.resolve())
+def _data_config(run: RunDir, data: DataFile) -> dict[str, Any]:
+    """What the training process needs to read the same rows."""
+    return {
+        "files": _keep_data(run, data),
+        "sha256": data.sha256,
+        "columns": dict(data.columns),
+    }
+
+
+def _keep_data(run: RunDir, data: DataFile) -> list[str]:
+    """The files' paths as the run knows them: copies inside, or where they are."""
+    paths = [file.path for file in data.source.files]
+    if data.source.size_bytes > COPIED_DATA_BYTES:
+        return [str(path.resolve()) for path in paths]
     run.data.mkdir(exist_ok=True)
-    target = run.data / data.path.name
-    number = 2
-    while target.exists():  # training and held-out files may have one name
-        target = run.data / f"{data.path.stem}-{number}{data.path.suffix}"
-        number += 1
-    shutil.copyfile(data.path, target)
-    return str(target.relative_to(run.root))
+    kept = []
+    for path in paths:
+        target, number = run.data / path.name, 2
+        while target.exists():  # files of several folders may have one name
+            target = run.data / f"{number}-{path.name}"
+            number += 1
+        shutil.copyfile(path, target)
+        kept.append(str(target.relative_to(run.root)))
+    return kept
+
+
+def _write_left_out(run: RunDir, data: DataFile) -> None:
+    """Every row that is not trained on, with its reason; no file where there is none."""
+    if data.troubles:
+        lines = (
+            json.dumps({"file": data.source.files[file].path.name, "number": number, "why": why})
+            for (file, number), why in data.left_out()
+        )
+        write_text(run.left_out, "".join(line + "\n" for line in lines))
 
 
 def _command_text(run: RunDir, device: Device, plan: TrainingPlan) -> str:

@@ -11,7 +11,11 @@ from msgspec import Struct, structs
 
 from ftplan.launcher import default_model
 from ftplan.launcher.costs import usd_for
-from ftplan.launcher.data_reader import DataFile, read_data
+from ftplan.launcher.data.asked import DataAsked
+from ftplan.launcher.data.data_file import DataFile
+from ftplan.launcher.data.profile import make_split, profile_data
+from ftplan.launcher.data.split import Split
+from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.emit import check_launched
 from ftplan.launcher.model_source import (
     ModelSource,
@@ -22,8 +26,6 @@ from ftplan.launcher.model_source import (
 )
 from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.probe import probe_machine
-from ftplan.launcher.profiling import Split, make_split, profile_data
-from ftplan.launcher.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.training.config import checked_objective
 from ftplan.launcher.ui import Ui
 from ftplan.planner.closed_form import check_modelled_method
@@ -57,6 +59,7 @@ _FREE_LICENCES = ("Apache-2.0", "MIT")
 class Planned(Struct, frozen=True, kw_only=True):
     """Everything that was found out and chosen."""
 
+    asked: DataAsked
     data: DataFile
     eval_data: DataFile | None
     split: Split
@@ -124,8 +127,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
 def make_plan(
     ui: Ui,
     *,
-    data_path: Path,
-    eval_path: Path | None,
+    asked: DataAsked,
     model_name: str | None,
     named_device: Device | None,
     given: Mapping[str, Any],
@@ -139,19 +141,21 @@ def make_plan(
     or disk for what is to be launched.
     """
     check_settings(given)
-    data = read_data(data_path)
-    eval_data = read_data(eval_path) if eval_path else None
-    split = make_split(data, eval_data)
+    asked = structs.replace(asked, objective=given.get("objective"))
+    asked.check()
     source = find_source(model_name) if model_name else None
     machine = None if named_device else _probe(ui, runs_dir)
     device = named_device or _chosen_device(machine, given)
     model_why = "asked for"
     if source is None:
-        source, model_why = choose_model(data, split, device, given)
+        source, model_why = choose_model(asked, device, given)
     if for_launch:
         source = with_weights(ui, source)
     tokenizer = tokenizer_of(ui, source)
-    profile = profile_data(data, split, tokenizer)
+    data, eval_data = asked.read(ui, tokenizer)
+    checked_objective(data.objective)
+    split = make_split(data, eval_data, asked.test_share)
+    profile = profile_data(data, split, eval_data)
     ranking = choose_plan(source.spec, profile, device, given, installed_stack(device))
     if ranking.best is None:
         raise does_not_fit(source, profile, device, given, ranking)
@@ -162,6 +166,7 @@ def make_plan(
         for lack, hint in host_lacks(chosen, machine.host, device, profile.num_train_rows):
             raise DoesNotFitError(lack, hint)
     return Planned(
+        asked=asked,
         data=data,
         eval_data=eval_data,
         split=split,
@@ -220,7 +225,7 @@ def _chosen_device(machine: Machine | None, given: Mapping[str, Any]) -> Device:
 def _uses_chat_template(tokenizer: RowTokenizer | None, data: DataFile) -> bool:
     if tokenizer is None or not tokenizer.has_chat_template:
         return False
-    return any(row.messages for row in data.rows)
+    return data.kind != "pretraining"
 
 
 def tokenizer_of(ui: Ui, source: ModelSource) -> RowTokenizer | None:
@@ -255,10 +260,7 @@ def default_source() -> ModelSource:
 
 
 def choose_model(
-    data: DataFile,
-    split: Split,
-    device: Device,
-    given: Mapping[str, Any],
+    asked: DataAsked, device: Device, given: Mapping[str, Any]
 ) -> tuple[ModelSource, str]:
     """The base model when none is named, and why.
 
@@ -267,7 +269,8 @@ def choose_model(
     """
     fallback = "the embedded default: small enough for a processor"
     if device.kind == "cuda":
-        rough = profile_data(data, split, None)
+        data, eval_data = asked.read_roughly()
+        rough = profile_data(data, make_split(data, eval_data, asked.test_share), eval_data)
         found = _largest_trainable(rough, device, given, in_cache_only=_hub_is_out_of_reach())
         if found is not None:
             return found

@@ -8,8 +8,8 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.data_reader import DataFile, Row, where
-from ftplan.launcher.tokens import RowTokenizer
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
 from ftplan.planner.policy import EVAL_SHARE, data_advice

@@ -20,7 +20,7 @@ from ftplan.planner.errors import InputError
 
 # Kept when a run is repeated: what it was started from.
 _INPUTS = frozenset(
-    {"plan.yaml", "train.yaml", "accelerate.yaml", "command.txt", "data_profile.json", "data"}
+    {"plan.yaml", "train.yaml", "accelerate.yaml", "command.txt", "data_profile.json", "left_out.jsonl", "data"}
 )
 
 
@@ -52,6 +52,11 @@ class RunDir(Struct, frozen=True):
     @property
     def data_profile(self) -> Path:
         return self.root / "data_profile.json"
+
+    @property
+    def left_out(self) -> Path:
+        """Rows of the data that are not trained on, and why."""
+        return self.root / "left_out.jsonl"
 
     @property
     def data(self) -> Path:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -65,6 +65,26 @@ class Ui:
     def say(self, message: str) -> None:
         """A message beside the data."""
         self.err.print(Text(message, style="dim"))
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
+        """A bar on stderr, where that is a terminal; call what it gives with each further number of
+        bytes. None shows nothing."""
+        if total_bytes is None or not self.err.is_terminal:
+            yield lambda num_bytes: None
+            return
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=self.err, transient=True) as shown:
+            task = shown.add_task(what, total=total_bytes)
+            yield lambda num_bytes: shown.advance(task, num_bytes)
 
     def confirm(self, question: str) -> bool:
         """Ask on the terminal; the empty answer means yes, the end of input no."""

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 
+from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.errors import InputError
 
 
 class Problem(Struct, frozen=True, kw_only=True):
-    """A kind of trouble in a data file, with the first line numbers where it stands."""
+    """A kind of trouble in a data file, with the first line numbers where it stands.
+
+    `where`: the same for people. `left_out`: such rows are not trained on; of others a person is
+    warned, and `advice` says what to do.
+    """
 
     kind: str
     count: int
     first_lines: tuple[int, ...]
+    where: str = ""
+    left_out: bool = True
+    advice: str = ""
 
 
 class DataProfile(Struct, frozen=True, kw_only=True):
     """A data file, read and measured.
 
+    `objective`: what its rows are for, in words; `trains`: the plan's objective that follows.
     `lengths` are the usable training rows' lengths in tokens, template included, sorted from
-    the longest; `exact` says whether the model's own tokenizer measured them.
+    the longest; `exact` says whether the model's own tokenizer measured them. `trained_tokens` of
+    them carry loss. `tasks`: rows of each task, where rows name one.
     """
 
     path: str
@@ -35,7 +45,12 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     num_eval_rows: int
     lengths: tuple[int, ...]
     exact: bool
+    trains: str = "sft"
+    trained_tokens: int = 0
+    num_test_rows: int = 0
     duplicates: int = 0
+    has_margins: bool = False
+    tasks: Mapping[str, int] = {}
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -59,6 +74,22 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     def cut_rows(self, max_length: int) -> int:
         """Rows longer than `max_length`, whose end is cut off."""
         return sum(1 for length in self.lengths if length > max_length)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all training rows, before any is cut."""
+        return sum(self.lengths)
+
+    def cut_tokens(self, max_length: int) -> int:
+        """Tokens beyond `max_length`."""
+        return sum(max(0, length - max_length) for length in self.lengths)
+
+    def padded_share(self, batch_size: int, max_length: int) -> float:
+        """Of the tokens that micro-batches of so many rows compute on, those of padding."""
+        tokens = mean_batch_tokens(self.lengths, batch_size, max_length)
+        rows = min(batch_size, self.num_train_rows)
+        mean = (self.total_tokens - self.cut_tokens(max_length)) / self.num_train_rows
+        return max(0.0, 1 - rows * mean / tokens)
 
     def summary(self) -> dict[str, Any]:
         """Minimum, median, mean, 95th and 99th percentile, maximum of the token lengths."""

@@ -6,10 +6,13 @@ al., Thinking Machines, 2025), LIMA = 2305.11206, Llama 2 = 2307.09288. docs/pol
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct
 
+from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.methods import Method
 from ftplan.planner.model_spec import ModelSpec
 
@@ -79,11 +82,53 @@ def lora_rank(num_rows: int) -> Advice:
     return Advice(value=64, why="from 10,000 rows; QLoRA's rank")
 
 
-def data_advice(num_rows: int, longest_row: int, max_position_embeddings: int) -> dict[str, Advice]:
+# Rows from which on a base model learns to answer from the data alone. Assumed; Llama 2 took
+# 27,540 of the best for it (section 3.1), and most people's are not the best.
+_ROWS_FOR_A_BASE_MODEL = 100_000
+
+# Padding worth a word, and the micro-batch at which it is told.
+_NOTICED_PADDING = 0.05
+_PADDED_ROWS = 8
+
+
+def packing(data: DataProfile, max_length: int) -> Advice:
+    """Whether rows are worth packing: what padding costs at a common micro-batch."""
+    share = data.padded_share(_PADDED_ROWS, max_length)
+    said = f"{100 * share:.0f} % of a batch of {_PADDED_ROWS} rows would be padding"
+    if share < _NOTICED_PADDING:
+        return Advice(value=False, why=f"{said}: rows of like length are batched together")
+    return Advice(value=True, why=f"{said}; it takes FlashAttention, so that rows stay apart")
+
+
+def model_kind(num_rows: int, kind: str) -> Advice:
+    """Whether to begin with a base model or one that has learnt to chat."""
+    if kind == "pretraining":
+        return Advice(value="base", why="plain text goes on with what base models learn from")
+    if num_rows >= _ROWS_FOR_A_BASE_MODEL:
+        return Advice(value="base", why=f"{num_rows:,} rows teach answering by themselves")
+    return Advice(value="chat", why=f"{num_rows:,} rows change how a model answers that can")
+
+
+def task_weights(tasks: Mapping[str, int]) -> Advice:
+    """How often each task's rows should come: by the square root of their number, so that small
+    ones are not lost (temperature 2; T5's mixing, arXiv 1910.10683, section 3.5.2)."""
+    roots = {task: math.sqrt(count) for task, count in tasks.items()}
+    weights = {task: round(root / sum(roots.values()), 3) for task, root in sorted(roots.items())}
+    return Advice(value=weights, why="square root of each task's rows, so that small ones count")
+
+
+def data_advice(data: DataProfile, max_position_embeddings: int) -> dict[str, Advice]:
     """What the data alone decides, by setting."""
+    num_rows = data.num_train_rows
+    length = max_length(data.longest, max_position_embeddings)
+    held_out = data.num_eval_rows
     return {
-        "max_length": max_length(longest_row, max_position_embeddings),
+        "max_length": length,
         "num_train_epochs": num_train_epochs(num_rows),
         "effective_batch_size": effective_batch_size(num_rows),
         "lora_rank": lora_rank(num_rows),
+        "packing": packing(data, length.value),
+        "validation_rows": Advice(value=held_out, why="no prompt of theirs is trained on"),
+        "model": model_kind(num_rows, data.objective),
+        **({"task_weights": task_weights(data.tasks)} if len(data.tasks) > 1 else {}),
     }

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 
 from benchmarks.gpu.meters import held_bytes, mark, phase_peaks
+from ftplan.launcher.data.tokens import TokenRow
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.emit import method_settings, training_arguments
-from ftplan.launcher.tokens import TokenRow
 from ftplan.launcher.training.build import apply_method, quantization_config
 from ftplan.launcher.training.loop import as_dataset, sft_arguments
 from ftplan.launcher.training.stacks import blank_tokenizer

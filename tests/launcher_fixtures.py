@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from ftplan.launcher.data_reader import Message, Row
+from ftplan.launcher.data.rows import Message, Row
 
 CHATML = (
     "{% for message in messages %}"
@@ -28,7 +28,7 @@ def chat(*turns: str, system: str = "", line: int = 1) -> Row:
     messages += [
         Message("assistant" if number % 2 else "user", text) for number, text in enumerate(turns)
     ]
-    return Row(line=line, messages=tuple(messages))
+    return Row(number=line, messages=tuple(messages))
 
 
 def tiny_tokenizer(chat_template: str | None = None, **changes: Any) -> Any:

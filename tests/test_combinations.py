@@ -13,7 +13,7 @@ import pytest
 from msgspec import structs
 
 from ftplan.launcher import cli, planning
-from ftplan.launcher.tokens import RowTokenizer
+from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.planner.combination import Combination
 from ftplan.planner.combinations import (
     COMBINATIONS,

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.data_reader import DataFile, Row
 from ftplan.launcher.profiling import (
     Split,
@@ -20,7 +21,6 @@ from ftplan.launcher.profiling import (
     profile_to_dict,
     split_rows,
 )
-from ftplan.launcher.tokens import RowTokenizer
 from ftplan.planner.data_profile import Problem
 from ftplan.planner.errors import InputError
 from tests.launcher_fixtures import CHATML, chat, tiny_tokenizer

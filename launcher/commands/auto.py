@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from ftplan.launcher.commands.plan import add_plan_arguments, planned_to_dict, show_plan
+from ftplan.launcher.commands.plan import (
+    add_plan_arguments,
+    data_asked,
+    planned_to_dict,
+    show_plan,
+)
 from ftplan.launcher.confirm import confirm
 from ftplan.launcher.launching import carry_out, write_run
 from ftplan.launcher.planning import make_plan, require_training
@@ -34,8 +39,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     checked_loss(given.get("loss", defaults.loss), given.get("trainer", defaults.trainer))
     planned = make_plan(
         ui,
-        data_path=arguments.data,
-        eval_path=arguments.eval_data,
+        asked=data_asked(arguments),
         model_name=arguments.model,
         named_device=None,
         given=given,

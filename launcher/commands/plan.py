@@ -11,6 +11,7 @@ from msgspec import structs
 
 from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.data.asked import DataAsked, checked_share, read_columns
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
@@ -30,23 +31,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """What `plan` and `auto` are both told."""
-    parser.add_argument("data", metavar="DATA", type=Path, help="a .json or .jsonl file")
+    add_data_arguments(parser)
     parser.add_argument(
         "--model", metavar="MODEL", help="a catalog name, a Hub id, or a folder (default: chosen)"
-    )
-    parser.add_argument(
-        "--eval-data", metavar="FILE", type=Path, help="held-out rows (default: a tenth of DATA)"
     )
     parser.add_argument(
         "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
     )
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which rows, and how they are read: what `data`, `plan` and `auto` are told alike."""
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="+",
+        help="files, folders, or datasets on the Hub: JSON, JSON lines, CSV, Parquet, Arrow",
+    )
+    parser.add_argument(
+        "--eval-data", metavar="FILE", nargs="+", help="held-out rows (default: a tenth of DATA)"
+    )
+    parser.add_argument(
+        "--test-share",
+        metavar="SHARE",
+        type=float,
+        default=0.0,
+        help="rows that training never sees, such as 0.05 (default: none)",
+    )
+    parser.add_argument(
+        "--columns",
+        metavar="OURS=YOURS",
+        help="names of your fields: `instruction=question,output=answer`",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse the data where a row would be left out"
+    )
+
+
+def data_asked(arguments: argparse.Namespace) -> DataAsked:
+    """Raises InputError for what cannot be meant."""
+    return DataAsked(
+        paths=tuple(arguments.data),
+        eval_paths=tuple(arguments.eval_data or ()),
+        columns=read_columns(arguments.columns),
+        strict=arguments.strict,
+        test_share=checked_share(arguments.test_share),
+    )
+
+
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     planned = make_plan(
         ui,
-        data_path=arguments.data,
-        eval_path=arguments.eval_data,
+        asked=data_asked(arguments),
         model_name=arguments.model,
         named_device=named_device(arguments.gpu, arguments.free_memory),
         given=given_settings(arguments),

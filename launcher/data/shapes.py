@@ -133,6 +133,14 @@ def _optional_text(value: Value, key: str) -> str:
     return content
 
 
+# Names of fields that rows may have, which `--columns` maps a person's own ones to.
+FIELDS = (
+    *("instruction", "input", "output", "system", "history", "prompt", "completion", "question"),
+    *("answer", "response", "messages", "conversations", "tools", "text", "label", "task"),
+    *("chosen", "rejected", "score", "margin"),
+)
+
+
 # --- conversations -------------------------------------------------------------------------------
 
 

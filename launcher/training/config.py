@@ -12,18 +12,29 @@ from ftplan.launcher.run_dir import RunDir, read_mapping
 from ftplan.planner.errors import InputError
 
 
+class DataConfig(Struct, frozen=True, kw_only=True):
+    """Files of rows, and how they are read. `sha256`: of what was profiled."""
+
+    files: tuple[Path, ...]
+    sha256: str
+    columns: Mapping[str, str]
+
+
 class TrainConfig(Struct, frozen=True, kw_only=True):
     """What the training process is to do."""
 
     model: str
-    data: Path
-    data_sha256: str
-    eval_data: Path | None
-    eval_data_sha256: str | None
+    data: DataConfig
+    eval_data: DataConfig | None
+    test_share: float
     method: str
     method_settings: Mapping[str, Any]
     loss: str
     training_arguments: Mapping[str, Any]
+
+    @property
+    def objective(self) -> str:
+        return str(self.method_settings["objective"])
 
     @property
     def is_quantized(self) -> bool:
@@ -50,10 +61,11 @@ def checked_loss(loss: str, trainer: str) -> str:
 
 def checked_objective(objective: str) -> str:
     """The objective, if ftplan's training process has it; raises InputError otherwise."""
-    if objective != "sft":
+    if objective == "grpo":
         raise InputError(
-            f"runs are launched for plain fine-tuning; `--objective {objective}` is for estimates",
-            "leave `--objective` out, or ask `ftplan estimate MODEL` about it",
+            "prompts alone are for online methods, which need a reward function: "
+            "`--objective grpo` is for estimates",
+            "add answers to the rows, or ask `ftplan estimate MODEL --objective grpo`",
         )
     return objective
 
@@ -63,13 +75,11 @@ def read_train_config(run: RunDir) -> TrainConfig:
     raw = read_mapping(run.train)
     try:
         checked_objective(raw["method_settings"]["objective"])
-        eval_data = raw["eval_data"]
         return TrainConfig(
             model=raw["model"],
-            data=run.root / raw["data"],
-            data_sha256=raw["data_sha256"],
-            eval_data=run.root / eval_data if eval_data else None,
-            eval_data_sha256=raw["eval_data_sha256"],
+            data=_data_config(run, raw["data"]),
+            eval_data=_data_config(run, raw["eval_data"]) if raw["eval_data"] else None,
+            test_share=raw["test_share"],
             method=raw["method"],
             method_settings=raw["method_settings"],
             loss=checked_loss(raw["loss"], raw["trainer"]),
@@ -77,3 +87,11 @@ def read_train_config(run: RunDir) -> TrainConfig:
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error
+
+
+def _data_config(run: RunDir, raw: Mapping[str, Any]) -> DataConfig:
+    return DataConfig(
+        files=tuple(run.root / file for file in raw["files"]),
+        sha256=raw["sha256"],
+        columns=raw["columns"],
+    )

@@ -18,10 +18,10 @@ from datasets import Dataset
 from msgspec import Struct, to_builtins
 from transformers import set_seed
 
+from ftplan.launcher.data.tokens import RowTokenizer, TokenRow, load_tokenizer
 from ftplan.launcher.data_reader import DataFile, Row, read_data
 from ftplan.launcher.profiling import make_split
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
-from ftplan.launcher.tokens import RowTokenizer, TokenRow, load_tokenizer
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.config import TrainConfig, read_train_config
@@ -93,9 +93,10 @@ def train(run: RunDir, *, resume: bool) -> int:
 def _train(session: _Session, *, resume: bool, started: float) -> int:
     run, config = session.run, session.config
     session.say("reading the data")
-    split = make_split(_read_checked(config), _read_eval(config))
-    train_rows = tokenized(session.tokenizer, split.train, config)
-    eval_rows = tokenized(session.tokenizer, split.held_out, config)
+    rows = read_rows(config)
+    tokenizer, limit = session.tokenizer, config.training_arguments["max_length"]
+    train_rows = training_rows(tokenizer, rows.train, config.objective, limit)
+    eval_rows = training_rows(tokenizer, rows.held_out, config.objective, limit)
     session.say("loading the model")
     trainer = build_trainer(session, train_rows, eval_rows)
     loaded = time.time()
@@ -131,69 +132,44 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     return 0
 
 
-def _read_checked(config: TrainConfig) -> DataFile:
-    """The data that was profiled, or an error."""
-    data = read_data(config.data)
-    if data.sha256 != config.data_sha256:
-        raise InputError(
-            f"`{config.data}` has changed since the run was planned",
-            "plan again with `ftplan auto`, or put the file back",
-        )
-    return data
-
-
-def _read_eval(config: TrainConfig) -> DataFile | None:
-    if config.eval_data is None:
-        return None
-    data = read_data(config.eval_data)
-    if data.sha256 != config.eval_data_sha256:
-        raise InputError(f"`{config.eval_data}` has changed since the run was planned")
-    return data
-
-
-def tokenized(
-    tokenizer: RowTokenizer, rows: tuple[Row, ...], config: TrainConfig
-) -> list[TokenRow]:
-    """Token rows cut at `max_length`; rows without a trained token left are dropped.
-
-    Raises InputError when nothing is left.
-    """
-    limit = config.training_arguments["max_length"]
-    cut = [
-        TokenRow(row.input_ids[:limit], row.completion_mask[:limit])
-        for row in tokenizer.tokenize(rows)
-    ]
-    kept = [row for row in cut if any(row.completion_mask[1:])]
-    if not kept:
-        raise InputError(
-            f"cut at {limit} tokens, no row has an answer left", "raise `--max-length`"
-        )
-    return kept
-
-
 def build_trainer(
-    session: _Session, train_rows: list[TokenRow], eval_rows: list[TokenRow]
+    session: _Session, train_rows: TrainingRows, eval_rows: TrainingRows
 ) -> PlannedTrainer:
     """The trainer with model, method and data in place."""
     config, run = session.config, session.run
-    arguments = sft_arguments(config.training_arguments, str(run.checkpoints))
+    objective = config.objective
+    arguments = planned_arguments(objective, config.training_arguments, str(run.checkpoints))
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
     peft_config = apply_method(model, config.method, config.method_settings)
-    trainer = PlannedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=as_dataset(train_rows),
-        eval_dataset=as_dataset(eval_rows),
-        processing_class=session.tokenizer.tokenizer,
-        peft_config=peft_config,
-        callbacks=[session.reporter],
-        row_lengths=[len(row.input_ids) for row in train_rows],
-        stock_loss=config.loss == "stock",
+    common = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": Dataset.from_list(train_rows.rows),
+        "eval_dataset": Dataset.from_list(eval_rows.rows),
+        "processing_class": session.tokenizer.tokenizer,
+        "peft_config": peft_config,
+        "callbacks": [session.reporter],
+    }
+    trainer: Any = (
+        PlannedTrainer(
+            row_lengths=train_rows.lengths, stock_loss=config.loss == "stock", **common
+        )
+        if objective == "sft"
+        else TRAININGS[objective].trainer(**common)
     )
     settle_adapters(trainer.model, config.method_settings)
     session.reporter.trainer = trainer
     return trainer
+
+
+def planned_arguments(
+    objective: str, training_arguments: Mapping[str, Any], output_dir: str
+) -> Any:
+    """The configuration of the objective's trainer."""
+    if objective == "sft":
+        return sft_arguments(training_arguments, output_dir)
+    return trainer_arguments(objective, training_arguments, output_dir)
 
 
 def sft_arguments(training_arguments: Mapping[str, Any], output_dir: str, **more: Any) -> Any:

@@ -12,12 +12,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from ftplan.launcher.data_reader import Message, Row
+from ftplan.launcher.data.patterns import Patterns, Segment
+from ftplan.launcher.data.rows import Message, Messages, Row
 from ftplan.planner.errors import InputError
 
-PLAIN_HEADINGS = {"system": "System", "user": "Instruction", "assistant": "Response"}
+PLAIN_HEADINGS = {
+    "system": "System",
+    "user": "Instruction",
+    "assistant": "Response",
+    "tool": "Tool",
+}
 
 _ROWS_AT_ONCE = 256
 
@@ -27,18 +33,20 @@ _OTHER_TEMPLATE = (
 )
 
 
-class Segment(Struct, frozen=True):
-    """A stretch of text, and whether its tokens carry loss."""
-
-    text: str
-    trained: bool
-
-
 class TokenRow(Struct, frozen=True):
     """A row as training sees it: `completion_mask` is 1 where a token carries loss."""
 
     input_ids: list[int]
     completion_mask: list[int]
+
+
+class TokenPair(Struct, frozen=True):
+    """A question and its answers as preference training sees them; `rejected_ids` is empty where
+    there is one answer only."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
 
 
 class RowTokenizer:
@@ -47,6 +55,8 @@ class RowTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
+        template = getattr(tokenizer, "chat_template", None)
+        self._patterns = Patterns(template if isinstance(template, str) else None)
 
     @property
     def template(self) -> str:
@@ -76,9 +86,27 @@ class RowTokenizer:
             opening = self._opening(row.messages, input_ids)
             yield TokenRow(opening + input_ids, [0] * len(opening) + mask)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def pair(self, row: Row) -> TokenPair:
+        """The row's prompt, its wanted answer and the other one, if any.
+
+        Raises InputError as `segments` does.
+        """
+        wanted = row.chosen or row.messages[len(row.prompt) :]
+        prompt, chosen = self._asked_and_answer(row, wanted)
+        rejected = self._asked_and_answer(row, row.rejected)[1] if row.rejected else []
+        return TokenPair(prompt, chosen, rejected)
+
+    def _asked_and_answer(self, row: Row, answers: Messages) -> tuple[list[int], list[int]]:
+        try:
+            asked, answered = self._last_answers(row.prompt, answers, row.tools)
+        except InputError as error:
+            raise _of_row(row, error) from error
+        ids = self.tokenizer([asked.text, answered.text], add_special_tokens=False)["input_ids"]
+        return self._opening(row.prompt, ids[0]) + ids[0], ids[1]
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The tokens of a prompt up to where its answer begins, as in training."""
-        text = self.render(messages, ask=True)
+        text = self.render(messages, ask=True, tools=tools)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._opening(messages, ids) + ids
 
@@ -86,6 +114,14 @@ class RowTokenizer:
         """What belongs before the tokens: nothing where template or text has brought its own."""
         templated = messages and self.has_chat_template
         return [] if templated or ids[:1] == self._first_token else self._first_token
+
+    def opening_tokens(self, row: Row, segments: Sequence[Segment]) -> int:
+        """How many tokens `_opening` puts before the row."""
+        if row.messages and self.has_chat_template:
+            return 0
+        first = next((segment.text for segment in segments if segment.text), "")
+        bos = self.tokenizer.bos_token
+        return 0 if bos and first.startswith(bos) else len(self._first_token)
 
     @cached_property
     def _first_token(self) -> list[int]:
@@ -96,31 +132,40 @@ class RowTokenizer:
     def segments(self, row: Row) -> list[Segment]:
         """The row's text cut where loss begins and ends; its end token is trained.
 
-        Raises InputError where the chat template refuses the row, or where a question is not
-        rendered as the beginning of its answered conversation.
+        A pair's text is that of its question and chosen answer. Raises InputError where the chat
+        template refuses the row, or where a question is not rendered as the beginning of its
+        answered conversation.
         """
         end = self.tokenizer.eos_token or ""
         if row.text:
             return [Segment(row.text + end, True)]
+        if row.chosen:
+            row = structs.replace(
+                row, messages=(*row.messages, *row.chosen), chosen=(), rejected=()
+            )
         if not self.has_chat_template:
             return self._plain_segments(row.messages, end)
         try:
-            return self._template_segments(row.messages)
+            return self._patterns.segments(row, self._template_segments)
         except InputError as error:
-            raise InputError(f"row {row.line}: {error.message}", error.hint) from error
+            raise _of_row(row, error) from error
 
-    def _template_segments(self, messages: tuple[Message, ...]) -> list[Segment]:
+    def _template_segments(self, row: Row) -> list[Segment]:
         """Every answer of the conversation trained, where the template renders prefixes alike;
-        some templates change earlier turns later on, then the last answer only."""
+        some templates change earlier turns later on, then the last answer only. A prompt alone
+        carries no loss."""
+        messages, tools = row.messages, row.tools
+        if messages[-1].role != "assistant":
+            return [Segment(self.render(messages, ask=True, tools=tools), False)]
         segments: list[Segment] = []
         done = ""
         for number, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            asked = self.render(messages[:number], ask=True)
-            answered = self.render(messages[: number + 1])
+            asked = self.render(messages[:number], ask=True, tools=tools)
+            answered = self.render(messages[: number + 1], tools=tools)
             if not (asked.startswith(done) and answered.startswith(asked)):
-                return self._last_answer(messages)
+                return self._last_answers(messages[:-1], messages[-1:], tools)
             segments += [
                 Segment(asked[len(done) :], False),
                 Segment(answered[len(asked) :], True),
@@ -128,17 +173,21 @@ class RowTokenizer:
             done = answered
         return segments
 
-    def _last_answer(self, messages: tuple[Message, ...]) -> list[Segment]:
-        asked, answered = self.render(messages[:-1], ask=True), self.render(messages)
-        if not answered.startswith(asked):
-            asked = self.render(messages[:-1])
-        if not answered.startswith(asked):
+    def _last_answers(
+        self, prompt: Messages, answers: Messages, tools: Sequence[Any]
+    ) -> list[Segment]:
+        """What was asked, and all that follows it."""
+        whole = self.render((*prompt, *answers), tools=tools)
+        asked = self.render(prompt, ask=True, tools=tools)
+        if not whole.startswith(asked):
+            asked = self.render(prompt, tools=tools)
+        if not whole.startswith(asked):
             raise InputError(
                 "the tokenizer's chat template renders a question in another way once it is "
                 "answered, so that loss cannot be put on the answer alone",
                 _OTHER_TEMPLATE,
             )
-        return [Segment(asked, False), Segment(answered[len(asked) :], True)]
+        return [Segment(asked, False), Segment(whole[len(asked) :], True)]
 
     def _plain_segments(self, messages: tuple[Message, ...], end: str) -> list[Segment]:
         """Questions and headings between two answers are one segment: a tokenizer may have other
@@ -154,7 +203,9 @@ class RowTokenizer:
                 asked += f"{message.content}\n\n"
         return [*segments, Segment(asked, False)] if asked else segments
 
-    def render(self, messages: Sequence[Message], ask: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, ask: bool = False, tools: Sequence[Any] = ()
+    ) -> str:
         """The conversation as text, with the opening of the next answer if `ask`.
 
         A system message that the chat template refuses, as Gemma's does, stands before the first
@@ -165,26 +216,35 @@ class RowTokenizer:
             opening = f"### {PLAIN_HEADINGS['assistant']}:\n" if ask else ""
             return "".join(part.text for part in parts) + opening
         try:
-            return self._apply_template(messages, ask)
+            return self._apply_template(messages, ask, tools)
         except InputError:
             if [message.role for message in messages[:2]] != ["system", "user"]:
                 raise
         system, question, *rest = messages
         folded = Message("user", f"{system.content}\n\n{question.content}")
-        return self._apply_template([folded, *rest], ask)
+        return self._apply_template([folded, *rest], ask, tools)
 
-    def _apply_template(self, messages: Sequence[Message], ask: bool) -> str:
+    def _apply_template(self, messages: Sequence[Message], ask: bool, tools: Sequence[Any]) -> str:
         from jinja2.exceptions import TemplateError  # comes with what renders templates
 
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        turns = [message.to_dict() for message in messages]
         try:
             return str(
-                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+                self.tokenizer.apply_chat_template(
+                    turns,
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                    **({"tools": list(tools)} if tools else {}),
+                )
             )
         except TemplateError as error:
             raise InputError(
                 f"the tokenizer's chat template refuses the conversation: {error}", _OTHER_TEMPLATE
             ) from error
+
+
+def _of_row(row: Row, error: InputError) -> InputError:
+    return InputError(f"row {row.number}: {error.message}", error.hint)
 
 
 def load_tokenizer(model: str | Path) -> RowTokenizer:

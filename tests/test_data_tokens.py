@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftplan.launcher.data_reader import Row
-from ftplan.launcher.tokens import RowTokenizer, Segment, TokenRow, load_tokenizer
+from ftplan.launcher.data.patterns import Segment
+from ftplan.launcher.data.rows import Row
+from ftplan.launcher.data.tokens import RowTokenizer, TokenRow, load_tokenizer
 from ftplan.planner.errors import InputError
 from tests.launcher_fixtures import CHATML, SPECIAL_TOKENS, chat, tiny_tokenizer
 
@@ -155,15 +156,15 @@ class TestPlainHeadings:
 
 class TestPlainText:
     def test_all_of_it_carries_loss_and_it_ends(self) -> None:
-        tokens = tokenize(PLAIN, Row(line=1, text="The answer is here.\n"))
+        tokens = tokenize(PLAIN, Row(number=1, text="The answer is here.\n"))
         assert decode(PLAIN, tokens.input_ids) == "The answer is here.\n<|im_end|>"
         assert set(tokens.completion_mask) == {1}
 
     def test_a_chat_template_leaves_it_alone(self) -> None:
-        text = Row(line=1, text="The answer is here.")
+        text = Row(number=1, text="The answer is here.")
         assert tokenize(TEMPLATES[CHATML], text) == tokenize(PLAIN, text)
 
-    @pytest.mark.parametrize("row", [Row(line=1, text="here"), chat("q", "a")])
+    @pytest.mark.parametrize("row", [Row(number=1, text="here"), chat("q", "a")])
     def test_a_text_opens_as_the_tokenizer_opens_one(self, row: Row) -> None:
         """Llama's and Gemma's tokenizers put a first token before every text; without it their
         base models are far outside what they were trained on, and a length is off by one."""
@@ -177,8 +178,8 @@ class TestPlainText:
 
     def test_a_text_that_has_brought_its_first_token_has_it_once(self) -> None:
         tokenizer = RowTokenizer(opening_tokenizer())
-        row = Row(line=1, text="here")
-        assert tokenize(tokenizer, Row(line=1, text="<|bos|>here")).input_ids == (
+        row = Row(number=1, text="here")
+        assert tokenize(tokenizer, Row(number=1, text="<|bos|>here")).input_ids == (
             tokenize(tokenizer, row).input_ids
         )
 
@@ -318,7 +319,7 @@ class TestManyRows:
             def segments(self, row: Row) -> list[Segment]:
                 return [Segment("", False), Segment("a", True), Segment("", True)]
 
-        tokens = tokenize(Hollow(tiny_tokenizer()), Row(line=1, text="a"))
+        tokens = tokenize(Hollow(tiny_tokenizer()), Row(number=1, text="a"))
         assert tokens.completion_mask == [1]
 
 

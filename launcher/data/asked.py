@@ -1,0 +1,113 @@
+"""Which data a person names, and how it is read: progress, refusals, two depths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+from ftplan.launcher.data.data_file import DataFile, read_data
+from ftplan.launcher.data.files import open_source
+from ftplan.launcher.data.shapes import FIELDS
+from ftplan.launcher.data.tokens import RowTokenizer
+from ftplan.launcher.host import usable_cores
+from ftplan.launcher.ui import Ui
+from ftplan.planner.errors import InputError, UnknownNameError
+
+# Files from this size on show how far a pass over them is.
+_BYTES_WITH_PROGRESS = 16 * 2**20
+
+
+class DataAsked(Struct, frozen=True, kw_only=True):
+    """Training rows, held-out rows where they are apart, and how to read them.
+
+    `objective`: a plan's, where a person names one. `strict`: no row may be left out.
+    """
+
+    paths: tuple[str, ...]
+    eval_paths: tuple[str, ...] = ()
+    columns: Mapping[str, str] = {}
+    objective: str | None = None
+    strict: bool = False
+    test_share: float = 0.0
+
+    def check(self) -> None:
+        """Raises InputError where the files cannot be what they should, before anything slow."""
+        open_source(self.paths)
+        if self.eval_paths:
+            open_source(self.eval_paths)
+
+    def read(self, ui: Ui, tokenizer: RowTokenizer | None) -> tuple[DataFile, DataFile | None]:
+        """Training and held-out rows, measured. Raises InputError for what cannot be used."""
+        data = self._read(ui, self.paths, tokenizer)
+        if not self.eval_paths:
+            return data, None
+        return data, self._read(ui, self.eval_paths, tokenizer, objective=data.objective)
+
+    def read_roughly(self) -> tuple[DataFile, DataFile | None]:
+        """The same with lengths by characters, for a first look."""
+        data = read_data(
+            self.paths, columns=self.columns, objective=self.objective, checks=False
+        )
+        if not self.eval_paths:
+            return data, None
+        return data, read_data(
+            self.eval_paths, columns=self.columns, objective=data.objective, checks=False
+        )
+
+    def _read(
+        self,
+        ui: Ui,
+        paths: Sequence[str],
+        tokenizer: RowTokenizer | None,
+        objective: str | None = None,
+    ) -> DataFile:
+        size = open_source(paths).size_bytes
+        with ui.progress("reading", size if size >= _BYTES_WITH_PROGRESS else None) as progress:
+            data = read_data(
+                paths,
+                columns=self.columns,
+                objective=objective or self.objective,
+                tokenizer=tokenizer,
+                progress=progress,
+                processes=usable_cores(),
+            )
+        if self.strict:
+            _refuse_left_out(data)
+        return data
+
+
+def _refuse_left_out(data: DataFile) -> None:
+    count = sum(trouble.count for trouble in data.troubles.values())
+    if count:
+        kind, worst = next(iter(data.troubles.items()))
+        raise InputError(
+            f"{count:,} of {data.num_rows:,} rows would be left out: {kind} "
+            f"({data.where(worst)})" + ("" if len(data.troubles) == 1 else ", and others"),
+            "mend them, or leave out `--strict`; `ftplan data` lists every kind",
+        )
+
+
+def read_columns(text: str | None) -> dict[str, str]:
+    """`instruction=q,output=a` as {"instruction": "q", ...}; raises InputError."""
+    columns: dict[str, str] = {}
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        ours, separator, theirs = (word.strip() for word in part.partition("="))
+        if not separator or not theirs:
+            raise InputError(
+                f"`--columns {text}` does not name pairs",
+                "write `--columns instruction=your_question,output=your_answer`",
+            )
+        if ours not in FIELDS:
+            raise UnknownNameError("field of a row", ours, FIELDS)
+        columns[ours] = theirs
+    return columns
+
+
+def checked_share(share: float) -> float:
+    """Raises InputError unless it is a share that leaves something to train on."""
+    if not 0 <= share <= 0.5:
+        raise InputError(f"`--test-share {share:g}` is not between 0 and 0.5")
+    return share

@@ -1,0 +1,331 @@
+"""A data file as ftplan knows it: what was found in one pass, and its rows as often as needed.
+
+One reader serves profiling and training, so what was profiled is what is trained.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from ftplan.launcher.data.files import Source, open_source
+from ftplan.launcher.data.rows import Row
+from ftplan.launcher.data.shapes import (
+    OBJECTIVES,
+    SHAPES,
+    Shape,
+    Unusable,
+    renamed,
+    row_of,
+    shape_of,
+)
+from ftplan.launcher.data.split import Split
+from ftplan.launcher.data.survey import (
+    Place,
+    RowMeasure,
+    Survey,
+    Trouble,
+    group_of,
+    place_of,
+    survey_records,
+)
+from ftplan.launcher.data.tokens import RowTokenizer
+from ftplan.planner.data_profile import Problem
+from ftplan.planner.errors import InputError
+
+# Below, a pass is over before processes have started.
+_BYTES_FOR_PROCESSES = 32 * 2**20
+
+# How often a progress bar is told of processes.
+_LOOK_EVERY_SECONDS = 0.2
+
+# What rows of a shape can train, the first by default: pairs are a reward model's too, and their
+# chosen answers are answers.
+TRAINS: Mapping[str, tuple[str, ...]] = {
+    "supervised": ("sft",),
+    "multi-task": ("sft",),
+    "pretraining": ("sft",),
+    "preference": ("dpo", "reward", "sft"),
+    "kto": ("kto", "sft"),
+    "online": ("grpo",),
+}
+
+
+class DataFile(Struct, frozen=True, kw_only=True):
+    """One or several files of rows.
+
+    `kind`: what most rows are for, a key of TRAINS. `objective`: what they train, a plan's.
+    `troubles`: rows that are left out, by kind. `columns`: a person's own names of fields.
+    """
+
+    source: Source
+    columns: Mapping[str, str]
+    survey: Survey
+    format: str
+    kind: str
+    objective: str
+    troubles: Mapping[str, Trouble]
+
+    exact: bool
+    sha256: str
+
+    @property
+    def num_rows(self) -> int:
+        return self.survey.num_rows
+
+    def where(self, trouble: Trouble) -> str:
+        """Where a trouble stands, for people."""
+        return where(trouble, self.source)
+
+    def odd_rows(self) -> tuple[Problem, ...]:
+        """Rows that are trained on all the same, of which a person is warned."""
+        if self.survey.checks is None:
+            return ()
+        return tuple(
+            Problem(
+                kind=f"{found.kind}, {found.detail}" if found.detail else found.kind,
+                count=found.count,
+                first_lines=tuple(place_of(number)[1] for number in found.numbers),
+                where=said_places([place_of(n) for n in found.numbers], found.count, self.source),
+                left_out=False,
+                advice=found.advice,
+            )
+            for found in self.survey.checks.findings()
+        )
+
+    def left_out(self) -> Iterator[tuple[Place, str]]:
+        """Every row that is not used, and why, read again."""
+        for record in self.source.records():
+            place = (record.file, record.number)
+            if record.broken:
+                yield place, record.broken
+                continue
+            try:
+                value = renamed(record.value, self.columns)
+                shape = shape_of(value)
+                if self.objective not in TRAINS[shape.objective]:
+                    yield place, _for_something_else(shape, self.format)
+                    continue
+                row_of(record.number, value, shape, record.file)
+            except Unusable as why:
+                yield place, str(why)
+
+    def used(self) -> list[bool]:
+        """Of each readable row, whether its shape trains the objective."""
+        fits = [self.objective in TRAINS[shape.objective] for shape in SHAPES]
+        return [fits[shape] for shape in self.survey.shapes]
+
+    def groups(self) -> list[int]:
+        """The prompts of the used rows."""
+        return list(compress(self.survey.groups, self.used()))
+
+    def lengths(self, split: Split) -> list[int]:
+        """Tokens of the used rows that are trained on."""
+        return self._of_training(self.survey.tokens, split)
+
+    def trained_tokens(self, split: Split) -> int:
+        """Tokens that carry loss, of the used rows that are trained on."""
+        return sum(self._of_training(self.survey.trained, split))
+
+    def _of_training(self, values: Sequence[int], split: Split) -> list[int]:
+        groups = self.survey.groups
+        rows = zip(values, groups, self.used(), strict=True)
+        return [value for value, group, used in rows if used and split.trains(group)]
+
+    def rows(self, keep: Callable[[int], bool] = lambda group: True) -> Iterator[Row]:
+        """The used rows in the file's order, read again; `keep` is asked of each one's prompt."""
+        for record in self.source.records():
+            if record.broken:
+                continue
+            try:
+                value = renamed(record.value, self.columns)
+                shape = shape_of(value)
+                if self.objective not in TRAINS[shape.objective]:
+                    continue
+                row = row_of(record.number, value, shape, record.file)
+            except Unusable:
+                continue
+            if keep(group_of(row)):
+                yield row
+
+
+def read_data(
+    paths: Sequence[Path | str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    objective: str | None = None,
+    tokenizer: RowTokenizer | None = None,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+    checks: bool = True,
+    processes: int = 1,
+) -> DataFile:
+    """Looks through files of rows once.
+
+    `tokenizer` measures them; without one lengths are estimated. `objective`: a plan's, for which
+    rows that can train it are used; else it follows from most rows. Raises InputError where the
+    files cannot be read, or no row can be used.
+    """
+    source = open_source(paths)
+    survey = _surveyed(source, dict(columns or {}), tokenizer, progress, checks, processes)
+    counts = [0] * len(SHAPES)
+    for shape in survey.shapes:
+        counts[shape] += 1
+    if not any(counts):
+        raise _no_usable_row(source, survey)
+    kinds: dict[str, int] = {}
+    for shape, count in zip(SHAPES, counts, strict=True):
+        kinds[OBJECTIVES[shape.objective]] = kinds.get(OBJECTIVES[shape.objective], 0) + count
+    wanted = objective or max(kinds, key=lambda name: kinds[name])
+    usable = [
+        (count, shape)
+        for shape, count in zip(SHAPES, counts, strict=True)
+        if count and wanted in TRAINS[shape.objective]
+    ]
+    if not usable:
+        raise _other_objective(source, wanted, counts)
+    most = max(usable, key=lambda one: one[0])[1]
+    return DataFile(
+        source=source,
+        columns=dict(columns or {}),
+        survey=survey,
+        format=most.name,
+        kind=most.objective,
+        objective=wanted,
+        troubles=_troubles(survey, wanted, most.name),
+        exact=tokenizer is not None,
+        sha256=source.sha256(),
+    )
+
+
+def _surveyed(
+    source: Source,
+    columns: Mapping[str, str],
+    tokenizer: RowTokenizer | None,
+    progress: Callable[[int], None],
+    checks: bool,
+    processes: int,
+) -> Survey:
+    """The whole pass; of a large file side by side, in processes that this one is copied to."""
+    large = source.size_bytes >= _BYTES_FOR_PROCESSES and processes > 1
+    if large and "fork" in multiprocessing.get_all_start_methods():
+        parts = source.parts(processes)
+        if len(parts) > 1:
+            return _side_by_side(parts, _Pass(columns, tokenizer, checks), progress)
+    return _Pass(columns, tokenizer, checks).over(source, progress)
+
+
+class _Pass(Struct):
+    """What is looked for in a source, or a part of one."""
+
+    columns: Mapping[str, str]
+    tokenizer: RowTokenizer | None
+    checks: bool
+
+    def over(self, source: Source, progress: Callable[[int], None]) -> Survey:
+        survey = survey_records(
+            source.records(progress), self.columns, RowMeasure(self.tokenizer), checks=self.checks
+        )
+        survey.notes = source.notes
+        return survey
+
+
+def _side_by_side(
+    parts: Sequence[Source], looked_for: _Pass, progress: Callable[[int], None]
+) -> Survey:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    context = multiprocessing.get_context("fork")
+    num_bytes = context.Value("q", 0)
+    told = 0
+    with ProcessPoolExecutor(
+        len(parts), mp_context=context, initializer=_adopt, initargs=(looked_for, num_bytes)
+    ) as pool:
+        waiting = [pool.submit(_over_part, part) for part in parts]
+        while not all(future.done() for future in waiting):
+            wait(waiting, timeout=_LOOK_EVERY_SECONDS)
+            progress(num_bytes.value - told)
+            told = num_bytes.value
+        first, *others = [future.result() for future in waiting]
+    for survey in others:
+        first.merge(survey)
+    return first
+
+
+# In a process of its own: what it looks for, and where it tells how far it is.
+_adopted: tuple[_Pass, Any] | None = None
+
+
+def _adopt(looked_for: _Pass, num_bytes: Any) -> None:
+    global _adopted
+    _adopted = (looked_for, num_bytes)
+
+
+def _over_part(part: Source) -> Survey:
+    assert _adopted is not None
+    looked_for, num_bytes = _adopted
+
+    def tell(more: int) -> None:
+        with num_bytes.get_lock():
+            num_bytes.value += more
+
+    return looked_for.over(part, tell)
+
+
+def _troubles(survey: Survey, objective: str, taken: str) -> dict[str, Trouble]:
+    """Rows that are left out: those that cannot be used at all, and those for something else."""
+    troubles = dict(survey.troubles)
+    for number, shape in enumerate(SHAPES):
+        if objective in TRAINS[shape.objective]:
+            continue
+        kind = _for_something_else(shape, taken)
+        for place in survey.places(number):
+            troubles.setdefault(kind, Trouble()).add(place)
+    return dict(sorted(troubles.items(), key=lambda item: -item[1].count))
+
+
+def _for_something_else(shape: Shape, taken: str) -> str:
+    if shape.objective == "online":
+        return "no answer"
+    return f"a row for something else: {shape.name}, most are {taken}"
+
+
+def _no_usable_row(source: Source, survey: Survey) -> InputError:
+    name = source.files[0].path
+    if not survey.troubles:
+        return InputError(f"`{name}` holds no row", "it needs one JSON object a line")
+    kind, worst = max(survey.troubles.items(), key=lambda item: item[1].count)
+    return InputError(
+        f"`{name}`: none of its {survey.num_rows} rows can be trained on: {kind} "
+        f"({where(worst, source)})",
+        "a row needs `instruction` and `output`, `prompt` and `completion`, `messages`, or `text`; "
+        "fields of other names are told with `--columns instruction=NAME,output=NAME`",
+    )
+
+
+def _other_objective(source: Source, objective: str, counts: Sequence[int]) -> InputError:
+    most = max(zip(counts, SHAPES, strict=True), key=lambda one: one[0])[1]
+    trains = ", ".join(f"`{name}`" for name in TRAINS[most.objective])
+    return InputError(
+        f"`{source.files[0].path}`: no row can train `{objective}`: most are {most.name} rows",
+        f"such rows train {trains}; leave `--objective` out to take the first",
+    )
+
+
+def where(trouble: Trouble, source: Source) -> str:
+    """`line 3, 8, 9, ...`: where a trouble stands."""
+    return said_places(trouble.first, trouble.count, source)
+
+
+def said_places(places: Sequence[Place], count: int, source: Source) -> str:
+    """The first places of so many, for people."""
+    more = ", ..." if count > len(places) else ""
+    if len(source.files) == 1:
+        numbers = ", ".join(str(number) for _, number in places)
+        return f"{source.files[0].unit} {numbers}{more}"
+    return "; ".join(source.place(number, file) for file, number in places) + more
