@@ -1,0 +1,1 @@
+"""Data files: reading them in any format, checking their rows, measuring their lengths."""
