@@ -1,0 +1,370 @@
+"""Rows of JSON text: one a line, one after the other over several lines, or in an array.
+
+All are values with something between them, so one reader takes them as they come and needs no
+more memory than a row. Strict JSON takes the fast path, the standard library's scanner in C. Where
+it stops, comments and commas before a closing bracket are blanked out and it tries again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from ftplan.launcher.data.records import MAX_ROW_BYTES, Notes, Record
+from ftplan.launcher.data.streams import Text
+
+COMMENTS = "comments (`//`, `/* */`), left out"
+TRAILING_COMMAS = "commas before a closing bracket, left out"
+COMMAS_AFTER_ROWS = "commas after rows, left out"
+COMMAS_BETWEEN_ROWS = "commas between rows missing or doubled"
+NOT_NUMBERS = "NaN or Infinity, read as null"
+RAW_CONTROL = "tabs or line breaks as they are inside text, where JSON has `\\t` and `\\n`"
+NOT_CLOSED = "the array has no closing `]`: the file may be cut off"
+
+_BETWEEN = re.compile(r"[\s,]*")
+_BLANK = re.compile(r"[ \t\r]*")
+_STRING = r'"(?:[^"\\\n]|\\.)*+"'
+_COMMENT = re.compile(_STRING + r'|(//[^\n]*|/\*.*?\*/)|(")', re.DOTALL)
+_TRAILING = re.compile(_STRING + r'|(,)(?=\s*[}\]])|(")')
+_NOT_NEWLINE = re.compile(r"[^\n]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_FIRST_KEY = re.compile(r'\{\s*("(?:[^"\\\n]|\\.)*")\s*:')
+
+_REASONS = {
+    "Expecting ',' delimiter": "expecting `,`",
+    "Expecting ':' delimiter": "expecting `:`",
+    "Expecting property name enclosed in double quotes": "expecting a name in double quotes",
+    "Expecting value": "expecting a value",
+    "Unterminated string starting at": "text without its closing quote",
+    "Invalid control character at": "a control character inside text",
+}
+
+# A comment, or a closing bracket behind a comma; from Python 3.13 on, that comma.
+_MENDABLE = ("/", "}", "]", ",")
+
+# Text is mended by pieces of this length: a window whose rows are all broken is not copied for each.
+_MENDED_CHARACTERS = 2**15
+
+# The longest piece of JSON that an error may stand before the end of: `-Infinity`, `\ud83d\ude00`.
+_LONGEST_PIECE = 12
+
+
+class _Broken(Exception):
+    """Why a row cannot be read, and where in the window that shows, if anywhere."""
+
+    def __init__(self, reason: str, position: int | None = None) -> None:
+        super().__init__(reason)
+        self.position = position
+
+
+class _Again(Exception):
+    """The window changed: look at the row once more."""
+
+
+class JsonRows:
+    """The rows of a text. `array`: it is an array from its position on, rows are numbered by
+    ordinal. `wrapper`: the key that holds the array, in an object around it.
+    """
+
+    def __init__(
+        self, text: Text, notes: Notes, file: int = 0, *, array: bool = False, wrapper: str = ""
+    ) -> None:
+        self._text = text
+        self._notes = notes
+        self._file = file
+        self._array = array
+        self._wrapper = wrapper
+        self._row = 0
+        self._commas: int | None = 0  # that stand before the array's next row; None: not looked at
+        self._cleaned = 0  # up to here the window has no comments, as long as it is not lengthened
+        self._first_key = ""
+        self._constants: list[str] = []
+        self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
+        self._loose = json.JSONDecoder(parse_constant=self._constants.append, strict=False)
+
+    def __iter__(self) -> Iterator[Record]:
+        text, file = self._text, self._file
+        while (begin := self._next()) is not None:
+            try:
+                value, end = self._value(begin)
+            except _Again:
+                continue
+            except _Broken as broken:
+                yield self._broken(begin, broken)
+                continue
+            self._row += 1
+            line = text.advance(begin)
+            number = self._row if self._array else line
+            text.position = end
+            self._commas = 1
+            yield Record(number, value, "", file)
+        if text.damage:
+            self._row += 1
+            number = self._row if self._array else text.advance(len(text.text))
+            yield Record(number, None, text.damage, file)
+
+    def _next(self) -> int | None:
+        """Where the next row begins; None after the last."""
+        text = self._text
+        while True:
+            window, position = text.text, text.position
+            begin = _BETWEEN.match(window, position).end()  # type: ignore[union-attr]
+            if begin < len(window):
+                break
+            if text.final:
+                if self._array and not text.damage:
+                    self._notes.add(NOT_CLOSED)
+                return None
+            if text.too_long:  # nothing but blanks
+                text.position = begin
+            self._more()
+        if self._array:
+            return self._next_of_array(begin)
+        if window.find(",", position, begin) >= 0:
+            self._notes.add(COMMAS_AFTER_ROWS, text.line(position))
+        return begin
+
+    def _next_of_array(self, begin: int) -> int | None:
+        text = self._text
+        closed = text.text[begin] == "]"
+        commas = text.text.count(",", text.position, begin)
+        if self._commas is not None and commas != (self._commas and not closed):
+            note = TRAILING_COMMAS if closed else COMMAS_BETWEEN_ROWS
+            self._notes.add(note, text.line(begin))
+        self._commas = None
+        if not closed:
+            return begin
+        text.advance(begin + 1)
+        return self._after_array()
+
+    def _after_array(self) -> int | None:
+        """What stands behind an array: nothing, the wrapper's end, or one more array."""
+        text = self._text
+        while (at := _BETWEEN.match(text.text, text.position).end()) == len(text.text):  # type: ignore[union-attr]
+            if text.final:
+                return None
+            text.position = at
+            self._more()
+        if self._wrapper:
+            if text.text[at] != "}":
+                self._notes.add(
+                    f"only `{self._wrapper}` is read, not what the file holds behind it"
+                )
+            return None
+        if text.text[at] == "[":
+            self._notes.add("several arrays, one after the other", text.advance(at + 1))
+            self._commas = 0
+            return self._next()
+        self._notes.add("text behind the array, left out", text.line(at))
+        return None
+
+    def _value(self, begin: int) -> tuple[Any, int]:
+        """The value that begins there, and where it ends. Raises _Broken, _Again."""
+        window = self._text.text
+        try:
+            value, end = self._decoder.raw_decode(window, begin)
+        except json.JSONDecodeError as error:
+            value, end = self._mended(begin, error)
+        except RecursionError:
+            raise _Broken("JSON nested too deeply") from None
+        except ValueError:  # Python's limit on the digits of a number
+            raise _Broken("a number with thousands of digits") from None
+        self._check_rest(begin, end)
+        if self._constants:
+            self._constants.clear()
+            self._notes.add(NOT_NUMBERS, self._text.line(begin))
+        self._check_text(value, begin, end)
+        return value, end
+
+    def _check_rest(self, begin: int, end: int) -> None:
+        """Behind a row stands a line's end, a comma, a comment, another row: nothing else."""
+        window = self._text.text
+        if window.startswith("\n", end) or window.startswith(",", end) and self._array:
+            return
+        at = _BLANK.match(window, end).end()  # type: ignore[union-attr]
+        if not self._array and window.startswith(",", at):
+            at = _BLANK.match(window, at + 1).end()  # type: ignore[union-attr]
+        if at == len(window):
+            if not self._text.final:
+                self._more()
+                raise _Again
+        elif window[at] not in (",]\n{/" if self._array else "\n{/"):
+            self._constants.clear()
+            raise _Broken("broken JSON: extra text after the row", at)
+
+    def _check_text(self, value: Any, begin: int, end: int) -> None:
+        """Raises _Broken for text that no tokenizer takes and no file can hold."""
+        window = self._text.text
+        if self._text.escaped and (bad := _SURROGATE.search(window, begin, end)):
+            byte = ord(bad.group()) - 0xDC00
+            raise _Broken(f"not UTF-8 text (byte 0x{byte:02x})", bad.start())
+        if window.find("\\u", begin, end) < 0:
+            return
+        if _ESCAPED_SURROGATE.search(window, begin, end):
+            try:
+                msgspec.json.encode(value)
+            except UnicodeEncodeError:
+                raise _Broken("half a character (a lone surrogate)") from None
+            except (RecursionError, msgspec.MsgspecError, ValueError, OverflowError):
+                raise _Broken("JSON nested too deeply") from None
+
+    def _mended(self, begin: int, error: json.JSONDecodeError) -> tuple[Any, int]:
+        """The value once more, after the scanner has stopped at `error`."""
+        text = self._text
+        self._constants.clear()
+        cut_short = self._cut_short(error)
+        if not text.final and (cut_short or self._in_last_line(begin, error.pos)):
+            self._lengthen(begin)
+        if text.text[error.pos : error.pos + 1] in _MENDABLE and self._clean(begin, error.pos):
+            raise _Again
+        if cut_short and text.damage:
+            damage, text.damage = text.damage, ""  # said once
+            raise _Broken(damage)
+        if error.msg.startswith("Invalid control") and not text.text.startswith("\0", error.pos):
+            try:
+                value, end = self._loose.raw_decode(text.text, begin)
+            except json.JSONDecodeError as later:
+                if self._cut_short(later) and not text.final and not text.too_long:
+                    self._lengthen(begin)
+            except (RecursionError, ValueError):
+                pass
+            else:
+                self._notes.add(RAW_CONTROL, text.line(begin))
+                return value, end
+        reason = _REASONS.get(error.msg, error.msg[:1].lower() + error.msg[1:])
+        if text.text.startswith("\n", error.pos):
+            reason = _REASONS["Unterminated string starting at"]
+        raise _Broken(f"broken JSON: {reason}", error.pos)
+
+    def _in_last_line(self, begin: int, position: int) -> bool:
+        """Of a row of several lines, whose last one may not have been read whole."""
+        return begin <= self._text.text.rfind("\n", begin) < position
+
+    def _lengthen(self, begin: int) -> None:
+        """Read on, so that a row is whole. Raises _Again, or _Broken for one that is too long."""
+        self._text.position = begin
+        if self._text.too_long:
+            raise _Broken(f"a row of more than {MAX_ROW_BYTES // 2**20} MiB")
+        self._more()
+        raise _Again
+
+    def _more(self) -> None:
+        self._text.more()
+        self._cleaned = 0
+
+    def _cut_short(self, error: json.JSONDecodeError) -> bool:
+        """The scanner stopped because the window ends."""
+        window, at = self._text.text, error.pos
+        if error.msg.startswith("Unterminated string"):
+            return window.find("\n", at) < 0
+        if window.startswith("//", at):
+            return window.find("\n", at) < 0
+        if window.startswith("/*", at):
+            closing = window.find("*/", at)
+            return closing < 0 or window.find("\n", closing) < 0 <= window.find("\n", at)
+        return (
+            at >= len(window) - _LONGEST_PIECE or _BETWEEN.match(window, at).end() == len(window)  # type: ignore[union-attr]
+        )
+
+    def _clean(self, begin: int, position: int) -> bool:
+        """Blank out what JSON does not have, in whole lines from `begin` to behind `position`.
+
+        Positions and lines stay as they are. Returns whether anything was there.
+        """
+        text = self._text
+        begin = max(begin, self._cleaned)
+        end = text.text.find("\n", max(begin, position) + _MENDED_CHARACTERS) + 1
+        if not end:
+            end = len(text.text) if text.final else text.text.rfind("\n", begin) + 1
+        end = end or len(text.text)
+        if begin >= min(end, position + 1):
+            return False
+        part = text.text[begin:end]
+        if "/" not in part and "," not in part:
+            return False
+        line = text.line(begin)
+        cleaned, upto = part, len(part)
+        for pattern, note in ((_COMMENT, COMMENTS), (_TRAILING, TRAILING_COMMAS)):
+            cleaned, upto = self._blanked(cleaned, upto, pattern, note, line)
+        # A comma at the end may yet stand before a bracket.
+        self._cleaned = begin + max(len(cleaned[:upto].rstrip(" \t\r\n,")), 1)
+        if cleaned == part:
+            return False
+        text.text = text.text[:begin] + cleaned + text.text[end:]
+        return True
+
+    def _blanked(
+        self, part: str, upto: int, pattern: re.Pattern[str], note: str, line: int
+    ) -> tuple[str, int]:
+        """Blank out a pattern's first group, up to a quote that is not closed in its line."""
+        pieces, kept = [], 0
+        for match in pattern.finditer(part, 0, upto):
+            if match.lastindex == 2:
+                upto = match.start()
+                break
+            if match.lastindex == 1:
+                pieces += [part[kept : match.start()], _NOT_NEWLINE.sub(" ", match.group())]
+                line += part.count("\n", kept, match.start())
+                self._notes.add(note, line)
+                line += match.group().count("\n")
+                kept = match.end()
+        return "".join([*pieces, part[kept:]]), upto
+
+    def _broken(self, begin: int, broken: _Broken) -> Record:
+        """The record of a broken row; the window moves to where the next may begin."""
+        text = self._text
+        self._row += 1
+        self._constants.clear()
+        line = text.advance(begin)
+        reason = str(broken)
+        if broken.position is not None:
+            reason += f", {self._place(line, begin, broken.position)}"
+        if self._array:
+            self._skip_to_row_of_array(begin)
+        else:
+            self._skip_to_line(begin, broken.position or begin)
+        return Record(self._row if self._array else line, None, reason, self._file)
+
+    def _place(self, first_line: int, begin: int, position: int) -> str:
+        line = self._text.line(position)
+        if line == first_line and self._array:  # the line may have begun before the window
+            return f"character {position - begin + 1:,} of the row"
+        column = f"column {position - self._text.text.rfind(chr(10), 0, position)}"
+        return column if line == first_line else f"line {line}, {column}"
+
+    def _skip_to_line(self, begin: int, position: int) -> None:
+        """Behind a row that broke off in its own line: the next line. Behind one of several lines:
+        the next `{` that is as far indented.
+        """
+        window = self._text.text
+        line_begin = window.rfind("\n", 0, begin) + 1
+        line_end = window.find("\n", begin)
+        if line_end < 0 or line_end >= position:
+            return self._skip(re.compile(r"\n()"), begin)
+        indent = _BLANK.match(window, line_begin).group()  # type: ignore[union-attr]
+        self._skip(re.compile(rf"\n{indent}()\{{"), begin)
+
+    def _skip_to_row_of_array(self, begin: int) -> None:
+        """To the next object that begins with the key that this one, or one before, begins with."""
+        window = self._text.text
+        first_key = _FIRST_KEY.match(window, begin)
+        self._first_key = first_key.group(1) if first_key else self._first_key
+        if first_key is None and window[begin] not in "{[":
+            return self._skip(re.compile(r"()[\n,\]{]"), begin)
+        key = rf"\s*{re.escape(self._first_key)}\s*:" if self._first_key else ""
+        self._skip(re.compile(rf"()\{{{key}"), begin)
+
+    def _skip(self, pattern: re.Pattern[str], begin: int) -> None:
+        """Move to the first group of a pattern's next match after `begin`, or to the end."""
+        text, begin = self._text, begin + 1
+        while (match := pattern.search(text.text, begin)) is None and not text.final:
+            # A match may lie across the window's end.
+            text.position = max(begin, len(text.text) - 4096)
+            begin = 0
+            self._more()
+        text.advance(match.start(1) if match else len(text.text))

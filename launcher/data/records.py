@@ -1,0 +1,84 @@
+"""What readers of data files give: records, and notes on what they let pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from msgspec import Struct
+
+MAX_ROW_BYTES = 16 * 2**20
+"""A longer row is broken: some four million tokens. It bounds what a reader holds in memory."""
+
+FIRST_NUMBERS = 5
+
+
+class Record(Struct, frozen=True):
+    """One row as it stands in a file.
+
+    `number`: the line that it begins at, or its ordinal where a format has no lines
+    (`SourceFile.unit`), from 1. `broken`: why it could not be read, for people; `value` is None
+    then. `file`: index into `Source.files`.
+    """
+
+    number: int
+    value: Any
+    broken: str = ""
+    file: int = 0
+
+
+class Note(Struct, frozen=True):
+    """Something that a reader let pass, or left out, and where.
+
+    `first_lines`: the first lines of the file where it stands, `count` how many there are; 0 where
+    it concerns the whole file.
+    """
+
+    text: str
+    file: int = 0
+    count: int = 0
+    first_lines: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.count:
+            return self.text
+        more = f", ... ({self.count:,} in all)" if self.count > len(self.first_lines) else ""
+        lines = "line" if self.count == 1 else "lines"
+        return f"{self.text}: {lines} {', '.join(map(str, self.first_lines))}{more}"
+
+
+class Notes:
+    """Collects the notes of one file while it is read."""
+
+    def __init__(self, file: int = 0) -> None:
+        self._file = file
+        self._lines: dict[str, list[int]] = {}
+        self._counts: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+
+    def add(self, text: str, line: int = 0) -> None:
+        """A note on a line, or on the whole file; a line counts once if its notes come together."""
+        lines = self._lines.setdefault(text, [])
+        if line and line != self._last.get(text):
+            self._last[text] = line
+            self._counts[text] = self._counts.get(text, 0) + 1
+            if len(lines) < FIRST_NUMBERS:
+                lines.append(line)
+
+    def collected(self) -> tuple[Note, ...]:
+        return tuple(
+            Note(text, self._file, self._counts.get(text, 0), tuple(lines))
+            for text, lines in self._lines.items()
+        )
+
+
+def merged(notes: Iterable[Note]) -> tuple[Note, ...]:
+    """The notes of all parts of a source as those of the whole; parts in their order."""
+    whole: dict[tuple[int, str], Note] = {}
+    for note in notes:
+        known = whole.setdefault((note.file, note.text), note)
+        if known is not note:
+            lines = sorted({*known.first_lines, *note.first_lines})[:FIRST_NUMBERS]
+            count = known.count + note.count
+            whole[note.file, note.text] = Note(note.text, note.file, count, tuple(lines))
+    return tuple(whole.values())
