@@ -1,0 +1,1 @@
+"""Data files: what is in them, and what is wrong with it."""
