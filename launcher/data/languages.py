@@ -1,0 +1,152 @@
+"""Which language or script a text is in, where that is plain; else nothing is said.
+
+Latin letters: by function words (articles, pronouns, conjunctions), which make up a third of any
+text of a language and are rare in others. Other scripts: by the bytes that open their letters in
+UTF-8. Short text and code are not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+from ftplan.profiles.text_facts import function_words
+
+# Bytes of a text that are looked at: some fifty words, of which twenty are function words.
+SAMPLE_BYTES = 300
+
+_FEWEST_WORDS = 12
+_FEWEST_DIFFERENT = 4  # function words; related languages share some, so the lead counts too
+_LEAD = 1.4
+_LEAST_SHARE = 0.15
+_FEWEST_LETTERS = 15
+_LETTERS_SHARE = 0.3
+_CODE_SHARE = 0.06
+
+# What opens a letter in UTF-8, by Unicode block. E0 opens twelve scripts, told apart by the
+# second byte; E2 opens punctuation, F0 pictures, C2 signs: no letters.
+_LATIN, _HAN = "Latin", "Chinese"
+_LEADS: Mapping[str, str] = {
+    _LATIN: "c3-c9 e1",
+    "Greek": "cd-cf",
+    "Cyrillic script": "d0-d4",
+    "Hebrew": "d6-d7",
+    "Arabic script": "d8-db",
+    "script of E0": "e0",
+    _HAN: "e4-e9",
+    "Korean": "ea-ed",
+}
+_SCRIPTS_OF_E0 = (
+    ("Devanagari", b"\xa4\xa5"),
+    ("Bengali", b"\xa6\xa7"),
+    ("Gurmukhi", b"\xa8\xa9"),
+    ("Gujarati", b"\xaa\xab"),
+    ("Tamil", b"\xae\xaf"),
+    ("Telugu", b"\xb0\xb1"),
+    ("Kannada", b"\xb2\xb3"),
+    ("Malayalam", b"\xb4\xb5"),
+    ("Sinhala", b"\xb6\xb7"),
+    ("Thai", b"\xb8\xb9"),
+    ("Lao", b"\xba\xbb"),
+)
+_KANA = (b"\xe3\x81", b"\xe3\x82", b"\xe3\x83")
+_KANA_SHARE = 0.1
+
+_CODE = b"{}()[]<>=;_\\/#$|"
+_ASCII_LETTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def language(sample: bytes) -> str:
+    """`German`, `Cyrillic script`, ...; empty where it cannot be told.
+
+    `sample`: the beginning of a text in UTF-8, ASCII letters lower-cased.
+    """
+    if not sample.isascii():
+        script = _script(sample)
+        if script != _LATIN:
+            return script
+    words = sample.split()
+    if len(words) < _FEWEST_WORDS:
+        return ""
+    known = _words()
+    found = known.all.intersection(words)
+    if len(found) < _FEWEST_DIFFERENT:
+        return ""
+    english = len(found & known.by_language["English"])
+    if english >= 2 * _FEWEST_DIFFERENT and len(found) - english <= english // 4:
+        return "English"  # at once: what most rows of most files are in
+    scores: dict[str, int] = {}
+    for word in found:
+        for name in known.languages[word]:
+            scores[name] = scores.get(name, 0) + 1
+    best = max(scores, key=scores.__getitem__)
+    score = scores.pop(best)
+    second = max(scores.values(), default=0)
+    if score < _FEWEST_DIFFERENT or score < _LEAD * second or score < 2 + second:
+        return ""
+    hits = sum(map(known.by_language[best].__contains__, words))
+    return "" if hits < _LEAST_SHARE * len(words) or _is_code(sample) else best
+
+
+class _Words:
+    """Function words in UTF-8, by language, and the languages of each."""
+
+    def __init__(self) -> None:
+        texts = function_words().words
+        self.by_language = {name: frozenset(text.encode().split()) for name, text in texts.items()}
+        self.all = frozenset[bytes]().union(*self.by_language.values())
+        self.languages = {
+            word: tuple(name for name, words in self.by_language.items() if word in words)
+            for word in self.all
+        }
+
+
+@cache
+def _words() -> _Words:
+    return _Words()
+
+
+def _is_code(sample: bytes) -> bool:
+    return len(sample) - len(sample.translate(None, _CODE)) > _CODE_SHARE * len(sample)
+
+
+def _script(sample: bytes) -> str:
+    """The script of most letters that are not ASCII, or _LATIN where those are few."""
+    letters = sample.translate(None, _not_leads())
+    if len(letters) < _FEWEST_LETTERS:
+        return _LATIN
+    counts = {name: sum(map(letters.count, leads)) for name, leads in _lead_bytes().items()}
+    latin = counts.pop(_LATIN) + len(sample) - len(sample.translate(None, _ASCII_LETTERS))
+    kana = sum(map(sample.count, _KANA))
+    counts[_HAN] += kana
+    name = max(counts, key=lambda name: counts[name])
+    if counts[name] < _LETTERS_SHARE * (latin + counts[name]):
+        return _LATIN
+    if name == _HAN:
+        return "Japanese" if kana > _KANA_SHARE * counts[name] else _HAN
+    return _script_of_e0(sample) if name == "script of E0" else name
+
+
+def _script_of_e0(sample: bytes) -> str:
+    counts = {
+        name: sum(sample.count(bytes((0xE0, byte))) for byte in seconds)
+        for name, seconds in _SCRIPTS_OF_E0
+    }
+    return max(counts, key=lambda name: counts[name])
+
+
+@cache
+def _lead_bytes() -> Mapping[str, tuple[bytes, ...]]:
+    found = {}
+    for name, ranges in _LEADS.items():
+        bounds = [(part[:2], part[-2:]) for part in ranges.split()]
+        found[name] = tuple(
+            bytes((byte,)) for a, b in bounds for byte in range(int(a, 16), int(b, 16) + 1)
+        )
+    return found
+
+
+@cache
+def _not_leads() -> bytes:
+    leads = b"".join(b"".join(leads) for leads in _lead_bytes().values())
+    return bytes(byte for byte in range(256) if byte not in leads)

@@ -1,0 +1,177 @@
+"""The checks of single rows, and which rows of a batch need which.
+
+A search of the rows' joined bytes tells in one pass that none of them can have a defect, which is
+how most searches end.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from msgspec import Struct
+
+from ftplan.launcher.data import odd_text, private_text
+from ftplan.launcher.data.fingerprints import FIELD_END, NOT_LETTERS, ROW_END, encoded
+
+
+class RowCheck(Struct, frozen=True):
+    """A check of rows in which a gate stands: one of some words, or what a pattern finds.
+
+    Sought in the lower-cased bytes of the rows, digits written as 0, control characters as 01. A
+    pattern begins with one rare byte: the search for that byte is what makes it fast.
+    """
+
+    gates: tuple[bytes, ...] | re.Pattern[bytes]
+    kinds: Callable[[str, str], Iterator[str]]
+
+
+def _of_text(
+    name: str, kinds: Callable[[str], Iterator[str]]
+) -> Callable[[str, str], Iterator[str]]:
+    """A check of prompt and answer together; `name` goes before what it finds."""
+
+    def look(prompt: str, answer: str) -> Iterator[str]:
+        for kind in kinds(f"{prompt}\n{answer}"):
+            yield f"{name} ({kind})" if name else kind
+
+    return look
+
+
+def _if(name: str, holds: Callable[[str, str], bool]) -> Callable[[str, str], Iterator[str]]:
+    def look(prompt: str, answer: str) -> Iterator[str]:
+        if holds(prompt, answer):
+            yield name
+
+    return look
+
+
+_passwords = _of_text("likely secret", private_text.passwords_in_urls)
+_emails = _of_text("personal data", private_text.emails_in)
+_keys = _of_text("likely secret", private_text.keys_in)
+_assigned = _of_text("likely secret", private_text.assigned_in)
+_chat_tokens = _of_text("chat tokens", odd_text.chat_tokens_in)
+_odd_characters = _of_text("", odd_text.odd_characters_in)
+_html = _if("remains of HTML", lambda prompt, answer: odd_text.html_in(f"{prompt}\n{answer}"))
+
+
+def _numbers_of_money(text: str) -> Iterator[str]:
+    yield from private_text.cards_in(text)
+    yield from private_text.ibans_in(text)
+
+
+_CHECKS = (
+    RowCheck((b"@",), _emails),
+    RowCheck((b"://",), _passwords),
+    RowCheck((b"+0",), _of_text("personal data", private_text.phones_in)),
+    RowCheck(
+        (b"00000000", b"0000 0000", b"0000-0000"), _of_text("personal data", _numbers_of_money)
+    ),
+    RowCheck(re.compile(rb"<(?:\||\xef\xbd\x9c|(?:start|end)_of_turn>|<sys>>|/s>)"), _chat_tokens),
+    RowCheck(re.compile(rb"\[/?inst\]"), _chat_tokens),
+    RowCheck((b"### ", b"assistant:"), _chat_tokens),
+    RowCheck(
+        (b"<think>",),
+        _if("thoughts in <think> tags", lambda _, answer: odd_text.thoughts_in(answer)),
+    ),
+    RowCheck(re.compile(rb"<(?:/|[a-z]+[ />])"), _html),
+    RowCheck(re.compile(rb"&(?:[a-z]+|#[0x][0-9a-f]+);"), _html),
+    RowCheck(
+        (b"an ai", b"an artificial", b"a language model", b"large language model"),
+        _if("an AI model speaks of itself", lambda _, answer: odd_text.refusal_in(answer)),
+    ),
+    RowCheck((b"\x01",), _odd_characters),
+    RowCheck((b"-----begin",), _keys),
+    RowCheck((b"passw", b"secret", b"token", b"_key", b"apikey"), _assigned),
+)
+# C1 controls; Ã, Â and â€; direction, joiners; the replacement character and the byte-order mark.
+_BEYOND_ASCII = tuple(
+    RowCheck(re.compile(pattern), _odd_characters)
+    for pattern in (
+        rb"\xc2[\x80-\x9f]",
+        rb"\xc3(?:[\x82\x83]|\xa2\xe2\x82\xac)",
+        rb"\xe2(?:\x80[\x8b-\x8d\xad\xae]|\x81\xa0)",
+        rb"\xef(?:\xbf\xbd|\xbb\xbf)",
+    )
+)
+# Every key has so many letters and digits in a row; hardly a word does.
+_LONG_RUN = RowCheck((b"a" * 16,), _keys)
+
+_CONTROLS = bytes([*range(9), 11, 12, *range(14, 32), 127])
+_DIGITS = b"0123456789"
+_CAPITALS = bytes(range(ord("A"), ord("Z") + 1))
+_LOWERED = bytes.maketrans(
+    _CAPITALS + _DIGITS + _CONTROLS,
+    _CAPITALS.lower() + b"0" * len(_DIGITS) + b"\x01" * len(_CONTROLS),
+)
+_LETTERS_AND_DIGITS = _CAPITALS + _CAPITALS.lower() + _DIGITS
+_RUNS = bytes.maketrans(_LETTERS_AND_DIGITS, b"a" * len(_LETTERS_AND_DIGITS))
+
+
+class Batch:
+    """Rows as bytes, joined for searches that look at all of them at once."""
+
+    def __init__(self, rows: Sequence[tuple[int, str, str]]) -> None:
+        self.rows = rows
+        self.ascii = [prompt.isascii() and answer.isascii() for _, prompt, answer in rows]
+        self.prompts = [encoded(prompt) for _, prompt, _ in rows]
+        self.parts = [
+            prompt + FIELD_END + encoded(answer)
+            for prompt, (_, _, answer) in zip(self.prompts, rows, strict=True)
+        ]
+        self.joined = ROW_END.join(self.parts)
+        self.lowered = self.joined.translate(_LOWERED)
+        self.letters = self.lowered.translate(None, NOT_LETTERS).split(ROW_END)
+        self.starts, self.ends = [], []
+        end = -1
+        for part in self.parts:
+            self.starts.append(end + 1)
+            end += 1 + len(part)
+            self.ends.append(end)
+
+    def kinds(self) -> dict[int, list[str]]:
+        """What the checks of single rows find, by a row's place; each kind once a row."""
+        found: dict[int, dict[str, None]] = {}
+        done: set[tuple[int, int]] = set()
+        for check, place in self._suspected():
+            key = (place, id(check.kinds))
+            if key not in done:  # several gates may lead to one check
+                done.add(key)
+                _, prompt, answer = self.rows[place]
+                for kind in check.kinds(prompt, answer):
+                    found.setdefault(place, {})[kind] = None
+        return {place: list(kinds) for place, kinds in found.items()}
+
+    def _suspected(self) -> Iterator[tuple[RowCheck, int]]:
+        checks = _CHECKS if all(self.ascii) else (*_CHECKS, *_BEYOND_ASCII)
+        for check in checks:
+            for place in self._behind(check, self.lowered):
+                yield check, place
+        for place in self._behind(_LONG_RUN, self.joined.translate(_RUNS)):
+            yield _LONG_RUN, place
+
+    def _behind(self, check: RowCheck, content: bytes) -> Iterator[int]:
+        """Places of the rows in which a check's gate stands."""
+        for find in _searches(check, content):
+            at = find(0)
+            while at >= 0:
+                place = bisect_right(self.starts, at) - 1
+                yield place
+                at = find(self.ends[place])
+
+
+def _searches(check: RowCheck, content: bytes) -> Iterator[Callable[[int], int]]:
+    """For each gate: where it stands next, from a place on; -1 where it does not."""
+    if isinstance(check.gates, tuple):
+        for gate in check.gates:
+            yield partial(content.find, gate)
+    else:
+        search = check.gates.search
+
+        def find(start: int) -> int:
+            found = search(content, start)
+            return found.start() if found else -1
+
+        yield find
