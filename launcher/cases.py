@@ -16,7 +16,6 @@ from typing import Any, ParamSpec, TypeVar
 
 from msgspec import Struct
 
-from ftplan.launcher.data_reader import decode, read_bytes
 from ftplan.launcher.model_source import ModelSource, cached_folder, find_source
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
@@ -202,7 +201,7 @@ def read_cases(path: Path, environ: Mapping[str, str] = os.environ) -> list[Case
     Raises InputError for a file that is missing or empty, and for one in which no line looks like
     a case.
     """
-    lines = decode(path, read_bytes(path)).split("\n")
+    lines = _text_of(path).split("\n")
     values = {n: _parsed(line) for n, line in enumerate(lines, start=1) if line.strip()}
     if not any(isinstance(value, Mapping) and "config" in value for value in values.values()):
         number, value = next(iter(values.items()))
@@ -213,6 +212,26 @@ def read_cases(path: Path, environ: Mapping[str, str] = os.environ) -> list[Case
         )
     find_model = _ModelFinder(environ)
     return [_case(number, value, find_model) for number, value in values.items()]
+
+
+def _text_of(path: Path) -> str:
+    """UTF-8, with or without a byte-order mark; raises InputError, with the line."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"no such file: `{path}`", "check the path") from None
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror}") from error
+    if not content.strip():
+        raise InputError(f"`{path}` is empty", "it needs one JSON object a line")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"`{path}`, line {line}: not UTF-8 text (byte {error.start})",
+            "convert it first, for example `iconv -f UTF-16 -t UTF-8`",
+        ) from error
 
 
 class _Broken(Struct, frozen=True):

@@ -147,9 +147,8 @@ def train_config(
     return {
         "model": model,
         "data": data,
-        "data_sha256": data_sha256,
         "eval_data": eval_data,
-        "eval_data_sha256": eval_data_sha256,
+        "test_share": test_share,
         "method": plan.method,
         "method_settings": method_settings(plan),
         "trainer": plan.trainer,

@@ -48,7 +48,11 @@ def write_run(planned: Planned, name: str | None, runs_dir: Path) -> RunDir:
 
 def default_name(planned: Planned) -> str:
     """`smollm2-135m-instruct-lora-python_docs`."""
-    parts = (planned.source.spec.name, planned.chosen.plan.method, planned.data.source.files[0].path.name.partition(".")[0])
+    parts = (
+        planned.source.spec.name,
+        planned.chosen.plan.method,
+        planned.data.source.files[0].path.name.partition(".")[0],
+    )
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
 
 

@@ -20,7 +20,15 @@ from ftplan.planner.errors import InputError
 
 # Kept when a run is repeated: what it was started from.
 _INPUTS = frozenset(
-    {"plan.yaml", "train.yaml", "accelerate.yaml", "command.txt", "data_profile.json", "left_out.jsonl", "data"}
+    {
+        "plan.yaml",
+        "train.yaml",
+        "accelerate.yaml",
+        "command.txt",
+        "data_profile.json",
+        "left_out.jsonl",
+        "data",
+    }
 )
 
 

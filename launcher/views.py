@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftplan.launcher.costs import usd_per_million_tokens
+from ftplan.launcher.data import views as data_views
 from ftplan.launcher.ui import bar, table
 from ftplan.planner import rules_of_thumb
 from ftplan.planner.achieved import SHARE_OF_POWER
@@ -29,7 +30,6 @@ from ftplan.profiles import lowest_prices
 if TYPE_CHECKING:
     from ftplan.launcher.commands.estimate import ComparedMethod
     from ftplan.launcher.planning import Planned
-    from ftplan.planner.data_profile import DataProfile
     from ftplan.planner.explain import Term
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.plan import ReasonedPlan, TrainingPlan
@@ -73,35 +73,6 @@ def _capability(gpu: Device) -> str:
         return ""
     major, minor = gpu.compute_capability
     return f", compute capability {major}.{minor}"
-
-
-def data_table(profile: DataProfile, template: str) -> Table:
-    """Rows and token lengths."""
-    lengths = profile.summary()
-    measured = "with the model's tokenizer" if profile.exact else "estimated from characters"
-    rows = [
-        ["file", profile.path],
-        ["format", f"{profile.format}, for {profile.objective} tuning"],
-        [
-            "rows",
-            f"{profile.num_rows:,} read, {profile.num_train_rows:,} to train on, "
-            f"{profile.num_eval_rows:,} held out",
-        ],
-        [
-            "tokens a row",
-            f"{lengths['min']} to {lengths['max']:,}, median {lengths['median']}, "
-            f"mean {lengths['mean']:.0f}, 95 % up to {lengths['p95']:,}; {measured}",
-        ],
-    ]
-    if template:
-        rows.append(["template", template])
-    return table("Data", ("", "what was found"), rows)
-
-
-def advice_table(advice: Iterable[Mapping[str, Any]]) -> Table:
-    """What the data alone decides."""
-    rows = [[item["setting"], f"{item['value']:g}", item["why"]] for item in advice]
-    return table("What follows for training", ("setting", ">value", "why"), rows)
 
 
 def memory_table(memory: MemoryEstimate, device: Device | None) -> Group:
@@ -469,7 +440,7 @@ def plan_parts(planned: Planned) -> list[RenderableType]:
     if planned.machine is not None:
         parts += [hardware_table(planned.machine), Text("")]
     parts += [
-        data_table(planned.profile, planned.template),
+        data_views.data_table(planned.profile, planned.template),
         Text(""),
         memory_table(chosen.memory, device),
         Text(""),

@@ -87,7 +87,7 @@ def lora_rank(num_rows: int) -> Advice:
 _ROWS_FOR_A_BASE_MODEL = 100_000
 
 # Padding worth a word, and the micro-batch at which it is told.
-_NOTICED_PADDING = 0.05
+_NOTICED_PADDING = 0.10
 _PADDED_ROWS = 8
 
 

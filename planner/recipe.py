@@ -102,6 +102,7 @@ def data_recipe(
     length = policy.max_length(data.longest, model.max_position_embeddings)
     derived: Derived = {
         "method": (method.name, _why_method(method, given)),
+        **_objective_of_data(data, given),
         "max_length": _advised(length),
         "attn_implementation": _attention(model),
         "loss": _loss(model, given),
@@ -116,6 +117,15 @@ def data_recipe(
     if "lora_rank" in given:
         derived["lora_alpha"] = (2 * given["lora_rank"], "twice the rank")
     return resolve(given, derived)
+
+
+def _objective_of_data(data: DataProfile, given: Mapping[str, Any]) -> Derived:
+    """What the rows train, and the settings that go with it."""
+    if data.trains == "sft":
+        return {}
+    named = {**given, "objective": data.trains}
+    why = f"the rows are {data.format} rows"
+    return {"objective": (data.trains, why), **_objective_settings(named)}
 
 
 def _advised(advice: policy.Advice) -> tuple[Any, str]:

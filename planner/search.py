@@ -344,7 +344,8 @@ def _with_losses(
     """The plan with the losses worth comparing: on a processor TRL's tiles are slow and may be
     larger than the full logits."""
     yield plan
-    if device.kind == "cpu" and "loss" not in given:
+    one_loss = plan.plan.resolved_objective.only_loss is not None
+    if device.kind == "cpu" and not one_loss and "loss" not in given:
         why = "without a GPU's kernel TRL's tiles are slower than the full logits"
         yield plan.replace("derived", why, loss="stock")
 

@@ -1,40 +1,50 @@
-"""`ftplan data FILE`: format, problems and token lengths of a data file."""
+"""`ftplan data FILE...`: format, problems and token lengths of data files."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ftplan.launcher.data_reader import read_data
+from ftplan.launcher.commands.plan import add_data_arguments, data_asked
+from ftplan.launcher.data.profile import make_split, profile_data, profile_to_dict
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.planning import default_source, tokenizer_of
-from ftplan.launcher.profiling import make_split, profile_data, profile_to_dict
 from ftplan.launcher.ui import Ui
+from ftplan.planner.objectives import OBJECTIVES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="FILE", type=Path, help="a .json or .jsonl file")
+    add_data_arguments(parser)
     parser.add_argument(
         "--model", metavar="MODEL", help="whose tokenizer counts (default: the embedded model's)"
+    )
+    parser.add_argument(
+        "--objective", choices=tuple(OBJECTIVES), help="what rows shall train (default: by shape)"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="draw the histogram of lengths, as PNG"
     )
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
-    data = read_data(arguments.data)
+    asked = data_asked(arguments, arguments.objective)
+    asked.check()
     source = find_source(arguments.model) if arguments.model else default_source()
-    split = make_split(data, None)
     tokenizer = tokenizer_of(ui, source)
-    profile = profile_data(data, split, tokenizer)
+    data, eval_data = asked.read(ui, tokenizer)
+    split = make_split(data, eval_data, asked.test_share)
+    profile = profile_data(data, split, eval_data)
     described = profile_to_dict(profile, source.spec.max_position_embeddings)
     ui.json(described)
     if not ui.as_json:
-        from ftplan.launcher import views
+        from ftplan.launcher.data import views
 
-        ui.show(
-            views.data_table(profile, tokenizer.template if tokenizer else ""),
-            "",
-            views.advice_table(described["advice"]),
-        )
-        for warning in profile.warnings:
-            ui.warn(warning)
+        ui.show(*views.report(profile, described, tokenizer.template if tokenizer else ""))
+        for note in views.notes(data):
+            ui.warn(note)
+    if arguments.plot:
+        from ftplan.launcher.data.plot import plot_lengths
+
+        plot_lengths(profile, arguments.plot)
+        ui.say(f"histogram: {arguments.plot}")
     return 0

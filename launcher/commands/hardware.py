@@ -90,10 +90,10 @@ def _tokens(
         raise InputError("`--data` and `--tokens` both say how much is trained on", "give one")
     epochs = given.get("num_train_epochs", 1.0)
     if arguments.data:
-        from ftplan.launcher.data_reader import read_data
-        from ftplan.launcher.profiling import estimated_tokens
+        from ftplan.launcher.data.data_file import read_data
+        from ftplan.launcher.data.split import Split
 
-        lengths = [estimated_tokens(row) for row in read_data(arguments.data).rows]
+        lengths = read_data([arguments.data], checks=False).lengths(Split())
         longest = policy.max_length(max(lengths), model.max_position_embeddings).value
         length = given.setdefault("max_length", longest)
         total = epochs * sum(min(tokens, length) for tokens in lengths)

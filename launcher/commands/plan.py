@@ -10,8 +10,8 @@ from typing import Any
 from msgspec import structs
 
 from ftplan.launcher.commands.estimate import named_device
-from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.data.asked import DataAsked, checked_share, read_columns
+from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
@@ -68,12 +68,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def data_asked(arguments: argparse.Namespace) -> DataAsked:
+def data_asked(arguments: argparse.Namespace, objective: str | None = None) -> DataAsked:
     """Raises InputError for what cannot be meant."""
     return DataAsked(
         paths=tuple(arguments.data),
         eval_paths=tuple(arguments.eval_data or ()),
         columns=read_columns(arguments.columns),
+        objective=objective,
         strict=arguments.strict,
         test_share=checked_share(arguments.test_share),
     )

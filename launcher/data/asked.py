@@ -46,9 +46,7 @@ class DataAsked(Struct, frozen=True, kw_only=True):
 
     def read_roughly(self) -> tuple[DataFile, DataFile | None]:
         """The same with lengths by characters, for a first look."""
-        data = read_data(
-            self.paths, columns=self.columns, objective=self.objective, checks=False
-        )
+        data = read_data(self.paths, columns=self.columns, objective=self.objective, checks=False)
         if not self.eval_paths:
             return data, None
         return data, read_data(

@@ -289,7 +289,9 @@ def _barred(
     for token in bare["added_tokens"]:
         content, normalized = token["content"], token["normalized"]
         if normalized and bare["normalizer"] and not content.isascii():
-            raise Unproven(f"its added token {content!r} stands for what the normalizer makes of it")
+            raise Unproven(
+                f"its added token {content!r} stands for what the normalizer makes of it"
+            )
         if (
             re.search(r"\S ", content)
             or token["lstrip"]

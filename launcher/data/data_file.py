@@ -84,6 +84,17 @@ class DataFile(Struct, frozen=True, kw_only=True):
         """Where a trouble stands, for people."""
         return where(trouble, self.source)
 
+    def notes(self) -> Iterator[str]:
+        """What the reader let pass, and which of several readings it took."""
+        for note in self.survey.notes:
+            yield str(note)
+        for (taken, other), count in self.survey.readings.most_common():
+            if taken == self.format and count > self.num_rows // 2:
+                yield (
+                    f"rows could be read as {other}, too; they are read as {taken}, which takes "
+                    f"more of their fields (`--columns` names the fields that count)"
+                )
+
     def odd_rows(self) -> tuple[Problem, ...]:
         """Rows that are trained on all the same, of which a person is warned."""
         if self.survey.checks is None:
@@ -175,8 +186,8 @@ def read_data(
     source = open_source(paths)
     survey = _surveyed(source, dict(columns or {}), tokenizer, progress, checks, processes)
     counts = [0] * len(SHAPES)
-    for shape in survey.shapes:
-        counts[shape] += 1
+    for number in survey.shapes:
+        counts[number] += 1
     if not any(counts):
         raise _no_usable_row(source, survey)
     kinds: dict[str, int] = {}

@@ -38,8 +38,25 @@ _KINDS = "JSON, JSON lines, CSV, TSV, Parquet and Arrow"
 
 # Lists of objects that a row may hold: their file is no object around the rows.
 _LISTS_IN_ROWS = frozenset(
-    """messages conversations conversation dialog dialogue turns history tools functions prompt
-    completion chosen rejected completions responses answers choices""".split()
+    [
+        "messages",
+        "conversations",
+        "conversation",
+        "dialog",
+        "dialogue",
+        "turns",
+        "history",
+        "tools",
+        "functions",
+        "prompt",
+        "completion",
+        "chosen",
+        "rejected",
+        "completions",
+        "responses",
+        "answers",
+        "choices",
+    ]
 )
 
 _OTHER_FILES = (
@@ -335,7 +352,7 @@ def _table(path: Path, text: str, suffix: str) -> dict[str, Any]:
     hint = "\t" if suffix in (".tsv", ".tab") else ","
     delimiter = likely_delimiter(text, hint) or hint
     try:
-        names = next((row for row in parse(iter(io.StringIO(text, newline="")), delimiter) if row))
+        names = next(row for row in parse(iter(io.StringIO(text, newline="")), delimiter) if row)
     except Exception:  # csv.Error, StopIteration: a first row that is broken or too long
         names = []
     trouble = missing_header([name.strip() for name in names]) if names else "it cannot be read"

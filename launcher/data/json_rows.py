@@ -184,7 +184,7 @@ class JsonRows:
     def _check_rest(self, begin: int, end: int) -> None:
         """Behind a row stands a line's end, a comma, a comment, another row: nothing else."""
         window = self._text.text
-        if window.startswith("\n", end) or window.startswith(",", end) and self._array:
+        if window.startswith("\n", end) or (window.startswith(",", end) and self._array):
             return
         at = _BLANK.match(window, end).end()  # type: ignore[union-attr]
         if not self._array and window.startswith(",", at):

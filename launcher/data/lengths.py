@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from ftplan.launcher.data.cuts import Cuts, Unproven, find_cuts
+from ftplan.launcher.data.cuts import Unproven, find_cuts
 
 _BEGINS = "\x00"  # opens a part that no blank stands before: the first of its text
 _BLANK = "\x01"  # a blank that is not cut before

@@ -73,14 +73,7 @@ def _warnings(data: DataFile, problems: tuple[Problem, ...]) -> tuple[str, ...]:
         else f"{problem.count:,} rows: {problem.kind} ({problem.where})"
         for problem in problems
     ]
-    said += [str(note) for note in data.survey.notes]
-    for (taken, other), count in data.survey.readings.most_common():
-        if count > data.num_rows // 2:
-            said.append(
-                f"rows could be read as {other}, too; they are read as {taken}, which has more "
-                "of their fields"
-            )
-    return tuple(said)
+    return (*said, *data.notes())
 
 
 def profile_to_dict(profile: DataProfile, max_position_embeddings: int) -> dict[str, Any]:

@@ -78,8 +78,9 @@ def shape_of(value: object) -> Shape:
 
 
 def other_shapes(value: Value, taken: Shape) -> list[Shape]:
-    """Shapes that the row could have been read as, too, and that mean something else."""
-    others = (shape for shape in SHAPES if shape.objective != taken.objective)
+    """Shapes that the row could have been read as, too, and that mean something else. That a row
+    with an answer could be a prompt alone goes without saying."""
+    others = (s for s in SHAPES if s.objective not in (taken.objective, "online"))
     return [shape for shape in others if shape.fits(value)]
 
 

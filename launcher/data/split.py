@@ -1,8 +1,7 @@
-"""Which rows are trained on and which are held out: by prompt, so that none stands on both sides."""
+"""Which rows are trained on and which are held out. By prompt: none stands on both sides."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -62,7 +61,7 @@ def _taken(counts: Sequence[tuple[int, int]], wanted: float, num_rows: int) -> f
     return frozenset(taken or [min(counts, key=lambda one: one[1])[0]])
 
 
-def rows_of(groups: array[int], split: Split) -> tuple[int, int, int]:
+def rows_of(groups: Sequence[int], split: Split) -> tuple[int, int, int]:
     """How many rows are trained on, held out, and kept for a test."""
     held_out = sum(group in split.held_out for group in groups)
     test = sum(group in split.test for group in groups)

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from msgspec import Struct, to_builtins
+from msgspec import Struct
 from transformers import set_seed
 
-from ftplan.launcher.data.tokens import RowTokenizer, TokenRow, load_tokenizer
-from ftplan.launcher.data_reader import DataFile, Row, read_data
-from ftplan.launcher.profiling import make_split
+from ftplan.launcher.data.rows import Row
+from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
@@ -30,9 +29,9 @@ from ftplan.launcher.training.measure import (
     mean_step_seconds,
     measured_memory,
 )
-from ftplan.launcher.training.objectives import trainer_arguments
+from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
+from ftplan.launcher.training.rows import TrainingRows, read_rows, sample_row, training_rows
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
-from ftplan.planner.errors import InputError
 from ftplan.planner.methods import resolve_method
 
 SAMPLE_NEW_TOKENS = 64
@@ -105,7 +104,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         forget_steps_after(run, checkpoint)
     before = _earlier_evaluation(run) if checkpoint else None
     if before is None:
-        before = _evaluate(session, trainer, "before", split.held_out)
+        before = _evaluate(session, trainer, "before", rows.held_out)
     write_json(run.environment, environment())
     session.say("training", step=trainer.state.global_step)
     began = time.time()
@@ -117,7 +116,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return session.stop_status
     memory = measured_memory(session.recorder)
-    after = _evaluate(session, trainer, "after", split.held_out)
+    after = _evaluate(session, trainer, "after", rows.held_out)
     session.say("saving")
     output = save(session, trainer)
     if trainer.is_world_process_zero():
@@ -132,9 +131,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     return 0
 
 
-def build_trainer(
-    session: _Session, train_rows: TrainingRows, eval_rows: TrainingRows
-) -> PlannedTrainer:
+def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: TrainingRows) -> Any:
     """The trainer with model, method and data in place."""
     config, run = session.config, session.run
     objective = config.objective
@@ -151,12 +148,11 @@ def build_trainer(
         "peft_config": peft_config,
         "callbacks": [session.reporter],
     }
+    own = TRAININGS[objective].trainer
     trainer: Any = (
-        PlannedTrainer(
-            row_lengths=train_rows.lengths, stock_loss=config.loss == "stock", **common
-        )
-        if objective == "sft"
-        else TRAININGS[objective].trainer(**common)
+        PlannedTrainer(row_lengths=train_rows.lengths, stock_loss=config.loss == "stock", **common)
+        if own is None
+        else own(**common)
     )
     settle_adapters(trainer.model, config.method_settings)
     session.reporter.trainer = trainer
@@ -179,10 +175,6 @@ def sft_arguments(training_arguments: Mapping[str, Any], output_dir: str, **more
     )
 
 
-def as_dataset(rows: list[TokenRow]) -> Dataset:
-    return Dataset.from_list([to_builtins(row) for row in rows])
-
-
 def _evaluate(
     session: _Session, trainer: PlannedTrainer, when: str, held_out: tuple[Row, ...]
 ) -> dict[str, Any]:
@@ -191,7 +183,8 @@ def _evaluate(
     loss = trainer.evaluate()["eval_loss"]
     session.say(f"answering a held-out question {when} training")
     row = sample_row(held_out)
-    answer = generate_answer(trainer, session.tokenizer, row) if row else None
+    speaks = session.config.objective != "reward"  # that model gives a number
+    answer = generate_answer(trainer, session.tokenizer, row) if row and speaks else None
     result = {
         "event": "evaluation",
         "when": when,
@@ -215,14 +208,6 @@ def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
     last = int(checkpoint.name.removeprefix("checkpoint-"))
     kept = [row for row in run.metric_rows() if row.get("step", 0) <= last]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def sample_row(held_out: tuple[Row, ...]) -> Row | None:
-    """The conversation whose question and answer are shortest together; None for plain text."""
-    conversations = [row for row in held_out if row.messages]
-    return min(
-        conversations, key=lambda row: sum(len(m.content) for m in row.messages), default=None
-    )
 
 
 def generate_answer(trainer: PlannedTrainer, tokenizer: RowTokenizer, row: Row) -> str:
@@ -296,7 +281,7 @@ def make_record(
             "before": before["answer"],
             "after": after["answer"],
         },
-        "data_sha256": session.config.data_sha256,
+        "data_sha256": session.config.data.sha256,
         "output": output,
     }
 

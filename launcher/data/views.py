@@ -1,0 +1,132 @@
+"""What `ftplan data` prints. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from ftplan.launcher.data.data_file import DataFile
+from ftplan.launcher.ui import bar, table
+from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.units import format_count
+
+_BINS = 10
+
+
+def report(
+    profile: DataProfile, described: Mapping[str, Any], template: str
+) -> list[RenderableType]:
+    """All tables, those that would be empty left out."""
+    parts: list[RenderableType] = [data_table(profile, template), ""]
+    if profile.problems:
+        parts += [problems_table(profile), ""]
+    parts += [histogram(profile), "", cuts_table(described["by_max_length"]), ""]
+    return [*parts, advice_table(described["advice"])]
+
+
+def data_table(profile: DataProfile, template: str) -> Table:
+    """Rows and token lengths."""
+    lengths = profile.summary()
+    measured = "with the model's tokenizer" if profile.exact else "estimated from characters"
+    test = f", {profile.num_test_rows:,} for a test" if profile.num_test_rows else ""
+    loss = profile.trained_tokens / max(1, profile.total_tokens)
+    rows = [
+        ["file", profile.path],
+        ["format", f"{profile.format}, for {profile.objective} training"],
+        [
+            "rows",
+            f"{profile.num_rows:,} read, {profile.num_train_rows:,} to train on, "
+            f"{profile.num_eval_rows:,} held out{test}",
+        ],
+        [
+            "tokens a row",
+            f"{lengths['min']} to {lengths['max']:,}, median {lengths['median']}, "
+            f"mean {lengths['mean']:.0f}, 95 % up to {lengths['p95']:,}, "
+            f"99 % up to {lengths['p99']:,}; {measured}",
+        ],
+        [
+            "tokens",
+            f"{format_count(profile.total_tokens)} to train on, {100 * loss:.0f} % of them answers",
+        ],
+    ]
+    if template:
+        rows.append(["template", template])
+    return table("Data", ("", "what was found"), rows)
+
+
+def problems_table(profile: DataProfile) -> Table:
+    """What is left out, and what is odd, with where and what to do."""
+    rows = []
+    for problem in profile.problems:
+        what = problem.advice or ("left out" if problem.left_out else "")
+        rows.append(
+            [
+                "left out" if problem.left_out else "look",
+                f"{problem.count:,}",
+                f"{problem.kind}: {problem.where}" + (f"\n-> {what}" if problem.advice else ""),
+            ]
+        )
+    return table("Rows with problems", ("", ">rows", "what"), rows)
+
+
+def histogram(profile: DataProfile) -> Table:
+    """Rows by length, in steps of round numbers."""
+    longest = profile.longest
+    step = _round_step(longest / _BINS)
+    counts = [0] * (math.ceil(longest / step) or 1)
+    for length in profile.lengths:
+        counts[max(0, (length - 1) // step)] += 1
+    most = max(counts)
+    rows: list[list[RenderableType]] = [
+        [
+            f"{number * step + 1:,} to {(number + 1) * step:,}",
+            f"{count:,}",
+            bar(count / most) if count else "",
+        ]
+        for number, count in enumerate(counts)
+    ]
+    return table("Rows by tokens", (">tokens", ">rows", ""), rows)
+
+
+def _round_step(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is no less."""
+    power = 10 ** math.floor(math.log10(max(1.0, least)))
+    return int(next(step * power for step in (1, 2, 5, 10) if step * power >= least))
+
+
+def cuts_table(cuts: Sequence[Mapping[str, Any]]) -> Table:
+    """What each `max_length` would cut."""
+    rows = [
+        [
+            f"{cut['max_length']:,}",
+            f"{cut['cut_rows']:,}",
+            f"{cut['cut_tokens']:,}",
+            f"{100 * cut['padded_share']:.0f} %",
+        ]
+        for cut in cuts
+    ]
+    columns = (">max_length", ">rows cut", ">tokens cut", ">padding in batches of 8")
+    return table("What a length cuts", columns, rows)
+
+
+def advice_table(advice: Sequence[Mapping[str, Any]]) -> Table:
+    """What the data alone decides."""
+    rows = [[item["setting"], _said(item["value"]), item["why"]] for item in advice]
+    return table("What follows for training", ("setting", ">value", "why"), rows)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {share:g}" for key, share in value.items())
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def notes(data: DataFile) -> list[str]:
+    """What the reader let pass, and which of two readings it took."""
+    return list(data.notes())
