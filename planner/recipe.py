@@ -102,7 +102,6 @@ def data_recipe(
     length = policy.max_length(data.longest, model.max_position_embeddings)
     derived: Derived = {
         "method": (method.name, _why_method(method, given)),
-        **_objective_of_data(data, given),
         "max_length": _advised(length),
         "attn_implementation": _attention(model),
         "loss": _loss(model, given),
@@ -113,6 +112,7 @@ def data_recipe(
         "num_gpus": (1, f"one device: {device.name}"),
         **_method_settings(method, model, device, given),
         **_sharding_settings(method, given),
+        **_objective_of_data(data, given),
     }
     if "lora_rank" in given:
         derived["lora_alpha"] = (2 * given["lora_rank"], "twice the rank")
