@@ -13,7 +13,7 @@ from typing import Any
 
 from ftplan.launcher import emit
 from ftplan.launcher.data.data_file import DataFile
-from ftplan.launcher.data.profile import profile_to_dict
+from ftplan.launcher.data.profiling import profile_to_dict
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView

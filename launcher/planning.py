@@ -13,7 +13,7 @@ from ftplan.launcher import default_model
 from ftplan.launcher.costs import usd_for
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.data.data_file import DataFile
-from ftplan.launcher.data.profile import make_split, profile_data
+from ftplan.launcher.data.profiling import make_split, profile_data
 from ftplan.launcher.data.split import Split
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.emit import check_launched

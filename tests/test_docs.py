@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks import pages
 from ftplan.launcher import cli, emit
-from ftplan.launcher.data_reader import read_data
+from ftplan.launcher.data.data_file import read_data
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner import explain, explain_host, policy
 from ftplan.planner.achieved import (
@@ -502,10 +502,8 @@ def test_the_keys_of_train_yaml_are_all_described(devices: dict[str, Device]) ->
         TrainingPlan(),
         devices["A100"],
         model="m",
-        data="d",
+        data={},
         eval_data=None,
-        data_sha256="",
-        eval_data_sha256=None,
     )
     listed = {key for row in table("run-directory.md", "train.yaml") for key in codes(row[0])}
     assert listed == set(config)
@@ -518,13 +516,13 @@ def test_the_examples_of_the_data_page_are_read_as_their_format(tmp_path: Path) 
     path = tmp_path / "rows.jsonl"
     for name, _, line in table("data.md", "Formats"):
         path.write_text(codes(line)[0] + "\n", encoding="utf-8")
-        data = read_data(path)
-        assert data.format == codes(name)[0] and len(data.rows) == 1, line
+        data = read_data([path])
+        assert data.format == codes(name)[0] and len(list(data.rows())) == 1, line
 
 
 def test_the_data_page_names_every_problem_of_a_row() -> None:
-    source = (ROOT / "launcher" / "data_reader.py").read_text(encoding="utf-8")
-    raised = set(re.findall(r'_Unusable\("([^"]+)"\)', source))
+    source = (ROOT / "launcher" / "data" / "shapes.py").read_text(encoding="utf-8")
+    raised = set(re.findall(r'Unusable\(\s*"([^"]+)"', source))
     listed = {row[0].strip("` ") for row in table("data.md", "Rows that cannot be used")}
     assert len(raised) > 5
     assert {kind.strip("` ") for kind in raised} <= listed

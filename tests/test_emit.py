@@ -47,12 +47,16 @@ ON_CPU = TrainingPlan(
     num_train_epochs=2.5,
     seed=11,
 )
+
+
+def data(*files: str) -> dict[str, Any]:
+    return {"files": list(files), "sha256": "0" * 64, "columns": {"output": "a"}}
+
+
 FILES: dict[str, Any] = {
     "model": "/models/tiny",
-    "data": "data/rows.jsonl",
+    "data": data("data/rows.jsonl"),
     "eval_data": None,
-    "data_sha256": "0" * 64,
-    "eval_data_sha256": None,
 }
 
 
@@ -132,22 +136,25 @@ class TestTrainConfig:
         plan = ON_CPU.replace(target_modules=("q_proj", "v_proj"))
         config = read_train_config(written(run, plan, CPU))
         assert (config.model, config.method) == ("/models/tiny", "lora")
-        assert config.data == run.root / "data" / "rows.jsonl"
-        assert (config.eval_data, config.eval_data_sha256) == (None, None)
+        assert config.data.files == (run.root / "data" / "rows.jsonl",)
+        assert config.data.columns == {"output": "a"} and config.data.sha256 == "0" * 64
+        assert (config.eval_data, config.test_share) == (None, 0.0)
         assert config.training_arguments == emit.training_arguments(plan, CPU.kind)
         assert config.method_settings["target_modules"] == ["q_proj", "v_proj"]
         assert not config.is_quantized
 
-    def test_only_plain_fine_tuning_is_launched(self, run: RunDir) -> None:
-        with pytest.raises(InputError, match="`--objective dpo` is for estimates"):
-            read_train_config(written(run, ON_CPU.replace(objective="dpo"), CPU))
+    def test_what_needs_a_reward_function_is_not_launched(self, run: RunDir) -> None:
+        grpo = ON_CPU.replace(objective="grpo", max_length=1024, per_device_train_batch_size=8)
+        with pytest.raises(InputError, match="`--objective grpo` is for estimates"):
+            read_train_config(written(run, grpo, CPU))
 
     def test_a_file_outside_the_run_stays_where_it_is(self, run: RunDir) -> None:
         config = read_train_config(
-            written(run, ON_CPU, CPU, data="/far/rows.jsonl", eval_data="/far/held.jsonl")
+            written(run, ON_CPU, CPU, data=data("/far/rows.jsonl"), eval_data=data("/far/held.csv"))
         )
-        assert config.data == Path("/far/rows.jsonl")
-        assert config.eval_data == Path("/far/held.jsonl")
+        assert config.data.files == (Path("/far/rows.jsonl"),)
+        assert config.eval_data is not None
+        assert config.eval_data.files == (Path("/far/held.csv"),)
 
     def test_every_setting_of_a_plan_is_written_somewhere(self) -> None:
         """A new field of TrainingPlan must reach the files that the run is started from."""

@@ -75,14 +75,14 @@ def test_an_unknown_objective_is_answered_with_the_nearest(small_llama: ModelSpe
 
 
 @pytest.mark.parametrize("words", [["plan", "rows.jsonl"], ["auto", "rows.jsonl", "--yes"]])
-def test_no_run_is_planned_for_another_objective(
+def test_no_run_is_planned_that_needs_a_reward_function(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And that is said before the data is read."""
     if words[0] == "auto":
         pytest.importorskip("trl", reason="needs the `train` extra")
-    assert main([*words, "--objective", "kto"]) == 2
-    assert "`--objective kto` is for estimates" in " ".join(capsys.readouterr().err.split())
+    assert main([*words, "--objective", "grpo"]) == 2
+    assert "`--objective grpo` is for estimates" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.train

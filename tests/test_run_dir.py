@@ -71,6 +71,7 @@ class TestNames:
             "command": "command.txt",
             "environment": "environment.json",
             "data_profile": "data_profile.json",
+            "left_out": "left_out.jsonl",
             "data": "data",
             "metrics": "metrics.jsonl",
             "status": "status.json",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ftplan.launcher.commands.plan import add_data_arguments, data_asked
-from ftplan.launcher.data.profile import make_split, profile_data, profile_to_dict
+from ftplan.launcher.data.profiling import make_split, profile_data, profile_to_dict
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.planning import default_source, tokenizer_of
 from ftplan.launcher.ui import Ui

@@ -53,7 +53,7 @@ TRAINS: Mapping[str, tuple[str, ...]] = {
     "multi-task": ("sft",),
     "pretraining": ("sft",),
     "preference": ("dpo", "reward", "sft"),
-    "kto": ("kto", "sft"),
+    "kto": ("kto",),
     "online": ("grpo",),
 }
 

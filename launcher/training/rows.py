@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import Struct, structs, to_builtins
 
 from ftplan.launcher.data.data_file import DataFile, read_data
-from ftplan.launcher.data.profile import make_split
+from ftplan.launcher.data.profiling import make_split
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.split import MAX_EVAL_ROWS
 from ftplan.launcher.data.tokens import RowTokenizer, TokenRow
