@@ -15,7 +15,6 @@ from msgspec import Struct
 from ftplan.launcher.data import columns
 from ftplan.launcher.data.csv_rows import DELIMITER_NAMES, likely_delimiter, missing_header, parse
 from ftplan.launcher.data.streams import (
-    BLOCK_BYTES,
     BYTE_ORDER_MARKS,
     Compression,
     Damaged,
@@ -34,12 +33,17 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".json5", ".jsonc")
 COLUMN_SUFFIXES = (".parquet", ".arrow", ".feather")
 
+HEAD_BYTES = 2**20
+
 _KINDS = "JSON, JSON lines, CSV, TSV, Parquet and Arrow"
 
 # Lists of objects that a row may hold: their file is no object around the rows.
 _LISTS_IN_ROWS = frozenset(
-    """messages conversations conversation dialog dialogue turns history tools functions prompt
-    completion chosen rejected completions responses answers choices""".split()
+    (
+        *("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "history"),
+        *("tools", "functions", "prompt", "completion", "chosen", "rejected", "completions"),
+        *("responses", "answers", "choices"),
+    )
 )
 
 _OTHER_FILES = (
@@ -103,7 +107,7 @@ class EmptyFileError(InputError):
 def look_at(path: Path) -> tuple[SourceFile, tuple[str, ...]]:
     """What a file is, and what to say about it. Raises InputError for what holds no rows."""
     size, modified = _size(path)
-    stored_head = next(stored_blocks(path, end=BLOCK_BYTES), b"")
+    stored_head = next(stored_blocks(path), b"")
     if not stored_head:
         raise EmptyFileError(f"`{path}` is empty", "it needs one JSON object a line")
     compression = compression_of(stored_head)
@@ -183,8 +187,8 @@ def _head(path: Path, compression: Compression) -> tuple[bytes, bool]:
         for block in unpacked_blocks(path, compression):
             pieces.append(block)
             length += len(block)
-            if length > BLOCK_BYTES:
-                return b"".join(pieces)[:BLOCK_BYTES], False
+            if length > HEAD_BYTES:
+                return b"".join(pieces)[:HEAD_BYTES], False
     except Damaged as damage:
         if not pieces:
             raise InputError(f"`{path}`: {damage}", "fetch or write it again") from None
@@ -248,9 +252,8 @@ def _text_format(path: Path, text: str, whole: bool) -> dict[str, Any]:
     opening = text[begin : begin + 1]
     if opening == "[" and not _is_line_of_list(text, begin):
         return {"format": "JSON array", "array_at": begin + 1}
-    if opening == "{" or (opening == "[" and suffix not in TABLE_SUFFIXES):
-        if suffix not in TABLE_SUFFIXES or _decodes(text, begin):
-            return _objects(path, text, begin, whole)
+    if opening in ("{", "[") and (suffix not in TABLE_SUFFIXES or _decodes(text, begin)):
+        return _objects(path, text, begin, whole)
     if suffix in TABLE_SUFFIXES:
         return _table(path, text, suffix)
     if re.search(r"^\s*\{", text, re.MULTILINE):  # its first rows are broken
@@ -335,7 +338,7 @@ def _table(path: Path, text: str, suffix: str) -> dict[str, Any]:
     hint = "\t" if suffix in (".tsv", ".tab") else ","
     delimiter = likely_delimiter(text, hint) or hint
     try:
-        names = next((row for row in parse(iter(io.StringIO(text, newline="")), delimiter) if row))
+        names = next(row for row in parse(iter(io.StringIO(text, newline="")), delimiter) if row)
     except Exception:  # csv.Error, StopIteration: a first row that is broken or too long
         names = []
     trouble = missing_header([name.strip() for name in names]) if names else "it cannot be read"

@@ -47,7 +47,7 @@ _REASONS = {
 # A comment, or a closing bracket behind a comma; from Python 3.13 on, that comma.
 _MENDABLE = ("/", "}", "]", ",")
 
-# Text is mended by pieces of this length: a window whose rows are all broken is not copied for each.
+# Text is mended by pieces of this length, not a whole window for each row.
 _MENDED_CHARACTERS = 2**15
 
 # The longest piece of JSON that an error may stand before the end of: `-Infinity`, `\ud83d\ude00`.
@@ -184,7 +184,7 @@ class JsonRows:
     def _check_rest(self, begin: int, end: int) -> None:
         """Behind a row stands a line's end, a comma, a comment, another row: nothing else."""
         window = self._text.text
-        if window.startswith("\n", end) or window.startswith(",", end) and self._array:
+        if window.startswith("\n", end) or (window.startswith(",", end) and self._array):
             return
         at = _BLANK.match(window, end).end()  # type: ignore[union-attr]
         if not self._array and window.startswith(",", at):

@@ -13,9 +13,11 @@ from typing import Any, Literal
 from ftplan.launcher.data.records import MAX_ROW_BYTES
 from ftplan.planner.errors import InputError
 
-BLOCK_BYTES = 2**20
+# Short: what is in the processor's cache is read faster, and Python counts the lines of a whole
+# window for each JSON error.
+BLOCK_BYTES = 2**16
 
-_UNPACKED_BYTES = 4 * BLOCK_BYTES
+_UNPACKED_BYTES = 2**20
 
 Compression = Literal["", "gzip", "zstd", "bzip2", "xz"]
 Encoding = Literal["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
@@ -278,6 +280,14 @@ class Text:
     def too_long(self) -> bool:
         """What is left is longer than any row may be."""
         return len(self.text) - self.position > MAX_ROW_BYTES
+
+    @property
+    def at_line_end(self) -> bool:
+        return self.text.startswith("\n", self.position)
+
+    def rest(self) -> bytes:
+        """The bytes of the window from `position` on; of UTF-8 only."""
+        return self.text[self.position :].encode("utf-8", "surrogateescape") + self._rest
 
     def _block(self) -> str:
         try:
