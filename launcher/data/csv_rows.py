@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from ftplan.launcher.data.records import MAX_ROW_BYTES, Notes, Record
+from ftplan.launcher.data.records import MAX_ROW_BYTES, NOT_UTF8, Notes, Record
 from ftplan.launcher.data.streams import Text
 
 DELIMITERS = (",", "\t", ";", "|")
@@ -101,6 +101,7 @@ class CsvRows:
             reason = f"{len(fields)} fields where the first line names {len(names)}"
             return Record(number, None, reason, self._file)
         if self._text.escaped and (bad := _surrogate("".join(fields))):
+            self._notes.add(NOT_UTF8, number)
             return Record(number, None, f"not UTF-8 text (byte 0x{bad:02x})", self._file)
         value: dict[str, Any] = dict(zip(names, fields, strict=False))
         return Record(number, value, "", self._file)
@@ -153,6 +154,8 @@ def _reason(error: csv.Error) -> str:
         return "broken CSV: a quote is opened and not closed"
     if "field larger" in text:
         return f"a field of more than {MAX_ROW_BYTES // 2**20} MiB, or a quote that is not closed"
+    if "expected after" in text:
+        return "broken CSV: text behind the closing quote of a field"
     return f"broken CSV: {text}"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from ftplan.launcher.data.streams import (
 )
 from ftplan.planner.errors import InputError
 
-Format = Literal["JSON lines", "JSON array", "CSV", "TSV", "Parquet", "Arrow"]
+Format = Literal["JSON lines", "JSON", "CSV", "TSV", "Parquet", "Arrow"]
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
@@ -173,7 +174,7 @@ def _size(path: Path) -> tuple[int, int]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read `{path}`: {reason}", "check the path") from error
-    if not path.is_file():
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(
             f"`{path}` is not a plain file", "it is read more than once: write it to a file first"
         )
@@ -251,7 +252,7 @@ def _text_format(path: Path, text: str, whole: bool) -> dict[str, Any]:
     begin = _OPENING.match(text).end()  # type: ignore[union-attr]
     opening = text[begin : begin + 1]
     if opening == "[" and not _is_line_of_list(text, begin):
-        return {"format": "JSON array", "array_at": begin + 1}
+        return {"format": "JSON", "array_at": begin + 1}
     if opening in ("{", "[") and (suffix not in TABLE_SUFFIXES or _decodes(text, begin)):
         return _objects(path, text, begin, whole)
     if suffix in TABLE_SUFFIXES:
@@ -305,7 +306,7 @@ def _objects(path: Path, text: str, begin: int, whole: bool) -> dict[str, Any]:
     if found is None:
         return rows
     key, array_at = found
-    return {"format": "JSON array", "array_at": array_at, "wrapper": key}
+    return {"format": "JSON", "array_at": array_at, "wrapper": key}
 
 
 def _is_columns(value: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ Files are opened as often as needed, and nothing is held in memory but a few blo
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -163,7 +164,7 @@ class Source:
         text.drop_byte_order_mark()
         if file.format == "JSON lines":
             return iter(JsonRows(text, notes, index))
-        if file.format == "JSON array":
+        if file.format == "JSON":
             while len(text.text) - text.position < file.array_at and text.more():
                 pass
             text.position += file.array_at
@@ -235,11 +236,11 @@ def _expanded(paths: Sequence[Path | str]) -> tuple[list[Path], list[str]]:
     found: dict[Path, None] = {}
     remarks: list[str] = []
     for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
+        path = Path(os.path.expanduser(given))
+        if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
             chosen = files_below(path)
             new, said = [path / name for name in chosen.paths], chosen.remarks
-        elif not path.exists() and _HUB_ID.fullmatch(str(given)) and not is_data(path.name):
+        elif _may_be_on_hub(str(given)):
             from ftplan.launcher.data.hub import fetch_dataset
 
             fetched, said = fetch_dataset(str(given))
@@ -252,6 +253,16 @@ def _expanded(paths: Sequence[Path | str]) -> tuple[list[Path], list[str]]:
             remarks.append(f"given twice, read once: `{twice[0]}`")
         found.update(dict.fromkeys(new))
     return list(found), remarks
+
+
+def _may_be_on_hub(given: str) -> bool:
+    """Neither a path here, nor a mistyped one."""
+    return (
+        _HUB_ID.fullmatch(given) is not None
+        and not os.path.exists(given)
+        and not os.path.exists(given.split("/")[0])
+        and not is_data(given)
+    )
 
 
 def _refuse_changed(file: SourceFile) -> None:

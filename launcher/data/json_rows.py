@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from ftplan.launcher.data.records import MAX_ROW_BYTES, Notes, Record
+from ftplan.launcher.data.records import MAX_ROW_BYTES, NOT_UTF8, Notes, Record
 from ftplan.launcher.data.streams import Text
 
 COMMENTS = "comments (`//`, `/* */`), left out"
@@ -202,6 +202,7 @@ class JsonRows:
         window = self._text.text
         if self._text.escaped and (bad := _SURROGATE.search(window, begin, end)):
             byte = ord(bad.group()) - 0xDC00
+            self._notes.add(NOT_UTF8, self._text.line(bad.start()))
             raise _Broken(f"not UTF-8 text (byte 0x{byte:02x})", bad.start())
         if window.find("\\u", begin, end) < 0:
             return

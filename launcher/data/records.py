@@ -13,6 +13,11 @@ MAX_ROW_BYTES = 16 * 2**20
 FIRST_NUMBERS = 5
 
 
+NOT_UTF8 = (
+    "bytes that are not UTF-8; of a file from Windows, `iconv -f CP1252 -t UTF-8` makes it so"
+)
+
+
 class Record(Struct, frozen=True):
     """One row as it stands in a file.
 

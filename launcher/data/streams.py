@@ -104,7 +104,7 @@ def _decompressor(compression: Compression, path: Path) -> Callable[[], Any]:
     except ImportError:
         raise InputError(
             f"`{path}` is compressed with zstd, which needs a package here",
-            "`pip install zstandard`, or unpack it: `zstd -d FILE`",
+            "`pip install pyarrow`, or unpack it: `zstd -d FILE`",
         ) from None
     made: Callable[[], Any] = zstd.ZstdDecompressor
     return made
@@ -166,14 +166,7 @@ def _decompressed(
 
 
 def _zstd_reader() -> Callable[[Any], Any] | None:
-    """A reader of zstd in a package that is there; None leaves it to the standard library."""
-    try:
-        import zstandard
-    except ImportError:
-        pass
-    else:
-        unpacker = zstandard.ZstdDecompressor()
-        return lambda file: unpacker.stream_reader(file, read_across_frames=True)
+    """pyarrow's reader of zstd; None leaves it to the standard library."""
     try:
         import pyarrow
     except ImportError:
@@ -182,7 +175,7 @@ def _zstd_reader() -> Callable[[Any], Any] | None:
 
 
 class _File:
-    """Blocks as the file that readers of zstd want."""
+    """Blocks as the file that pyarrow wants."""
 
     closed = False
 
@@ -210,7 +203,7 @@ def _read_through(file: Any) -> Iterator[bytes]:
             block = file.read(BLOCK_BYTES)
         except InputError:
             raise
-        except Exception as error:  # zstandard's, pyarrow's
+        except Exception as error:  # pyarrow's, of many kinds
             raise Damaged(f"its zstd data is cut off or corrupt ({error})") from error
         if not block:
             return
