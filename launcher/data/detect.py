@@ -208,21 +208,23 @@ def _refuse_others(path: Path, head: bytes) -> None:
 def _encoding(head: bytes) -> tuple[Encoding, bool, bool]:
     """The encoding, whether a mark says so, and whether it was guessed.
 
-    Without a mark by the zeros in the first four bytes, as RFC 4627, section 3, has it: text begins
-    with ASCII characters.
+    Without a mark by where zeros stand in the first two characters, as RFC 4627, section 3, has it:
+    those of JSON are ASCII.
     """
     for mark, encoding in BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return encoding, True, False
-    zeros = [byte == 0 for byte in head[:4]]
-    guesses: dict[tuple[bool, ...], Encoding] = {
-        (False, True, False, True): "utf-16-le",
-        (True, False, True, False): "utf-16-be",
-        (False, True, True, True): "utf-32-le",
-        (True, True, True, False): "utf-32-be",
+    zeros = "".join("0" if byte == 0 else "x" for byte in head[:8])
+    guesses: dict[str, Encoding] = {
+        "x0x0": "utf-16-le",
+        "0x0x": "utf-16-be",
+        "x000x000": "utf-32-le",
+        "000x000x": "utf-32-be",
     }
-    guess = guesses.get(tuple(zeros))
-    return (guess, False, True) if guess else ("utf-8", False, False)
+    for pattern, encoding in guesses.items():
+        if zeros.startswith(pattern):
+            return encoding, False, True
+    return "utf-8", False, False
 
 
 def _head_text(head: bytes, encoding: Encoding, whole: bool) -> str:

@@ -9,7 +9,7 @@ from itertools import chain
 import msgspec
 
 from ftplan.launcher.data.json_rows import JsonRows
-from ftplan.launcher.data.records import MAX_ROW_BYTES, Notes, Record
+from ftplan.launcher.data.records import MAX_ROW_CHARACTERS, Notes, Record
 from ftplan.launcher.data.streams import Damaged, Text
 
 # So many rows in a line each, and lines are read by themselves once more.
@@ -61,7 +61,7 @@ class JsonLines:
                 else:
                     yield Record(self._line, value, "", file)
                 self._line += 1
-            if len(self._rest) > MAX_ROW_BYTES or not self._read():
+            if len(self._rest) > MAX_ROW_CHARACTERS or not self._read():
                 return
 
     def _other_rows(self) -> Iterator[Record]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from ftplan.launcher.data.records import MAX_ROW_BYTES, NOT_UTF8, Notes, Record
+from ftplan.launcher.data.records import MAX_ROW_CHARACTERS, NOT_UTF8, TOO_LONG, Notes, Record
 from ftplan.launcher.data.streams import Text
 
 COMMENTS = "comments (`//`, `/* */`), left out"
@@ -117,17 +117,23 @@ class JsonRows:
             if begin < len(window):
                 break
             if text.final:
-                if self._array and not text.damage:
-                    self._notes.add(NOT_CLOSED)
+                self._ended(position)
                 return None
             if text.too_long:  # nothing but blanks
                 text.position = begin
             self._more()
         if self._array:
             return self._next_of_array(begin)
-        if window.find(",", position, begin) >= 0:
-            self._notes.add(COMMAS_AFTER_ROWS, text.line(position))
+        if (comma := window.find(",", position, begin)) >= 0:
+            self._notes.add(COMMAS_AFTER_ROWS, text.line(comma))
         return begin
+
+    def _ended(self, position: int) -> None:
+        text = self._text
+        if self._array and not text.damage:
+            self._notes.add(NOT_CLOSED)
+        elif (comma := text.text.find(",", position)) >= 0:
+            self._notes.add(COMMAS_AFTER_ROWS, text.line(comma))
 
     def _next_of_array(self, begin: int) -> int | None:
         text = self._text
@@ -174,6 +180,8 @@ class JsonRows:
             raise _Broken("JSON nested too deeply") from None
         except ValueError:  # Python's limit on the digits of a number
             raise _Broken("a number with thousands of digits") from None
+        if end - begin > MAX_ROW_CHARACTERS:
+            raise _Broken(TOO_LONG)
         self._check_rest(begin, end)
         if self._constants:
             self._constants.clear()
@@ -250,7 +258,7 @@ class JsonRows:
         """Read on, so that a row is whole. Raises _Again, or _Broken for one that is too long."""
         self._text.position = begin
         if self._text.too_long:
-            raise _Broken(f"a row of more than {MAX_ROW_BYTES // 2**20} MiB")
+            raise _Broken(TOO_LONG)
         self._more()
         raise _Again
 

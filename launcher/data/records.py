@@ -7,8 +7,10 @@ from typing import Any
 
 from msgspec import Struct
 
-MAX_ROW_BYTES = 16 * 2**20
+MAX_ROW_CHARACTERS = 16_000_000
 """A longer row is broken: some four million tokens. It bounds what a reader holds in memory."""
+
+TOO_LONG = "a row of more than 16 million characters"
 
 FIRST_NUMBERS = 5
 

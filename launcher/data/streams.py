@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ftplan.launcher.data.records import MAX_ROW_BYTES
+from ftplan.launcher.data.records import MAX_ROW_CHARACTERS
 from ftplan.planner.errors import InputError
 
 # Short: what is in the processor's cache is read faster, and Python counts the lines of a whole
@@ -272,7 +272,7 @@ class Text:
     @property
     def too_long(self) -> bool:
         """What is left is longer than any row may be."""
-        return len(self.text) - self.position > MAX_ROW_BYTES
+        return len(self.text) - self.position > MAX_ROW_CHARACTERS
 
     @property
     def at_line_end(self) -> bool:
