@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from ftplan.launcher.data.records import MAX_ROW_BYTES, Notes, Record
+from ftplan.launcher.data.records import MAX_ROW_CHARACTERS, NOT_UTF8, TOO_LONG, Notes, Record
 from ftplan.launcher.data.streams import Text
 
 DELIMITERS = (",", "\t", ";", "|")
@@ -21,7 +21,7 @@ _MOST_OPEN_QUOTES = 20
 
 
 def parse(lines: Iterator[str], delimiter: str) -> Iterator[list[str]]:
-    csv.field_size_limit(MAX_ROW_BYTES)
+    csv.field_size_limit(MAX_ROW_CHARACTERS)
     return csv.reader(lines, delimiter=delimiter, strict=True)
 
 
@@ -101,6 +101,7 @@ class CsvRows:
             reason = f"{len(fields)} fields where the first line names {len(names)}"
             return Record(number, None, reason, self._file)
         if self._text.escaped and (bad := _surrogate("".join(fields))):
+            self._notes.add(NOT_UTF8, number)
             return Record(number, None, f"not UTF-8 text (byte 0x{bad:02x})", self._file)
         value: dict[str, Any] = dict(zip(names, fields, strict=False))
         return Record(number, value, "", self._file)
@@ -128,23 +129,21 @@ class CsvRows:
 
     def _text_lines(self) -> Iterator[str]:
         """Lines with their ends, in pieces that no line is longer than."""
-        text, rest = self._text, ""
+        text = self._text
         while True:
-            window = rest + text.text[text.position :]
-            text.position = len(text.text)
-            rest = ""
+            window = text.text[text.position :]
+            taken = 0
             for line in io.StringIO(window, newline=""):
-                if line.endswith("\n") or (line.endswith("\r") and len(line) < len(window)):
+                if line.endswith("\n") or (line.endswith("\r") and taken + len(line) < len(window)):
                     yield line
-                else:
-                    rest = line
-            if len(rest) > MAX_ROW_BYTES:
-                yield rest
-                rest = ""
+                    taken += len(line)
+            if text.final or len(window) - taken > MAX_ROW_CHARACTERS:
+                if taken < len(window):
+                    yield window[taken:]
+                taken = len(window)
+            text.position += taken
             if not text.more():
-                break
-        if rest:
-            yield rest
+                return
 
 
 def _reason(error: csv.Error) -> str:
@@ -152,7 +151,9 @@ def _reason(error: csv.Error) -> str:
     if "unexpected end of data" in text:
         return "broken CSV: a quote is opened and not closed"
     if "field larger" in text:
-        return f"a field of more than {MAX_ROW_BYTES // 2**20} MiB, or a quote that is not closed"
+        return f"{TOO_LONG}, or a quote that is not closed"
+    if "expected after" in text:
+        return "broken CSV: text behind the closing quote of a field"
     return f"broken CSV: {text}"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,6 @@ from msgspec import Struct
 from ftplan.launcher.data import columns
 from ftplan.launcher.data.csv_rows import DELIMITER_NAMES, likely_delimiter, missing_header, parse
 from ftplan.launcher.data.streams import (
-    BLOCK_BYTES,
     BYTE_ORDER_MARKS,
     Compression,
     Damaged,
@@ -27,36 +27,24 @@ from ftplan.launcher.data.streams import (
 )
 from ftplan.planner.errors import InputError
 
-Format = Literal["JSON lines", "JSON array", "CSV", "TSV", "Parquet", "Arrow"]
+Format = Literal["JSON lines", "JSON", "CSV", "TSV", "Parquet", "Arrow"]
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".json5", ".jsonc")
 COLUMN_SUFFIXES = (".parquet", ".arrow", ".feather")
 
+HEAD_BYTES = 2**20
+
 _KINDS = "JSON, JSON lines, CSV, TSV, Parquet and Arrow"
 
 # Lists of objects that a row may hold: their file is no object around the rows.
 _LISTS_IN_ROWS = frozenset(
-    [
-        "messages",
-        "conversations",
-        "conversation",
-        "dialog",
-        "dialogue",
-        "turns",
-        "history",
-        "tools",
-        "functions",
-        "prompt",
-        "completion",
-        "chosen",
-        "rejected",
-        "completions",
-        "responses",
-        "answers",
-        "choices",
-    ]
+    (
+        *("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "history"),
+        *("tools", "functions", "prompt", "completion", "chosen", "rejected", "completions"),
+        *("responses", "answers", "choices"),
+    )
 )
 
 _OTHER_FILES = (
@@ -120,7 +108,7 @@ class EmptyFileError(InputError):
 def look_at(path: Path) -> tuple[SourceFile, tuple[str, ...]]:
     """What a file is, and what to say about it. Raises InputError for what holds no rows."""
     size, modified = _size(path)
-    stored_head = next(stored_blocks(path, end=BLOCK_BYTES), b"")
+    stored_head = next(stored_blocks(path), b"")
     if not stored_head:
         raise EmptyFileError(f"`{path}` is empty", "it needs one JSON object a line")
     compression = compression_of(stored_head)
@@ -186,7 +174,7 @@ def _size(path: Path) -> tuple[int, int]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read `{path}`: {reason}", "check the path") from error
-    if not path.is_file():
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(
             f"`{path}` is not a plain file", "it is read more than once: write it to a file first"
         )
@@ -200,8 +188,8 @@ def _head(path: Path, compression: Compression) -> tuple[bytes, bool]:
         for block in unpacked_blocks(path, compression):
             pieces.append(block)
             length += len(block)
-            if length > BLOCK_BYTES:
-                return b"".join(pieces)[:BLOCK_BYTES], False
+            if length > HEAD_BYTES:
+                return b"".join(pieces)[:HEAD_BYTES], False
     except Damaged as damage:
         if not pieces:
             raise InputError(f"`{path}`: {damage}", "fetch or write it again") from None
@@ -220,21 +208,23 @@ def _refuse_others(path: Path, head: bytes) -> None:
 def _encoding(head: bytes) -> tuple[Encoding, bool, bool]:
     """The encoding, whether a mark says so, and whether it was guessed.
 
-    Without a mark by the zeros in the first four bytes, as RFC 4627, section 3, has it: text begins
-    with ASCII characters.
+    Without a mark by where zeros stand in the first two characters, as RFC 4627, section 3, has it:
+    those of JSON are ASCII.
     """
     for mark, encoding in BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return encoding, True, False
-    zeros = [byte == 0 for byte in head[:4]]
-    guesses: dict[tuple[bool, ...], Encoding] = {
-        (False, True, False, True): "utf-16-le",
-        (True, False, True, False): "utf-16-be",
-        (False, True, True, True): "utf-32-le",
-        (True, True, True, False): "utf-32-be",
+    zeros = "".join("0" if byte == 0 else "x" for byte in head[:8])
+    guesses: dict[str, Encoding] = {
+        "x0x0": "utf-16-le",
+        "0x0x": "utf-16-be",
+        "x000x000": "utf-32-le",
+        "000x000x": "utf-32-be",
     }
-    guess = guesses.get(tuple(zeros))
-    return (guess, False, True) if guess else ("utf-8", False, False)
+    for pattern, encoding in guesses.items():
+        if zeros.startswith(pattern):
+            return encoding, False, True
+    return "utf-8", False, False
 
 
 def _head_text(head: bytes, encoding: Encoding, whole: bool) -> str:
@@ -264,10 +254,9 @@ def _text_format(path: Path, text: str, whole: bool) -> dict[str, Any]:
     begin = _OPENING.match(text).end()  # type: ignore[union-attr]
     opening = text[begin : begin + 1]
     if opening == "[" and not _is_line_of_list(text, begin):
-        return {"format": "JSON array", "array_at": begin + 1}
-    if opening == "{" or (opening == "[" and suffix not in TABLE_SUFFIXES):
-        if suffix not in TABLE_SUFFIXES or _decodes(text, begin):
-            return _objects(path, text, begin, whole)
+        return {"format": "JSON", "array_at": begin + 1}
+    if opening in ("{", "[") and (suffix not in TABLE_SUFFIXES or _decodes(text, begin)):
+        return _objects(path, text, begin, whole)
     if suffix in TABLE_SUFFIXES:
         return _table(path, text, suffix)
     if re.search(r"^\s*\{", text, re.MULTILINE):  # its first rows are broken
@@ -319,7 +308,7 @@ def _objects(path: Path, text: str, begin: int, whole: bool) -> dict[str, Any]:
     if found is None:
         return rows
     key, array_at = found
-    return {"format": "JSON array", "array_at": array_at, "wrapper": key}
+    return {"format": "JSON", "array_at": array_at, "wrapper": key}
 
 
 def _is_columns(value: dict[str, Any]) -> bool:

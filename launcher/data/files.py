@@ -11,6 +11,7 @@ Files are opened as often as needed, and nothing is held in memory but a few blo
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,10 @@ from ftplan.launcher.data.columns import column_rows
 from ftplan.launcher.data.csv_rows import CsvRows
 from ftplan.launcher.data.detect import EmptyFileError, SourceFile, look_at
 from ftplan.launcher.data.folders import files_below, is_data
+from ftplan.launcher.data.json_lines import JsonLines
 from ftplan.launcher.data.json_rows import JsonRows
 from ftplan.launcher.data.records import Note, Notes, Record, merged
 from ftplan.launcher.data.streams import (
-    BLOCK_BYTES,
     Progress,
     Text,
     stored_blocks,
@@ -38,7 +39,7 @@ from ftplan.planner.errors import InputError
 __all__ = ["Note", "Record", "Source", "SourceFile", "merged", "open_source"]
 
 # How far behind its even share a part may end, so that it ends between rows.
-_MOST_SEARCHED_BYTES = 8 * BLOCK_BYTES
+_MOST_SEARCHED_BYTES = 8 * 2**20
 
 # As huggingface_hub checks it.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -155,10 +156,15 @@ class Source:
         _refuse_changed(file)
         if file.format == "Parquet" or file.format == "Arrow":
             return column_rows(file.path, file.format, index, file.size_bytes, progress)
-        text = _text(file, segment, progress)
+        blocks = _blocks(file, segment, progress)
+        if file.format == "JSON lines" and file.encoding == "utf-8" and not file.lone_returns:
+            first_line = 1 + _lines_before(file.path, segment.begin)
+            return iter(JsonLines(blocks, notes, index, first_line))
+        text = Text(blocks, file.encoding, lone_returns=file.lone_returns)
+        text.drop_byte_order_mark()
         if file.format == "JSON lines":
             return iter(JsonRows(text, notes, index))
-        if file.format == "JSON array":
+        if file.format == "JSON":
             while len(text.text) - text.position < file.array_at and text.more():
                 pass
             text.position += file.array_at
@@ -230,11 +236,11 @@ def _expanded(paths: Sequence[Path | str]) -> tuple[list[Path], list[str]]:
     found: dict[Path, None] = {}
     remarks: list[str] = []
     for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
+        path = Path(os.path.expanduser(given))
+        if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
             chosen = files_below(path)
             new, said = [path / name for name in chosen.paths], chosen.remarks
-        elif not path.exists() and _HUB_ID.fullmatch(str(given)) and not is_data(path.name):
+        elif _may_be_on_hub(str(given)):
             from ftplan.launcher.data.hub import fetch_dataset
 
             fetched, said = fetch_dataset(str(given))
@@ -249,6 +255,16 @@ def _expanded(paths: Sequence[Path | str]) -> tuple[list[Path], list[str]]:
     return list(found), remarks
 
 
+def _may_be_on_hub(given: str) -> bool:
+    """Neither a path here, nor a mistyped one."""
+    return (
+        _HUB_ID.fullmatch(given) is not None
+        and not os.path.exists(given)
+        and not os.path.exists(given.split("/")[0])
+        and not is_data(given)
+    )
+
+
 def _refuse_changed(file: SourceFile) -> None:
     try:
         status = file.path.stat()
@@ -260,20 +276,10 @@ def _refuse_changed(file: SourceFile) -> None:
         )
 
 
-def _text(file: SourceFile, segment: Segment, progress: Progress | None) -> Text:
+def _blocks(file: SourceFile, segment: Segment, progress: Progress | None) -> Iterator[bytes]:
     if file.compression:
-        blocks = unpacked_blocks(file.path, file.compression, progress)
-    else:
-        blocks = stored_blocks(file.path, segment.begin, segment.end, progress)
-    text = Text(
-        blocks,
-        file.encoding,
-        first_line=1 + _lines_before(file.path, segment.begin),
-        lone_returns=file.lone_returns,
-    )
-    if not segment.begin:
-        text.drop_byte_order_mark()
-    return text
+        return unpacked_blocks(file.path, file.compression, progress)
+    return stored_blocks(file.path, segment.begin, segment.end, progress)
 
 
 def _lines_before(path: Path, offset: int) -> int:

@@ -18,23 +18,13 @@ from ftplan.planner.errors import InputError
 _SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, *COLUMN_SUFFIXES)
 
 # What `datasets` and the Hub write beside the rows.
-_DESCRIPTIONS = frozenset(
-    [
-        "dataset_info.json",
-        "dataset_infos.json",
-        "dataset_dict.json",
-        "state.json",
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "package.json",
-    ]
+_DESCRIPTIONS = (
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "package.json"),
 )
 
-_HELD_OUT = frozenset(
-    ["test", "tests", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"]
-)
-_TRAINING = frozenset(["train", "training"])
+_HELD_OUT = {"test", "tests", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
+_TRAINING = {"train", "training"}
 
 
 class Chosen:

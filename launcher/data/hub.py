@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ftplan.launcher.data.folders import choose
+from ftplan.launcher.model_source import hub_endpoint, hub_offline
 from ftplan.planner.errors import InputError
 
+_HUB_TIMEOUT_SECONDS = 10
 
-def fetch_dataset(hub_id: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+
+def fetch_dataset(
+    hub_id: str, environ: Mapping[str, str] = os.environ
+) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """A dataset's files to train on, fetched into the Hub's cache, and what was left out.
 
     What was fetched before is found without a connection. Raises InputError.
     """
     hub = _hub(hub_id)
     try:
-        names = hub.HfApi().list_repo_files(hub_id, repo_type="dataset")
-    except Exception as error:  # huggingface_hub's, httpx's, of many kinds
+        names = _listing(hub_id, hub.get_token(), environ)
+    except (OSError, ValueError, KeyError) as error:
         if cached := _cached(hub, hub_id):
             return cached
         raise _unreachable(hub_id, error) from error
@@ -42,6 +49,21 @@ def _hub(hub_id: str) -> Any:
             '`pip install "ftplan[train]"`, or give a file',
         ) from None
     return huggingface_hub
+
+
+def _listing(hub_id: str, token: str | None, environ: Mapping[str, str]) -> list[str]:
+    """The names of a dataset's files. Raises OSError, ValueError, KeyError.
+
+    Asked once: huggingface_hub asks six times, for half a minute without a connection.
+    """
+    from urllib.request import Request, urlopen
+
+    if hub_offline(environ):
+        raise OSError("HF_HUB_OFFLINE is set")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = Request(f"{hub_endpoint(environ)}/api/datasets/{hub_id}", headers=headers)
+    with urlopen(request, timeout=_HUB_TIMEOUT_SECONDS) as answer:
+        return [str(file["rfilename"]) for file in json.load(answer)["siblings"]]
 
 
 def _cached(hub: Any, hub_id: str) -> tuple[tuple[Path, ...], tuple[str, ...]] | None:
@@ -75,18 +97,21 @@ def _refuse_several(hub_id: str, paths: Sequence[str]) -> None:
 
 
 def _unreachable(hub_id: str, error: Exception) -> InputError:
-    kind = type(error).__name__
-    if kind in ("RepositoryNotFoundError", "RevisionNotFoundError"):
+    status = getattr(error, "code", None) or getattr(
+        getattr(error, "response", None), "status_code", None
+    )
+    if status in (401, 404):
         return InputError(
             f"neither a file here nor a dataset on the Hub: `{hub_id}`",
             "check the name; a private dataset needs `hf auth login`",
         )
-    if kind == "GatedRepoError":
+    if status == 403:
         return InputError(
             f"the dataset `{hub_id}` on the Hub is gated",
             "accept its terms on its page there, then `hf auth login`",
         )
+    reason = (str(getattr(error, "reason", error)) or type(error).__name__).splitlines()[0]
     return InputError(
-        f"no such file: `{hub_id}`; as a dataset on the Hub it is out of reach ({kind})",
+        f"no such file: `{hub_id}`; as a dataset on the Hub it is out of reach ({reason})",
         "check the path or the connection, or fetch it elsewhere and give the file",
     )

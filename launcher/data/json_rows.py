@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from ftplan.launcher.data.records import MAX_ROW_BYTES, Notes, Record
+from ftplan.launcher.data.records import MAX_ROW_CHARACTERS, NOT_UTF8, TOO_LONG, Notes, Record
 from ftplan.launcher.data.streams import Text
 
 COMMENTS = "comments (`//`, `/* */`), left out"
@@ -47,7 +47,7 @@ _REASONS = {
 # A comment, or a closing bracket behind a comma; from Python 3.13 on, that comma.
 _MENDABLE = ("/", "}", "]", ",")
 
-# Text is mended by pieces of this length: a window whose rows are all broken is not copied for each.
+# Text is mended by pieces of this length, not a whole window for each row.
 _MENDED_CHARACTERS = 2**15
 
 # The longest piece of JSON that an error may stand before the end of: `-Infinity`, `\ud83d\ude00`.
@@ -117,17 +117,23 @@ class JsonRows:
             if begin < len(window):
                 break
             if text.final:
-                if self._array and not text.damage:
-                    self._notes.add(NOT_CLOSED)
+                self._ended(position)
                 return None
             if text.too_long:  # nothing but blanks
                 text.position = begin
             self._more()
         if self._array:
             return self._next_of_array(begin)
-        if window.find(",", position, begin) >= 0:
-            self._notes.add(COMMAS_AFTER_ROWS, text.line(position))
+        if (comma := window.find(",", position, begin)) >= 0:
+            self._notes.add(COMMAS_AFTER_ROWS, text.line(comma))
         return begin
+
+    def _ended(self, position: int) -> None:
+        text = self._text
+        if self._array and not text.damage:
+            self._notes.add(NOT_CLOSED)
+        elif (comma := text.text.find(",", position)) >= 0:
+            self._notes.add(COMMAS_AFTER_ROWS, text.line(comma))
 
     def _next_of_array(self, begin: int) -> int | None:
         text = self._text
@@ -174,6 +180,8 @@ class JsonRows:
             raise _Broken("JSON nested too deeply") from None
         except ValueError:  # Python's limit on the digits of a number
             raise _Broken("a number with thousands of digits") from None
+        if end - begin > MAX_ROW_CHARACTERS:
+            raise _Broken(TOO_LONG)
         self._check_rest(begin, end)
         if self._constants:
             self._constants.clear()
@@ -202,6 +210,7 @@ class JsonRows:
         window = self._text.text
         if self._text.escaped and (bad := _SURROGATE.search(window, begin, end)):
             byte = ord(bad.group()) - 0xDC00
+            self._notes.add(NOT_UTF8, self._text.line(bad.start()))
             raise _Broken(f"not UTF-8 text (byte 0x{byte:02x})", bad.start())
         if window.find("\\u", begin, end) < 0:
             return
@@ -249,7 +258,7 @@ class JsonRows:
         """Read on, so that a row is whole. Raises _Again, or _Broken for one that is too long."""
         self._text.position = begin
         if self._text.too_long:
-            raise _Broken(f"a row of more than {MAX_ROW_BYTES // 2**20} MiB")
+            raise _Broken(TOO_LONG)
         self._more()
         raise _Again
 

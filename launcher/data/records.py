@@ -7,10 +7,17 @@ from typing import Any
 
 from msgspec import Struct
 
-MAX_ROW_BYTES = 16 * 2**20
+MAX_ROW_CHARACTERS = 16_000_000
 """A longer row is broken: some four million tokens. It bounds what a reader holds in memory."""
 
+TOO_LONG = "a row of more than 16 million characters"
+
 FIRST_NUMBERS = 5
+
+
+NOT_UTF8 = (
+    "bytes that are not UTF-8; of a file from Windows, `iconv -f CP1252 -t UTF-8` makes it so"
+)
 
 
 class Record(Struct, frozen=True):

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ftplan.launcher.data.records import MAX_ROW_BYTES
+from ftplan.launcher.data.records import MAX_ROW_CHARACTERS
 from ftplan.planner.errors import InputError
 
-BLOCK_BYTES = 2**20
+# Short: what is in the processor's cache is read faster, and Python counts the lines of a whole
+# window for each JSON error.
+BLOCK_BYTES = 2**16
 
-_UNPACKED_BYTES = 4 * BLOCK_BYTES
+_UNPACKED_BYTES = 2**20
 
 Compression = Literal["", "gzip", "zstd", "bzip2", "xz"]
 Encoding = Literal["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
@@ -102,7 +104,7 @@ def _decompressor(compression: Compression, path: Path) -> Callable[[], Any]:
     except ImportError:
         raise InputError(
             f"`{path}` is compressed with zstd, which needs a package here",
-            "`pip install zstandard`, or unpack it: `zstd -d FILE`",
+            "`pip install pyarrow`, or unpack it: `zstd -d FILE`",
         ) from None
     made: Callable[[], Any] = zstd.ZstdDecompressor
     return made
@@ -164,14 +166,7 @@ def _decompressed(
 
 
 def _zstd_reader() -> Callable[[Any], Any] | None:
-    """A reader of zstd in a package that is there; None leaves it to the standard library."""
-    try:
-        import zstandard
-    except ImportError:
-        pass
-    else:
-        unpacker = zstandard.ZstdDecompressor()
-        return lambda file: unpacker.stream_reader(file, read_across_frames=True)
+    """pyarrow's reader of zstd; None leaves it to the standard library."""
     try:
         import pyarrow
     except ImportError:
@@ -180,7 +175,7 @@ def _zstd_reader() -> Callable[[Any], Any] | None:
 
 
 class _File:
-    """Blocks as the file that readers of zstd want."""
+    """Blocks as the file that pyarrow wants."""
 
     closed = False
 
@@ -208,7 +203,7 @@ def _read_through(file: Any) -> Iterator[bytes]:
             block = file.read(BLOCK_BYTES)
         except InputError:
             raise
-        except Exception as error:  # zstandard's, pyarrow's
+        except Exception as error:  # pyarrow's, of many kinds
             raise Damaged(f"its zstd data is cut off or corrupt ({error})") from error
         if not block:
             return
@@ -277,7 +272,15 @@ class Text:
     @property
     def too_long(self) -> bool:
         """What is left is longer than any row may be."""
-        return len(self.text) - self.position > MAX_ROW_BYTES
+        return len(self.text) - self.position > MAX_ROW_CHARACTERS
+
+    @property
+    def at_line_end(self) -> bool:
+        return self.text.startswith("\n", self.position)
+
+    def rest(self) -> bytes:
+        """The bytes of the window from `position` on; of UTF-8 only."""
+        return self.text[self.position :].encode("utf-8", "surrogateescape") + self._rest
 
     def _block(self) -> str:
         try:
