@@ -12,18 +12,30 @@ token crosses such a place, stage by stage as `tokenizers` applies them:
 4. Without one, the merges of a BPE model decide: where no merge joins something to a blank on its
    right, no token holds both, and neither side's merges depend on the other's.
 
-What is not proven is not cut.
+Behind a line feed there is a second such place, in three kinds (`Lines`). What is not proven is
+not cut.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from msgspec import Struct
 
 Description = dict[str, Any]
+
+Lines = Literal["none", "single", "runs", "merges"]
+"""Where a text may be cut behind line feeds too.
+
+single: a pattern like GPT-2's ends before whitespace, and takes the last one of a run apart if
+    text follows: behind a line feed between two characters that are no whitespace, and around the
+    second of two line feeds.
+runs: a pattern like Llama 3's takes whitespace up to its last line feed: behind that.
+merges: no merge joins a line feed to anything else on its right: behind the last of a run.
+"""
 
 _MOST_BARRED = 8  # each is looked for in every text
 
@@ -34,7 +46,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _PREFIX, _ASCII_PREFIX = r"[^\r\n\p{L}\p{N}]?", r"[^\r\nA-Za-z0-9]?"
 
 # The alternatives of which the patterns of byte-level tokenizers are made, each with what it is on
-# printable ASCII. In none of them can anything but the first character be a blank, save in a run
+# ASCII. In none of them can anything but the first character be a blank, save in a run
 # of whitespace; none looks at what follows, save after whitespace. So a match that starts left of
 # a blank behind a non-blank ends there, as it would at the end of the text.
 # From tokenizer.json of GPT-2, Llama 3, Qwen 2 and 3, gpt-oss (o200k), Mistral NeMo, DeepSeek-V3.
@@ -68,7 +80,6 @@ _ALTERNATIVES = {
     r"\p{N}": "[0-9]",
     r"\p{N}{1,3}": "[0-9]{1,3}",
     r"\s*[\r\n]+": r"\s*[\r\n]+",
-    r"\s*[\r\n]": r"\s*[\r\n]",
     r"\s+(?!\S)": r"\s+(?!\S)",
     r"\s+": r"\s+",
 }
@@ -83,7 +94,7 @@ _NEUTRAL = {
     r"\d": "[0-9]|[^0-9]+",
     r"[0-9]": "[0-9]|[^0-9]+",
     r"[0-9][0-9][0-9]": None,  # what is left of a number is not cut off from what stands beside it
-    "[一-龥぀-ゟ゠-ヿ]+": r"[\s\S]+",
+    "[一-龥\u3040-ゟ\u30a0-ヿ]+": r"[\s\S]+",
     r"[\r\n]": r"[\r\n]|[^\r\n]+",
 }
 
@@ -108,6 +119,11 @@ class Cuts(Struct, frozen=True, kw_only=True):
     """Whether every blank is a place to cut, one after whitespace too."""
     blanks: str
     """Characters behind which a blank is not cut off, other than whitespace."""
+    lines: Lines
+    begins_apart: bool
+    """Whether stages before the cutting one may end a word, at a digit or a sign, say."""
+    slash_continues: bool
+    """Whether a word may go on with a slash behind a line feed, as in o200k's pattern."""
     barred: tuple[str, ...]
     """Texts that hold one of these are counted whole."""
     ascii_stages: tuple[re.Pattern[str], ...]
@@ -128,10 +144,12 @@ def find_cuts(description: Description) -> Cuts:
     model = bare["model"]
     if model.get("dropout"):
         raise Unproven("its model drops merges at random")
-    blanks = ""
     if not cutting:
-        blanks = "▁" if replaces or metaspace else " "
-        _look_at_merges(model, blanks)
+        _look_at_merges(model, "▁" if replaces or metaspace else " ")
+    words = _cutting_alternatives(stages) if cutting else []
+    lines: Lines = _lines_of(words) if cutting else _lines_of_merges(model)
+    if any(re.search(r"\n[\s\S]", token["content"]) for token in bare["added_tokens"]):
+        lines = "none"
     reason = (
         f"its pre-tokenizer ({cutting}) cuts before a blank"
         if cutting
@@ -144,13 +162,16 @@ def find_cuts(description: Description) -> Cuts:
         prefix_after_added=scheme == "always",
         every_blank=every_blank,
         blanks="▁" if replaces or metaspace else "",
+        lines=lines,
+        begins_apart=bool(cutting) and not _cuts(stages[0], replaces),
+        slash_continues=any(r"[\r\n/]" in word for word in words),
         barred=_barred(bare, replaces, prepends, scheme == "always"),
         ascii_stages=_ascii_stages(stages) if cutting and not _recased(bare) else (),
     )
 
 
 def _look_at_normalizer(bare: Description) -> tuple[bool, bool]:
-    """Whether the normalizer makes blanks `▁`, and whether it puts one first, which is taken out."""
+    """Whether the normalizer makes blanks `▁`, and whether it puts one first; that is taken out."""
     normalizer = bare["normalizer"]
     parts = _parts(normalizer, "normalizers")
     replaces = prepends = False
@@ -208,8 +229,12 @@ def _cuts(stage: Description, replaces: bool) -> bool:
         return bool(stage.get("use_regex", True)) and not replaces
     if stage["type"] != "Split" or replaces or not _isolates(stage):
         return False
-    alternatives = _alternatives(stage["pattern"].get("Regex", ""))
+    alternatives = _alternatives(_pattern(stage))
     return r"\s+" in alternatives and all(known in _ALTERNATIVES for known in alternatives)
+
+
+def _pattern(stage: Description) -> str:
+    return _GPT2 if stage["type"] == "ByteLevel" else str(stage["pattern"].get("Regex", ""))
 
 
 def _isolates(stage: Description) -> bool:
@@ -275,10 +300,44 @@ def _look_at_merges(model: Description, blank: str) -> None:
         raise Unproven("its model takes words from its vocabulary whatever its merges are")
     if blank not in model["vocab"]:
         raise Unproven("a blank is none of its tokens")
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+    for left, right in _merges(model):
         if right[0] == blank and left[-1] != blank:
             raise Unproven(f"it merges {left!r} with {right!r}")
+
+
+def _cutting_alternatives(stages: list[Description]) -> list[str]:
+    """The alternatives of the pattern that cuts; none where it is no pattern."""
+    for stage in stages:
+        if _cuts(stage, False):
+            return _alternatives(_pattern(stage))
+    return []
+
+
+def _lines_of(alternatives: list[str]) -> Lines:
+    if not alternatives:
+        return "none"
+    if r"\s*[\r\n]+" in alternatives:
+        return "runs"
+    return "none" if any(r"\r\n]" in word[6:] for word in alternatives) else "single"
+
+
+def _lines_of_merges(model: Description) -> Lines:
+    every_byte = model.get("byte_fallback") and all(
+        f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)
+    )
+    if "\n" not in model["vocab"] and not every_byte:
+        return "none"
+    feeds = ("\n", "<0x0A>")
+    crossing = any(
+        left.endswith(feeds) and not right.startswith(feeds) for left, right in _merges(model)
+    )
+    return "none" if crossing else "merges"
+
+
+def _merges(model: Description) -> Iterator[tuple[str, str]]:
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right
 
 
 def _barred(
@@ -321,15 +380,14 @@ def _ascii_stages(stages: list[Description]) -> tuple[re.Pattern[str], ...]:
             return ()
         patterns.append(pattern)
         if last:
-            return tuple(re.compile(pattern) for pattern in patterns)
+            return tuple(re.compile(pattern, re.ASCII) for pattern in patterns)
     return ()
 
 
 def _ascii_stage(stage: Description) -> tuple[str | None, bool]:
-    """A stage's pattern on printable ASCII, and whether it is the cutting one."""
+    """A stage's pattern on ASCII, and whether it is the cutting one."""
     if _cuts(stage, False):
-        regex = _GPT2 if stage["type"] == "ByteLevel" else stage["pattern"]["Regex"]
-        return "|".join(_ALTERNATIVES[known] for known in _alternatives(regex)), True
+        return "|".join(_ALTERNATIVES[known] for known in _alternatives(_pattern(stage))), True
     if stage["type"] == "BertPreTokenizer":
         return rf"[^\s{_ASCII_SIGNS}]+|[{_ASCII_SIGNS}]|\s+", True
     if stage["type"] == "Digits":

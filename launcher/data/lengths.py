@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from ftplan.launcher.data.cuts import Unproven, find_cuts
+from ftplan.launcher.data.cuts import Lines, Unproven, find_cuts
 
-_BEGINS = "\x00"  # opens a part that no blank stands before: the first of its text
+# What marks a part's text, which then holds none of these itself:
+_BEGINS = "\x00"  # no blank stands before it: it is behind a line feed
 _BLANK = "\x01"  # a blank that is not cut before
+_FEED = "\x02"  # a line feed that is not cut behind
+_PAIR = "\x03"  # two line feeds
+_BEHIND_PAIR = "\x04"  # as _BEGINS, behind two line feeds
+_FIRST = "\x05"  # nothing stands before it
+_MARKS = (_BEGINS, _BLANK, _FEED, _PAIR, _BEHIND_PAIR, _FIRST)
+_OPENINGS = _BEGINS + _BEHIND_PAIR + _FIRST
+
 _WHOLE = 1 << 50  # counted by a part that makes its text be tokenized whole
 
 _REMEMBERED_PARTS = 400_000
@@ -27,8 +35,6 @@ _LONGEST_REMEMBERED = 48  # characters; longer parts hardly come again
 
 _TEXTS_AT_ONCE = 512
 _WHOLE_CHARACTERS_AT_ONCE = 1 << 20
-
-_PRINTABLE_ASCII = re.compile(r"[\t\n\r -~]*")
 
 
 class TokenCounter:
@@ -43,13 +49,15 @@ class TokenCounter:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = _backend(tokenizer)
-        self._parts: _PartCounter | None = None
+        self._ways: list[Callable[[Sequence[str]], list[int]]] = [self._whole]
         if self._backend is None:
             self.reason = "the tokenizer is not a plain one of the `tokenizers` library"
             return
         try:
-            self._parts = _PartCounter(self._backend)
-            self.reason = self._parts.cuts.reason
+            words = _Words(self._backend)
+            blanks, lines = _PartCounter(words, "none"), _PartCounter(words, words.cuts.lines)
+            self._ways = [lines.counts, blanks.counts, self._whole]
+            self.reason = words.cuts.reason
         except Unproven as why:
             self.reason = str(why)
 
@@ -58,16 +66,14 @@ class TokenCounter:
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text is, without those that the tokenizer adds to a text."""
-        if self._parts is None:
-            return self._whole(texts)
         counted: list[int] = []
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             some = texts[start : start + _TEXTS_AT_ONCE]
-            few = self._parts.counts(some)
-            rest = [number for number, count in enumerate(few) if count >= _WHOLE]
-            whole = self._whole([some[number] for number in rest])
-            for number, count in zip(rest, whole, strict=True):
-                few[number] = count
+            few = [_WHOLE] * len(some)
+            for count in self._ways:
+                rest = [number for number, known in enumerate(few) if known >= _WHOLE]
+                for number, known in zip(rest, count([some[n] for n in rest]), strict=True):
+                    few[number] = known
             counted += few
         return counted
 
@@ -90,10 +96,10 @@ class TokenCounter:
         return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-class _PartCounter:
-    """Counts texts by their parts; raises Unproven where that may not be done.
+class _Words:
+    """Counts words, which are what parts are made of; raises Unproven where that may not be done.
 
-    A part is named by what stands between two blanks that are cut before, without the first.
+    Words of ASCII parts are the tokenizer's own; other parts are one word each.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -101,90 +107,22 @@ class _PartCounter:
         self.cuts = find_cuts(description)
         if self.cuts.prefix_after_added and backend.encode_special_tokens:
             raise Unproven("it puts a blank before texts and reads special tokens as text")
-        self._backend = backend
+        self._whole = backend
         self._bare = _private(self.cuts.bare, backend) if self.cuts.prefixed else backend
         added = sorted((token["content"] for token in description["added_tokens"]), key=len)
-        self._added = re.compile("|".join(map(re.escape, reversed(added))) or r"(?!)")
-        self._parts, self._earlier_parts = _Counts(), _Counts()
-        self._words: dict[str, int] = {}
-        self._earlier_words: dict[str, int] = {}
+        self.added = re.compile("|".join(map(re.escape, reversed(added))) or r"(?!)")
+        self._known: dict[str, int] = {}
+        self._earlier: dict[str, int] = {}
 
-    def counts(self, texts: Sequence[str]) -> list[int]:
-        """Counts of a few texts; `_WHOLE` and more where a text is not to be counted in parts.
+    def first(self, texts: list[str]) -> list[int]:
+        """Counts of parts that begin a text, where the tokenizer puts something before it."""
+        return _lengths(self._whole, texts)
 
-        Parts known already are summed up first, then those that were missing are counted at once.
-        """
-        missing = self._parts.missing
-        counted, ends = [], []
-        for text in texts:
-            counted.append(self._known(text))
-            ends.append(len(missing))
-        found = self._learn(missing)
-        start = 0
-        for number, end in enumerate(ends):
-            if end > start:
-                counted[number] += sum(map(found.__getitem__, islice(missing, start, end)))
-                start = end
-        missing.clear()
-        if len(self._parts) > _REMEMBERED_PARTS:
-            self._earlier_parts, self._parts = self._parts, _Counts()
-        return counted
-
-    def _known(self, text: str) -> int:
-        """What the known parts of a text count; the others are noted as missing."""
-        cuts = self.cuts
-        if _BEGINS in text or _BLANK in text or any(token in text for token in cuts.barred):
-            return _WHOLE
-        if not cuts.prefix_after_added:
-            return self._known_segment(text)
-        segments = self._added.split(text)
-        return len(segments) - 1 + sum(map(self._known_segment, filter(None, segments)))
-
-    def _known_segment(self, text: str) -> int:
-        """The same of a text, or of what stands between two of its added tokens."""
-        if not self.cuts.every_blank:
-            text = _join_blanks(text)
-        if text[:1] == " ":
-            text = _BLANK + text[1:]
-        first, *others = text.split(" ")
-        count = self._parts.__getitem__
-        return sum(map(count, others), count(_BEGINS + first))
-
-    def _learn(self, missing: list[str]) -> dict[str, int]:
-        """Counts of parts that were missing; remembers them."""
-        found: dict[str, int] = {}
-        fresh = []
-        for part in dict.fromkeys(missing):
-            if part in self._earlier_parts:
-                found[part] = self._earlier_parts[part]
-            else:
-                fresh.append(part)
-        self._count_parts(fresh, found)
-        self._parts.update(
-            (part, count) for part, count in found.items() if len(part) <= _LONGEST_REMEMBERED
-        )
-        return found
-
-    def _count_parts(self, parts: list[str], found: dict[str, int]) -> None:
-        """Adds counts of parts to `found`."""
-        first: list[str] = []
-        cut: list[tuple[str, list[str]]] = []
-        for part in parts:
-            if not self._ends_well(part):
-                found[part] = _WHOLE
-            elif part[:1] == _BEGINS and self.cuts.prefixed:
-                first.append(part)
-            else:
-                cut.append((part, self._cut_into_words(_text(part))))
-        found.update(zip(first, _lengths(self._backend, map(_text, first)), strict=True))
-        known = self._count_words([word for _, words in cut for word in words])
-        found.update((part, sum(map(known.__getitem__, words))) for part, words in cut)
-
-    def _count_words(self, words: list[str]) -> dict[str, int]:
+    def counts(self, words: Iterable[str]) -> dict[str, int]:
         """Counts of these words among others; remembers them."""
-        if len(self._words) > _REMEMBERED_WORDS:
-            self._earlier_words, self._words = self._words, {}
-        known, earlier = self._words, self._earlier_words
+        if len(self._known) > _REMEMBERED_WORDS:
+            self._earlier, self._known = self._known, {}
+        known, earlier = self._known, self._earlier
         fresh = []
         for word in dict.fromkeys(words):
             if word in known:
@@ -200,34 +138,185 @@ class _PartCounter:
         known.update((word, n) for word, n in counted.items() if len(word) <= _LONGEST_REMEMBERED)
         return known | counted
 
-    def _cut_into_words(self, text: str) -> list[str]:
+    def cut(self, text: str) -> list[str]:
         """A part's words where it is ASCII without added tokens; else the part itself."""
-        if (
-            not self.cuts.ascii_stages
-            or not _PRINTABLE_ASCII.fullmatch(text)
-            or self._added.search(text)
-        ):
+        if not (self.cuts.ascii_stages and text.isascii()) or self.added.search(text):
             return [text]
         words = [text]
         for stage in self.cuts.ascii_stages:
             words = [word for longer in words for word in stage.findall(longer)]
         return words if sum(map(len, words)) == len(text) else [text]
 
-    def _ends_well(self, part: str) -> bool:
-        """Whether a blank may be cut off behind a part. Behind some no blank can follow: it would
-        have been joined to them."""
-        if self.cuts.every_blank or part == "" or part[-1] in "\n" + _BEGINS + _BLANK:
+    def begins(self, text: str) -> bool:
+        """Whether whitespace before this may be treated like that at the end of a text."""
+        letter = text[:1].isascii() and text[:1].isalpha()
+        return (self.cuts.begins_apart and not letter) or self.added.match(text) is not None
+
+    def normalized(self, text: str) -> str:
+        """What patterns see of a text; the proof lets ASCII pass as it is."""
+        normalizer = self._bare.normalizer
+        if normalizer is None or text.isascii():
+            return text
+        return str(normalizer.normalize_str(text))
+
+
+class _PartCounter:
+    """Counts texts by their parts, cut before blanks and behind line feeds as `lines` says.
+
+    A part is named by what stands between two places to cut, without the blank that opens it.
+    """
+
+    def __init__(self, words: _Words, lines: Lines) -> None:
+        self._words = words
+        self._lines = lines
+        self._known, self._earlier = _Counts(), _Counts()
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Counts of a few texts; `_WHOLE` and more where a text is not to be counted in parts.
+
+        Parts known already are summed up first, then those that were missing are counted at once.
+        """
+        missing = self._known.missing
+        counted, ends = [], []
+        for text in texts:
+            counted.append(self._sum_known(text))
+            ends.append(len(missing))
+        found = self._learn(missing)
+        start = 0
+        for number, end in enumerate(ends):
+            if end > start:
+                counted[number] += sum(map(found.__getitem__, islice(missing, start, end)))
+                start = end
+        missing.clear()
+        if len(self._known) > _REMEMBERED_PARTS:
+            self._earlier, self._known = self._known, _Counts()
+        return counted
+
+    def _sum_known(self, text: str) -> int:
+        """What the known parts of a text count; the others are noted as missing."""
+        cuts = self._words.cuts
+        if any(mark in text for mark in _MARKS) or any(token in text for token in cuts.barred):
+            return _WHOLE
+        if not cuts.prefix_after_added:
+            return self._sum_segment(text)
+        segments = self._words.added.split(text)
+        return len(segments) - 1 + sum(map(self._sum_segment, filter(None, segments)))
+
+    def _sum_segment(self, text: str) -> int:
+        """The same of a text, or of what stands between two of its added tokens."""
+        if "\n" in text:
+            text = _MARK_LINES[self._lines](text)
+        if not self._words.cuts.every_blank:
+            text = _join_blanks(text)
+        if text[:1] == " ":
+            text = _BLANK + text[1:]
+        first, *others = text.split(" ")
+        count = self._known.__getitem__
+        return sum(map(count, others), count(_FIRST + first))
+
+    def _learn(self, missing: list[str]) -> dict[str, int]:
+        """Counts of parts that were missing; remembers them."""
+        found: dict[str, int] = {}
+        fresh = []
+        for part in dict.fromkeys(missing):
+            if part in self._earlier:
+                found[part] = self._earlier[part]
+            else:
+                fresh.append(part)
+        self._count_parts(fresh, found)
+        self._known.update(
+            (part, count) for part, count in found.items() if len(part) <= _LONGEST_REMEMBERED
+        )
+        return found
+
+    def _count_parts(self, parts: list[str], found: dict[str, int]) -> None:
+        """Adds counts of parts to `found`."""
+        prefixed = self._words.cuts.prefixed
+        first: list[str] = []
+        cut: list[tuple[str, list[str]]] = []
+        for part in parts:
+            if not self._is_sound(part):
+                found[part] = _WHOLE
+            elif prefixed and part[:1] == _FIRST:
+                first.append(part)
+            else:
+                cut.append((part, self._words.cut(_text(part))))
+        found.update(zip(first, self._words.first([_text(part) for part in first]), strict=True))
+        known = self._words.counts([word for _, words in cut for word in words])
+        found.update((part, sum(map(known.__getitem__, words))) for part, words in cut)
+
+    def _is_sound(self, part: str) -> bool:
+        """Whether the places around a part are ones to cut at, whatever stands beyond them."""
+        cuts = self._words.cuts
+        if cuts.every_blank:
             return True
-        text = part.removeprefix(_BEGINS)
-        if self._bare.normalizer is not None and not text.isascii():
-            text = self._bare.normalizer.normalize_str(text)
-        return text != "" and not text[-1].isspace() and text[-1] not in self.cuts.blanks
+        begins = part != "" and part[0] in _OPENINGS
+        raw = _text(part)[0 if begins else 1 :]
+        text = self._words.normalized(raw)  # without the blank before it
+        if bool(text) != bool(raw):
+            return False
+        # Behind blanks and line feeds no blank can follow: it would have been joined to them.
+        if raw and raw[-1] not in " \n" and (text[-1].isspace() or text[-1] in cuts.blanks):
+            return False
+        if self._lines == "single":
+            return self._is_single_line(part, text)
+        return self._lines != "runs" or self._is_behind_run(part, text)
+
+    def _is_single_line(self, part: str, text: str) -> bool:
+        if part[-1:] == "\n" and text[-2:-1].isspace():
+            return False
+        if part[:1] == _BEHIND_PAIR and self._words.begins(text):
+            return False
+        behind = part[:1] in (_BEGINS, _BEHIND_PAIR)
+        return not (behind and text[:1].isspace() and part != _BEGINS + "\n")
+
+    def _is_behind_run(self, part: str, text: str) -> bool:
+        if part[:1] == _FIRST:
+            return True
+        if part[:1] == _BEGINS and self._words.cuts.slash_continues and text[:1] == "/":
+            return False
+        space = text[: len(text) - len(text.lstrip())]
+        return "\n" not in space and "\r" not in space
+
+
+def _mark_no_lines(text: str) -> str:
+    return text.replace("\n ", "\n" + _BLANK)
+
+
+def _mark_single_lines(text: str) -> str:
+    """Cuts behind line feeds between two characters that are no whitespace, and around the second
+    of two such line feeds; the rest of whitespace is joined."""
+    text = text.replace("\r\n", "\r" + _FEED).replace(" \n", " " + _FEED)
+    text = text.replace("\n\n\n", _FEED * 3)
+    text = text.replace(_FEED + "\n", _FEED * 2).replace(_FEED + "\n", _FEED * 2)
+    text = text.replace("\n ", _FEED + _BLANK).replace("\n\t", _FEED + "\t")
+    text = text.replace("\n" + _FEED, _FEED * 2).replace(_FEED + " ", _FEED + _BLANK)
+    if text[-2:] == "\n\n":
+        text = text[:-2] + _FEED * 2
+    if "\n\n" not in text:
+        return text.replace("\n", "\n " + _BEGINS)
+    text = text.replace("\n\n", _PAIR).replace("\n", "\n " + _BEGINS)
+    return text.replace(_PAIR, f"\n {_BEGINS}\n {_BEHIND_PAIR}")
+
+
+def _mark_runs_of_lines(text: str) -> str:
+    """Cuts behind the last of line feeds that follow one another."""
+    if "\n\n" in text:
+        text = text.replace("\n\n", _FEED + "\n").replace("\n" + _FEED, _FEED * 2)
+        text = text.replace("\n\n", _FEED + "\n")
+    return text.replace("\n", "\n " + _BEGINS)
+
+
+_MARK_LINES: dict[Lines, Callable[[str], str]] = {
+    "none": _mark_no_lines,
+    "single": _mark_single_lines,
+    "runs": _mark_runs_of_lines,
+    "merges": _mark_runs_of_lines,
+}
 
 
 def _join_blanks(text: str) -> str:
-    """The text with blanks marked that stand behind a blank or line feed: no cut is before them."""
-    if "\n " in text:
-        text = text.replace("\n ", "\n" + _BLANK)
+    """The text with each blank marked that stands behind another one: no cut is before it."""
     if "  " in text:
         text = text.replace("  ", " " + _BLANK)
     if _BLANK in text:
@@ -237,8 +326,8 @@ def _join_blanks(text: str) -> str:
 
 def _text(part: str) -> str:
     """What a part stands for."""
-    text = part[1:] if part[:1] == _BEGINS else " " + part
-    return text.replace(_BLANK, " ")
+    text = part[1:] if part != "" and part[0] in _OPENINGS else " " + part
+    return text.replace(_BLANK, " ").replace(_FEED, "\n")
 
 
 class _Counts(dict[str, int]):
