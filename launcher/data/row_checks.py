@@ -62,10 +62,11 @@ def _numbers_of_money(text: str) -> Iterator[str]:
     yield from private_text.ibans_in(text)
 
 
+_KEY_CHECK = RowCheck((b"-----begin",), _keys)
 _CHECKS = (
     RowCheck((b"@",), _emails),
     RowCheck((b"://",), _passwords),
-    RowCheck((b"+0",), _of_text("personal data", private_text.phones_in)),
+    RowCheck(re.compile(rb"\+(?:0|\(0)"), _of_text("personal data", private_text.phones_in)),
     RowCheck(
         (b"00000000", b"0000 0000", b"0000-0000"), _of_text("personal data", _numbers_of_money)
     ),
@@ -79,11 +80,11 @@ _CHECKS = (
     RowCheck(re.compile(rb"<(?:/|[a-z]+[ />])"), _html),
     RowCheck(re.compile(rb"&(?:[a-z]+|#[0x][0-9a-f]+);"), _html),
     RowCheck(
-        (b"an ai", b"an artificial", b"a language model", b"large language model"),
+        (b"an ai ", b"an artificial", b"language model"),
         _if("an AI model speaks of itself", lambda _, answer: odd_text.refusal_in(answer)),
     ),
     RowCheck((b"\x01",), _odd_characters),
-    RowCheck((b"-----begin",), _keys),
+    _KEY_CHECK,
     RowCheck((b"passw", b"secret", b"token", b"_key", b"apikey"), _assigned),
 )
 # C1 controls; Ã, Â and â€; direction, joiners; the replacement character and the byte-order mark.
@@ -96,8 +97,11 @@ _BEYOND_ASCII = tuple(
         rb"\xef(?:\xbf\xbd|\xbb\xbf)",
     )
 )
-# Every key has so many letters and digits in a row; hardly a word does.
-_LONG_RUN = RowCheck((b"a" * 16,), _keys)
+# Nearly every key has so many letters and digits in a row, hardly a word does; what opens the key
+# stands before or within them.
+_LONG_RUN = b"a" * 16
+_RUN = re.compile(rb"a+")
+_BEFORE_RUN = 80
 
 _CONTROLS = bytes([*range(9), 11, 12, *range(14, 32), 127])
 _DIGITS = b"0123456789"
@@ -149,8 +153,8 @@ class Batch:
         for check in checks:
             for place in self._behind(check, self.lowered):
                 yield check, place
-        for place in self._behind(_LONG_RUN, self.joined.translate(_RUNS)):
-            yield _LONG_RUN, place
+        for place in self._with_keys():
+            yield _KEY_CHECK, place
 
     def _behind(self, check: RowCheck, content: bytes) -> Iterator[int]:
         """Places of the rows in which a check's gate stands."""
@@ -160,6 +164,19 @@ class Batch:
                 place = bisect_right(self.starts, at) - 1
                 yield place
                 at = find(self.ends[place])
+
+    def _with_keys(self) -> Iterator[int]:
+        runs, opening = self.joined.translate(_RUNS), private_text.openings_of_keys()
+        start = runs.find(_LONG_RUN)
+        while start >= 0:
+            run = _RUN.match(runs, start)
+            assert run is not None
+            if opening.search(self.joined, max(0, start - _BEFORE_RUN), run.end()):
+                place = bisect_right(self.starts, start) - 1
+                yield place
+                start = runs.find(_LONG_RUN, self.ends[place])
+            else:
+                start = runs.find(_LONG_RUN, run.end())
 
 
 def _searches(check: RowCheck, content: bytes) -> Iterator[Callable[[int], int]]:
