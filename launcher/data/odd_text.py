@@ -115,7 +115,7 @@ def html_in(text: str) -> bool:
 
 
 _REFUSAL = re.compile(
-    r"\bas an? (?:large )?(?:ai|artificial intelligence)(?: language)?(?: model| assistant)?\b"
+    r"\bas an? (?:large )?ai(?: language)?(?: model| assistant)?\b"
     r"|\bas a (?:large )?language model\b|\bi(?:['\u2019]m| am) (?:just |only )?an? (?:large )?"
     r"(?:ai|language model)\b",
     re.IGNORECASE,
