@@ -21,7 +21,7 @@ _LEAD = 1.4
 _LEAST_SHARE = 0.15
 _FEWEST_LETTERS = 15
 _LETTERS_SHARE = 0.3
-_CODE_SHARE = 0.06
+_CODE_SHARE = 0.04
 
 # What opens a letter in UTF-8, by Unicode block. E0 opens twelve scripts, told apart by the
 # second byte; E2 opens punctuation, F0 pictures, C2 signs: no letters.
@@ -120,11 +120,11 @@ def _is_code(sample: bytes) -> bool:
 def _script(sample: bytes) -> str:
     """The script of most letters that are not ASCII, or _LATIN where those are few."""
     letters = sample.translate(None, _not_leads())
-    if len(letters) < _FEWEST_LETTERS:
+    kana = sum(map(sample.count, _KANA))
+    if len(letters) + kana < _FEWEST_LETTERS:
         return _LATIN
     counts = {name: sum(map(letters.count, leads)) for name, leads in _lead_bytes().items()}
     latin = counts.pop(_LATIN) + len(sample) - len(sample.translate(None, _ASCII_LETTERS))
-    kana = sum(map(sample.count, _KANA))
     counts[_HAN] += kana
     name = max(counts, key=lambda name: counts[name])
     if counts[name] < _LETTERS_SHARE * (latin + counts[name]):

@@ -18,7 +18,8 @@ _LEAST_BITS_PER_CHARACTER = 3.3
 _NAMES = ("passw", "secret", "token", "key")
 _ASSIGNED = re.compile(
     r"(?:ord|d)?[\"']?[ \t]*[:=]>?[ \t]*(?P<quote>[\"']?)"
-    r"(?P<value>[A-Za-z0-9+/=_\-!@#$%^&*~]{12,200})(?P=quote)(?=[\s,;)}\]]|\Z)"
+    r"(?P<value>[A-Za-z0-9+/=_\-!@#$%^&*~]{12,200})(?P=quote)(?=[\s,;)}\]]|\Z)",
+    re.IGNORECASE,
 )
 _IN_URL = re.compile(r"://[^\s:/@'\"]{2,40}:(?P<value>[^\s:/@'\"<>{}$*%]{8,80})@(?P<host>[\w.-]+)")
 _PLACEHOLDER = re.compile(
@@ -82,6 +83,7 @@ def _patterns() -> tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...]:
 
 
 def _is_key(name: str, key: str, examples: tuple[str, ...]) -> bool:
+    key = key.rpartition("KEY-----")[2]  # a private key without its heading
     if any(example in key for example in examples) or _NO_KEY.search(key):
         return False
     if len(set(key)) < _FEWEST_DIFFERENT_CHARACTERS:
