@@ -88,7 +88,7 @@ def odd_characters_in(text: str) -> Iterator[str]:
 # UTF-8's two bytes of a Latin letter or sign read as Windows-1252: Ã or Â and what its bytes 80 to
 # BF are there; or the three of a quotation mark or dash. Words in capitals (SÃO, «CAFÂ») are words.
 _HIGH = bytes(range(0x80, 0xC0)).decode("cp1252", "ignore") + "\x81\x8d\x8f\x90\x9d"
-_MOJIBAKE = re.compile(f"(?<![A-ZÀ-Þ])(?:[ÃÂ][{re.escape(_HIGH)}]|â€[{re.escape(_HIGH)}])")
+_MOJIBAKE = re.compile(f"(?<![A-ZÀ-Þ{_QUOTES}])(?:[ÃÂ][{re.escape(_HIGH)}]|â€[{re.escape(_HIGH)}])")
 
 
 def _was_decoded_wrongly(text: str) -> bool:
@@ -115,7 +115,7 @@ def html_in(text: str) -> bool:
 
 
 _REFUSAL = re.compile(
-    r"\bas an? (?:large )?(?:ai|artificial intelligence)(?: language)?(?: model| assistant)?\b"
+    r"\bas an? (?:large )?ai(?: language)?(?: model| assistant)?\b"
     r"|\bas a (?:large )?language model\b|\bi(?:['\u2019]m| am) (?:just |only )?an? (?:large )?"
     r"(?:ai|language model)\b",
     re.IGNORECASE,

@@ -18,7 +18,8 @@ _LEAST_BITS_PER_CHARACTER = 3.3
 _NAMES = ("passw", "secret", "token", "key")
 _ASSIGNED = re.compile(
     r"(?:ord|d)?[\"']?[ \t]*[:=]>?[ \t]*(?P<quote>[\"']?)"
-    r"(?P<value>[A-Za-z0-9+/=_\-!@#$%^&*~]{12,200})(?P=quote)(?=[\s,;)}\]]|\Z)"
+    r"(?P<value>[A-Za-z0-9+/=_\-!@#$%^&*~]{12,200})(?P=quote)(?=[\s,;)}\]]|\Z)",
+    re.IGNORECASE,
 )
 _IN_URL = re.compile(r"://[^\s:/@'\"]{2,40}:(?P<value>[^\s:/@'\"<>{}$*%]{8,80})@(?P<host>[\w.-]+)")
 _PLACEHOLDER = re.compile(
@@ -67,6 +68,13 @@ def passwords_in_urls(text: str) -> Iterator[str]:
 
 
 @cache
+def openings_of_keys() -> re.Pattern[bytes]:
+    """What stands in every key, of one kind or another."""
+    parts = (part for _, contains, _ in _patterns() for part in contains)
+    return re.compile("|".join(map(re.escape, parts)).encode())
+
+
+@cache
 def _patterns() -> tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...]:
     return tuple(
         (entry.name, entry.contains, re.compile(entry.pattern))
@@ -75,6 +83,7 @@ def _patterns() -> tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...]:
 
 
 def _is_key(name: str, key: str, examples: tuple[str, ...]) -> bool:
+    key = key.rpartition("KEY-----")[2]  # a private key without its heading
     if any(example in key for example in examples) or _NO_KEY.search(key):
         return False
     if len(set(key)) < _FEWEST_DIFFERENT_CHARACTERS:
@@ -191,9 +200,9 @@ def _phone_facts() -> tuple[frozenset[str], re.Pattern[str]]:
 
 
 _CARD = re.compile(
-    r"(?<![\w.,+/-])(?<!\d[ -])"
-    r"(?:(?P<grouped>\d{4}(?P<gap>[ -])(?:\d{4}(?P=gap)\d{4}(?P=gap)\d{4}|\d{6}(?P=gap)\d{4,5}))"
-    r"|(?P<bare>\d{14,19}))(?!\w|[ .,-]\d)"
+    r"\d(?<![\w.,+/-]\d)(?<!\d[ -]\d)\d{3}"
+    r"(?:(?P<gap>[ -])(?:\d{4}(?P=gap)\d{4}(?P=gap)\d{4}|\d{6}(?P=gap)\d{4,5})|\d{10,15})"
+    r"(?!\w|[ .,-]\d)"
 )
 _ABOUT_CARDS = re.compile(r"\b(?:card|visa|mastercard|amex|cvv|cvc|kreditkarte|carte|tarjeta)")
 _NEAR = 60  # characters around a bare number in which a word must say that it is a card's
@@ -208,7 +217,7 @@ def cards_in(text: str) -> Iterator[str]:
     for found in _CARD.finditer(text):
         digits = re.sub(r"\D", "", found[0])
         around = text[max(0, found.start() - _NEAR) : found.end() + _NEAR].lower()
-        if is_card_number(digits) and (found["grouped"] or _ABOUT_CARDS.search(around)):
+        if is_card_number(digits) and (found["gap"] or _ABOUT_CARDS.search(around)):
             yield "card number"
             return
 
@@ -232,7 +241,7 @@ def _luhn(digits: str) -> bool:
 
 
 _IBAN = re.compile(
-    r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)"
+    r"[A-Z](?<![A-Za-z0-9].)[A-Z]\d{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)"
     r"(?![A-Za-z0-9])"
 )
 

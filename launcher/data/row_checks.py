@@ -21,11 +21,12 @@ class RowCheck(Struct, frozen=True):
     """A check of rows in which a gate stands: one of some words, or what a pattern finds.
 
     Sought in the lower-cased bytes of the rows, digits written as 0, control characters as 01. A
-    pattern begins with one rare byte: the search for that byte is what makes it fast.
+    pattern begins with `opener`, which is rare and sought first: ten times as fast.
     """
 
     gates: tuple[bytes, ...] | re.Pattern[bytes]
     kinds: Callable[[str, str], Iterator[str]]
+    opener: bytes = b""
 
 
 def _of_text(
@@ -62,42 +63,48 @@ def _numbers_of_money(text: str) -> Iterator[str]:
     yield from private_text.ibans_in(text)
 
 
+_KEY_CHECK = RowCheck((b"-----begin",), _keys)
 _CHECKS = (
     RowCheck((b"@",), _emails),
     RowCheck((b"://",), _passwords),
-    RowCheck((b"+0",), _of_text("personal data", private_text.phones_in)),
+    RowCheck(re.compile(rb"\+(?:0|\(0)"), _of_text("personal data", private_text.phones_in), b"+"),
     RowCheck(
         (b"00000000", b"0000 0000", b"0000-0000"), _of_text("personal data", _numbers_of_money)
     ),
     RowCheck(re.compile(rb"<(?:\||\xef\xbd\x9c|(?:start|end)_of_turn>|<sys>>|/s>)"), _chat_tokens),
-    RowCheck(re.compile(rb"\[/?inst\]"), _chat_tokens),
-    RowCheck((b"### ", b"assistant:"), _chat_tokens),
+    RowCheck(re.compile(rb"\[/?inst\]"), _chat_tokens, b"["),
+    RowCheck(re.compile(rb"#[#]{2} "), _chat_tokens, b"#"),
+    RowCheck((b"assistant:",), _chat_tokens),
     RowCheck(
-        (b"<think>",),
+        re.compile(rb"<think>"),
         _if("thoughts in <think> tags", lambda _, answer: odd_text.thoughts_in(answer)),
+        b"<",
     ),
-    RowCheck(re.compile(rb"<(?:/|[a-z]+[ />])"), _html),
-    RowCheck(re.compile(rb"&(?:[a-z]+|#[0x][0-9a-f]+);"), _html),
+    RowCheck(re.compile(rb"<(?:/|[a-z]+[ />])"), _html, b"<"),
+    RowCheck(re.compile(rb"&(?:[a-z]+|#[0x][0-9a-f]+);"), _html, b"&"),
     RowCheck(
-        (b"an ai", b"an artificial", b"a language model", b"large language model"),
+        (b"an ai ", b"language model"),
         _if("an AI model speaks of itself", lambda _, answer: odd_text.refusal_in(answer)),
     ),
     RowCheck((b"\x01",), _odd_characters),
-    RowCheck((b"-----begin",), _keys),
+    _KEY_CHECK,
     RowCheck((b"passw", b"secret", b"token", b"_key", b"apikey"), _assigned),
 )
 # C1 controls; Ã, Â and â€; direction, joiners; the replacement character and the byte-order mark.
 _BEYOND_ASCII = tuple(
-    RowCheck(re.compile(pattern), _odd_characters)
+    RowCheck(re.compile(pattern), _odd_characters, pattern[:1])
     for pattern in (
-        rb"\xc2[\x80-\x9f]",
-        rb"\xc3(?:[\x82\x83]|\xa2\xe2\x82\xac)",
-        rb"\xe2(?:\x80[\x8b-\x8d\xad\xae]|\x81\xa0)",
-        rb"\xef(?:\xbf\xbd|\xbb\xbf)",
+        b"\xc2" rb"[\x80-\x9f]",
+        b"\xc3" rb"(?:[\x82\x83]|\xa2\xe2\x82\xac)",
+        b"\xe2" rb"(?:\x80[\x8b-\x8d\xad\xae]|\x81\xa0)",
+        b"\xef" rb"(?:\xbf\xbd|\xbb\xbf)",
     )
 )
-# Every key has so many letters and digits in a row; hardly a word does.
-_LONG_RUN = RowCheck((b"a" * 16,), _keys)
+# Nearly every key has so many letters and digits in a row, hardly a word does; what opens the key
+# stands before or within them.
+_LONG_RUN = b"a" * 16
+_RUN = re.compile(rb"a+")
+_BEFORE_RUN = 80
 
 _CONTROLS = bytes([*range(9), 11, 12, *range(14, 32), 127])
 _DIGITS = b"0123456789"
@@ -149,8 +156,8 @@ class Batch:
         for check in checks:
             for place in self._behind(check, self.lowered):
                 yield check, place
-        for place in self._behind(_LONG_RUN, self.joined.translate(_RUNS)):
-            yield _LONG_RUN, place
+        for place in self._with_keys():
+            yield _KEY_CHECK, place
 
     def _behind(self, check: RowCheck, content: bytes) -> Iterator[int]:
         """Places of the rows in which a check's gate stands."""
@@ -161,6 +168,19 @@ class Batch:
                 yield place
                 at = find(self.ends[place])
 
+    def _with_keys(self) -> Iterator[int]:
+        runs, opening = self.joined.translate(_RUNS), private_text.openings_of_keys()
+        start = runs.find(_LONG_RUN)
+        while start >= 0:
+            run = _RUN.match(runs, start)
+            assert run is not None
+            if opening.search(self.joined, max(0, start - _BEFORE_RUN), run.end()):
+                place = bisect_right(self.starts, start) - 1
+                yield place
+                start = runs.find(_LONG_RUN, self.ends[place])
+            else:
+                start = runs.find(_LONG_RUN, run.end())
+
 
 def _searches(check: RowCheck, content: bytes) -> Iterator[Callable[[int], int]]:
     """For each gate: where it stands next, from a place on; -1 where it does not."""
@@ -168,10 +188,11 @@ def _searches(check: RowCheck, content: bytes) -> Iterator[Callable[[int], int]]
         for gate in check.gates:
             yield partial(content.find, gate)
     else:
-        search = check.gates.search
+        search, opener = check.gates.search, check.opener
 
         def find(start: int) -> int:
-            found = search(content, start)
+            start = content.find(opener, start)
+            found = search(content, start) if start >= 0 else None
             return found.start() if found else -1
 
         yield find
