@@ -112,6 +112,8 @@ class JsonRows:
         self._row = 0
         self._commas: int | None = 0  # that stand before the array's next row; None: not looked at
         self._clean = _Clean()
+        self.mended = 0
+        """How often a row was more than strict JSON, or looked so."""
         self._first_key = ""
         self._constants: list[str] = []
         self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
@@ -276,6 +278,7 @@ class JsonRows:
     def _mended(self, begin: int, error: json.JSONDecodeError) -> tuple[Any, int]:
         """The value once more, after the scanner has stopped at `error`."""
         text = self._text
+        self.mended += 1
         self._constants.clear()
         reason, position = error.msg, error.pos
         self._read_on_if_cut(text.text, begin, reason, position)
