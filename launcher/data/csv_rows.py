@@ -44,6 +44,8 @@ def likely_delimiter(head: str, hint: str = "") -> str | None:
 
 def missing_header(names: list[str]) -> str:
     """Why a first row names no columns; empty where it does."""
+    if surrogate("".join(names)):
+        return "it is not UTF-8 text (`iconv -f CP1252 -t UTF-8` makes it so)"
     for name in names:
         if len(name) > _LONGEST_NAME or "\n" in name or name.endswith((".", "?", "!")):
             return f"`{_shortened(name)}` is no column's name"
@@ -100,7 +102,7 @@ class CsvRows:
         if len(fields) > len(names):
             reason = f"{len(fields)} fields where the first line names {len(names)}"
             return Record(number, None, reason, self._file)
-        if self._text.escaped and (bad := _surrogate("".join(fields))):
+        if self._text.escaped and (bad := surrogate("".join(fields))):
             self._notes.add(NOT_UTF8, number)
             return Record(number, None, f"not UTF-8 text (byte 0x{bad:02x})", self._file)
         value: dict[str, Any] = dict(zip(names, fields, strict=False))
@@ -157,7 +159,7 @@ def _reason(error: csv.Error) -> str:
     return f"broken CSV: {text}"
 
 
-def _surrogate(text: str) -> int:
+def surrogate(text: str) -> int:
     """A byte that is not UTF-8, where one stands in a text."""
     try:
         text.encode()

@@ -14,7 +14,13 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from ftplan.launcher.data import columns
-from ftplan.launcher.data.csv_rows import DELIMITER_NAMES, likely_delimiter, missing_header, parse
+from ftplan.launcher.data.csv_rows import (
+    DELIMITER_NAMES,
+    likely_delimiter,
+    missing_header,
+    parse,
+    surrogate,
+)
 from ftplan.launcher.data.streams import (
     BYTE_ORDER_MARKS,
     Compression,
@@ -240,7 +246,7 @@ def _refuse_binary(path: Path, text: str) -> None:
     """Control characters and bytes that are no UTF-8 in more than a tenth of the first KiB."""
     start = text[:1024]
     odd = len(_CONTROL.findall(start)) + sum("\udc80" <= c <= "\udcff" for c in start)
-    if odd > len(start) / 10 and not start.lstrip("\0").lstrip().startswith(("{", "[")):
+    if odd > max(4, len(start) / 10) and not start.lstrip("\0").lstrip().startswith(("{", "[")):
         raise InputError(f"`{path}` is neither text nor a data file that ftplan knows", _advice())
 
 
@@ -329,7 +335,7 @@ def _list_of_objects(text: str, begin: int) -> tuple[str, int] | None:
         try:
             key = json.loads(match.group(1))
             opening = _LIST_OF_OBJECTS.match(text, match.end())
-            if opening and key not in _LISTS_IN_ROWS:
+            if opening and key not in _LISTS_IN_ROWS and not surrogate(key):
                 return str(key), match.end() + 1
             _, position = decoder.raw_decode(text, match.end())
         except (ValueError, RecursionError):

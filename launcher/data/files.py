@@ -205,9 +205,9 @@ def row_start(path: Path, offset: int) -> int | None:
     """The first offset behind one where a row of JSON lines begins for certain; None if there is
     none near.
 
-    Two lines in a row that are a whole object each: within a row of several lines, or an array, a
-    comma or a bracket would stand beside them. Only a comment of several lines that holds rows
-    deceives it.
+    Two lines in a row that are a whole object each, not indented: within a row of several lines, or
+    an array, a comma or a bracket would stand beside them. Only a comment of several lines that
+    holds rows deceives it.
     """
     blocks = stored_blocks(path, max(offset - 1, 0), offset + _MOST_SEARCHED_BYTES)
     position, rest, whole_before = max(offset - 1, 0), b"", False
@@ -226,7 +226,7 @@ def row_start(path: Path, offset: int) -> int | None:
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(msgspec.json.decode(line), dict)
+        return line.startswith(b"{") and isinstance(msgspec.json.decode(line), dict)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
+from msgspec import Struct
+
 from ftplan.launcher.data.detect import (
     COLUMN_SUFFIXES,
     COMPRESSED_SUFFIXES,
@@ -27,12 +29,11 @@ _HELD_OUT = {"test", "tests", "testing", "validation", "valid", "val", "dev", "e
 _TRAINING = {"train", "training"}
 
 
-class Chosen:
+class Chosen(Struct, frozen=True):
     """Paths in natural order, and what was left out and why."""
 
-    def __init__(self, paths: Sequence[str], remarks: Sequence[str]) -> None:
-        self.paths = tuple(paths)
-        self.remarks = tuple(remarks)
+    paths: tuple[str, ...]
+    remarks: tuple[str, ...]
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
@@ -65,7 +66,7 @@ def choose(names: Iterable[str]) -> Chosen:
         remarks.append(f"left out, by their names not for training: {_listed(held_out)}")
     if others and data:
         remarks.append(f"left out, not data files: {_listed(others)}")
-    return Chosen(data, remarks)
+    return Chosen(tuple(data), tuple(remarks))
 
 
 def files_below(folder: Path) -> Chosen:

@@ -67,11 +67,12 @@ class JsonLines:
     def _other_rows(self) -> Iterator[Record]:
         """Rows from there on, until plain ones have come again."""
         text = Text(chain([self._rest], self._left()), first_line=self._line)
-        good = before = 0
-        for record in JsonRows(text, self._notes, self._file):
+        rows = JsonRows(text, self._notes, self._file)
+        good = before = mended = 0
+        for record in rows:
             yield record
-            plain = not record.broken and record.number == before + 1
-            good, before = good + 1 if plain else 0, record.number
+            plain = not record.broken and record.number == before + 1 and rows.mended == mended
+            good, before, mended = good + 1 if plain else 0, record.number, rows.mended
             if good >= _PLAIN_ROWS and not text.final and text.at_line_end:
                 self._line = text.line(text.position)
                 self._rest = text.rest()

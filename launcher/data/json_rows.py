@@ -7,6 +7,7 @@ it stops, comments and commas before a closing bracket are blanked out and it tr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -66,6 +67,35 @@ class _Again(Exception):
     """The window changed: look at the row once more."""
 
 
+class _Clean:
+    """A piece of the window without comments and commas before brackets; the window keeps them, as
+    what follows a broken row may have been taken for something else.
+    """
+
+    def __init__(self, begin: int = 0, text: str = "") -> None:
+        self.begin = begin
+        self.text = text
+        self.left_out: list[tuple[int, str]] = []
+        for pattern, note in ((_COMMENT, COMMENTS), (_TRAILING, TRAILING_COMMAS)):
+            self._blank_out(pattern, note)
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.text)
+
+    def _blank_out(self, pattern: re.Pattern[str], note: str) -> None:
+        """A pattern's first group, up to a quote that is not closed in its line."""
+        pieces, kept = [], 0
+        for match in pattern.finditer(self.text):
+            if match.lastindex == 2:
+                break
+            if match.lastindex == 1:
+                pieces += [self.text[kept : match.start()], _NOT_NEWLINE.sub(" ", match.group())]
+                self.left_out.append((self.begin + match.start(), note))
+                kept = match.end()
+        self.text = "".join([*pieces, self.text[kept:]])
+
+
 class JsonRows:
     """The rows of a text. `array`: it is an array from its position on, rows are numbered by
     ordinal. `wrapper`: the key that holds the array, in an object around it.
@@ -81,7 +111,9 @@ class JsonRows:
         self._wrapper = wrapper
         self._row = 0
         self._commas: int | None = 0  # that stand before the array's next row; None: not looked at
-        self._cleaned = 0  # up to here the window has no comments, as long as it is not lengthened
+        self._clean = _Clean()
+        self.mended = 0
+        """How often a row was more than strict JSON, or looked so."""
         self._first_key = ""
         self._constants: list[str] = []
         self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
@@ -110,52 +142,29 @@ class JsonRows:
 
     def _next(self) -> int | None:
         """Where the next row begins; None after the last."""
-        text = self._text
-        while True:
-            window, position = text.text, text.position
-            begin = _BETWEEN.match(window, position).end()  # type: ignore[union-attr]
-            if begin < len(window):
-                break
-            if text.final:
-                self._ended(position)
-                return None
-            if text.too_long:  # nothing but blanks
-                text.position = begin
-            self._more()
-        if self._array:
-            return self._next_of_array(begin)
-        if (comma := window.find(",", position, begin)) >= 0:
-            self._notes.add(COMMAS_AFTER_ROWS, text.line(comma))
-        return begin
-
-    def _ended(self, position: int) -> None:
-        text = self._text
-        if self._array and not text.damage:
-            self._notes.add(NOT_CLOSED)
-        elif (comma := text.text.find(",", position)) >= 0:
-            self._notes.add(COMMAS_AFTER_ROWS, text.line(comma))
-
-    def _next_of_array(self, begin: int) -> int | None:
-        text = self._text
-        closed = text.text[begin] == "]"
-        commas = text.text.count(",", text.position, begin)
+        begin, commas = self._mark()
+        if not self._array:
+            return begin
+        if begin is None:
+            if not self._text.damage:
+                self._notes.add(NOT_CLOSED)
+            return None
+        closed = self._text.text[begin] == "]"
         if self._commas is not None and commas != (self._commas and not closed):
             note = TRAILING_COMMAS if closed else COMMAS_BETWEEN_ROWS
-            self._notes.add(note, text.line(begin))
+            self._notes.add(note, self._text.line(begin))
         self._commas = None
         if not closed:
             return begin
-        text.advance(begin + 1)
+        self._text.advance(begin + 1)
         return self._after_array()
 
     def _after_array(self) -> int | None:
         """What stands behind an array: nothing, the wrapper's end, or one more array."""
         text = self._text
-        while (at := _BETWEEN.match(text.text, text.position).end()) == len(text.text):  # type: ignore[union-attr]
-            if text.final:
-                return None
-            text.position = at
-            self._more()
+        at, _ = self._mark()
+        if at is None:
+            return None
         if self._wrapper:
             if text.text[at] != "}":
                 self._notes.add(
@@ -169,13 +178,57 @@ class JsonRows:
         self._notes.add("text behind the array, left out", text.line(at))
         return None
 
+    def _mark(self) -> tuple[int | None, int]:
+        """The next character that is no blank, comma or comment, None at the end, and how many
+        commas stand before it. The window moves there.
+        """
+        text, commas = self._text, 0
+        while True:
+            window, position = text.text, text.position
+            begin = _BETWEEN.match(window, position).end()  # type: ignore[union-attr]
+            if begin == len(window) and not text.final:
+                if text.too_long:
+                    text.position = begin
+                self._more()
+                continue
+            if (comma := window.find(",", position, begin)) >= 0:
+                commas += window.count(",", comma, begin)
+                if not self._array:
+                    self._notes.add(COMMAS_AFTER_ROWS, text.line(comma))
+            text.advance(begin)
+            if begin == len(window):
+                return None, commas
+            if window[begin] != "/" or not self._skip_comment(begin):
+                return begin, commas
+
+    def _skip_comment(self, begin: int) -> bool:
+        """Move behind a comment, or read on for its end; False where there is none."""
+        text = self._text
+        window, found = text.text, -1
+        if window.startswith("//", begin):
+            found = window.find("\n", begin)
+            end = found if found >= 0 or not text.final else len(window)
+        elif window.startswith("/*", begin):
+            found = window.find("*/", begin + 2)
+            end = found + 2 if found >= 0 else -1
+        else:
+            end = -1 if begin + 1 == len(window) else -2
+        if end == -1 and not text.final and not text.too_long:
+            self._more()
+            return True
+        if end < 0:
+            return False
+        self._notes.add(COMMENTS, text.line(begin))
+        text.advance(end)
+        return True
+
     def _value(self, begin: int) -> tuple[Any, int]:
         """The value that begins there, and where it ends. Raises _Broken, _Again."""
-        window = self._text.text
         try:
-            value, end = self._decoder.raw_decode(window, begin)
-        except json.JSONDecodeError as error:
-            value, end = self._mended(begin, error)
+            try:
+                value, end = self._decoder.raw_decode(self._text.text, begin)
+            except json.JSONDecodeError as error:
+                value, end = self._mended(begin, error)
         except RecursionError:
             raise _Broken("JSON nested too deeply") from None
         except ValueError:  # Python's limit on the digits of a number
@@ -225,104 +278,81 @@ class JsonRows:
     def _mended(self, begin: int, error: json.JSONDecodeError) -> tuple[Any, int]:
         """The value once more, after the scanner has stopped at `error`."""
         text = self._text
+        self.mended += 1
         self._constants.clear()
-        cut_short = self._cut_short(error)
-        if not text.final and (cut_short or self._in_last_line(begin, error.pos)):
-            self._lengthen(begin)
-        if text.text[error.pos : error.pos + 1] in _MENDABLE and self._clean(begin, error.pos):
-            raise _Again
-        if cut_short and text.damage:
-            damage, text.damage = text.damage, ""  # said once
-            raise _Broken(damage)
-        if error.msg.startswith("Invalid control") and not text.text.startswith("\0", error.pos):
+        reason, position = error.msg, error.pos
+        self._read_on_if_cut(text.text, begin, reason, position)
+        if text.text[position : position + 1] in _MENDABLE:
+            try:
+                return self._clean_value(begin)
+            except json.JSONDecodeError as later:
+                reason, position = later.msg, self._clean.begin + later.pos
+                self._constants.clear()
+        if reason.startswith("Invalid control") and not text.text.startswith("\0", position):
             try:
                 value, end = self._loose.raw_decode(text.text, begin)
             except json.JSONDecodeError as later:
-                if self._cut_short(later) and not text.final and not text.too_long:
-                    self._lengthen(begin)
-            except (RecursionError, ValueError):
-                pass
+                if not text.too_long and _cut_short(text.text, later.msg, later.pos):
+                    self._read_on_if_cut(text.text, begin, later.msg, later.pos)
             else:
                 self._notes.add(RAW_CONTROL, text.line(begin))
                 return value, end
-        reason = _REASONS.get(error.msg, error.msg[:1].lower() + error.msg[1:])
-        if text.text.startswith("\n", error.pos):
-            reason = _REASONS["Unterminated string starting at"]
-        raise _Broken(f"broken JSON: {reason}", error.pos)
+        if text.damage and _cut_short(text.text, reason, position):
+            damage, text.damage = text.damage, ""  # said once
+            raise _Broken(damage)
+        if text.text.startswith("\n", position):
+            reason = "Unterminated string starting at"
+        reason = _REASONS.get(reason, reason[:1].lower() + reason[1:])
+        raise _Broken(f"broken JSON: {reason}", position)
 
-    def _in_last_line(self, begin: int, position: int) -> bool:
-        """Of a row of several lines, whose last one may not have been read whole."""
-        return begin <= self._text.text.rfind("\n", begin) < position
+    def _clean_value(self, begin: int) -> tuple[Any, int]:
+        """The value without comments and commas before brackets. Raises JSONDecodeError, with
+        positions in what was cleaned.
+        """
+        window, size = self._text.text, _MENDED_CHARACTERS
+        if self._clean.begin <= begin < self._clean.end:
+            with contextlib.suppress(json.JSONDecodeError):
+                value, end = self._decoder.raw_decode(self._clean.text, begin - self._clean.begin)
+                return self._note_left_out(value, begin, self._clean.begin + end)
+        while True:
+            self._constants.clear()
+            upto = window.find("\n", begin + size) + 1 or len(window)
+            self._clean = _Clean(begin, window[begin:upto])
+            try:
+                value, end = self._decoder.raw_decode(self._clean.text)
+                return self._note_left_out(value, begin, begin + end)
+            except json.JSONDecodeError as error:
+                if upto == len(window) or not _cut_short(self._clean.text, error.msg, error.pos):
+                    self._read_on_if_cut(self._clean.text, begin, error.msg, error.pos, begin)
+                    raise
+            size *= 4  # the row is longer than the piece
 
-    def _lengthen(self, begin: int) -> None:
-        """Read on, so that a row is whole. Raises _Again, or _Broken for one that is too long."""
-        self._text.position = begin
-        if self._text.too_long:
-            raise _Broken(TOO_LONG)
-        self._more()
-        raise _Again
+    def _note_left_out(self, value: Any, begin: int, end: int) -> tuple[Any, int]:
+        for position, note in sorted(self._clean.left_out):
+            if begin <= position < end:
+                self._notes.add(note, self._text.line(position))
+        return value, end
+
+    def _read_on_if_cut(
+        self, window: str, begin: int, reason: str, position: int, offset: int = 0
+    ) -> None:
+        """Read on where the scanner stopped because the window ends, or in a last line of a row of
+        several lines, which may not be read whole. Raises _Again, or _Broken for a row too long.
+        """
+        text = self._text
+        if text.final:
+            return
+        last_line = begin <= text.text.rfind("\n", begin) < position + offset
+        if last_line or _cut_short(window, reason, position):
+            text.position = begin
+            if text.too_long:
+                raise _Broken(TOO_LONG)
+            self._more()
+            raise _Again
 
     def _more(self) -> None:
         self._text.more()
-        self._cleaned = 0
-
-    def _cut_short(self, error: json.JSONDecodeError) -> bool:
-        """The scanner stopped because the window ends."""
-        window, at = self._text.text, error.pos
-        if error.msg.startswith("Unterminated string"):
-            return window.find("\n", at) < 0
-        if window.startswith("//", at):
-            return window.find("\n", at) < 0
-        if window.startswith("/*", at):
-            closing = window.find("*/", at)
-            return closing < 0 or window.find("\n", closing) < 0 <= window.find("\n", at)
-        return (
-            at >= len(window) - _LONGEST_PIECE or _BETWEEN.match(window, at).end() == len(window)  # type: ignore[union-attr]
-        )
-
-    def _clean(self, begin: int, position: int) -> bool:
-        """Blank out what JSON does not have, in whole lines from `begin` to behind `position`.
-
-        Positions and lines stay as they are. Returns whether anything was there.
-        """
-        text = self._text
-        begin = max(begin, self._cleaned)
-        end = text.text.find("\n", max(begin, position) + _MENDED_CHARACTERS) + 1
-        if not end:
-            end = len(text.text) if text.final else text.text.rfind("\n", begin) + 1
-        end = end or len(text.text)
-        if begin >= min(end, position + 1):
-            return False
-        part = text.text[begin:end]
-        if "/" not in part and "," not in part:
-            return False
-        line = text.line(begin)
-        cleaned, upto = part, len(part)
-        for pattern, note in ((_COMMENT, COMMENTS), (_TRAILING, TRAILING_COMMAS)):
-            cleaned, upto = self._blanked(cleaned, upto, pattern, note, line)
-        # A comma at the end may yet stand before a bracket.
-        self._cleaned = begin + max(len(cleaned[:upto].rstrip(" \t\r\n,")), 1)
-        if cleaned == part:
-            return False
-        text.text = text.text[:begin] + cleaned + text.text[end:]
-        return True
-
-    def _blanked(
-        self, part: str, upto: int, pattern: re.Pattern[str], note: str, line: int
-    ) -> tuple[str, int]:
-        """Blank out a pattern's first group, up to a quote that is not closed in its line."""
-        pieces, kept = [], 0
-        for match in pattern.finditer(part, 0, upto):
-            if match.lastindex == 2:
-                upto = match.start()
-                break
-            if match.lastindex == 1:
-                pieces += [part[kept : match.start()], _NOT_NEWLINE.sub(" ", match.group())]
-                line += part.count("\n", kept, match.start())
-                self._notes.add(note, line)
-                line += match.group().count("\n")
-                kept = match.end()
-        return "".join([*pieces, part[kept:]]), upto
+        self._clean = _Clean()
 
     def _broken(self, begin: int, broken: _Broken) -> Record:
         """The record of a broken row; the window moves to where the next may begin."""
@@ -343,20 +373,20 @@ class JsonRows:
         line = self._text.line(position)
         if line == first_line and self._array:  # the line may have begun before the window
             return f"character {position - begin + 1:,} of the row"
-        column = f"column {position - self._text.text.rfind(chr(10), 0, position)}"
+        column = f"column {self._text.column(position)}"
         return column if line == first_line else f"line {line}, {column}"
 
     def _skip_to_line(self, begin: int, position: int) -> None:
         """Behind a row that broke off in its own line: the next line. Behind one of several lines:
-        the next `{` that is as far indented.
+        the next `{` that is no further indented.
         """
         window = self._text.text
         line_begin = window.rfind("\n", 0, begin) + 1
         line_end = window.find("\n", begin)
         if line_end < 0 or line_end >= position:
             return self._skip(re.compile(r"\n()"), begin)
-        indent = _BLANK.match(window, line_begin).group()  # type: ignore[union-attr]
-        self._skip(re.compile(rf"\n{indent}()\{{"), begin)
+        indent = _BLANK.match(window, line_begin).end() - line_begin  # type: ignore[union-attr]
+        self._skip(re.compile(rf"\n()[ \t]{{0,{min(indent, 1000)}}}\{{"), begin)
 
     def _skip_to_row_of_array(self, begin: int) -> None:
         """To the next object that begins with the key that this one, or one before, begins with."""
@@ -377,3 +407,17 @@ class JsonRows:
             begin = 0
             self._more()
         text.advance(match.start(1) if match else len(text.text))
+
+
+def _cut_short(window: str, reason: str, position: int) -> bool:
+    """The scanner stopped there because the window ends."""
+    if reason.startswith("Unterminated string"):
+        return window.find("\n", position) < 0
+    if window.startswith("//", position):
+        return window.find("\n", position) < 0
+    if window.startswith("/*", position):
+        return window.find("*/", position) < 0
+    return (
+        position >= len(window) - _LONGEST_PIECE
+        or _BETWEEN.match(window, position).end() == len(window)  # type: ignore[union-attr]
+    )

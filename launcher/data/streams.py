@@ -236,11 +236,17 @@ class Text:
         self._rest = b""
         self._line = first_line
         self._counted = 0
+        self._dropped = 0  # characters of the window's first line that stood before it
         self._lone_returns = lone_returns
 
     def line(self, position: int) -> int:
         """The number of the line of a position that is not before `position`."""
         return self._line + self.text.count("\n", self._counted, position)
+
+    def column(self, position: int) -> int:
+        """The column of a position that is not before `position`, from 1."""
+        line_begin = self.text.rfind("\n", 0, position) + 1
+        return position - line_begin + 1 + (0 if line_begin else self._dropped)
 
     def advance(self, position: int) -> int:
         """Move to a position; returns its line."""
@@ -253,6 +259,7 @@ class Text:
         if self.final:
             return False
         self.advance(self.position)
+        self._dropped = self.column(self.position) - 1
         pieces = [self.text[self.position :]]
         wanted = len(pieces[0])
         added = 0
