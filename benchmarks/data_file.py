@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Writes a JSON-lines file of varied rows, as long as asked for and always the same.
 
     python -m benchmarks.data_file rows.jsonl 2GB
@@ -35,7 +36,7 @@ _SYLLABLES = {
     "german": "ab be chen dü ein für ge hö ich jä kei lung mä nis ö pf ring schü tig über vor wä ß",
     "spanish": "a bri ción da é fi gue há í jo lle más ña ó pre que ría sión té ú vi xi yo z",
     "russian": "а бы во год де ет жи за и ком ла мо ни об по ра ст ти у фи хо це чи ше ы ю я",
-    "chinese": "的一是不了人我在有他这为之大来以个中上们到说国和地也子时道出而要于就下得可你年生自会那",
+    "chinese": "的一是不了人我在有他这为之大来以个中上们到说国和地也子时道出而要于就下得可你年生自",
 }
 _SHARES = {"english": 0.8, "german": 0.05, "spanish": 0.06, "russian": 0.05, "chinese": 0.04}
 _CODE_SHARE, _DEFECT_SHARE = 0.1, 0.002

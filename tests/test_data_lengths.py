@@ -4,7 +4,9 @@
 import json
 import pickle
 import random
+import re
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ftplan.launcher.data.lengths as lengths_module
-from ftplan.launcher.data.cuts import _ALTERNATIVES, Unproven, find_cuts
+from benchmarks.data_file import Rows
+from benchmarks.lengths import row_texts
+from ftplan.launcher.data.cuts import _ALTERNATIVES, Unproven, ascii_bytes, find_cuts
 from ftplan.launcher.data.lengths import TokenCounter
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -300,8 +304,26 @@ def test_lines_are_cut_in_the_way_of_the_pattern(name):
     assert find_cuts(json.loads(fast(name).backend_tokenizer.to_str())).lines == LINES[name]
 
 
-def unproven(made):
-    return TokenCounter(transformers.PreTrainedTokenizerFast(tokenizer_object=made))
+WORDS_ARE_BYTES = {
+    "gpt2": True,
+    "smollm": True,
+    "deepseek": True,
+    "falcon": False,
+    "bert": False,
+    "llama2": False,
+}
+
+
+@pytest.mark.parametrize("name", WORDS_ARE_BYTES)
+def test_words_go_to_the_model_alone_only_where_nothing_else_changes_them(name):
+    cuts = find_cuts(json.loads(fast(name).backend_tokenizer.to_str()))
+    assert cuts.words_are_bytes == WORDS_ARE_BYTES[name]
+
+
+def test_bytes_have_the_names_that_byte_level_gives_them():
+    ascii_text = "".join(map(chr, range(128)))
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert ascii_text.translate(ascii_bytes()) == pieces.pre_tokenize_str(ascii_text)[0][0]
 
 
 def test_a_vocabulary_that_joins_words_is_not_proven_and_a_cut_would_be_wrong(monkeypatch):
@@ -373,9 +395,7 @@ def test_random_merges_are_not_proven():
         find_cuts(described("llama3", model=model))
 
 
-def test_every_pattern_on_ascii_compiles_and_covers_what_the_others_leave():
-    import re
-
+def test_every_pattern_compiles_in_its_form_for_ascii():
     for pattern in _ALTERNATIVES.values():
         re.compile(pattern)
 
@@ -404,6 +424,13 @@ def test_a_tokenizer_of_another_kind_counts_whole_texts():
     counter = TokenCounter(Reversed(tokenizer_object=PROVEN["gpt2"]()))
     assert counter.counts(["abc", "a b"]) == [3, 3]
     assert "not a plain one" in counter.reason
+
+
+def test_the_benchmark_writes_the_same_varied_rows_each_time_and_they_count_alike():
+    rows = list(islice(Rows(), 300))
+    assert rows == list(islice(Rows(), 300)) != list(islice(Rows(1), 300))
+    texts = [text for row in rows for text in row_texts(row)]
+    assert counter("llama3").counts(texts) == expected(fast("llama3"), texts)
 
 
 def test_a_pickled_counter_counts_alike():

@@ -128,6 +128,8 @@ class Cuts(Struct, frozen=True, kw_only=True):
     """Texts that hold one of these are counted whole."""
     ascii_stages: tuple[re.Pattern[str], ...]
     """Cut ASCII parts into words: each stage finds the words in those of the stage before."""
+    words_are_bytes: bool
+    """Whether the model sees each of these words as it is, by its bytes' names (`ascii_bytes`)."""
 
 
 def find_cuts(description: Description) -> Cuts:
@@ -167,6 +169,7 @@ def find_cuts(description: Description) -> Cuts:
         slash_continues=any(r"[\r\n/]" in word for word in words),
         barred=_barred(bare, replaces, prepends, scheme == "always"),
         ascii_stages=_ascii_stages(stages) if cutting and not _recased(bare) else (),
+        words_are_bytes=_words_are_bytes(bare, stages),
     )
 
 
@@ -369,6 +372,21 @@ def _recased(bare: Description) -> bool:
     kinds = {part["type"] for part in _parts(bare["normalizer"], "normalizers")}
     changes = not kinds.isdisjoint({"Lowercase", "BertNormalizer"})
     return changes and any(token["normalized"] for token in bare["added_tokens"])
+
+
+def _words_are_bytes(bare: Description, stages: list[Description]) -> bool:
+    """Whether nothing but naming bytes comes behind the stage that cuts, and ASCII stays itself."""
+    kinds = {part["type"] for part in _parts(bare["normalizer"], "normalizers")}
+    cutting = next((number for number, stage in enumerate(stages) if _cuts(stage, False)), None)
+    if cutting is None or not kinds <= {"NFC", "NFD", "NFKC", "NFKD"}:
+        return False
+    naming = [stage for stage in stages if stage["type"] == "ByteLevel"]
+    return len(naming) == 1 and naming in (stages[cutting:], stages[cutting + 1 :])
+
+
+def ascii_bytes() -> dict[int, str]:
+    """The names that byte-level tokenizers give the ASCII bytes that are no printable sign."""
+    return {byte: chr(256 + byte) for byte in range(33)} | {127: chr(289)}
 
 
 def _ascii_stages(stages: list[Description]) -> tuple[re.Pattern[str], ...]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from ftplan.launcher.data.cuts import Lines, Unproven, find_cuts
+from ftplan.launcher.data.cuts import Lines, Unproven, ascii_bytes, find_cuts
 
 # What marks a part's text, which then holds none of these itself:
 _BEGINS = "\x00"  # no blank stands before it: it is behind a line feed
@@ -111,6 +111,9 @@ class _Words:
         self._bare = _private(self.cuts.bare, backend) if self.cuts.prefixed else backend
         added = sorted((token["content"] for token in description["added_tokens"]), key=len)
         self.added = re.compile("|".join(map(re.escape, reversed(added))) or r"(?!)")
+        self._model = self._bare.model if self.cuts.words_are_bytes else None
+        self._byte_names = ascii_bytes()
+        self._uncut: set[str] = set()
         self._known: dict[str, int] = {}
         self._earlier: dict[str, int] = {}
 
@@ -118,34 +121,53 @@ class _Words:
         """Counts of parts that begin a text, where the tokenizer puts something before it."""
         return _lengths(self._whole, texts)
 
+    @property
+    def known(self) -> dict[str, int]:
+        """Words counted before. Another dictionary after `counts`."""
+        return self._known
+
     def counts(self, words: Iterable[str]) -> dict[str, int]:
-        """Counts of these words among others; remembers them."""
+        """Counts of those of the words that are not among the known; remembers them."""
         if len(self._known) > _REMEMBERED_WORDS:
             self._earlier, self._known = self._known, {}
         known, earlier = self._known, self._earlier
-        fresh = []
-        for word in dict.fromkeys(words):
-            if word in known:
-                continue
-            if word in earlier:
-                known[word] = earlier[word]
+        unknown = [word for word in dict.fromkeys(words) if word not in known]
+        known.update((word, earlier[word]) for word in unknown if word in earlier)
+        fresh = [word for word in unknown if word not in known]
+        counted = self._tokenized(fresh)
+        _remember(known, counted)
+        return {word: known[word] if word in known else counted[word] for word in unknown}
+
+    def _tokenized(self, words: list[str]) -> dict[str, int]:
+        """Counts words: by the model alone where they are ones of the tokenizer, as that takes a
+        third of the time."""
+        if self._model is None:
+            self._uncut.clear()
+            return dict(zip(words, _lengths(self._bare, words), strict=True))
+        tokenize, names, uncut = self._model.tokenize, self._byte_names, self._uncut
+        counted: dict[str, int] = {}
+        others = []
+        for word in words:
+            if word.isascii() and word not in uncut:
+                counted[word] = len(tokenize(word.translate(names)))
             else:
-                fresh.append(word)
-        counted = dict(zip(fresh, _lengths(self._bare, fresh), strict=True))
-        if all(len(word) <= _LONGEST_REMEMBERED for word in fresh):
-            known.update(counted)
-            return known
-        known.update((word, n) for word, n in counted.items() if len(word) <= _LONGEST_REMEMBERED)
-        return known | counted
+                others.append(word)
+        uncut.clear()
+        counted.update(zip(others, _lengths(self._bare, others), strict=True))
+        return counted
 
     def cut(self, text: str) -> list[str]:
         """A part's words where it is ASCII without added tokens; else the part itself."""
         if not (self.cuts.ascii_stages and text.isascii()) or self.added.search(text):
-            return [text]
+            return self._leave(text)
         words = [text]
         for stage in self.cuts.ascii_stages:
             words = [word for longer in words for word in stage.findall(longer)]
-        return words if sum(map(len, words)) == len(text) else [text]
+        return words if sum(map(len, words)) == len(text) else self._leave(text)
+
+    def _leave(self, text: str) -> list[str]:
+        self._uncut.add(text)
+        return [text]
 
     def begins(self, text: str) -> bool:
         """Whether whitespace before this may be treated like that at the end of a text."""
@@ -216,34 +238,39 @@ class _PartCounter:
 
     def _learn(self, missing: list[str]) -> dict[str, int]:
         """Counts of parts that were missing; remembers them."""
-        found: dict[str, int] = {}
-        fresh = []
-        for part in dict.fromkeys(missing):
-            if part in self._earlier:
-                found[part] = self._earlier[part]
-            else:
-                fresh.append(part)
+        earlier = self._earlier
+        parts = dict.fromkeys(missing)
+        fresh = [part for part in parts if part not in earlier]
+        found = {part: earlier[part] for part in parts if part in earlier} if earlier else {}
         self._count_parts(fresh, found)
-        self._known.update(
-            (part, count) for part, count in found.items() if len(part) <= _LONGEST_REMEMBERED
-        )
+        _remember(self._known, found)
         return found
 
     def _count_parts(self, parts: list[str], found: dict[str, int]) -> None:
         """Adds counts of parts to `found`."""
+        cut, count = self._words.cut, self._words.known.__getitem__
         prefixed = self._words.cuts.prefixed
         first: list[str] = []
-        cut: list[tuple[str, list[str]]] = []
+        left: list[tuple[str, list[str]]] = []
         for part in parts:
-            if not self._is_sound(part):
+            if part.isascii() and part.isprintable() and part != "":
+                words = cut(" " + part)
+            elif not self._is_sound(part):
                 found[part] = _WHOLE
+                continue
             elif prefixed and part[:1] == _FIRST:
                 first.append(part)
+                continue
             else:
-                cut.append((part, self._words.cut(_text(part))))
+                words = cut(_text(part))
+            try:
+                found[part] = sum(map(count, words))
+            except KeyError:
+                left.append((part, words))
         found.update(zip(first, self._words.first([_text(part) for part in first]), strict=True))
-        known = self._words.counts([word for _, words in cut for word in words])
-        found.update((part, sum(map(known.__getitem__, words))) for part, words in cut)
+        new = self._words.counts([word for _, words in left for word in words])
+        for part, words in left:
+            found[part] = sum(new[word] if word in new else count(word) for word in words)
 
     def _is_sound(self, part: str) -> bool:
         """Whether the places around a part are ones to cut at, whatever stands beyond them."""
@@ -340,6 +367,14 @@ class _Counts(dict[str, int]):
     def __missing__(self, part: str) -> int:
         self.missing.append(part)
         return 0
+
+
+def _remember(known: dict[str, int], counted: dict[str, int]) -> None:
+    """Adds counts to what is known, without those of long texts."""
+    if max(map(len, counted), default=0) <= _LONGEST_REMEMBERED:
+        known.update(counted)
+    else:
+        known.update((text, n) for text, n in counted.items() if len(text) <= _LONGEST_REMEMBERED)
 
 
 def _lengths(backend: Any, texts: Iterable[str]) -> list[int]:
