@@ -515,6 +515,7 @@ def test_no_text_is_too_odd_to_look_at(rows: list[Row]) -> None:
 @example("a@" * 2000)
 @example("4539 " * 2000)
 @example("<|" * 3000 + "<p " * 2000)
+@example("-----BEGIN PRIVATE " + "KEY-----\n" + "USER: " * 3000)
 @settings(max_examples=200, deadline=2000)
 def test_a_gate_never_hides_what_a_check_finds(text: str) -> None:
     """What each check finds in a text alone is found through the searches of a batch too."""
