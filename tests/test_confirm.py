@@ -14,6 +14,7 @@ from msgspec import structs
 
 from ftplan.launcher import confirm as confirm_module
 from ftplan.launcher.confirm import confirm
+from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.ui import Ui
@@ -97,8 +98,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runner]:
 def planned(ui: Ui, rows: Path, device: Device, **given: Any) -> Planned:
     return make_plan(
         ui,
-        data_path=rows,
-        eval_path=None,
+        asked=DataAsked(paths=(str(rows),)),
         model_name="qwen2.5-7b",
         named_device=device,
         given=given,

@@ -253,6 +253,14 @@ class TestProfile:
         profile = profile_data(data, Split(), held_out)
         assert (profile.num_train_rows, profile.num_eval_rows) == (9, 3)
 
+    def test_held_out_rows_that_are_trained_on_are_told(self, write: Write) -> None:
+        data = read_data([write(*[asked(n) for n in range(9)])])
+        held_out = read_data([write(asked(50), asked(3), asked(51), name="held.jsonl")])
+        problems = profile_data(data, Split(), held_out).problems
+        assert [(p.kind, p.where) for p in problems] == [
+            ("a held-out row that is trained on", "line 2")
+        ]
+
     def test_what_is_wrong_is_told_with_where_and_what_to_do(self, write: Write) -> None:
         rows = [asked(n) for n in range(40)]
         rows[20] = rows[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -17,6 +18,10 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the `train` extra")
 
+import pyarrow
+from pyarrow import parquet
+
+from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.launching import write_run
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.run_dir import RunDir
@@ -271,8 +276,7 @@ CPU = Device(
 def planned(model_folder: Path, data_file: Path, runs: Path, **given: Any) -> Planned:
     return make_plan(
         Ui(as_json=True),
-        data_path=data_file,
-        eval_path=None,
+        asked=DataAsked(paths=(str(data_file),)),
         model_name=str(model_folder),
         named_device=CPU,
         given={"max_steps": 2, **given},
@@ -324,6 +328,112 @@ def test_what_is_planned_is_what_trains(
     assert record["output"] == ("adapter" if method == "lora" else "model")
     measured = record["measured"]["allocated_bytes"]
     assert record["predicted"]["allocated_bytes"] == pytest.approx(measured, rel=0.12)
+
+
+def formats(folder: Path) -> dict[str, Path]:
+    """A file of each shape and of each kind, two dozen rows each."""
+    n = range(24)
+    rows: dict[str, list[Any]] = {
+        "instruction": [
+            {"instruction": f"q {i}", "input": "" if i % 2 else f"x {i}", "output": f"answer {i}"}
+            if i % 3
+            else {"input": f"only {i}", "output": f"answer {i}"}
+            for i in n
+        ],
+        "question": [{"question": f"q {i}", "answer": f"a {i}"} for i in n],
+        "sharegpt": [
+            {"conversations": [{"from": "human", "value": f"q {i}"}, {"from": "gpt", "value": "a"}]}
+            for i in n
+        ],
+        "tools": [
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": f"q {i}"},
+                    {"role": "assistant", "content": f"a {i}"},
+                    {"role": "user", "content": "And?"},
+                    {"role": "assistant", "content": "No."},
+                ],
+            }
+            for i in n
+        ],
+        "text": [{"text": f"some words {i} and more"} for i in n],
+        "classes": [{"text": f"some words {i}", "label": ("no", "yes")[i % 2]} for i in n],
+        "tasks": [{"task": "topic", "input": f"words {i}", "output": "sea"} for i in n],
+        "dpo": [{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in n],
+        "scored": [
+            {
+                **{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"},
+                **{"score": {"chosen": 5, "rejected": 1}, "reject_reason": "wrong"},
+            }
+            for i in n
+        ],
+        "kto": [{"prompt": f"q {i}", "completion": f"a {i}", "label": i % 2 == 0} for i in n],
+    }
+    files = {}
+    for name, values in rows.items():
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(value) + "\n" for value in values))
+    printed = "".join(
+        f"  // row {i}\n  {json.dumps(row)},\n" for i, row in enumerate(rows["tasks"])
+    )
+    (folder / "tutorial.json").write_text(f"[\n{printed}]\n")
+    table = "question,answer\n" + "".join(f'"q {i}, with a comma",a {i}\n' for i in n)
+    (folder / "table.csv").write_text(table)
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(files["question"].read_bytes()))
+    columns = pyarrow.Table.from_pylist(rows["question"])
+    parquet.write_table(columns, folder / "rows.parquet")
+    with pyarrow.ipc.new_file(str(folder / "rows.arrow"), columns.schema) as writer:
+        writer.write(columns)
+    others = ("tutorial.json", "table.csv", "rows.jsonl.gz", "rows.parquet", "rows.arrow")
+    return files | {name: folder / name for name in others}
+
+
+OBJECTIVE_OF_FORMAT = {"dpo": "dpo", "scored": "reward", "kto": "kto"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("instruction", "question", "sharegpt", "tools", "text", "classes", "tasks", "dpo"),
+        *("scored", "kto", "tutorial.json", "table.csv", "rows.jsonl.gz", "rows.parquet"),
+        "rows.arrow",
+    ],
+)
+@pytest.mark.usefixtures("kept_signals")
+def test_data_of_every_format_trains(name: str, model_folder: Path, tmp_path: Path) -> None:
+    """Two steps, and evaluations before and after, in the objective that follows from the rows."""
+    objective = OBJECTIVE_OF_FORMAT.get(name, "sft")
+    asked = {"objective": "reward"} if objective == "reward" else {}
+    more = {"per_device_train_batch_size": 2, "method": "lora", **asked}
+    plan = planned(model_folder, formats(tmp_path)[name], tmp_path, **more)
+    assert plan.chosen.plan.objective == objective
+    run = write_run(plan, None, tmp_path)
+    assert not run.left_out.exists()
+    assert loop.train(run, resume=False) == 0
+    record = run.read_record()
+    assert record["steps"] == 2 and record["data_sha256"] == plan.data.sha256
+    assert record["evaluation"]["num_rows"] == plan.profile.num_eval_rows == 2
+    assert record["measured"]["allocated_bytes"] > 0
+    assert (record["sample"]["after"] is None) == (name == "text" or objective == "reward")
+
+
+@pytest.mark.usefixtures("kept_signals")
+def test_what_is_left_out_is_listed_in_the_run_directory(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = [{"instruction": f"q {i}", "output": f"a {i}"} for i in range(20)]
+    bad = [{"instruction": "q", "output": ""}, {"id": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*good, *bad)) + "{broken\n")
+    run = write_run(planned(model_folder, path, tmp_path), None, tmp_path)
+    listed = [json.loads(line) for line in run.left_out.read_text().splitlines()]
+    assert [(line["file"], line["number"]) for line in listed] == [
+        ("rows.jsonl", number) for number in (21, 22, 23)
+    ]
+    assert [line["why"] for line in listed[:2]] == ["`output` is empty", "no usable field"]
+    assert "JSON" in listed[2]["why"]
 
 
 @pytest.mark.usefixtures("kept_signals")

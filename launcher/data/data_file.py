@@ -16,6 +16,8 @@ from typing import Any
 from msgspec import Struct
 
 from ftplan.launcher.data.files import Source, open_source
+from ftplan.launcher.data.findings import Finding
+from ftplan.launcher.data.leaks import LeakCheck
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.shapes import (
     OBJECTIVES,
@@ -32,8 +34,10 @@ from ftplan.launcher.data.survey import (
     RowMeasure,
     Survey,
     Trouble,
+    code_of,
     group_of,
     place_of,
+    prompt_text,
     survey_records,
 )
 from ftplan.launcher.data.tokens import RowTokenizer
@@ -99,17 +103,16 @@ class DataFile(Struct, frozen=True, kw_only=True):
         """Rows that are trained on all the same, of which a person is warned."""
         if self.survey.checks is None:
             return ()
-        return tuple(
-            Problem(
-                kind=f"{found.kind}, {found.detail}" if found.detail else found.kind,
-                count=found.count,
-                first_lines=tuple(place_of(number)[1] for number in found.numbers),
-                where=said_places([place_of(n) for n in found.numbers], found.count, self.source),
-                left_out=False,
-                advice=found.advice,
-            )
-            for found in self.survey.checks.findings()
-        )
+        return tuple(_odd(found, self.source) for found in self.survey.checks.findings())
+
+    def leaks_of(self, held_out: DataFile) -> tuple[Problem, ...]:
+        """Rows of a file of held-out rows that stand here too, or whose prompts do."""
+        check = LeakCheck()
+        for row in self.rows():
+            check.train(prompt_text(row), row.answer)
+        for row in held_out.rows():
+            check.hold_out(code_of((row.file, row.number)), prompt_text(row), row.answer)
+        return tuple(_odd(found, held_out.source) for found in check.findings())
 
     def left_out(self) -> Iterator[tuple[Place, str]]:
         """Every row that is not used, and why, read again."""
@@ -298,6 +301,19 @@ def _troubles(survey: Survey, objective: str, taken: str) -> dict[str, Trouble]:
         for place in survey.places(number):
             troubles.setdefault(kind, Trouble()).add(place)
     return dict(sorted(troubles.items(), key=lambda item: -item[1].count))
+
+
+def _odd(found: Finding, source: Source) -> Problem:
+    """A finding of checks, its numbers as places in the source."""
+    places = [place_of(number) for number in found.numbers]
+    return Problem(
+        kind=f"{found.kind}, {found.detail}" if found.detail else found.kind,
+        count=found.count,
+        first_lines=tuple(number for _, number in places),
+        where=said_places(places, found.count, source),
+        left_out=False,
+        advice=found.advice,
+    )
 
 
 def _for_something_else(shape: Shape, taken: str) -> str:

@@ -29,7 +29,7 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
     """What the pass over the file says of its training rows."""
     groups = data.groups()
     _, held_out, test = rows_of(groups, split)
-    problems = _problems(data)
+    problems = _problems(data) + (data.leaks_of(eval_data) if eval_data else ())
     return DataProfile(
         path=", ".join(str(file.path) for file in data.source.files),
         sha256=data.sha256,

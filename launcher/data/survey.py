@@ -160,8 +160,7 @@ class Survey:
         self.shapes.append(_NUMBER_OF_SHAPE[shape.name])
         self.groups.append(group_of(row))
         if self.checks is not None:
-            prompt = "\n".join(message.content for message in row.prompt)
-            self.checks.look(_code(place), prompt, row.answer)
+            self.checks.look(code_of(place), prompt_text(row), row.answer)
         self._pending.append(row)
         if len(self._pending) == _ROWS_AT_ONCE:
             self.measure(measure)
@@ -197,11 +196,16 @@ class Survey:
             self.checks.merge(later.checks)
 
 
+def prompt_text(row: Row) -> str:
+    """All that is asked, as checks take it."""
+    return "\n".join(message.content for message in row.prompt)
+
+
 # Numbers of rows, within one that has the file's number above them.
 _BITS_OF_NUMBER = 40
 
 
-def _code(place: Place) -> int:
+def code_of(place: Place) -> int:
     """One number that grows through all files."""
     return place[0] << _BITS_OF_NUMBER | place[1]
 
