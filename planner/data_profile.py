@@ -51,6 +51,8 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     duplicates: int = 0
     has_margins: bool = False
     tasks: Mapping[str, int] = {}
+    rows_each: float = 1.0
+    """Rows that each of `lengths` stands for: more than one where they are a sample."""
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -61,7 +63,7 @@ class DataProfile(Struct, frozen=True, kw_only=True):
 
     @property
     def num_train_rows(self) -> int:
-        return len(self.lengths)
+        return round(self.rows_each * len(self.lengths))
 
     @property
     def longest(self) -> int:
@@ -73,22 +75,23 @@ class DataProfile(Struct, frozen=True, kw_only=True):
 
     def cut_rows(self, max_length: int) -> int:
         """Rows longer than `max_length`, whose end is cut off."""
-        return sum(1 for length in self.lengths if length > max_length)
+        return round(self.rows_each * sum(1 for length in self.lengths if length > max_length))
 
     @property
     def total_tokens(self) -> int:
         """Tokens of all training rows, before any is cut."""
-        return sum(self.lengths)
+        return round(self.rows_each * sum(self.lengths))
 
     def cut_tokens(self, max_length: int) -> int:
         """Tokens beyond `max_length`."""
-        return sum(max(0, length - max_length) for length in self.lengths)
+        over = sum(max(0, length - max_length) for length in self.lengths)
+        return round(self.rows_each * over)
 
     def padded_share(self, batch_size: int, max_length: int) -> float:
         """Of the tokens that micro-batches of so many rows compute on, those of padding."""
         tokens = mean_batch_tokens(self.lengths, batch_size, max_length)
-        rows = min(batch_size, self.num_train_rows)
-        mean = (self.total_tokens - self.cut_tokens(max_length)) / self.num_train_rows
+        rows = min(batch_size, len(self.lengths))
+        mean = sum(min(length, max_length) for length in self.lengths) / len(self.lengths)
         return max(0.0, 1 - rows * mean / tokens)
 
     def summary(self) -> dict[str, Any]:

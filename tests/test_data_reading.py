@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,69 @@ class TestProfile:
         texts = ("The sea is cold.", "Bread needs time.", "Two and two are four.", "Birds fly far.")
         rows = [{"prompt": f"Say something about {t[:9]}", "completion": t} for t in texts]
         assert self.profile(read_data([write(*rows)])).warnings == ()
+
+
+class TestSample:
+    @pytest.fixture(scope="class")
+    def large(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Rows of very different lengths."""
+        path, rng = tmp_path_factory.mktemp("large") / "rows.jsonl", random.Random(1)
+        with open(path, "w", encoding="utf-8") as file:
+            for number in range(12_000):
+                text = "word " * round(rng.lognormvariate(4.5, 1))
+                file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
+                if number % 1000 == 7:
+                    file.write('{"text": broken\n')
+        assert path.stat().st_size > 4 * 2**20
+        return path
+
+    def test_estimates_are_within_their_errors(
+        self, large: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(data_file, "LEAST_BYTES", 0)
+        whole, part = read_data([large]), read_data([large], sample=2000)
+        sample = part.sample
+        assert sample is not None and 1500 < sample.num_sampled <= 2000
+        truth = {
+            "rows": len(whole.survey.tokens),
+            "mean_tokens": sum(whole.survey.tokens) / len(whole.survey.tokens),
+            "total_tokens": sum(whole.survey.tokens),
+        }
+        for name, value in truth.items():
+            estimate = getattr(sample, name)
+            assert abs(estimate.value - value) < 4 * estimate.standard_error, name
+            assert 0 < estimate.standard_error < 0.06 * value, name
+        profile = profile_data(part, Split())
+        assert profile.num_rows == pytest.approx(whole.num_rows, rel=0.1)
+        assert profile.total_tokens == pytest.approx(truth["total_tokens"], rel=0.1)
+        assert profile.cut_rows(100) == pytest.approx(
+            profile_data(whole, Split()).cut_rows(100), rel=0.15
+        )
+
+    def test_problems_are_named_by_their_bytes(
+        self, large: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(data_file, "LEAST_BYTES", 0)
+        part = read_data([large], sample=11_000)
+        (trouble,) = part.troubles.values()
+        assert part.where(trouble).startswith("byte ")
+        content = large.read_bytes()
+        for _, begin in trouble.first:
+            assert content[begin:].startswith(b'{"text": broken')
+
+    def test_small_files_are_read_whole(self, write: Write) -> None:
+        assert read_data([write(*[asked(n) for n in range(9)])], sample=5).sample is None
+
+    def test_what_cannot_be_sampled_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(data_file, "LEAST_BYTES", 0)
+        (tmp_path / "rows.csv").write_text("text\nwords\n")
+        with pytest.raises(InputError, match=r"cannot be sampled \(CSV\)"):
+            read_data([tmp_path / "rows.csv"], sample=100)
+
+    def test_too_small_a_sample_is_refused(self, large: Path) -> None:
+        assert cli.main(["data", str(large), "--sample", "5"]) == 2
 
 
 class TestCommand:

@@ -21,7 +21,8 @@ _BYTES_WITH_PROGRESS = 16 * 2**20
 class DataAsked(Struct, frozen=True, kw_only=True):
     """Training rows, held-out rows where they are apart, and how to read them.
 
-    `objective`: a plan's, where a person names one. `strict`: no row may be left out.
+    `objective`: a plan's, where a person names one. `strict`: no row may be left out. `sample`: of
+    large files about so many rows are looked at; for a first look, not for a run.
     """
 
     paths: tuple[str, ...]
@@ -30,6 +31,7 @@ class DataAsked(Struct, frozen=True, kw_only=True):
     objective: str | None = None
     strict: bool = False
     test_share: float = 0.0
+    sample: int | None = None
 
     def check(self) -> None:
         """Raises InputError where the files cannot be what they should, before anything slow."""
@@ -69,6 +71,7 @@ class DataAsked(Struct, frozen=True, kw_only=True):
                 tokenizer=tokenizer,
                 progress=progress,
                 processes=usable_cores(),
+                sample=self.sample,
             )
         if self.strict:
             _refuse_left_out(data)

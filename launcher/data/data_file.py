@@ -19,6 +19,7 @@ from ftplan.launcher.data.files import Source, open_source
 from ftplan.launcher.data.findings import Finding
 from ftplan.launcher.data.leaks import LeakCheck
 from ftplan.launcher.data.rows import Row
+from ftplan.launcher.data.sample import LEAST_BYTES, Sample, check_sampled, sampled_records
 from ftplan.launcher.data.shapes import (
     OBJECTIVES,
     SHAPES,
@@ -79,6 +80,8 @@ class DataFile(Struct, frozen=True, kw_only=True):
 
     exact: bool
     sha256: str
+    sample: Sample | None = None
+    """Where only some rows were looked at; `Place`s then name bytes."""
 
     @property
     def num_rows(self) -> int:
@@ -86,7 +89,11 @@ class DataFile(Struct, frozen=True, kw_only=True):
 
     def where(self, trouble: Trouble) -> str:
         """Where a trouble stands, for people."""
-        return where(trouble, self.source)
+        return said_places(trouble.first, trouble.count, self.source, self._unit)
+
+    @property
+    def _unit(self) -> str:
+        return "byte" if self.sample else self.source.files[0].unit
 
     def notes(self) -> Iterator[str]:
         """What the reader let pass, and which of several readings it took."""
@@ -103,7 +110,8 @@ class DataFile(Struct, frozen=True, kw_only=True):
         """Rows that are trained on all the same, of which a person is warned."""
         if self.survey.checks is None:
             return ()
-        return tuple(_odd(found, self.source) for found in self.survey.checks.findings())
+        findings = self.survey.checks.findings()
+        return tuple(_odd(found, self.source, self._unit) for found in findings)
 
     def leaks_of(self, held_out: DataFile) -> tuple[Problem, ...]:
         """Rows of a file of held-out rows that stand here too, or whose prompts do."""
@@ -112,7 +120,7 @@ class DataFile(Struct, frozen=True, kw_only=True):
             check.train(prompt_text(row), row.answer)
         for row in held_out.rows():
             check.hold_out(code_of((row.file, row.number)), prompt_text(row), row.answer)
-        return tuple(_odd(found, held_out.source) for found in check.findings())
+        return tuple(_odd(found, held_out.source, held_out._unit) for found in check.findings())
 
     def left_out(self) -> Iterator[tuple[Place, str]]:
         """Every row that is not used, and why, read again."""
@@ -130,6 +138,11 @@ class DataFile(Struct, frozen=True, kw_only=True):
                 row_of(record.number, value, shape, record.file)
             except Unusable as why:
                 yield place, str(why)
+
+    @property
+    def rows_each(self) -> float:
+        """Rows of the files for each that was looked at."""
+        return self.sample.rows.value / self.sample.num_sampled if self.sample else 1.0
 
     def used(self) -> list[bool]:
         """Of each readable row, whether its shape trains the objective."""
@@ -179,15 +192,22 @@ def read_data(
     progress: Callable[[int], None] = lambda num_bytes: None,
     checks: bool = True,
     processes: int = 1,
+    sample: int | None = None,
 ) -> DataFile:
-    """Looks through files of rows once.
+    """Looks through files of rows once, or at about `sample` rows of large ones.
 
     `tokenizer` measures them; without one lengths are estimated. `objective`: a plan's, for which
     rows that can train it are used; else it follows from most rows. Raises InputError where the
     files cannot be read, or no row can be used.
     """
     source = open_source(paths)
-    survey = _surveyed(source, dict(columns or {}), tokenizer, progress, checks, processes)
+    looked_for = _Pass(dict(columns or {}), tokenizer, checks)
+    sizes: list[int] = []
+    if sample is None or source.size_bytes < LEAST_BYTES:
+        survey = _surveyed(source, looked_for, progress, processes)
+    else:
+        check_sampled(source)
+        survey = looked_for.over_sample(source, sample, sizes, progress)
     counts = [0] * len(SHAPES)
     for number in survey.shapes:
         counts[number] += 1
@@ -214,25 +234,21 @@ def read_data(
         objective=wanted,
         troubles=_troubles(survey, wanted, most.name),
         exact=tokenizer is not None,
-        sha256=source.sha256(),
+        sha256="" if sizes else source.sha256(),
+        sample=Sample.of(sizes, survey.tokens, source.size_bytes) if sizes else None,
     )
 
 
 def _surveyed(
-    source: Source,
-    columns: Mapping[str, str],
-    tokenizer: RowTokenizer | None,
-    progress: Callable[[int], None],
-    checks: bool,
-    processes: int,
+    source: Source, looked_for: _Pass, progress: Callable[[int], None], processes: int
 ) -> Survey:
     """The whole pass; of a large file side by side, in processes that this one is copied to."""
     large = source.size_bytes >= _BYTES_FOR_PROCESSES and processes > 1
     if large and "fork" in multiprocessing.get_all_start_methods():
         parts = source.parts(processes)
         if len(parts) > 1:
-            return _side_by_side(parts, _Pass(columns, tokenizer, checks), progress)
-    return _Pass(columns, tokenizer, checks).over(source, progress)
+            return _side_by_side(parts, looked_for, progress)
+    return looked_for.over(source, progress)
 
 
 class _Pass(Struct):
@@ -247,6 +263,19 @@ class _Pass(Struct):
             source.records(progress), self.columns, RowMeasure(self.tokenizer), checks=self.checks
         )
         survey.notes = source.notes
+        return survey
+
+    def over_sample(
+        self, source: Source, count: int, sizes: list[int], progress: Callable[[int], None]
+    ) -> Survey:
+        """About so many rows; `sizes` gets the bytes of each that can be read."""
+        survey, measure = Survey(self.checks), RowMeasure(self.tokenizer)
+        for record, num_bytes in sampled_records(source, count, progress):
+            before = len(survey.numbers)
+            survey.take(record, self.columns, measure)
+            if len(survey.numbers) > before:
+                sizes.append(num_bytes)
+        survey.measure(measure)
         return survey
 
 
@@ -303,14 +332,14 @@ def _troubles(survey: Survey, objective: str, taken: str) -> dict[str, Trouble]:
     return dict(sorted(troubles.items(), key=lambda item: -item[1].count))
 
 
-def _odd(found: Finding, source: Source) -> Problem:
+def _odd(found: Finding, source: Source, unit: str) -> Problem:
     """A finding of checks, its numbers as places in the source."""
     places = [place_of(number) for number in found.numbers]
     return Problem(
         kind=f"{found.kind}, {found.detail}" if found.detail else found.kind,
         count=found.count,
         first_lines=tuple(number for _, number in places),
-        where=said_places(places, found.count, source),
+        where=said_places(places, found.count, source, unit),
         left_out=False,
         advice=found.advice,
     )
@@ -329,7 +358,7 @@ def _no_usable_row(source: Source, survey: Survey) -> InputError:
     kind, worst = max(survey.troubles.items(), key=lambda item: item[1].count)
     return InputError(
         f"`{name}`: none of its {survey.num_rows} rows can be trained on: {kind} "
-        f"({where(worst, source)})",
+        f"({said_places(worst.first, worst.count, source, source.files[0].unit)})",
         "a row needs `instruction` and `output`, `prompt` and `completion`, `messages`, or `text`; "
         "fields of other names are told with `--columns instruction=NAME,output=NAME`",
     )
@@ -344,15 +373,14 @@ def _other_objective(source: Source, objective: str, counts: Sequence[int]) -> I
     )
 
 
-def where(trouble: Trouble, source: Source) -> str:
-    """`line 3, 8, 9, ...`: where a trouble stands."""
-    return said_places(trouble.first, trouble.count, source)
-
-
-def said_places(places: Sequence[Place], count: int, source: Source) -> str:
-    """The first places of so many, for people."""
+def said_places(places: Sequence[Place], count: int, source: Source, unit: str) -> str:
+    """The first places of so many, for people: `line 3, 8, 9, ...`."""
     more = ", ..." if count > len(places) else ""
     if len(source.files) == 1:
         numbers = ", ".join(str(number) for _, number in places)
-        return f"{source.files[0].unit} {numbers}{more}"
-    return "; ".join(source.place(number, file) for file, number in places) + more
+        return f"{unit} {numbers}{more}"
+    if unit == "byte":
+        names = (f"byte {number} of {source.files[file].path.name}" for file, number in places)
+    else:
+        names = (source.place(number, file) for file, number in places)
+    return "; ".join(names) + more

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import structs
 
-from ftplan.launcher.data.data_file import DataFile, where
+from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.split import Split, rows_of, split_groups
 from ftplan.planner.data_profile import DataProfile, Problem
 from ftplan.planner.policy import data_advice
@@ -36,16 +36,17 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
         format=data.format,
         objective=data.kind,
         trains=data.objective,
-        num_rows=data.num_rows,
-        num_usable_rows=len(groups),
+        num_rows=round(data.rows_each * data.num_rows),
+        num_usable_rows=round(data.rows_each * len(groups)),
         num_eval_rows=len(eval_data.groups()) if eval_data else held_out,
-        num_test_rows=test,
+        num_test_rows=round(data.rows_each * test),
         lengths=tuple(sorted(data.lengths(split), reverse=True)),
         exact=data.exact,
-        trained_tokens=data.trained_tokens(split),
+        trained_tokens=round(data.rows_each * data.trained_tokens(split)),
         duplicates=sum(p.count for p in problems if p.kind == _DUPLICATES),
         has_margins=data.survey.num_margins > 0,
         tasks=dict(data.survey.tasks.most_common()),
+        rows_each=data.rows_each,
         problems=problems,
         warnings=_warnings(data, problems),
     )
@@ -58,7 +59,7 @@ def _problems(data: DataFile) -> tuple[Problem, ...]:
             kind=kind,
             count=trouble.count,
             first_lines=tuple(number for _, number in trouble.first),
-            where=where(trouble, data.source),
+            where=data.where(trouble),
         )
         for kind, trouble in data.troubles.items()
     ]

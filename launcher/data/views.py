@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from ftplan.launcher.data.data_file import DataFile
+from ftplan.launcher.data.sample import Sample
 from ftplan.launcher.ui import bar, table
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.units import format_count
@@ -74,22 +74,25 @@ def problems_table(profile: DataProfile) -> Table:
 
 
 def histogram(profile: DataProfile) -> Table:
-    """Rows by length, in steps of round numbers."""
-    longest = profile.longest
-    step = _round_step(longest / _BINS)
-    counts = [0] * (math.ceil(longest / step) or 1)
+    """Rows by length, in steps of round numbers; the longest hundredth together."""
+    step = _round_step(profile.summary()["p99"] / _BINS)
+    counts = [0] * (_BINS + 1)
     for length in profile.lengths:
-        counts[max(0, (length - 1) // step)] += 1
+        counts[min(_BINS, max(0, length - 1) // step)] += 1
+    last = max(number for number, count in enumerate(counts) if count)
     most = max(counts)
     rows: list[list[RenderableType]] = [
         [
-            f"{number * step + 1:,} to {(number + 1) * step:,}",
+            f"{number * step + 1:,} to {(number + 1) * step:,}"
+            if number < _BINS
+            else f"more, up to {profile.longest:,}",
             f"{count:,}",
             bar(count / most) if count else "",
         ]
-        for number, count in enumerate(counts)
+        for number, count in enumerate(counts[: last + 1])
     ]
-    return table("Rows by tokens", (">tokens", ">rows", ""), rows)
+    title = "Rows by tokens" if profile.rows_each == 1 else "Rows of the sample by tokens"
+    return table(title, (">tokens", ">rows", ""), rows)
 
 
 def _round_step(least: float) -> int:
@@ -127,6 +130,15 @@ def _said(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def notes(data: DataFile) -> list[str]:
-    """What the reader let pass, and which of two readings it took."""
-    return list(data.notes())
+def sample_table(sample: Sample) -> Table:
+    """What was estimated, and how far off it may be."""
+    rows = [
+        [name, f"{one.value:,.{digits}f}", f"{one.standard_error:,.{digits}f}"]
+        for name, one, digits in (
+            ("rows", sample.rows, 0),
+            ("tokens a row", sample.mean_tokens, 1),
+            ("tokens", sample.total_tokens, 0),
+        )
+    ]
+    title = f"Estimated from {sample.num_sampled:,} rows"
+    return table(title, ("", ">estimate", ">standard error"), rows)
