@@ -17,11 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 
 from benchmarks.gpu.meters import held_bytes, mark, phase_peaks
-from ftplan.launcher.data.tokens import TokenRow
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.build import apply_method, quantization_config
-from ftplan.launcher.training.loop import as_dataset, sft_arguments
+from ftplan.launcher.training.loop import sft_arguments
 from ftplan.launcher.training.stacks import blank_tokenizer
 from ftplan.launcher.training.trainer import PlannedTrainer
 from ftplan.planner.memory_record import MemoryRecord
@@ -150,8 +149,9 @@ def real_trainer(case: DryRunCase, folder: Path) -> Any:
     arguments.save_strategy = "no"
     common = {"model": model, "args": arguments, "processing_class": blank_tokenizer()}
     if plan.trainer == "trl":
+        row = {"input_ids": [1] * length, "completion_mask": [1] * length}
         return MarkedSFTTrainer(
-            train_dataset=as_dataset([TokenRow([1] * length, [1] * length)] * rows),
+            train_dataset=Dataset.from_list([row] * rows),
             peft_config=peft_config,
             row_lengths=[length] * rows,
             stock_loss=plan.loss == "stock",

@@ -10,6 +10,7 @@ import pytest
 
 from ftplan.launcher import planning
 from ftplan.launcher.commands import estimate
+from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.ui import Ui
@@ -75,8 +76,7 @@ def _planned(
     monkeypatch.setattr(planning, "with_weights", lambda ui, source: source)
     return make_plan(
         Ui(as_json=True),
-        data_path=rows,
-        eval_path=None,
+        asked=DataAsked(paths=(str(rows),)),
         model_name="qwen2.5-7b",
         named_device=None,
         given={"save_steps": 1},
