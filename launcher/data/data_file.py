@@ -292,8 +292,10 @@ def _side_by_side(
         waiting = [pool.submit(_over_part, part) for part in parts]
         while not all(future.done() for future in waiting):
             wait(waiting, timeout=_LOOK_EVERY_SECONDS)
-            progress(num_bytes.value - told)
-            told = num_bytes.value
+            done = num_bytes.value
+            progress(done - told)
+            told = done
+        progress(num_bytes.value - told)
         first, *others = [future.result() for future in waiting]
     for survey in others:
         first.merge(survey)
