@@ -14,7 +14,6 @@ from ftplan.launcher.costs import usd_for
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.profiling import make_split, profile_data
-from ftplan.launcher.data.split import Split
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.emit import check_launched
 from ftplan.launcher.model_source import (
@@ -62,7 +61,6 @@ class Planned(Struct, frozen=True, kw_only=True):
     asked: DataAsked
     data: DataFile
     eval_data: DataFile | None
-    split: Split
     profile: DataProfile
     template: str
     chat_template: bool
@@ -169,7 +167,6 @@ def make_plan(
         asked=asked,
         data=data,
         eval_data=eval_data,
-        split=split,
         profile=profile,
         template=tokenizer.template if tokenizer else "",
         chat_template=_uses_chat_template(tokenizer, data),

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.gpu import self_test, views
-from benchmarks.gpu.configurations import PACKAGES_OF, Run, choose
+from benchmarks.gpu.configurations import Run, choose, left_out
 from benchmarks.gpu.suite import CEILINGS_SECONDS, Suite, packages_at_hand
 from ftplan.launcher import validate_views
 from ftplan.launcher.probe import probe_machine
@@ -62,7 +62,7 @@ def _measure(arguments: argparse.Namespace, ui: Ui) -> int:
         )
     device = machine.best_device
     packages = packages_at_hand()
-    missing = [package for package in PACKAGES_OF if package not in packages]
+    missing = left_out(packages)
     if missing:
         ui.say(f"left out, since they are not installed: what needs {', '.join(missing)}")
     ui.say(f"choosing runs for {device.name}, {format_bytes(device.free_bytes)} free")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import combinations
 from random import Random
@@ -340,6 +340,6 @@ def _replayed(candidate: Candidate) -> Candidate:
     return structs.replace(candidate, required_bytes=memory.required_bytes)
 
 
-def left_out(packages: Collection[str]) -> Iterable[str]:
-    """Packages whose runs are left out, for a person."""
+def left_out(packages: Collection[str]) -> list[str]:
+    """Packages that are not at hand, whose runs are left out."""
     return [package for package in PACKAGES_OF if package not in packages]

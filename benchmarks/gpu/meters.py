@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from ftplan.launcher.training.stacks import Observer
 _MARK = "phase: "
 
 
-class Meter(Observer):
+class Meter(Observer, ABC):
     """Times steps; which memory it looks at, a device's own meter says.
 
     `begin` is called with the name of each phase: `forward`, `backward`, `optimizer step`. The
@@ -40,9 +41,9 @@ class Meter(Observer):
     def begin(self, phase: str) -> None:
         """What comes next; what was before is over."""
 
+    @abstractmethod
     def finish(self) -> dict[str, float | None]:
         """The memory that was measured, in bytes, by the names of a case's `measured`."""
-        raise NotImplementedError
 
     def forward_begins(self) -> None:
         self.begin("forward")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
-from ftplan.launcher.data.sample import Sample
 from ftplan.launcher.ui import bar, table
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.units import format_count
+
+if TYPE_CHECKING:
+    from ftplan.launcher.data.sample import Sample
 
 _BINS = 10
 
