@@ -9,14 +9,17 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ftplan.launcher.data.borders as borders
 import ftplan.launcher.data.lengths as lengths_module
 from benchmarks.data_file import Rows
 from benchmarks.lengths import row_texts
-from ftplan.launcher.data.cuts import _ALTERNATIVES, Unproven, ascii_bytes, find_cuts
+from ftplan.launcher.data.count_table import LONGEST_KEY, CountTable, keys
+from ftplan.launcher.data.cuts import _ALTERNATIVES, Unproven, byte_names, find_cuts
 from ftplan.launcher.data.lengths import TokenCounter
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -321,9 +324,11 @@ def test_words_go_to_the_model_alone_only_where_nothing_else_changes_them(name):
 
 
 def test_bytes_have_the_names_that_byte_level_gives_them():
-    ascii_text = "".join(map(chr, range(128)))
+    text = "".join(map(chr, range(0x250))) + "中👩"
+    named = text.encode().decode("latin-1").translate(byte_names())
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    assert ascii_text.translate(ascii_bytes()) == pieces.pre_tokenize_str(ascii_text)[0][0]
+    assert named == pieces.pre_tokenize_str(text)[0][0]
+    assert set(byte_names().values()) == set(pre_tokenizers.ByteLevel.alphabet())
 
 
 def test_a_vocabulary_that_joins_words_is_not_proven_and_a_cut_would_be_wrong(monkeypatch):
@@ -362,8 +367,12 @@ def test_an_unknown_pattern_is_not_proven_and_a_cut_would_be_wrong(pattern, text
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "o200k"])
-def test_the_rules_of_line_feeds_are_needed(name, monkeypatch):
-    monkeypatch.setattr(lengths_module._PartCounter, "_is_sound", lambda self, part: True)
+@pytest.mark.parametrize("left", ["feed", "sign", "other", "blank"])
+def test_the_rules_of_borders_are_needed(name, left, monkeypatch):
+    rules = borders._is_border
+    monkeypatch.setattr(
+        borders, "_is_border", lambda cuts, *kinds: kinds[1] == left or rules(cuts, *kinds)
+    )
     texts = mixtures(name, 2000)
     loose = TokenCounter(fast(name))
     assert loose.counts(texts) != expected(fast(name), texts)
@@ -441,13 +450,45 @@ def test_a_pickled_counter_counts_alike():
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr(lengths_module, "_REMEMBERED_PARTS", 100)
-    monkeypatch.setattr(lengths_module, "_REMEMBERED_WORDS", 50)
-    monkeypatch.setattr(lengths_module, "_TEXTS_AT_ONCE", 4)
-    small = TokenCounter(fast("gpt2"))
-    texts = [f"word{n} {n} stays {'x' * 100}{n}" for n in range(2000)] * 2
-    assert small.counts(texts) == expected(fast("gpt2"), texts)
-    parts = small._ways[0].__self__
-    assert len(parts._known) < 200 and len(parts._earlier) < 200
-    assert len(parts._words._known) < 150 and len(parts._words._earlier) < 150
-    assert not any(len(word) > 60 for word in [*parts._words._known, *parts._known])
+    monkeypatch.setattr(lengths_module, "_SLOTS_LOG2", 8)
+    monkeypatch.setattr(lengths_module, "_REMEMBERED", 50)
+    monkeypatch.setattr(lengths_module, "_TEXTS_AT_ONCE", 20)
+    small = TokenCounter(fast("opt"))
+    texts = [f"word{n}s {n} stays {'x' * 100}{n} {'y' * 20}{n}" for n in range(2000)] * 2
+    assert small.counts(texts) == expected(fast("opt"), texts)
+    chunks = small._chunks
+    assert len(chunks._table) <= 128
+    for remembered in (chunks._long.known, chunks._first.known):
+        assert 0 < len(remembered) < 100
+        assert not any(len(chunk) > 64 for chunk in remembered)
+
+
+def test_a_long_text_is_looked_at_in_pieces(monkeypatch):
+    monkeypatch.setattr(lengths_module, "_CHARACTERS_AT_ONCE", 200)
+    texts = ["\n".join(corpus()), "x" * 1000, "a " * 500, RUNS * 3]
+    for name in ("gpt2", "llama3", "llama2"):
+        assert TokenCounter(fast(name)).counts(texts) == expected(fast(name), texts)
+
+
+@settings(deadline=None)
+@given(
+    batches=st.lists(
+        st.lists(st.binary(min_size=1, max_size=20).filter(lambda key: 0 not in key), max_size=30)
+    )
+)
+def test_the_table_finds_what_was_added_and_nothing_else(batches):
+    table, known = CountTable(7), {}
+    for batch in batches:
+        data = b"\0".join(batch) + b"\0"
+        ends = np.cumsum([[len(key), 1] for key in batch] or [[0, 1]])
+        low, high, _ = keys(data, np.concatenate([[0], ends]))
+        counts, absent = table.get(low, high)
+        places = [place for place, key in enumerate(batch) if len(key) <= LONGEST_KEY]
+        assert {2 * n for n in places if batch[n] not in known} == set(absent.tolist())
+        assert all(counts[2 * n] == known.get(batch[n], 0) for n in places)
+        new = {batch[place // 2]: place for place in absent.tolist()}
+        if len(known) + len(new) > 64:
+            known = {}
+        known |= {key: len(known) + number + 1 for number, key in enumerate(list(new)[:64])}
+        at = list(new.values())
+        table.add(low[at], high[at], np.array([known.get(key, 0) for key in new], np.int64))

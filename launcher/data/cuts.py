@@ -1,8 +1,8 @@
 """Where a text may be cut so that its parts, tokenized alone, give the tokens of the whole.
 
-The place looked at is always the same: before a blank (U+0020) that follows something else than
-whitespace. `find_cuts` proves from a tokenizer's own description (its `tokenizer.json`) that no
-token crosses such a place, stage by stage as `tokenizers` applies them:
+`find_cuts` proves places from a tokenizer's own description (its `tokenizer.json`), stage by stage
+as `tokenizers` applies them. First of all before a blank (U+0020) that follows something else than
+whitespace:
 
 1. Added tokens are taken out of the text first. None may hold the place inside itself.
 2. The normalizer works on what is left. It must work on each character alone, or on sequences
@@ -12,8 +12,10 @@ token crosses such a place, stage by stage as `tokenizers` applies them:
 4. Without one, the merges of a BPE model decide: where no merge joins something to a blank on its
    right, no token holds both, and neither side's merges depend on the other's.
 
-Behind a line feed there is a second such place, in three kinds (`Lines`). What is not proven is
-not cut.
+Around line feeds there are more such places, in three kinds (`Lines`). Where the pre-tokenizer is a
+pattern known here, its alternatives say more: in all of them letters and digits come last, so that
+a word ends before a sign or whitespace whatever follows (`words_end`), and in some nothing but a
+blank stands before letters (`words_begin`). What is not proven is not cut.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ Lines = Literal["none", "single", "runs", "merges"]
 """Where a text may be cut behind line feeds too.
 
 single: a pattern like GPT-2's ends before whitespace, and takes the last one of a run apart if
-    text follows: behind a line feed between two characters that are no whitespace, and around the
-    second of two line feeds.
+    text follows: before a line feed behind something else than whitespace, and behind one that
+    stands between two of those.
 runs: a pattern like Llama 3's takes whitespace up to its last line feed: behind that.
 merges: no merge joins a line feed to anything else on its right: behind the last of a run.
 """
@@ -86,6 +88,8 @@ _ALTERNATIVES = {
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+_OF_CHINESE = "[一-龥\u3040-ゟ\u30a0-ヿ]+"
+
 # Patterns that hold no blank and look at nothing around a match.
 _NEUTRAL = {
     r"\p{N}{1,3}": "[0-9]{1,3}|[^0-9]+",
@@ -94,7 +98,7 @@ _NEUTRAL = {
     r"\d": "[0-9]|[^0-9]+",
     r"[0-9]": "[0-9]|[^0-9]+",
     r"[0-9][0-9][0-9]": None,  # what is left of a number is not cut off from what stands beside it
-    "[一-龥\u3040-ゟ\u30a0-ヿ]+": r"[\s\S]+",
+    _OF_CHINESE: r"[\s\S]+",
     r"[\r\n]": r"[\r\n]|[^\r\n]+",
 }
 
@@ -120,8 +124,20 @@ class Cuts(Struct, frozen=True, kw_only=True):
     blanks: str
     """Characters behind which a blank is not cut off, other than whitespace."""
     lines: Lines
-    begins_apart: bool
-    """Whether stages before the cutting one may end a word, at a digit or a sign, say."""
+    words_end: bool
+    """Whether a letter or digit ends its word before an ASCII sign other than the apostrophe and
+    before whitespace, and a letter before a digit."""
+    words_begin: bool
+    """Whether a letter begins a word behind a digit or such a sign."""
+    letters_beyond_ascii: bool
+    """Whether that holds for letters of any script that no normal form changes."""
+    letters_are_words: bool
+    """Whether the model sees such letters, and a blank before them, as one word by their bytes'
+    names (`byte_names`), unless a normal form changes them together."""
+    signs_join: bool
+    """Whether one sign before letters belongs to their word as a blank does."""
+    strips: bool
+    """Whether the normalizer takes accents and control characters out."""
     slash_continues: bool
     """Whether a word may go on with a slash behind a line feed, as in o200k's pattern."""
     barred: tuple[str, ...]
@@ -129,7 +145,7 @@ class Cuts(Struct, frozen=True, kw_only=True):
     ascii_stages: tuple[re.Pattern[str], ...]
     """Cut ASCII parts into words: each stage finds the words in those of the stage before."""
     words_are_bytes: bool
-    """Whether the model sees each of these words as it is, by its bytes' names (`ascii_bytes`)."""
+    """Whether the model sees each of these words as it is, by its bytes' names (`byte_names`)."""
 
 
 def find_cuts(description: Description) -> Cuts:
@@ -150,8 +166,19 @@ def find_cuts(description: Description) -> Cuts:
         _look_at_merges(model, "▁" if replaces or metaspace else " ")
     words = _cutting_alternatives(stages) if cutting else []
     lines: Lines = _lines_of(words) if cutting else _lines_of_merges(model)
-    if any(re.search(r"\n[\s\S]", token["content"]) for token in bare["added_tokens"]):
+    added = bare["added_tokens"]
+    remade = [token["content"] for token in added if token["normalized"] and bare["normalizer"]]
+    # The normalizer may make such a token of other characters, which are not seen to be one.
+    if any(re.search(r"\n[\s\S]", token["content"]) for token in added) or any(
+        re.search(r"\S\n", content) for content in remade
+    ):
         lines = "none"
+    words_end = bool(words) and not (
+        any(token["single_word"] for token in added)
+        or any(re.search("[A-Za-z0-9]", content) for content in remade)
+    )
+    kinds = _normalizers(bare)
+    letters_beyond_ascii = words_end and kinds <= {"NFC", "NFKC"}
     reason = (
         f"its pre-tokenizer ({cutting}) cuts before a blank"
         if cutting
@@ -165,7 +192,12 @@ def find_cuts(description: Description) -> Cuts:
         every_blank=every_blank,
         blanks="▁" if replaces or metaspace else "",
         lines=lines,
-        begins_apart=bool(cutting) and not _cuts(stages[0], replaces),
+        words_end=words_end,
+        words_begin=words_end and not any(word.startswith("[") for word in words),
+        letters_beyond_ascii=letters_beyond_ascii,
+        letters_are_words=letters_beyond_ascii and _letters_are_words(bare, stages),
+        signs_join=any(word.startswith(_PREFIX) for word in words),
+        strips=not kinds.isdisjoint({"StripAccents", "BertNormalizer"}),
         slash_continues=any(r"[\r\n/]" in word for word in words),
         barred=_barred(bare, replaces, prepends, scheme == "always"),
         ascii_stages=_ascii_stages(stages) if cutting and not _recased(bare) else (),
@@ -200,6 +232,11 @@ def _parts(stage: Description | None, field: str) -> list[Description]:
     if stage["type"] != "Sequence":
         return [stage]
     return [part for inner in stage[field] for part in _parts(inner, field)]
+
+
+def _normalizers(bare: Description) -> set[str]:
+    """The kinds of the normalizer's parts."""
+    return {part["type"] for part in _parts(bare["normalizer"], "normalizers")}
 
 
 def _pre_tokenizers(bare: Description) -> list[Description]:
@@ -369,24 +406,38 @@ def _barred(
 
 def _recased(bare: Description) -> bool:
     """Whether an added token may stand in a text in other letters than its own."""
-    kinds = {part["type"] for part in _parts(bare["normalizer"], "normalizers")}
-    changes = not kinds.isdisjoint({"Lowercase", "BertNormalizer"})
+    changes = not _normalizers(bare).isdisjoint({"Lowercase", "BertNormalizer"})
     return changes and any(token["normalized"] for token in bare["added_tokens"])
 
 
 def _words_are_bytes(bare: Description, stages: list[Description]) -> bool:
     """Whether nothing but naming bytes comes behind the stage that cuts, and ASCII stays itself."""
-    kinds = {part["type"] for part in _parts(bare["normalizer"], "normalizers")}
     cutting = next((number for number, stage in enumerate(stages) if _cuts(stage, False)), None)
-    if cutting is None or not kinds <= {"NFC", "NFD", "NFKC", "NFKD"}:
+    if cutting is None or not _normalizers(bare) <= {"NFC", "NFD", "NFKC", "NFKD"}:
         return False
     naming = [stage for stage in stages if stage["type"] == "ByteLevel"]
     return len(naming) == 1 and naming in (stages[cutting:], stages[cutting + 1 :])
 
 
-def ascii_bytes() -> dict[int, str]:
-    """The names that byte-level tokenizers give the ASCII bytes that are no printable sign."""
-    return {byte: chr(256 + byte) for byte in range(33)} | {127: chr(289)}
+def byte_names() -> dict[int, str]:
+    """The names that byte-level tokenizers give to bytes: those that are no printable sign of
+    Latin-1 are called by what follows it (GPT-2's `bytes_to_unicode`)."""
+    signs = {*range(33, 127), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in signs]
+    return {byte: chr(byte) for byte in signs} | {
+        byte: chr(256 + number) for number, byte in enumerate(others)
+    }
+
+
+def _letters_are_words(bare: Description, stages: list[Description]) -> bool:
+    """Whether nothing takes letters apart: no pattern that sees capitals, none for one script, and
+    no added token made of letters."""
+    for stage in stages:
+        pattern = _pattern(stage) if stage["type"] in ("Split", "ByteLevel") else ""
+        if _UPPER in pattern or pattern == _OF_CHINESE:
+            return False
+    lettered = (token["content"].strip().isalpha() for token in bare["added_tokens"])
+    return _words_are_bytes(bare, stages) and not any(lettered)
 
 
 def _ascii_stages(stages: list[Description]) -> tuple[re.Pattern[str], ...]:

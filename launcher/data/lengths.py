@@ -1,40 +1,42 @@
-"""Exact token counts of many texts, several times faster than tokenizing them.
+"""Exact token counts of many texts, many times faster than tokenizing them.
 
 Natural text repeats its words. Where a tokenizer's own description proves that no token crosses a
-place before a blank (`cuts.py`), a text is cut there, and what each part counts is remembered.
-A part that is new is cut once more, at the tokenizer's own word borders where it is ASCII, and
-only words never met are tokenized. Nothing is estimated: where a part, a text or a tokenizer is not
-covered by the proof, the tokenizer counts the whole text.
+place (`cuts.py`), texts are cut there (`borders.py`), and what each chunk counts is remembered
+(`count_table.py`). Only chunks never met are tokenized. Nothing is estimated: where a text or a
+tokenizer is not covered by the proof, the tokenizer counts the whole text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+import string
+import unicodedata
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress, islice
 from typing import Any
 
-from ftplan.launcher.data.cuts import Lines, Unproven, ascii_bytes, find_cuts
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
 
-# What marks a part's text, which then holds none of these itself:
-_BEGINS = "\x00"  # no blank stands before it: it is behind a line feed
-_BLANK = "\x01"  # a blank that is not cut before
-_FEED = "\x02"  # a line feed that is not cut behind
-_PAIR = "\x03"  # two line feeds
-_BEHIND_PAIR = "\x04"  # as _BEGINS, behind two line feeds
-_FIRST = "\x05"  # nothing stands before it
-_MARKS = (_BEGINS, _BLANK, _FEED, _PAIR, _BEHIND_PAIR, _FIRST)
-_OPENINGS = _BEGINS + _BEHIND_PAIR + _FIRST
+from ftplan.launcher.data.borders import EDGE, Borders, is_letter
+from ftplan.launcher.data.count_table import LONGEST_KEY, CountTable, keys
+from ftplan.launcher.data.cuts import Cuts, Unproven, byte_names, find_cuts
 
-_WHOLE = 1 << 50  # counted by a part that makes its text be tokenized whole
+# Of the table of chunks; half of them are filled. 24 bytes each.
+_SLOTS_LOG2 = 21
+# Chunks that the table does not take; longer ones hardly come again.
+_REMEMBERED = 100_000
+_LONGEST_REMEMBERED = 64  # bytes
 
-_REMEMBERED_PARTS = 400_000
-_REMEMBERED_WORDS = 200_000
-_LONGEST_REMEMBERED = 48  # characters; longer parts hardly come again
+# Signs that may belong to the letters behind them; an apostrophe may begin a contraction.
+_JOINING = frozenset(string.punctuation) - {"'"}
 
-_TEXTS_AT_ONCE = 512
-_WHOLE_CHARACTERS_AT_ONCE = 1 << 20
+_TEXTS_AT_ONCE = 2048
+_CHARACTERS_AT_ONCE = 1 << 20
+_ALWAYS_CUT = re.compile("[A-Za-z] ")
 
 
 class TokenCounter:
@@ -44,20 +46,18 @@ class TokenCounter:
     """
 
     reason: str
-    """Why parts of texts may be counted alone, or why not: for a debug note."""
+    """Why chunks of texts may be counted alone, or why not: for a debug note."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = _backend(tokenizer)
-        self._ways: list[Callable[[Sequence[str]], list[int]]] = [self._whole]
+        self._chunks: _ChunkCounter | None = None
         if self._backend is None:
             self.reason = "the tokenizer is not a plain one of the `tokenizers` library"
             return
         try:
-            words = _Words(self._backend)
-            blanks, lines = _PartCounter(words, "none"), _PartCounter(words, words.cuts.lines)
-            self._ways = [lines.counts, blanks.counts, self._whole]
-            self.reason = words.cuts.reason
+            self._chunks = _ChunkCounter(self._backend)
+            self.reason = self._chunks.cuts.reason
         except Unproven as why:
             self.reason = str(why)
 
@@ -66,318 +66,210 @@ class TokenCounter:
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text is, without those that the tokenizer adds to a text."""
-        counted: list[int] = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            some = texts[start : start + _TEXTS_AT_ONCE]
-            few = [_WHOLE] * len(some)
-            for count in self._ways:
-                rest = [number for number, known in enumerate(few) if known >= _WHOLE]
-                for number, known in zip(rest, count([some[n] for n in rest]), strict=True):
-                    few[number] = known
-            counted += few
-        return counted
+        if self._chunks is None:
+            return _in_groups(texts, self._tokenized)
+        whole = [self._chunks.is_barred(text) for text in texts]
+        if True not in whole:
+            return self._chunks.counts(texts)
+        tokenized = iter(_in_groups(list(compress(texts, whole)), self._tokenized))
+        others = [text for text, barred in zip(texts, whole, strict=True) if not barred]
+        counted = iter(self._chunks.counts(others))
+        return [next(tokenized) if barred else next(counted) for barred in whole]
 
-    def _whole(self, texts: Sequence[str]) -> list[int]:
-        """Counts by the tokenizer itself, a few at once: their encodings take memory."""
-        counted: list[int] = []
-        batch: list[str] = []
-        characters = 0
-        for text in texts:
-            batch.append(text)
-            characters += len(text)
-            if characters >= _WHOLE_CHARACTERS_AT_ONCE:
-                counted += self._tokenized(batch)
-                batch, characters = [], 0
-        return counted + self._tokenized(batch)
-
-    def _tokenized(self, texts: list[str]) -> list[int]:
-        if self._backend is not None or not texts:
+    def _tokenized(self, texts: Sequence[str]) -> list[int]:
+        if self._backend is not None:
             return _lengths(self._backend, texts)
-        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [len(one) for one in ids]
 
 
-class _Words:
-    """Counts words, which are what parts are made of; raises Unproven where that may not be done.
+def _in_groups(texts: Sequence[str], count: Callable[[Sequence[str]], list[int]]) -> list[int]:
+    """Counts of texts, some at a time: what is kept of them meanwhile takes memory."""
+    counted: list[int] = []
+    start = characters = 0
+    for end, text in enumerate(texts, 1):
+        characters += len(text)
+        if characters >= _CHARACTERS_AT_ONCE or end - start >= _TEXTS_AT_ONCE:
+            counted += count(texts[start:end])
+            start, characters = end, 0
+    return counted + count(texts[start:]) if start < len(texts) else counted
 
-    Words of ASCII parts are the tokenizer's own; other parts are one word each.
-    """
+
+def _pieces(text: str) -> list[str]:
+    """A long text, cut where every proof allows it."""
+    pieces = []
+    while len(text) > 2 * _CHARACTERS_AT_ONCE:
+        place = _ALWAYS_CUT.search(text, _CHARACTERS_AT_ONCE)
+        if place is None:
+            break
+        pieces.append(text[: place.start() + 1])
+        text = text[place.start() + 1 :]
+    return [*pieces, text]
+
+
+class _ChunkCounter:
+    """Counts texts by their chunks; raises Unproven where that may not be done."""
 
     def __init__(self, backend: Any) -> None:
         description = json.loads(backend.to_str())
         self.cuts = find_cuts(description)
         if self.cuts.prefix_after_added and backend.encode_special_tokens:
             raise Unproven("it puts a blank before texts and reads special tokens as text")
-        self._whole = backend
-        self._bare = _private(self.cuts.bare, backend) if self.cuts.prefixed else backend
-        added = sorted((token["content"] for token in description["added_tokens"]), key=len)
-        self.added = re.compile("|".join(map(re.escape, reversed(added))) or r"(?!)")
-        self._model = self._bare.model if self.cuts.words_are_bytes else None
-        self._byte_names = ascii_bytes()
-        self._uncut: set[str] = set()
-        self._known: dict[str, int] = {}
-        self._earlier: dict[str, int] = {}
+        added = [token["content"] for token in description["added_tokens"]]
+        self._added = re.compile(
+            "|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)"
+        )
+        self._borders = Borders(self.cuts, added)
+        self._new = _NewChunks(backend, self.cuts, self._added)
+        self._table = CountTable(_SLOTS_LOG2)
+        self._long = _Remembered(self._new.counts)
+        self._first = _Remembered(self._new.first)
 
-    def first(self, texts: list[str]) -> list[int]:
-        """Counts of parts that begin a text, where the tokenizer puts something before it."""
-        return _lengths(self._whole, texts)
-
-    @property
-    def known(self) -> dict[str, int]:
-        """Words counted before. Another dictionary after `counts`."""
-        return self._known
-
-    def counts(self, words: Iterable[str]) -> dict[str, int]:
-        """Counts of those of the words that are not among the known; remembers them."""
-        if len(self._known) > _REMEMBERED_WORDS:
-            self._earlier, self._known = self._known, {}
-        known, earlier = self._known, self._earlier
-        unknown = [word for word in dict.fromkeys(words) if word not in known]
-        known.update((word, earlier[word]) for word in unknown if word in earlier)
-        fresh = [word for word in unknown if word not in known]
-        counted = self._tokenized(fresh)
-        _remember(known, counted)
-        return {word: known[word] if word in known else counted[word] for word in unknown}
-
-    def _tokenized(self, words: list[str]) -> dict[str, int]:
-        """Counts words: by the model alone where they are ones of the tokenizer, as that takes a
-        third of the time."""
-        if self._model is None:
-            self._uncut.clear()
-            return dict(zip(words, _lengths(self._bare, words), strict=True))
-        tokenize, names, uncut = self._model.tokenize, self._byte_names, self._uncut
-        counted: dict[str, int] = {}
-        others = []
-        for word in words:
-            if word.isascii() and word not in uncut:
-                counted[word] = len(tokenize(word.translate(names)))
-            else:
-                others.append(word)
-        uncut.clear()
-        counted.update(zip(others, _lengths(self._bare, others), strict=True))
-        return counted
-
-    def cut(self, text: str) -> list[str]:
-        """A part's words where it is ASCII without added tokens; else the part itself."""
-        if not (self.cuts.ascii_stages and text.isascii()) or self.added.search(text):
-            return self._leave(text)
-        words = [text]
-        for stage in self.cuts.ascii_stages:
-            words = [word for longer in words for word in stage.findall(longer)]
-        return words if sum(map(len, words)) == len(text) else self._leave(text)
-
-    def _leave(self, text: str) -> list[str]:
-        self._uncut.add(text)
-        return [text]
-
-    def begins(self, text: str) -> bool:
-        """Whether whitespace before this may be treated like that at the end of a text."""
-        letter = text[:1].isascii() and text[:1].isalpha()
-        return (self.cuts.begins_apart and not letter) or self.added.match(text) is not None
-
-    def normalized(self, text: str) -> str:
-        """What patterns see of a text; the proof lets ASCII pass as it is."""
-        normalizer = self._bare.normalizer
-        if normalizer is None or text.isascii():
-            return text
-        return str(normalizer.normalize_str(text))
-
-
-class _PartCounter:
-    """Counts texts by their parts, cut before blanks and behind line feeds as `lines` says.
-
-    A part is named by what stands between two places to cut, without the blank that opens it.
-    """
-
-    def __init__(self, words: _Words, lines: Lines) -> None:
-        self._words = words
-        self._lines = lines
-        self._known, self._earlier = _Counts(), _Counts()
+    def is_barred(self, text: str) -> bool:
+        """Whether a text is to be tokenized whole."""
+        return EDGE in text or any(token in text for token in self.cuts.barred)
 
     def counts(self, texts: Sequence[str]) -> list[int]:
-        """Counts of a few texts; `_WHOLE` and more where a text is not to be counted in parts.
-
-        Parts known already are summed up first, then those that were missing are counted at once.
-        """
-        missing = self._known.missing
-        counted, ends = [], []
-        for text in texts:
-            counted.append(self._sum_known(text))
-            ends.append(len(missing))
-        found = self._learn(missing)
-        start = 0
-        for number, end in enumerate(ends):
-            if end > start:
-                counted[number] += sum(map(found.__getitem__, islice(missing, start, end)))
-                start = end
-        missing.clear()
-        if len(self._known) > _REMEMBERED_PARTS:
-            self._earlier, self._known = self._known, _Counts()
+        """Counts of texts that are not barred."""
+        parts = list(map(self._parts, texts))
+        flat = [part for some in parts for part in some]
+        is_ascii = [part.isascii() for part in flat]
+        narrow = iter(_in_groups(list(compress(flat, is_ascii)), self._sums))
+        wide_parts = [part for part, narrow in zip(flat, is_ascii, strict=True) if not narrow]
+        wide = iter(_in_groups(wide_parts, self._sums))
+        sums = (next(narrow) if is_narrow else next(wide) for is_narrow in is_ascii)
+        counted = [sum(islice(sums, len(some))) for some in parts]
+        if self.cuts.prefix_after_added:
+            added = (len(self._added.findall(text)) for text in texts)
+            return [count + more for count, more in zip(counted, added, strict=True)]
         return counted
 
-    def _sum_known(self, text: str) -> int:
-        """What the known parts of a text count; the others are noted as missing."""
-        cuts = self._words.cuts
-        if any(mark in text for mark in _MARKS) or any(token in text for token in cuts.barred):
-            return _WHOLE
-        if not cuts.prefix_after_added:
-            return self._sum_segment(text)
-        segments = self._words.added.split(text)
-        return len(segments) - 1 + sum(map(self._sum_segment, filter(None, segments)))
+    def _parts(self, text: str) -> list[str]:
+        """Parts of a text that count alone."""
+        if self.cuts.prefix_after_added:
+            return [part for part in self._added.split(text) if part]
+        return [text] if self.cuts.prefixed else _pieces(text)
 
-    def _sum_segment(self, text: str) -> int:
-        """The same of a text, or of what stands between two of its added tokens."""
-        if "\n" in text:
-            text = _MARK_LINES[self._lines](text)
-        if not self._words.cuts.every_blank:
-            text = _join_blanks(text)
-        if text[:1] == " ":
-            text = _BLANK + text[1:]
-        first, *others = text.split(" ")
-        count = self._known.__getitem__
-        return sum(map(count, others), count(_FIRST + first))
+    def _sums(self, texts: Sequence[str]) -> list[int]:
+        """Counts of texts, or of parts of them."""
+        data, starts = self._borders.chunks(EDGE + EDGE.join(texts) + EDGE)
+        low, high, lengths = keys(data, starts)
+        counts, absent = self._table.get(low, high)
+        edges = np.flatnonzero((low == 0) & (lengths == 1))
+        chunks = _Chunks(data, starts, counts)
 
-    def _learn(self, missing: list[str]) -> dict[str, int]:
-        """Counts of parts that were missing; remembers them."""
-        earlier = self._earlier
-        parts = dict.fromkeys(missing)
-        fresh = [part for part in parts if part not in earlier]
-        found = {part: earlier[part] for part in parts if part in earlier} if earlier else {}
-        self._count_parts(fresh, found)
-        _remember(self._known, found)
-        return found
+        new = chunks.at(absent)
+        place_of = dict(zip(reversed(new), reversed(absent.tolist()), strict=True))
+        known = dict(zip(place_of, self._new.counts(list(place_of)), strict=True))
+        chunks.fill(absent, new, known)
+        places = list(place_of.values())
+        self._table.add(low[places], high[places], counts[places])
 
-    def _count_parts(self, parts: list[str], found: dict[str, int]) -> None:
-        """Adds counts of parts to `found`."""
-        cut, count = self._words.cut, self._words.known.__getitem__
-        prefixed = self._words.cuts.prefixed
-        first: list[str] = []
-        left: list[tuple[str, list[str]]] = []
-        for part in parts:
-            if part.isascii() and part.isprintable() and part != "":
-                words = cut(" " + part)
-            elif not self._is_sound(part):
-                found[part] = _WHOLE
-                continue
-            elif prefixed and part[:1] == _FIRST:
-                first.append(part)
-                continue
-            else:
-                words = cut(_text(part))
-            try:
-                found[part] = sum(map(count, words))
-            except KeyError:
-                left.append((part, words))
-        found.update(zip(first, self._words.first([_text(part) for part in first]), strict=True))
-        new = self._words.counts([word for _, words in left for word in words])
-        for part, words in left:
-            found[part] = sum(new[word] if word in new else count(word) for word in words)
+        long = np.flatnonzero(lengths > LONGEST_KEY)
+        self._long.fill(chunks, long)
+        if self.cuts.prefixed:
+            first = edges[:-1] + 1
+            self._first.fill(chunks, first[~np.isin(first, edges)])
+        sums: list[int] = np.add.reduceat(counts, edges)[:-1].tolist()
+        return sums
 
-    def _is_sound(self, part: str) -> bool:
-        """Whether the places around a part are ones to cut at, whatever stands beyond them."""
-        cuts = self._words.cuts
-        if cuts.every_blank:
+
+class _Chunks(Struct, frozen=True):
+    """Chunks of `data` from each of `starts` to the next, and what each counts."""
+
+    data: bytes
+    starts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    def at(self, places: NDArray[np.int64]) -> list[bytes]:
+        data = self.data
+        ends = self.starts[places + 1].tolist()
+        return [data[s:e] for s, e in zip(self.starts[places].tolist(), ends, strict=True)]
+
+    def fill(
+        self, places: NDArray[np.int64], chunks: list[bytes], known: Mapping[bytes, int]
+    ) -> None:
+        self.counts[places] = list(map(known.__getitem__, chunks))
+
+
+class _Remembered:
+    """Counts of chunks that are no keys of the table."""
+
+    def __init__(self, count: Callable[[list[bytes]], list[int]]) -> None:
+        self._count = count
+        self.known: dict[bytes, int] = {}
+
+    def fill(self, chunks: _Chunks, places: NDArray[np.int64]) -> None:
+        """Puts in what the chunks at these places count."""
+        if len(self.known) > _REMEMBERED:
+            self.known.clear()
+        some, known = chunks.at(places), self.known
+        new = [chunk for chunk in dict.fromkeys(some) if chunk not in known]
+        found = dict(zip(new, self._count(new), strict=True))
+        chunks.fill(places, some, ChainMap(found, known))
+        known.update(
+            (chunk, count) for chunk, count in found.items() if len(chunk) <= _LONGEST_REMEMBERED
+        )
+
+
+class _NewChunks:
+    """Counts chunks by the tokenizer."""
+
+    def __init__(self, backend: Any, cuts: Cuts, added: re.Pattern[str]) -> None:
+        self._whole = backend
+        self._bare = _private(cuts.bare, backend) if cuts.prefixed else backend
+        self._stages = cuts.ascii_stages if cuts.words_are_bytes else ()
+        self._tokenize = self._bare.model.tokenize
+        self._added = added
+        self._letters_are_words = cuts.letters_are_words
+        self._signs_join = cuts.signs_join
+        self._normalized = self._bare.normalizer is not None
+        self._byte_names = byte_names()
+
+    def first(self, chunks: list[bytes]) -> list[int]:
+        """Counts of chunks that begin a text."""
+        return _lengths(self._whole, [chunk.decode() for chunk in chunks])
+
+    def counts(self, chunks: list[bytes]) -> list[int]:
+        """Counts of chunks that stand elsewhere: by the model alone where its words are known, as
+        that takes a third of the time."""
+        counted = [self._count_words(chunk) for chunk in chunks]
+        others = [number for number, count in enumerate(counted) if not count]
+        lengths = _lengths(self._bare, [chunks[number].decode() for number in others])
+        for number, length in zip(others, lengths, strict=True):
+            counted[number] = length
+        return counted
+
+    def _count_words(self, chunk: bytes) -> int:
+        """Tokens of the words of a chunk; 0 where that is not known without the tokenizer."""
+        text = chunk.decode()
+        if self._letters_are_words and self._is_word(text):
+            return self._count_word(chunk)
+        if not (self._stages and chunk.isascii()) or self._added.search(text):
+            return 0
+        words = [text]
+        for stage in self._stages:
+            words = [word for longer in words for word in stage.findall(longer)]
+        if sum(map(len, words)) != len(text):
+            return 0
+        return sum(self._count_word(word.encode()) for word in words)
+
+    def _is_word(self, text: str) -> bool:
+        """Whether a text is letters, and perhaps a blank or sign that belongs to them."""
+        joins = text[0] == " " or (self._signs_join and text[0] in _JOINING)
+        letters = text[1:] if joins else text
+        if not letters.isalpha():
+            return False
+        if letters.isascii():
             return True
-        begins = part != "" and part[0] in _OPENINGS
-        raw = _text(part)[0 if begins else 1 :]
-        text = self._words.normalized(raw)  # without the blank before it
-        if bool(text) != bool(raw):
-            return False
-        # Behind blanks and line feeds no blank can follow: it would have been joined to them.
-        if raw and raw[-1] not in " \n" and (text[-1].isspace() or text[-1] in cuts.blanks):
-            return False
-        if self._lines == "single":
-            return self._is_single_line(part, text)
-        return self._lines != "runs" or self._is_behind_run(part, text)
+        normal = not self._normalized or unicodedata.is_normalized("NFKC", letters)
+        return normal and all(map(is_letter, letters))
 
-    def _is_single_line(self, part: str, text: str) -> bool:
-        if part[-1:] == "\n" and text[-2:-1].isspace():
-            return False
-        if part[:1] == _BEHIND_PAIR and self._words.begins(text):
-            return False
-        behind = part[:1] in (_BEGINS, _BEHIND_PAIR)
-        return not (behind and text[:1].isspace() and part != _BEGINS + "\n")
-
-    def _is_behind_run(self, part: str, text: str) -> bool:
-        if part[:1] == _FIRST:
-            return True
-        if part[:1] == _BEGINS and self._words.cuts.slash_continues and text[:1] == "/":
-            return False
-        space = text[: len(text) - len(text.lstrip())]
-        return "\n" not in space and "\r" not in space
+    def _count_word(self, word: bytes) -> int:
+        return len(self._tokenize(word.decode("latin-1").translate(self._byte_names)))
 
 
-def _mark_no_lines(text: str) -> str:
-    return text.replace("\n ", "\n" + _BLANK)
-
-
-def _mark_single_lines(text: str) -> str:
-    """Cuts behind line feeds between two characters that are no whitespace, and around the second
-    of two such line feeds; the rest of whitespace is joined."""
-    text = text.replace("\r\n", "\r" + _FEED).replace(" \n", " " + _FEED)
-    text = text.replace("\n\n\n", _FEED * 3)
-    text = text.replace(_FEED + "\n", _FEED * 2).replace(_FEED + "\n", _FEED * 2)
-    text = text.replace("\n ", _FEED + _BLANK).replace("\n\t", _FEED + "\t")
-    text = text.replace("\n" + _FEED, _FEED * 2).replace(_FEED + " ", _FEED + _BLANK)
-    if text[-2:] == "\n\n":
-        text = text[:-2] + _FEED * 2
-    if "\n\n" not in text:
-        return text.replace("\n", "\n " + _BEGINS)
-    text = text.replace("\n\n", _PAIR).replace("\n", "\n " + _BEGINS)
-    return text.replace(_PAIR, f"\n {_BEGINS}\n {_BEHIND_PAIR}")
-
-
-def _mark_runs_of_lines(text: str) -> str:
-    """Cuts behind the last of line feeds that follow one another."""
-    if "\n\n" in text:
-        text = text.replace("\n\n", _FEED + "\n").replace("\n" + _FEED, _FEED * 2)
-        text = text.replace("\n\n", _FEED + "\n")
-    return text.replace("\n", "\n " + _BEGINS)
-
-
-_MARK_LINES: dict[Lines, Callable[[str], str]] = {
-    "none": _mark_no_lines,
-    "single": _mark_single_lines,
-    "runs": _mark_runs_of_lines,
-    "merges": _mark_runs_of_lines,
-}
-
-
-def _join_blanks(text: str) -> str:
-    """The text with each blank marked that stands behind another one: no cut is before it."""
-    if "  " in text:
-        text = text.replace("  ", " " + _BLANK)
-    if _BLANK in text:
-        text = text.replace(_BLANK + " ", _BLANK + _BLANK)
-    return text
-
-
-def _text(part: str) -> str:
-    """What a part stands for."""
-    text = part[1:] if part != "" and part[0] in _OPENINGS else " " + part
-    return text.replace(_BLANK, " ").replace(_FEED, "\n")
-
-
-class _Counts(dict[str, int]):
-    """Counts of parts. One that is not there counts nothing and is noted as missing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.missing: list[str] = []
-
-    def __missing__(self, part: str) -> int:
-        self.missing.append(part)
-        return 0
-
-
-def _remember(known: dict[str, int], counted: dict[str, int]) -> None:
-    """Adds counts to what is known, without those of long texts."""
-    if max(map(len, counted), default=0) <= _LONGEST_REMEMBERED:
-        known.update(counted)
-    else:
-        known.update((text, n) for text, n in counted.items() if len(text) <= _LONGEST_REMEMBERED)
-
-
-def _lengths(backend: Any, texts: Iterable[str]) -> list[int]:
+def _lengths(backend: Any, texts: Sequence[str]) -> list[int]:
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [len(encoding) for encoding in encodings]
 
