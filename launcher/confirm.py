@@ -12,7 +12,7 @@ from ftplan.launcher.planning import Planned
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import DoesNotFitError, InputError, RunFailedError
 from ftplan.planner.memory import fits, needed_bytes
-from ftplan.planner.search import Evaluated
+from ftplan.planner.ranking import Evaluated
 from ftplan.planner.units import format_bytes
 
 # On a processor a plan that needs less than this share of the free memory is not worth the wait.

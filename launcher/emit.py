@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftplan.launcher.host import CPU_THREADS
@@ -164,8 +164,10 @@ def launch_command(run: RunDir, resume: bool = False) -> list[str]:
     return [*command, "--resume"] if resume else command
 
 
-def environment_changes(device: Device, plan: TrainingPlan, num_cores: int) -> dict[str, str]:
-    """What the child's environment has on top of the parent's.
+def environment_changes(
+    devices: Sequence[Device], plan: TrainingPlan, num_cores: int
+) -> dict[str, str]:
+    """What the child's environment has on top of the parent's, to run on these devices.
 
     PYTHONSAFEPATH keeps a `torch.py` in the user's folder from replacing torch. accelerate
     would set one thread a process unless OMP_NUM_THREADS says otherwise.
@@ -178,31 +180,33 @@ def environment_changes(device: Device, plan: TrainingPlan, num_cores: int) -> d
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": str(max(1, num_cores // plan.num_gpus)),
     }
-    if device.kind == "cuda":
+    if devices[0].kind == "cuda":
         changed["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-        if plan.num_gpus == 1:
-            changed.update(_only(device))
+        changed.update(_only(devices))
     else:
         changed["CUDA_VISIBLE_DEVICES"] = ""
         changed.update(CPU_THREADS)
     return changed
 
 
-def _only(device: Device) -> dict[str, str]:
-    """What leaves one GPU visible. Of AMD's, ROCm's runtime takes the UUID or, of cards without
+def _only(devices: Sequence[Device]) -> dict[str, str]:
+    """What leaves these GPUs visible. Of AMD's, ROCm's runtime takes the UUID or, of cards without
     one, the number, and HIP numbers anew what that leaves."""
-    if device.vendor == "amd":
-        left = {"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "0"}
-        return {"ROCR_VISIBLE_DEVICES": device.uuid or str(device.index), **left}
-    return {"CUDA_VISIBLE_DEVICES": device.uuid} if device.uuid else {}
+    names = [device.uuid for device in devices if device.uuid]
+    if devices[0].vendor == "amd":
+        numbers = ",".join(str(number) for number in range(len(devices)))
+        left = {"HIP_VISIBLE_DEVICES": numbers, "CUDA_VISIBLE_DEVICES": numbers}
+        mixed = ",".join(device.uuid or str(device.index) for device in devices)
+        return {"ROCR_VISIBLE_DEVICES": mixed, **left}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names)} if len(names) == len(devices) else {}
 
 
 def launch_environment(
-    environ: Mapping[str, str], device: Device, plan: TrainingPlan, num_cores: int
+    environ: Mapping[str, str], devices: Sequence[Device], plan: TrainingPlan, num_cores: int
 ) -> dict[str, str]:
     """The child's environment: the parent's, made safe and quiet. A thread count that the
     person has set is kept."""
-    merged = {**environ, **environment_changes(device, plan, num_cores)}
+    merged = {**environ, **environment_changes(devices, plan, num_cores)}
     if "OMP_NUM_THREADS" in environ:
         merged["OMP_NUM_THREADS"] = environ["OMP_NUM_THREADS"]
     return merged

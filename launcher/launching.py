@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ftplan.launcher.version import version
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
+from ftplan.planner.teams import roomiest
 from ftplan.planner.trained import target_names
 from ftplan.planner.units import MIB, format_bytes
 
@@ -57,7 +58,7 @@ def default_name(planned: Planned) -> str:
 
 
 def _write_files(run: RunDir, planned: Planned) -> None:
-    plan, device = planned.chosen.plan, planned.device
+    plan, team, device = planned.chosen.plan, planned.chosen.team, planned.device
     model = planned.source
     train = emit.train_config(
         plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
@@ -72,7 +73,7 @@ def _write_files(run: RunDir, planned: Planned) -> None:
     profile = profile_to_dict(planned.profile, model.spec.max_position_embeddings)
     write_json(run.data_profile, profile)
     _write_left_out(run, planned.data)
-    write_text(run.command, _command_text(run, device, plan))
+    write_text(run.command, _command_text(run, team.members or (team.device,), plan))
     # Last: a directory without its plan is not a run directory.
     write_yaml(run.plan, plan_to_dict(planned), "What was planned, and why.")
 
@@ -113,8 +114,8 @@ def _write_left_out(run: RunDir, data: DataFile) -> None:
         write_text(run.left_out, "".join(line + "\n" for line in lines))
 
 
-def _command_text(run: RunDir, device: Device, plan: TrainingPlan) -> str:
-    settings = emit.environment_changes(device, plan, usable_cores())
+def _command_text(run: RunDir, devices: Sequence[Device], plan: TrainingPlan) -> str:
+    settings = emit.environment_changes(devices, plan, usable_cores())
     return emit.shell_line(emit.launch_command(run), settings) + "\n"
 
 
@@ -168,8 +169,8 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
     require_training()
     written = run.read_plan()
     plan = planned_settings(run, written)
-    device = _device_for(ui, run, written)
-    environment = emit.launch_environment(os.environ, device, plan, usable_cores())
+    devices = _devices_for(ui, run, written, plan)
+    environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
         run_to_end(run, emit.launch_command(run, resume), environment, live.update)
     record = run.read_record()
@@ -189,25 +190,33 @@ def planned_settings(run: RunDir, written: Mapping[str, Any]) -> TrainingPlan:
     return ReasonedPlan.from_dict(settings).plan
 
 
-def _device_for(ui: Ui, run: RunDir, written: Mapping[str, Any]) -> Device:
-    """The device to run on now: of the planned kind, with the most free memory."""
+def _devices_for(
+    ui: Ui, run: RunDir, written: Mapping[str, Any], plan: TrainingPlan
+) -> Sequence[Device]:
+    """The devices to run on now: of the planned kind, with the most free memory."""
     kind = (written.get("device") or {}).get("kind")
     machine = probe_machine(run_dir=run.root)
     if kind == "cpu":
-        return machine.cpu
+        return (machine.cpu,)
     if not machine.gpus:
         raise InputError(
             "this run was planned for a GPU, and there is none here",
             f"plan again for this machine with `ftplan auto {run.data}/...`",
         )
-    device = machine.best_device
+    if plan.num_gpus > len(machine.gpus):
+        raise InputError(
+            f"this run was planned for {plan.num_gpus} GPUs, and {len(machine.gpus)} are here",
+            f"plan again for this machine with `ftplan auto {run.data}/...`",
+        )
+    team = roomiest(machine.gpus, plan.num_gpus)
+    device = team.device
     required = written["estimate"]["per_gpu"]["required_bytes"]
     if required > device.free_bytes:
         ui.warn(
             f"the plan needs {format_bytes(required)}, "
             f"{format_bytes(device.free_bytes)} is free on {device.name} now"
         )
-    return device
+    return team.members
 
 
 def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,9 @@ from ftplan.planner.host_verdict import lacking_disk, lacking_ram
 from ftplan.planner.memory import needed_bytes
 from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
-from ftplan.planner.search import (
-    Evaluated,
-    Ranking,
-    RunTime,
-    choose_plan,
-    limit_to_time_budget,
-    optimizer_steps,
-)
+from ftplan.planner.ranking import Evaluated, Ranking
+from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
+from ftplan.planner.search import choose_plan
 from ftplan.planner.units import format_bytes
 from ftplan.profiles import model_catalog
 
@@ -143,7 +138,10 @@ def make_plan(
     asked.check()
     source = find_source(model_name) if model_name else None
     machine = None if named_device else _probe(ui, runs_dir)
-    device = named_device or _chosen_device(machine, given)
+    offered = named_device or _offered(machine, given)
+    device = (
+        offered if isinstance(offered, Device) else max(offered, key=lambda gpu: gpu.free_bytes)
+    )
     model_why = "asked for"
     if source is None:
         source, model_why = choose_model(asked, device, given)
@@ -154,10 +152,13 @@ def make_plan(
     checked_objective(data.objective)
     split = make_split(data, eval_data, asked.test_share)
     profile = profile_data(data, split, eval_data)
-    ranking = choose_plan(source.spec, profile, device, given, installed_stack(device))
+    ranking = choose_plan(
+        source.spec, profile, offered, given, installed_stack(device), divides=not for_launch
+    )
     if ranking.best is None:
         raise does_not_fit(source, profile, device, given, ranking)
     chosen = ranking.best
+    device = chosen.device
     if device.kind == "cpu":
         chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
     if machine is not None and for_launch:
@@ -207,8 +208,9 @@ def _probe(ui: Ui, runs_dir: Path) -> Machine:
     return machine
 
 
-def _chosen_device(machine: Machine | None, given: Mapping[str, Any]) -> Device:
-    """The best device; raises InputError where more GPUs are asked for than there are."""
+def _offered(machine: Machine | None, given: Mapping[str, Any]) -> Device | Sequence[Device]:
+    """The machine's GPUs, else its processor; raises InputError where more GPUs are asked for than
+    there are."""
     assert machine is not None
     wanted, count = given.get("num_gpus", 1), len(machine.gpus)
     if wanted > max(1, count):
@@ -216,7 +218,7 @@ def _chosen_device(machine: Machine | None, given: Mapping[str, Any]) -> Device:
             f"`--num-gpus {wanted}` asks for more GPUs than this machine has: {count}",
             "leave it out; `ftplan plan DATA --gpu NAME` plans for GPUs that are elsewhere",
         )
-    return machine.best_device
+    return machine.gpus or machine.cpu
 
 
 def _uses_chat_template(tokenizer: RowTokenizer | None, data: DataFile) -> bool:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ftplan.planner.explain import Term
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.plan import ReasonedPlan, TrainingPlan
-    from ftplan.planner.search import Evaluated, Rejection
+    from ftplan.planner.ranking import Evaluated, Rejection
     from ftplan.planner.step_time import StepTime
 
 

@@ -255,7 +255,13 @@ def _trace(
     length: float,
     stack: Stack = OWN_STACK,
 ) -> tuple[StepTrace, float, float]:
-    """The step's trace, and (rows, length) to read it at."""
+    """The step's trace, and (rows, length) to read it at.
+
+    However many GPUs divide the state, each computes and moves the same, so that one trace, of two,
+    is for all numbers.
+    """
+    if plan.sharding != "none" and plan.data_parallel_size == plan.num_gpus > 2:
+        plan = plan.replace(num_gpus=2, dp_replicate_size=1)
     rows = tokens / length
     whole = max(1, round(rows)), max(1, round(length))
     return compiled_step(model, plan, *whole, device, stack).trace, rows, length
@@ -339,9 +345,10 @@ def _expanded_bytes(model: ModelSpec, plan: TrainingPlan, passes: float, backwar
 
 def _optimizer_bytes(plan: TrainingPlan, updated: Sequence[Updated]) -> float:
     """Bytes an optimizer step moves: parameter, gradient and states read; all but the gradient
-    written."""
+    written. GPUs that divide states update a part each."""
     parameter_bytes = sum(p.count * p.num_bytes for p in updated)
-    return 3 * parameter_bytes + 2 * plan.optimizer.state_bytes(updated)
+    parts = 1 if plan.sharding == "none" else plan.dp_shard_size
+    return (3 * parameter_bytes + 2 * plan.optimizer.state_bytes(updated)) / parts
 
 
 def _exchanged_bytes(model: ModelSpec, plan: TrainingPlan, updated: Sequence[Updated]) -> float:

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from benchmarks import pages
 from ftplan.launcher import cli, emit
@@ -49,17 +50,15 @@ from ftplan.planner.host_memory import SAVED_AT_ONCE_BYTES
 from ftplan.planner.memory import MEMORY_MARGIN, RESERVED_OVER_ALLOCATED, estimate_memory
 from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.plan import SETTING_NAMES, TrainingPlan
+from ftplan.planner.plan import SETTING_NAMES, ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.search import (
-    MICRO_BATCHES,
-    candidates,
-    choose_plan,
-    limit_to_time_budget,
-)
+from ftplan.planner.run_time import limit_to_time_budget
+from ftplan.planner.search import choose_plan
+from ftplan.planner.space import MICRO_BATCHES, Space
 from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_time import PASSES_OVER_LOGITS, PASSES_OVER_LOGITS_WITHOUT_KERNEL
+from ftplan.planner.teams import teams_of
 from ftplan.planner.units import GIB, MIB, format_bytes
 from ftplan.profiles import require_model
 from tests.test_measured import ROWS
@@ -376,12 +375,18 @@ def derived_settings(data: DataProfile, devices: dict[str, Device], model: Model
         for method in COMPARED_METHODS:
             if METHODS[method].quantized_base and device.kind == "cpu":
                 continue
-            for reasoned in candidates(model, data, device, {"method": method}):
-                found |= {n for n, reason in reasoned.reasons.items() if reason.origin == "derived"}
+            space = Space(model, data, {"method": method}, OWN_STACK)
+            teams = teams_of([device, structs.replace(device, index=1)], None)
+            for candidate in space.candidates(space.groups(METHODS[method], teams)):
+                found |= _derived(candidate.reasoned)
     best = choose_plan(model, data, devices["CPU"], {}).best
     assert best is not None
     limited = limit_to_time_budget(best, data, {}, budget_seconds=1e-3).reasoned
-    return found | {n for n, reason in limited.reasons.items() if reason.origin == "derived"}
+    return found | _derived(limited)
+
+
+def _derived(reasoned: ReasonedPlan) -> set[str]:
+    return {n for n, reason in reasoned.reasons.items() if reason.origin == "derived"}
 
 
 def test_the_policy_page_has_a_rule_for_every_derived_setting(

@@ -297,8 +297,8 @@ class TestEnvironment:
         self, environ: dict[str, str], device: Device
     ) -> None:
         environ = {"PATH": "/bin:/usr/bin", "HF_TOKEN": "hf_secret", **environ}
-        child = emit.launch_environment(environ, device, ON_CPU, 8)
-        changes = emit.environment_changes(device, ON_CPU, 8)
+        child = emit.launch_environment(environ, [device], ON_CPU, 8)
+        changes = emit.environment_changes([device], ON_CPU, 8)
         assert set(child) == set(environ) | set(changes)
         for name in set(environ) - set(changes):
             assert child[name] == environ[name]
@@ -309,40 +309,44 @@ class TestEnvironment:
         self, device: Device, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It is written to command.txt: it must follow from the plan alone."""
-        before = emit.environment_changes(device, ON_CPU, 8)
+        before = emit.environment_changes([device], ON_CPU, 8)
         for name in before:
             monkeypatch.setenv(name, "hf_secret")
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        assert emit.environment_changes(device, ON_CPU, 8) == before
+        assert emit.environment_changes([device], ON_CPU, 8) == before
         assert not {"PATH", "HOME", "HF_TOKEN", "PYTHONPATH"} & set(before)
 
-    def test_one_gpu_is_named_by_its_id_and_several_are_left_as_they_are(self) -> None:
-        one = emit.launch_environment({}, GPU, ON_CPU, 8)
+    def test_gpus_are_named_by_their_ids(self) -> None:
+        one = emit.launch_environment({}, [GPU], ON_CPU, 8)
         assert one["CUDA_VISIBLE_DEVICES"] == "GPU-1234-5678"
         assert one["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
         several = emit.launch_environment(
-            {"CUDA_VISIBLE_DEVICES": "1,2"}, GPU, ON_CPU.replace(num_gpus=2), 8
+            {"CUDA_VISIBLE_DEVICES": "1,2,3"},
+            [GPU, structs.replace(GPU, index=1, uuid="GPU-9")],
+            ON_CPU.replace(num_gpus=2),
+            8,
         )
-        assert several["CUDA_VISIBLE_DEVICES"] == "1,2"
+        assert several["CUDA_VISIBLE_DEVICES"] == "GPU-1234-5678,GPU-9"
         unnamed = emit.launch_environment(
-            {"CUDA_VISIBLE_DEVICES": "1"}, structs.replace(GPU, uuid=None), ON_CPU, 8
+            {"CUDA_VISIBLE_DEVICES": "1"}, [structs.replace(GPU, uuid=None)], ON_CPU, 8
         )
         assert unnamed["CUDA_VISIBLE_DEVICES"] == "1"
 
     def test_one_of_amds_gpus_is_chosen_as_rocm_numbers_them(self) -> None:
         card = structs.replace(GPU, vendor="amd", uuid="GPU-00ff", index=3)
         environ = {"HIP_VISIBLE_DEVICES": "2,3"}
-        named = emit.launch_environment(environ, card, ON_CPU, 8)
+        named = emit.launch_environment(environ, [card], ON_CPU, 8)
         assert named["ROCR_VISIBLE_DEVICES"] == "GPU-00ff"
         assert named["HIP_VISIBLE_DEVICES"] == named["CUDA_VISIBLE_DEVICES"] == "0"
-        unnamed = emit.launch_environment(environ, structs.replace(card, uuid=None), ON_CPU, 8)
+        unnamed = emit.launch_environment(environ, [structs.replace(card, uuid=None)], ON_CPU, 8)
         assert unnamed["ROCR_VISIBLE_DEVICES"] == "3"
-        several = emit.launch_environment(environ, card, ON_CPU.replace(num_gpus=2), 8)
-        assert several["HIP_VISIBLE_DEVICES"] == "2,3"
-        assert "ROCR_VISIBLE_DEVICES" not in several
+        other = structs.replace(card, uuid=None, index=1)
+        several = emit.launch_environment(environ, [other, card], ON_CPU.replace(num_gpus=2), 8)
+        assert several["HIP_VISIBLE_DEVICES"] == several["CUDA_VISIBLE_DEVICES"] == "0,1"
+        assert several["ROCR_VISIBLE_DEVICES"] == "1,GPU-00ff"
 
     def test_on_the_processor_no_gpu_is_seen(self) -> None:
-        child = emit.launch_environment({"CUDA_VISIBLE_DEVICES": "0"}, CPU, ON_CPU, 8)
+        child = emit.launch_environment({"CUDA_VISIBLE_DEVICES": "0"}, [CPU], ON_CPU, 8)
         assert child["CUDA_VISIBLE_DEVICES"] == ""
         assert "PYTORCH_CUDA_ALLOC_CONF" not in child
 
@@ -353,9 +357,9 @@ class TestEnvironment:
         self, num_cores: int, num_gpus: int, threads: str
     ) -> None:
         plan = ON_CPU.replace(num_gpus=num_gpus)
-        assert emit.launch_environment({}, GPU, plan, num_cores)["OMP_NUM_THREADS"] == threads
+        assert emit.launch_environment({}, [GPU], plan, num_cores)["OMP_NUM_THREADS"] == threads
         given_by_hand = {"OMP_NUM_THREADS": "5"}
-        child = emit.launch_environment(given_by_hand, GPU, plan, num_cores)
+        child = emit.launch_environment(given_by_hand, [GPU], plan, num_cores)
         assert child["OMP_NUM_THREADS"] == "5"
 
     def test_a_module_in_the_user_s_folder_replaces_no_real_one(self, tmp_path: Path) -> None:
@@ -368,7 +372,7 @@ class TestEnvironment:
 
         plain = {name: v for name, v in os.environ.items() if name != "PYTHONSAFEPATH"}
         assert status(plain) == 1, "the premise"
-        assert status(emit.launch_environment(plain, CPU, ON_CPU, 1)) == 0
+        assert status(emit.launch_environment(plain, [CPU], ON_CPU, 1)) == 0
 
 
 class TestShellLine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -19,20 +19,18 @@ from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import FAMILIES, spec_from_size
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device, Host, Machine
-from ftplan.planner.memory import fits, needed_bytes
-from ftplan.planner.methods import COMPARED_METHODS
+from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
+from ftplan.planner.methods import COMPARED_METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import QUANTIZATIONS, TrainingPlan
+from ftplan.planner.ranking import Evaluated
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.search import (
-    Evaluated,
-    candidates,
-    choose_plan,
-    evaluate,
-    limit_to_time_budget,
-    optimizer_steps,
-)
+from ftplan.planner.run_time import limit_to_time_budget, optimizer_steps
+from ftplan.planner.search import choose_plan
+from ftplan.planner.space import Candidate, Space
+from ftplan.planner.stack import OWN_STACK
+from ftplan.planner.teams import teams_of
 from ftplan.planner.units import GIB
 
 MakeData = Callable[[Iterable[int]], DataProfile]
@@ -66,6 +64,23 @@ def chosen(
     best = choose_plan(model, data, device, given or {}).best
     assert best is not None
     return best
+
+
+def space_of(
+    model: ModelSpec,
+    data: DataProfile,
+    device: Device | Sequence[Device],
+    given: dict[str, Any],
+) -> tuple[Space, list[Candidate]]:
+    """The space of a given method, and every plan in it."""
+    space = Space(model, data, given, OWN_STACK)
+    teams = teams_of(device, given.get("num_gpus"))
+    groups = space.groups(resolve_method(given["method"]), teams)
+    return space, list(space.candidates(groups))
+
+
+def replayed_of(model: ModelSpec, data: DataProfile, evaluated: Evaluated) -> MemoryEstimate:
+    return replayed_memory(model, evaluated.plan, device=evaluated.device, longest_row=data.longest)
 
 
 # --- feasibility
@@ -162,8 +177,9 @@ def test_which_layers_are_checkpointed_is_kept(
     few_short_rows: DataProfile,
 ) -> None:
     given = {"method": "lora", "every_n_layers": every}
-    found = [c.plan for c in candidates(small_llama, few_short_rows, devices["A100"], given)]
-    assert {plan.every_n_layers for plan in found} == {every}
+    _, candidates = space_of(small_llama, few_short_rows, devices["A100"], given)
+    found = [candidate.reasoned.plan for candidate in candidates]
+    assert {plan.every_n_layers for plan in found if plan.gradient_checkpointing} == {every}
     assert {plan.gradient_checkpointing for plan in found} == tried
 
 
@@ -227,10 +243,11 @@ def test_the_least_memory_is_taken_among_plans_within_2_percent_of_the_fastest(
         return
     given = {"method": best.plan.method}
     model, gpu, longest = sized[size], devices[device], few_short_rows.longest
+    space, candidates = space_of(model, few_short_rows, gpu, given)
     possible = [
-        evaluate(model, reasoned, gpu, few_short_rows)
-        for reasoned in candidates(model, few_short_rows, gpu, given)
-        if fits(replayed_memory(model, reasoned.plan, device=gpu, longest_row=longest), gpu)
+        space.evaluate(one)
+        for one in candidates
+        if fits(replayed_memory(model, one.reasoned.plan, device=gpu, longest_row=longest), gpu)
     ]
     fastest = min(e.step.step_seconds for e in possible)
     assert best.step.step_seconds <= 1.02 * fastest
@@ -274,6 +291,68 @@ def test_a_given_accumulation_does_not_reward_small_batches(
     )
     assert fixed.step.tokens_per_second_per_gpu >= 0.97 * free.step.tokens_per_second_per_gpu
     assert fixed.plan.effective_batch_size == free.plan.effective_batch_size
+
+
+@pytest.mark.parametrize(
+    ("names", "free_gib", "size", "method"),
+    [
+        (["T4"], 15, "1.7B", "lora"),
+        (["T4"], 5, "1.7B", "qlora"),
+        (["RTX 4090"], 23, "8B", "lora"),
+        (["RTX 4090"], 12, "8B", "qlora"),
+        (["RTX 4090"], 20, "1.7B", "full"),
+        (["RTX 4090", "RTX 4090"], 14, "8B", "lora"),
+        (["RTX 4090", "A100"], 23, "8B", "lora"),
+        (["A100", "A100", "A100", "A100"], 70, "8B", "full"),
+        (["A100", "A100", "A100", "A100"], 40, "70B", "qlora"),
+        (["CPU"], 60, "1.7B", "lora"),
+    ],
+)
+def test_the_search_finds_what_looking_at_every_plan_finds(
+    names: list[str],
+    free_gib: int,
+    size: str,
+    method: str,
+    sized: dict[str, ModelSpec],
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    model, given = sized[size], {"method": method}
+    gpus = [
+        structs.replace(with_free(devices[name], free_gib * GIB), index=number)
+        for number, name in enumerate(names)
+    ]
+    space, candidates = space_of(model, few_short_rows, gpus, given)
+    fitting = [
+        evaluated
+        for evaluated in map(space.evaluate, candidates)
+        if fits(replayed_of(model, few_short_rows, evaluated), evaluated.device)
+    ]
+    best = choose_plan(model, few_short_rows, gpus, given).best
+    assert (best is None) == (not fitting)
+    if best is None:
+        return
+    fastest = min(one.seconds_per_row for one in fitting)
+    alike = [one for one in fitting if one.seconds_per_row <= 1.02 * fastest]
+    least = min(alike, key=lambda one: one.memory.required_bytes)
+    assert best.plan == least.plan
+
+
+@pytest.mark.parametrize("given", [{"method": "full"}, {"sharding": "fsdp"}])
+def test_another_gpu_never_makes_a_run_slower(
+    given: dict[str, Any],
+    sized: dict[str, ModelSpec],
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    gpus = [structs.replace(devices["RTX 4090"], index=number) for number in range(8)]
+    before = None
+    for number in range(2 if "sharding" in given else 1, 9):
+        best = choose_plan(sized["1.7B"], few_short_rows, gpus[:number], given).best
+        if before is not None and best is not None and best.plan.method == before.plan.method:
+            assert best.seconds_per_row <= 1.02 * before.seconds_per_row
+        assert best is not None or before is None
+        before = best
 
 
 # --- given settings
@@ -443,7 +522,7 @@ def test_the_attention_kernel_is_one_that_the_model_has(
     if model.code != "transformers" or not model.loads_as_causal_lm:
         pytest.skip("AutoModelForCausalLM does not build it")
     data = make_data([40] * 50)
-    plan = next(candidates(model, data, devices["A100"], {}, method="lora")).plan
+    plan = chosen(model, data, devices["A100"], {"method": "lora"}).plan
     with torch.device("meta"):
         transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(**tiny_config(family)),
@@ -474,7 +553,7 @@ def test_plans_that_are_not_modelled_are_left_out(
     assert ranking.best is not None and not ranking.best.plan.gradient_checkpointing
     (left,) = ranking.left_out
     assert "computed again" in left.reason and "--gradient-checkpointing" in left.hint
-    assert left.count == 4  # micro-batches of 1, 2, 4 and 8 rows
+    assert left.count == 8  # micro-batches of 1, 2, 4 and 8 rows, every layer or one of two
 
 
 def test_where_all_plans_are_refused_the_refusal_is_shown(
@@ -490,12 +569,13 @@ def test_where_all_plans_are_refused_the_refusal_is_shown(
 def test_plans_that_cannot_be_are_left_out(
     small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
 ) -> None:
-    """A layerwise optimizer does not accumulate: only the micro-batch of all rows remains."""
+    """A layerwise optimizer does not accumulate: only the micro-batch of all rows remains, of
+    three smaller ones in four ways of checkpointing none."""
     given = {"method": "lora", "optim": "galore_adamw_layerwise"}
     ranking = choose_plan(small_llama, few_short_rows, devices["A100"], given)
     assert ranking.best is not None and ranking.best.plan.gradient_accumulation_steps == 1
     (left,) = ranking.left_out
-    assert left.count == 3 and "cannot accumulate" in left.reason
+    assert left.count == 12 and "cannot accumulate" in left.reason
 
 
 def test_nothing_is_left_out_of_a_usual_search(

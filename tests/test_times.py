@@ -16,7 +16,7 @@ from ftplan.planner.memory import estimate_memory
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
-from ftplan.planner.search import RunTime
+from ftplan.planner.run_time import RunTime
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_time import STEP_KEYS, StepTime
 from ftplan.profiles import BILLINGS, find_gpu, lowest_prices, prices

@@ -17,7 +17,7 @@ from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.combination import Caution
-from ftplan.planner.search import Evaluated
+from ftplan.planner.ranking import Evaluated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

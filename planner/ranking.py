@@ -1,0 +1,67 @@
+"""Plans with what they need and take, and what was chosen of them and why not others."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.memory import MemoryEstimate
+from ftplan.planner.plan import ReasonedPlan, TrainingPlan
+from ftplan.planner.step_time import StepTime
+from ftplan.planner.teams import Team
+
+
+class Evaluated(Struct, frozen=True, kw_only=True):
+    """A plan with what it needs and takes on each GPU of a team."""
+
+    reasoned: ReasonedPlan
+    team: Team
+    memory: MemoryEstimate
+    step: StepTime
+
+    @property
+    def plan(self) -> TrainingPlan:
+        return self.reasoned.plan
+
+    @property
+    def device(self) -> Device:
+        """What each of the team's GPUs does at least."""
+        return self.team.device
+
+    @property
+    def seconds_per_row(self) -> float:
+        """What plans are compared by, whatever number of rows a step takes."""
+        return self.step.step_seconds / self.plan.effective_batch_size
+
+
+class Rejection(Struct, frozen=True, kw_only=True):
+    """A method that was not taken, and what stopped it."""
+
+    method: str
+    reason: str
+    needs_bytes: int | None = None
+
+
+class LeftOut(Struct, frozen=True, kw_only=True):
+    """`count` of a method's candidates that cannot be estimated or run, and why."""
+
+    method: str
+    reason: str
+    hint: str
+    count: int
+
+
+class Ranking(Struct, frozen=True, kw_only=True):
+    """The chosen plan (None if nothing fits), the runners-up, and what was not taken: whole
+    methods, and candidates of others."""
+
+    best: Evaluated | None
+    alternatives: tuple[Evaluated, ...]
+    rejected: tuple[Rejection, ...]
+    left_out: tuple[LeftOut, ...]
+    nearest: Evaluated | None
+    """What misses by least; None when something fits."""
+    num_plans: int
+    """Of how many plans it was chosen."""
+    num_evaluated: int
+    """At how many of them memory was looked at: what the others need and take is bounded."""
