@@ -19,6 +19,7 @@ def plan_cautions(planned: Planned) -> list[Caution]:
         *_cut_rows(planned),
         *_untrained_template(planned),
         *_left_out(planned),
+        *_not_launched(planned),
         *_host_lacks(planned),
     ]
 
@@ -64,6 +65,17 @@ def _left_out(planned: Planned) -> list[Caution]:
         Caution(name="left-out", text=f"{count} plans were left out: {reason}", way_out=hint)
         for (reason, hint), count in counts.items()
     ]
+
+
+def _not_launched(planned: Planned) -> list[Caution]:
+    plan = planned.chosen.plan
+    if plan.sharding == "none":
+        return []
+    text = (
+        f"GPUs that divide state (`--sharding {plan.sharding}`) are planned for, not launched: "
+        "`ftplan auto` plans without"
+    )
+    return [Caution(name="not-launched", text=text)]
 
 
 def _host_lacks(planned: Planned) -> list[Caution]:

@@ -18,6 +18,8 @@ from ftplan.planner import rules_of_thumb
 from ftplan.planner.achieved import SHARE_OF_POWER
 from ftplan.planner.memory import MEMORY_MARGIN, MemoryEstimate, fits, needed_bytes
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
+from ftplan.planner.run_time import RunTime
+from ftplan.planner.sharding import ZERO
 from ftplan.planner.units import (
     format_bytes,
     format_count,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from ftplan.planner.explain import Term
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.plan import ReasonedPlan, TrainingPlan
-    from ftplan.planner.ranking import Evaluated, Rejection
+    from ftplan.planner.ranking import Rejection
     from ftplan.planner.step_time import StepTime
 
 
@@ -75,8 +77,8 @@ def _capability(gpu: Device) -> str:
     return f", compute capability {major}.{minor}"
 
 
-def memory_table(memory: MemoryEstimate, device: Device | None) -> Group:
-    """Components of the peak with a bar each, then the totals."""
+def memory_table(memory: MemoryEstimate, device: Device | None, num_gpus: int = 1) -> Group:
+    """Components of the peak of each GPU with a bar each, then the totals."""
     phase = memory.peak_phase
     peak = memory.allocated_peak_bytes
     rows: list[list[RenderableType]] = [
@@ -84,9 +86,9 @@ def memory_table(memory: MemoryEstimate, device: Device | None) -> Group:
         for name, size in sorted(phase.components.items(), key=lambda item: -item[1])
         if size
     ]
-    components = table(
-        f"Memory at the peak ({phase.name})", ("component", ">size", ">share", ""), rows
-    )
+    each = f" of each of {num_gpus} GPUs" if num_gpus > 1 else ""
+    title = f"Memory at the peak{each} ({phase.name})"
+    components = table(title, ("component", ">size", ">share", ""), rows)
     return Group(components, Text(""), totals_table(memory, device))
 
 
@@ -297,6 +299,7 @@ def methods_table(rows: Iterable[tuple[str, int, int, str]]) -> Table:
 # Settings that a person wants to see on one screen, in this order; all are in plan.yaml.
 _SHOWN_SETTINGS = (
     "method", "quantization", "lora_rank", "target_modules", "dtype", "mixed_precision",
+    "num_gpus", "sharding",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
     "gradient_checkpointing", "every_n_layers", "optim", "loss", "learning_rate",
     "num_train_epochs", "max_steps",
@@ -311,7 +314,7 @@ def choices_table(reasoned: ReasonedPlan, model: tuple[str, str]) -> Table:
         value = getattr(reasoned.plan, name)
         if value is None or value == "none":
             continue
-        if name == "every_n_layers" and value == 1:
+        if name in ("every_n_layers", "num_gpus") and value == 1:
             continue
         if name in ("lora_rank", "target_modules") and not adapter:
             continue
@@ -406,31 +409,44 @@ def time_table(planned: Planned) -> Table:
     return table("Time", ("", ">expected", ""), rows)
 
 
-def rejected_table(rejected: Iterable[Rejection], device: Device) -> Table:
+def rejected_table(rejected: Iterable[Rejection]) -> Table:
     """Methods that were not taken, and what stopped each."""
     rows = []
     for item in rejected:
         reason = item.reason
-        if item.needs_bytes is not None:
-            reason = (
-                f"needs {format_bytes(item.needs_bytes)}, {format_bytes(device.free_bytes)} is free"
-            )
+        if item.needs_bytes is not None and item.team is not None:
+            free = format_bytes(item.team.device.free_bytes)
+            each = f" on each of {item.team.num_gpus} GPUs" if item.team.num_gpus > 1 else ""
+            reason = f"needs {format_bytes(item.needs_bytes)}{each}, {free} is free"
         rows.append([item.method, reason])
     return table("Not possible here", ("method", "why"), rows)
 
 
-def alternatives_table(alternatives: Iterable[Evaluated]) -> Table:
+def alternatives_table(planned: Planned) -> Table:
     """Methods that fit too."""
-    rows = [
-        [
-            e.plan.method,
-            format_bytes(e.memory.required_bytes),
-            format_seconds(e.step.step_seconds),
-            e.plan.resolved_method.trains,
-        ]
-        for e in alternatives
-    ]
-    return table("Would fit too", ("method", ">required", ">a step", "trains"), rows)
+    others = planned.ranking.alternatives
+    several = any(e.plan.num_gpus > 1 for e in (planned.chosen, *others))
+    rows = []
+    for e in others:
+        run = RunTime.of(e.plan, e.step, planned.profile.num_train_rows)
+        rows.append(
+            [
+                e.plan.method,
+                *([gpus_of(e.plan)] if several else []),
+                format_bytes(e.memory.required_bytes),
+                format_seconds(run.seconds),
+                e.plan.resolved_method.trains,
+            ]
+        )
+    heads = ("method", *(["GPUs"] if several else []), ">required", ">training", "trains")
+    return table("Would fit too", heads, rows)
+
+
+def gpus_of(plan: TrainingPlan) -> str:
+    """How many GPUs, and what they divide."""
+    names = {"none": "DDP", "fsdp": "FSDP", **{name: f"ZeRO-{name[-1]}" for name in ZERO}}
+    divides = plan.num_gpus > 1 or plan.sharding != "none"
+    return f"{plan.num_gpus}, {names[plan.sharding]}" if divides else str(plan.num_gpus)
 
 
 def plan_parts(planned: Planned) -> list[RenderableType]:
@@ -442,16 +458,16 @@ def plan_parts(planned: Planned) -> list[RenderableType]:
     parts += [
         data_views.data_table(planned.profile, planned.template),
         Text(""),
-        memory_table(chosen.memory, device),
+        memory_table(chosen.memory, device, chosen.plan.num_gpus),
         Text(""),
         choices_table(chosen.reasoned, model=(planned.source.spec.name, planned.model_why)),
         Text(""),
         time_table(planned),
     ]
     if planned.ranking.alternatives:
-        parts += [Text(""), alternatives_table(planned.ranking.alternatives)]
+        parts += [Text(""), alternatives_table(planned)]
     if planned.ranking.rejected:
-        parts += [Text(""), rejected_table(planned.ranking.rejected, device)]
+        parts += [Text(""), rejected_table(planned.ranking.rejected)]
     return parts
 
 

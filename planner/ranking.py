@@ -33,13 +33,19 @@ class Evaluated(Struct, frozen=True, kw_only=True):
         """What plans are compared by, whatever number of rows a step takes."""
         return self.step.step_seconds / self.plan.effective_batch_size
 
+    @property
+    def gpu_seconds_per_row(self) -> float:
+        """What is paid for."""
+        return self.plan.num_gpus * self.seconds_per_row
+
 
 class Rejection(Struct, frozen=True, kw_only=True):
-    """A method that was not taken, and what stopped it."""
+    """A method that was not taken, and what stopped it: `needs_bytes` on each of a team's GPUs."""
 
     method: str
     reason: str
     needs_bytes: int | None = None
+    team: Team | None = None
 
 
 class LeftOut(Struct, frozen=True, kw_only=True):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from msgspec import structs
 
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.goals import GOALS, NO_LIMITS, Limits, ranked
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
@@ -41,26 +43,30 @@ def choose_plan(
     stack: Stack = OWN_STACK,
     *,
     divides: bool = True,
+    goal: str = GOALS[0],
+    limits: Limits = NO_LIMITS,
 ) -> Ranking:
     """The best plan for this data, `given` settings kept.
 
     `device`: one of which there are as many as `num_gpus` says, or the GPUs of a machine, any of
-    which may train. `divides`: whether they may divide what the model holds. Deterministic: the
+    which may train. `divides`: whether they may divide what the model holds. `goal`: one of GOALS,
+    what the best is best at; `limits`: what a run may take at most. Deterministic: the
     same input gives the same ranking. Raises InputError when the given settings are impossible with
     the method asked for, or with the preferred one, and when no candidate can be estimated and run.
     """
     teams = teams_of(device, given.get("num_gpus"))
-    best: list[Evaluated] = []
+    fitting: list[Evaluated] = []
     rejected: list[Rejection] = []
     missed: list[Evaluated] = []
     left_out: list[LeftOut] = []
     refusals: list[InputError] = []
+    beyond: list[str] = []
     num_plans = num_evaluated = 0
     for number, method in enumerate(_candidate_methods(given)):
         space = Space(model, data, given, stack, divides=divides)
-        search = _MethodSearch(space, model, data, stack)
+        search = _MethodSearch(space, model, data, stack, goal, limits)
         try:
-            fastest = search.fastest(method, teams, thorough=not best)
+            found = search.best(method, teams, thorough=not fitting)
         except InputError as error:
             if number == 0 or isinstance(error, UnknownNameError):
                 raise
@@ -69,27 +75,33 @@ def choose_plan(
         num_plans += space.num_plans
         num_evaluated += space.num_evaluated
         refusals += space.refused
-        if fastest is None and not search.missed:
+        if found is None and not (search.missed or search.beyond):
             rejected.append(Rejection(method=method, reason=space.refused[0].message))
             continue
         left_out += _left_out(method, space.refused)
-        if fastest is not None:
-            best.append(fastest)
+        if found is not None:
+            fitting.append(found)
+            continue
+        if not search.missed:
+            rejected.append(Rejection(method=method, reason=search.beyond[0]))
+            beyond.append(search.beyond[0])
             continue
         smallest = search.smallest()
         missed.append(smallest)
         reason = "needs more memory than is free"
+        needs = needed_bytes(smallest.memory)
         rejected.append(
-            Rejection(method=method, reason=reason, needs_bytes=needed_bytes(smallest.memory))
+            Rejection(method=method, reason=reason, needs_bytes=needs, team=smallest.team)
         )
-    if not best and not missed:
+    if not (fitting or missed or beyond):
         raise refusals[0]
+    best = ranked(fitting, goal)
     return Ranking(
         best=best[0] if best else None,
         alternatives=tuple(best[1:]),
         rejected=tuple(rejected),
         left_out=tuple(left_out),
-        nearest=None if best else min(missed, key=lambda e: e.memory.required_bytes),
+        nearest=min(missed, key=lambda e: e.memory.required_bytes) if missed and not best else None,
         num_plans=num_plans,
         num_evaluated=num_evaluated,
     )
@@ -119,20 +131,33 @@ def _left_out(method: str, refused: Sequence[InputError]) -> list[LeftOut]:
 
 
 class _MethodSearch:
-    """The fastest plan of a method that fits; `missed` gets those that do not."""
+    """A method's best plan that fits and keeps the limits; `missed` gets those that do not fit,
+    `beyond` how others are beyond the limits."""
 
-    def __init__(self, space: Space, model: ModelSpec, data: DataProfile, stack: Stack) -> None:
+    def __init__(
+        self,
+        space: Space,
+        model: ModelSpec,
+        data: DataProfile,
+        stack: Stack,
+        goal: str,
+        limits: Limits,
+    ) -> None:
         self.space = space
         self._model, self._data, self._stack = model, data, stack
+        self._goal, self._limits = goal, limits
         self.missed: list[Evaluated] = []
+        self.beyond: list[str] = []
 
-    def fastest(self, method: str, teams: list[Team], *, thorough: bool) -> Evaluated | None:
+    def best(self, method: str, teams: list[Team], *, thorough: bool) -> Evaluated | None:
         """None where nothing fits. Raises InputError where given settings rule the method out.
 
         `thorough`: what is taken has been replayed. Without, the closed form's share for the
         allocator is enough, which takes a fraction of the time.
         """
         groups = self.space.groups(resolve_method(method), teams)
+        if self._goal == "least-memory":
+            return self._smallest_of(groups)
         if not thorough:
             found = self._first(groups)
             if found is not None:
@@ -141,7 +166,10 @@ class _MethodSearch:
 
     def smallest(self) -> Evaluated:
         """Of those that do not fit, the one that requires least."""
-        first, *others = sorted(self.missed, key=lambda e: e.memory.allocated_peak_bytes)
+        return self._smallest(self.missed)
+
+    def _smallest(self, several: Sequence[Evaluated]) -> Evaluated:
+        first, *others = sorted(several, key=lambda e: e.memory.allocated_peak_bytes)
         smallest = self._replayed(first)
         for other in others:
             if _least_bytes(other) >= smallest.memory.required_bytes:
@@ -149,43 +177,79 @@ class _MethodSearch:
             smallest = min(smallest, self._replayed(other), key=lambda e: e.memory.required_bytes)
         return smallest
 
+    def _smallest_of(self, groups: list[Group]) -> Evaluated | None:
+        """The plan of least memory: memory rises with the micro-batch."""
+        found: list[Evaluated] = []
+        for group in groups:
+            for size in group.sizes:
+                candidate = self.space.refuse(partial(self.space.candidate, group, size))
+                evaluated = self._evaluated(candidate) if candidate else None
+                if candidate is not None and evaluated is not None and self._keeps(candidate):
+                    found.append(evaluated)
+                    break
+        if not found:
+            return None
+        smallest = self._smallest(found)
+        if fits(smallest.memory, smallest.device):
+            return smallest
+        self.missed += found
+        return None
+
+    def _keeps(self, candidate: Candidate) -> bool:
+        """Whether a plan keeps the limits."""
+        rows = self._data.num_train_rows
+        beyond = self._limits.exceeded_by(candidate.reasoned.plan, candidate.step, rows)
+        if beyond is not None:
+            self.beyond.append(beyond)
+        return beyond is None
+
+    def _price(self, evaluated: Evaluated) -> float:
+        """What plans of a method are compared by."""
+        if self._goal == "cheapest":
+            return evaluated.gpu_seconds_per_row
+        return evaluated.seconds_per_row
+
     def _first(self, groups: list[Group]) -> Evaluated | None:
-        """The fastest of those that fit by the closed form."""
+        """The best of those that fit by the closed form."""
         alike: list[Evaluated] = []
-        for evaluated in self._by_time(groups):
-            if alike and evaluated.seconds_per_row > _ALIKE * alike[0].seconds_per_row:
+        for evaluated in self._by_price(groups):
+            if alike and self._price(evaluated) > _ALIKE * self._price(alike[0]):
                 break
             if fits(evaluated.memory, evaluated.device):
                 alike.append(evaluated)
-        return _fastest(alike) if alike else None
+        return self._best(alike) if alike else None
 
     def _confirmed(self, groups: list[Group]) -> Evaluated | None:
-        """The fastest that fits. What does not fit is no measure of how fast others are."""
-        coming = self._by_time(groups)
+        """The best that fits. What does not fit is no measure of how fast others are."""
+        coming = self._by_price(groups)
         waiting = next(coming, None)
         possible: list[Evaluated] = []
         while True:
             while waiting is not None and (
-                not possible or waiting.seconds_per_row <= _ALIKE * possible[0].seconds_per_row
+                not possible or self._price(waiting) <= _ALIKE * self._price(possible[0])
             ):
                 possible.append(waiting)
                 waiting = next(coming, None)
             if not possible:
                 return None
-            chosen = _fastest(possible)
+            chosen = self._best(possible)
             confirmed = self._replayed(chosen)
             too_large = chosen
             if fits(confirmed.memory, chosen.device):
                 too_large = possible[0]
-                if too_large is chosen or fits(self._replayed(too_large).memory, chosen.device):
+                if too_large is chosen:
+                    return confirmed
+                if fits(self._replayed(too_large).memory, too_large.device):
                     return confirmed
             self.missed.append(too_large)
             possible = [evaluated for evaluated in possible if evaluated is not too_large]
 
-    def _by_time(self, groups: list[Group]) -> Iterator[Evaluated]:
-        """Plans that may fit, the fastest first; the others are noted as missed."""
-        stream = self.space.by_time(groups)
+    def _by_price(self, groups: list[Group]) -> Iterator[Evaluated]:
+        """Plans that may fit, the best first; the others are noted as missed."""
+        stream = self.space.by_time(groups, of_all_gpus=self._goal == "cheapest")
         for group, candidate in stream:
+            if not self._keeps(candidate):
+                continue
             evaluated = self._evaluated(candidate)
             if evaluated is None:
                 continue
@@ -194,6 +258,19 @@ class _MethodSearch:
             else:
                 self.missed.append(evaluated)
                 stream.leave_out_from(group, candidate)
+
+    def _best(self, fitting: Sequence[Evaluated]) -> Evaluated:
+        """The plan of least time a row.
+
+        Where two differ by under 2 %, the larger micro-batch's padding and the estimate's error
+        decide nothing, so the one with less memory is taken, of those with the most rows a step:
+        that is the recipe's number, which a given accumulation may keep small micro-batches from.
+        """
+        least = min(map(self._price, fitting))
+        near = [e for e in fitting if self._price(e) <= _ALIKE * least]
+        rows = max(e.plan.effective_batch_size for e in near)
+        enough = [e for e in near if e.plan.effective_batch_size == rows]
+        return min(enough, key=lambda e: e.memory.required_bytes)
 
     def _evaluated(self, candidate: Candidate) -> Evaluated | None:
         try:
@@ -223,17 +300,3 @@ def _least_bytes(evaluated: Evaluated) -> int:
 
 def _may_fit(evaluated: Evaluated) -> bool:
     return _least_bytes(evaluated) * (1 + MEMORY_MARGIN) <= evaluated.device.free_bytes
-
-
-def _fastest(fitting: Sequence[Evaluated]) -> Evaluated:
-    """The plan of least time a row.
-
-    Where two differ by under 2 %, the larger micro-batch's padding and the estimate's error
-    decide nothing, so the one with less memory is taken, of those with the most rows a step: that
-    is the recipe's number, which a given accumulation may keep small micro-batches from.
-    """
-    fastest = min(e.seconds_per_row for e in fitting)
-    near = [e for e in fitting if e.seconds_per_row <= _ALIKE * fastest]
-    rows = max(e.plan.effective_batch_size for e in near)
-    enough = [e for e in near if e.plan.effective_batch_size == rows]
-    return min(enough, key=lambda e: e.memory.required_bytes)

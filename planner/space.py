@@ -64,6 +64,10 @@ class Candidate(Struct, frozen=True, kw_only=True):
     def seconds_per_row(self) -> float:
         return self.step.step_seconds / self.reasoned.plan.effective_batch_size
 
+    @property
+    def gpu_seconds_per_row(self) -> float:
+        return self.team.num_gpus * self.seconds_per_row
+
 
 class Group(Struct, frozen=True, kw_only=True):
     """Plans that differ in their micro-batch, one of `sizes`."""
@@ -197,9 +201,11 @@ class Space:
             if every > 1 and every >= self._model.num_hidden_layers:
                 break
             changed: dict[str, Any] = {"gradient_checkpointing": True}
+            why = _WITH_CHECKPOINTING
             if every > 1:
                 changed["every_n_layers"] = every
-            yield from self._made(partial(plan.replace, "derived", _WITH_CHECKPOINTING, **changed))
+                why = f"one layer of {every}, so that less is computed again; the rest fits"
+            yield from self._made(partial(plan.replace, "derived", why, **changed))
 
     def _made(self, make: Callable[[], ReasonedPlan]) -> Iterator[ReasonedPlan]:
         """The plan, if there can be one."""
@@ -212,9 +218,10 @@ class Space:
 
     # --- in the order of their times
 
-    def by_time(self, groups: list[Group]) -> Stream:
-        """The groups' plans, the fastest first; those of equal time in the groups' order."""
-        return Stream(self, groups)
+    def by_time(self, groups: list[Group], *, of_all_gpus: bool = False) -> Stream:
+        """The groups' plans, the fastest first, or those that take the least time of all GPUs
+        together; those of equal time in the groups' order."""
+        return Stream(self, groups, of_all_gpus=of_all_gpus)
 
     def refuse(self, make: Callable[[], Candidate]) -> Candidate | None:
         """What is made; None where it cannot be, which is noted."""
@@ -306,8 +313,8 @@ class Space:
 class Stream:
     """Plans of groups in the order of their times, worked out as they are asked for."""
 
-    def __init__(self, space: Space, groups: list[Group]) -> None:
-        self._space = space
+    def __init__(self, space: Space, groups: list[Group], *, of_all_gpus: bool) -> None:
+        self._space, self._of_all_gpus = space, of_all_gpus
         self._heap: list[tuple[float, int, Group, Candidate | None]] = []
         self._serial = count()
         self._too_large: dict[int, int] = {}
@@ -315,7 +322,8 @@ class Stream:
         for group in groups:
             plan = group.base.plan
             reference = like.setdefault((id(group.team), plan.loss, plan.sharding), group)
-            self._push(space.least_seconds_per_row(group, reference), group, None)
+            seconds = space.least_seconds_per_row(group, reference)
+            self._push(seconds * (plan.num_gpus if of_all_gpus else 1), group, None)
 
     def _push(self, seconds: float, group: Group, candidate: Candidate | None) -> None:
         heapq.heappush(self._heap, (seconds, next(self._serial), group, candidate))
@@ -337,7 +345,8 @@ class Stream:
         for size in group.sizes:
             made = self._space.refuse(partial(self._space.candidate, group, size))
             if made is not None:
-                self._push(made.seconds_per_row, group, made)
+                whole = made.gpu_seconds_per_row if self._of_all_gpus else made.seconds_per_row
+                self._push(whole, group, made)
 
     @staticmethod
     def _size(candidate: Candidate) -> int:
