@@ -9,7 +9,13 @@ from itertools import chain
 import msgspec
 
 from ftplan.launcher.data.json_rows import JsonRows
-from ftplan.launcher.data.records import MAX_ROW_CHARACTERS, Notes, Record
+from ftplan.launcher.data.records import (
+    MAX_ROW_CHARACTERS,
+    MOST_NESTED,
+    Notes,
+    Record,
+    nested_too_deeply,
+)
 from ftplan.launcher.data.streams import Damaged, Text
 
 # So many rows in a line each, and lines are read by themselves once more.
@@ -54,6 +60,8 @@ class JsonLines:
             for index, row in enumerate(lines):
                 try:
                     value = decode(row)
+                    if row.count(b"{") + row.count(b"[") > MOST_NESTED and nested_too_deeply(value):
+                        raise RecursionError
                 except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                     if row and not row.isspace():
                         self._rest = b"\n".join([*lines[index:], self._rest])
