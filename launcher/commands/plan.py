@@ -67,7 +67,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="refuse the data where a row would be left out"
     )
     parser.add_argument(
-        "--yes", "-y", action="store_true", help="ask nothing: take what is usual, and start"
+        "--yes", "-y", action="store_true", help="answer every question with its default"
     )
 
 
