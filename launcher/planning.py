@@ -141,6 +141,7 @@ def make_plan(
     check_settings(given)
     asked = structs.replace(asked, objective=given.get("objective"))
     asked.check()
+    asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
     machine = None if named_device else _probe(ui, runs_dir)
     device = named_device or _chosen_device(machine, given)
