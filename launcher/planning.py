@@ -136,6 +136,7 @@ def make_plan(
     check_settings(given)
     asked = structs.replace(asked, objective=given.get("objective"))
     asked.check()
+    asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
     machine = None if named_device else _probe(ui, runs_dir)
     offered = named_device or _offered(machine, given)

@@ -50,6 +50,12 @@ class Ui:
         """Whether a person sits at the terminal."""
         return self.err.is_terminal and sys.stdin.isatty()
 
+    @property
+    def asks(self) -> bool:
+        """Whether a question on the way to a result is in order: somebody sits there, and nothing
+        else is fed with the output."""
+        return self.interactive and self.out.is_terminal and not self.as_json
+
     def show(self, *renderables: RenderableType) -> None:
         """Print tables and lines for a person; nothing under --json."""
         if not self.as_json:
@@ -93,6 +99,23 @@ class Ui:
         except EOFError:
             return False
         return answer.strip().lower() in ("", "y", "yes")
+
+    def choose(self, question: str, choices: Sequence[object]) -> int:
+        """Ask on the terminal which of several it shall be; the empty answer and the end of input
+        mean the first."""
+        self.err.print(Text(question, style="bold"))
+        for number, choice in enumerate(choices, start=1):
+            self.err.print(Text(f"  {number}  {choice}"))
+        while True:
+            try:
+                answer = self.err.input(Text("Which one? [1] ")).strip()
+            except EOFError:
+                return 0
+            if not answer:
+                return 0
+            if answer.isdecimal() and 1 <= int(answer) <= len(choices):
+                return int(answer) - 1
+            self.err.print(Text(f"a number from 1 to {len(choices)}, please"))
 
     def warn(self, message: str) -> None:
         self.err.print(Text.assemble(("warning: ", "yellow"), message))

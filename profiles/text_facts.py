@@ -92,7 +92,12 @@ class EmailDomains(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EmailRoles(Struct, frozen=True, forbid_unknown_fields=True):
+    """`list_endings`: what mailing lists' names end in, behind a hyphen; `list_hosts`: labels of
+    domains that hold nothing but lists."""
+
     source: str
+    list_endings: str
+    list_hosts: str
     names: str
 
 

@@ -84,13 +84,38 @@ KEYS = {
     "Hugging Face token": "hf_" + token(34, string.ascii_letters),
     "Stripe key": "sk_" + "live_" + token(24),
     "npm token": "npm_" + token(36),
-    "PyPI token": "pypi-" + "AgEI" + token(80),
+    "PyPI token": "pypi-" + "AgEIcHlwaS5vcmc" + token(80),
     "SendGrid key": "SG." + token(22) + "." + token(43),
     "JSON web token": json_web_token(),
     "private key": "-----BEGIN RSA PRIVATE " + "KEY-----\n" + token(64) + "\n" + token(64),
     "password or key in an assignment": 'DB_PASSWORD = "' + token(17) + "4T" + '"',
     "password in a URL": "postgres://deploy:" + token(14) + "@db.corp.net/main",
 }
+
+
+# Later and rarer forms of the same kinds.
+OTHER_KEYS = [
+    ("AWS access key", "ABIA" + token(16, BASE32)),
+    ("Azure storage key", "AccountKey = " + token(86) + "=="),
+    ("GitHub token", "github_" + "pat_" + token(22) + "_" + token(59)),
+    ("GitHub token", "ghs_" + "1184023_" + json_web_token()),
+    ("GitLab token", "ACME-glpat-" + token(27) + ".0t1a2b3c4"),
+    ("GitLab token", "gldt-" + token(20)),
+    ("GitLab token", "glptt-" + token(40, "0123456789abcdef")),
+    ("GitLab token", "glcbt-64_" + token(20)),
+    ("Slack token", "xoxe.xoxp-" + "1-" + token(163)),
+    ("Slack token", "xapp-1-" + token(11, BASE32) + "-8471930265122-" + token(64, "abcdef0189")),
+    ("OpenAI key", "sk-" + "proj-" + token(74, URL_SAFE) + "T3Blbk" + "FJ" + token(74, URL_SAFE)),
+    ("Anthropic key", "sk-ant-" + "oat01-" + token(95, URL_SAFE)),
+    ("Hugging Face token", "api_" + "org_" + token(34, string.ascii_letters)),
+    ("Stripe key", "rk_" + "live_" + token(99)),
+    ("PyPI token", "pypi-" + "AgENdGVzdC5weXBpLm9yZw" + token(80)),
+]
+
+
+@pytest.mark.parametrize(("kind", "key"), OTHER_KEYS)
+def test_other_forms_of_a_key_are_found_as_well(kind: str, key: str) -> None:
+    assert f"likely secret ({kind})" in kinds_of(f"It is {key} I think.")
 
 
 @pytest.mark.parametrize("kind", KEYS)
@@ -162,8 +187,11 @@ def test_personal_data_are_found(kind: str, text: str) -> None:
         "https://john:secret@db.initech.de/x",
         "@app.route('/') and x = q@k.mT and a@b.shape",
         "lodash@4.17.21 and icon@2x.png",
+        "netdev@vger.kernel.org, bug-bash@gnu.org, python-dev@python.org, x@lists.debian.org",
         "<142480216486.20800.16526388040877946887@nightshade.la.mastaler.com>",
         "+1 555 123 4567 and +44 7700 900123 and +1 212 555 0123",
+        "+44 113 496 0123, +44 29 2018 0999, +44 3069 990123, +44 909 879 0001",
+        "quantize(Decimal('+35236450.6')) and z +6073641856.9",
         "x = y+491712839475 and UTC+0100, 1.5e+100, +1000000000 points, +12 345 678",
         "2024-01-15T10:30:00+0100 and +10.000.000",
         "ISBN 978-3-16-148410-0, 9783161484100",
@@ -200,12 +228,14 @@ MARKED = {
     "Llama 3": "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
     "Llama 4": "<|header_start|>user<|header_end|>",
     "Gemma": "<start_of_turn>user\nHi<end_of_turn>",
+    "Gemma 4": "<|turn>user\nHi<turn|>",
     "Llama 2 or Mistral": "[INST] Hi [/INST]",
     "Phi or Zephyr": "<|user|>\nHi<|end|>",
     "Harmony": "<|channel|>final<|message|>Hi",
     "Command R": "<|START_OF_TURN_TOKEN|>Hi",
     "DeepSeek": "<\uff5cUser\uff5c>Hi",
     "Granite": "<|start_of_role|>user",
+    "Kimi": "<|im_user|>user<|im_middle|>Hi",
     "end of text": "That is all.<|endoftext|>",
     "Alpaca headings": "### Instruction:\nAdd.\n\n### Response:\n4",
     "Human and Assistant headings": "### Human: Hi\n### Assistant: Hello",

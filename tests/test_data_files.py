@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftplan.launcher.data import hub, streams
+from ftplan.launcher.data import hub, json_rows, streams
 from ftplan.launcher.data.csv_rows import CsvRows
 from ftplan.launcher.data.files import Note, Record, Source, merged, open_source, row_start
 from ftplan.launcher.data.folders import choose, natural_order
@@ -888,6 +888,60 @@ def test_little_is_held_in_memory(name: str, content: bytes, most_bytes: int, wr
     finally:
         tracemalloc.stop()
     assert peak < most_bytes
+
+
+@pytest.mark.parametrize("template", ["[{}]", '[{{"text": {}}}]', '{{"text": {}}}', "// c\n{}"])
+@pytest.mark.parametrize(
+    ("depth", "fits"), [(150, True), (250, False), (900, False), (5000, False)]
+)
+def test_how_deep_rows_may_nest_is_the_same_wherever_a_reader_is_called_from(
+    template: str, depth: int, fits: bool, write: Write
+) -> None:
+    """Python's limit counts the frames of its callers, too."""
+    nested = "[" * depth + "]" * depth
+    row = {"data": nested, "text": "a"}
+    text = template.format(json.dumps(row).replace(json.dumps(nested), nested))
+    path = write(text + "\n" if template[0] != "[" else text)
+
+    def read_below(frames: int) -> list[Any]:
+        return read_below(frames - 1) if frames else [r.broken for r in read(path)[0]]
+
+    expected = [""] if fits else ["JSON nested too deeply"]
+    assert read_below(0) == read_below(300) == read_below(500) == expected
+
+
+def test_a_deep_row_that_is_broken_too_is_too_deep_for_every_caller(write: Write) -> None:
+    path = write('{"a": ' + '{"messages":[' * 470 + "1\n" + '{"a": 1}\n' * 3)
+
+    def read_below(frames: int) -> list[Any]:
+        return read_below(frames - 1) if frames else [r.broken for r in read(path)[0]]
+
+    assert read_below(0) == read_below(400) == ["JSON nested too deeply", "", "", ""]
+
+
+def test_lists_side_by_side_are_not_nested(write: Write) -> None:
+    row = {"a": [[{"b": "[[{"}]] * 300}
+    assert values(write(json_lines([row, row]))) == [row, row]
+
+
+@pytest.mark.parametrize("broken", ["},\n", "],\n\n", ",1]\n", '"a": [1,],\n', '{"a": [1,],]\n'])
+def test_many_broken_rows_take_no_longer_than_their_text(
+    broken: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is cleaned of comments and commas to read a row is not a large piece for each."""
+    cleaned = 0
+    whole = json_rows._Clean.__init__
+
+    def counted(self: Any, begin: int = 0, text: str = "") -> None:
+        nonlocal cleaned
+        cleaned += len(text)
+        whole(self, begin, text)
+
+    monkeypatch.setattr(json_rows._Clean, "__init__", counted)
+    path = write('{"a": 1}\n' + broken * 3000)
+    records, _ = read(path)
+    assert len(records) > 1000 and all(record.broken for record in records[1:])
+    assert cleaned < 600 * len(records)
 
 
 def test_notes_of_parts_are_merged() -> None:

@@ -103,10 +103,22 @@ class TestWhatAFileIsFor:
     def test_two_readings_are_told(self, write: Write) -> None:
         rows = [asked(n, text="### Instruction ...") for n in range(3)]
         (note,) = read_data([write(*rows)]).notes()
-        assert note.startswith("rows could be read as text, too; they are read as instruction")
+        assert note == (
+            "rows could be read as text, too; they are read as instruction, which takes more of "
+            "their fields (`--columns output=` reads them as text)"
+        )
 
 
 class TestRowsThatAreLeftOut:
+    def test_each_row_is_left_out_for_the_reason_that_is_counted(self, write: Write) -> None:
+        """What is wrong with a row is told before what else it could have trained."""
+        data = read_data([write(PAIR, PAIR, {"input": 1}, {"prompt": "a"}, {"messages": ["b"]})])
+        each: dict[str, int] = {}
+        for _, why in data.left_out():
+            each[why] = each.get(why, 0) + 1
+        assert each == {kind: count for kind, (count, _) in left_out(data).items()}
+        assert "`input` is not text" in each
+
     def test_each_kind_with_its_lines(self, write: Write) -> None:
         """One of each kind that a file can have, among rows that are fine."""
         bad = {

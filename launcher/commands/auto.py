@@ -23,7 +23,6 @@ from ftplan.planner.plan import TrainingPlan
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_plan_arguments(parser)
     parser.add_argument("--name", metavar="NAME", help="the run's name (default: made from inputs)")
-    parser.add_argument("--yes", "-y", action="store_true", help="start without asking")
     add_setting_flags(parser)
 
 

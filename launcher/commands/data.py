@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         data_asked(arguments, arguments.objective), sample=_checked_sample(arguments.sample)
     )
     asked.check()
+    asked = asked.settled(ui)
     source = find_source(arguments.model) if arguments.model else default_source()
     tokenizer = tokenizer_of(ui, source)
     data, eval_data = asked.read(ui, tokenizer)

@@ -61,10 +61,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns",
         metavar="OURS=YOURS",
-        help="names of your fields: `instruction=question,output=answer`",
+        help="names of your fields: `instruction=question,output=answer`; `label=` ignores yours",
     )
     parser.add_argument(
         "--strict", action="store_true", help="refuse the data where a row would be left out"
+    )
+    parser.add_argument(
+        "--yes", "-y", action="store_true", help="answer every question with its default"
     )
 
 
@@ -77,6 +80,7 @@ def data_asked(arguments: argparse.Namespace, objective: str | None = None) -> D
         objective=objective,
         strict=arguments.strict,
         test_share=checked_share(arguments.test_share),
+        ask=not arguments.yes,
     )
 
 

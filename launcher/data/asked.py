@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.launcher.data.data_file import DataFile, read_data
 from ftplan.launcher.data.files import open_source
+from ftplan.launcher.data.readings import readings, said_columns
 from ftplan.launcher.data.shapes import FIELDS
 from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.host import usable_cores
@@ -22,7 +23,8 @@ class DataAsked(Struct, frozen=True, kw_only=True):
     """Training rows, held-out rows where they are apart, and how to read them.
 
     `objective`: a plan's, where a person names one. `strict`: no row may be left out. `sample`: of
-    large files about so many rows are looked at; for a first look, not for a run.
+    large files about so many rows are looked at; for a first look, not for a run. `ask`: whether a
+    person may be asked how rows are meant.
     """
 
     paths: tuple[str, ...]
@@ -32,12 +34,26 @@ class DataAsked(Struct, frozen=True, kw_only=True):
     strict: bool = False
     test_share: float = 0.0
     sample: int | None = None
+    ask: bool = False
 
     def check(self) -> None:
         """Raises InputError where the files cannot be what they should, before anything slow."""
         open_source(self.paths)
         if self.eval_paths:
             open_source(self.eval_paths)
+
+    def settled(self, ui: Ui) -> DataAsked:
+        """With the reading that a person chooses where rows fit two formats and somebody is there
+        to be asked; what is said instead of an answer is told."""
+        if not (self.ask and ui.asks):
+            return self
+        found = readings(open_source(self.paths).records(), self.columns, self.objective)
+        if not found:
+            return self
+        chosen = found[ui.choose("Most rows fit more than one format. How are they meant?", found)]
+        columns = {**self.columns, **chosen.columns}
+        ui.say(f"read as {chosen.format}, as `--columns {said_columns(columns)}` says unasked")
+        return structs.replace(self, columns=columns)
 
     def read(self, ui: Ui, tokenizer: RowTokenizer | None) -> tuple[DataFile, DataFile | None]:
         """Training and held-out rows, measured. Raises InputError for what cannot be used."""
@@ -90,13 +106,13 @@ def _refuse_left_out(data: DataFile) -> None:
 
 
 def read_columns(text: str | None) -> dict[str, str]:
-    """`instruction=q,output=a` as {"instruction": "q", ...}; raises InputError."""
+    """`instruction=q,label=` as {"instruction": "q", "label": ""}; raises InputError."""
     columns: dict[str, str] = {}
     for part in (text or "").split(","):
         if not part.strip():
             continue
         ours, separator, theirs = (word.strip() for word in part.partition("="))
-        if not separator or not theirs:
+        if not separator or not ours:
             raise InputError(
                 f"`--columns {text}` does not name pairs",
                 "write `--columns instruction=your_question,output=your_answer`",

@@ -18,11 +18,13 @@ from msgspec import Struct
 from ftplan.launcher.data.files import Source, open_source
 from ftplan.launcher.data.findings import Finding
 from ftplan.launcher.data.leaks import LeakCheck
+from ftplan.launcher.data.readings import readings, said_columns
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.sample import LEAST_BYTES, Sample, check_sampled, sampled_records
 from ftplan.launcher.data.shapes import (
     OBJECTIVES,
     SHAPES,
+    TRAINS,
     Shape,
     Unusable,
     renamed,
@@ -50,17 +52,6 @@ _BYTES_FOR_PROCESSES = 32 * 2**20
 
 # How often a progress bar is told of processes.
 _LOOK_EVERY_SECONDS = 0.2
-
-# What rows of a shape can train, the first by default: pairs are a reward model's too, and their
-# chosen answers are answers.
-TRAINS: Mapping[str, tuple[str, ...]] = {
-    "supervised": ("sft",),
-    "multi-task": ("sft",),
-    "pretraining": ("sft",),
-    "preference": ("dpo", "reward", "sft"),
-    "kto": ("kto",),
-    "online": ("grpo",),
-}
 
 
 class DataFile(Struct, frozen=True, kw_only=True):
@@ -99,11 +90,14 @@ class DataFile(Struct, frozen=True, kw_only=True):
         """What the reader let pass, and which of several readings it took."""
         for note in self.survey.notes:
             yield str(note)
-        for (taken, other), count in self.survey.readings.most_common():
-            if taken == self.format and count > self.num_rows // 2:
+        often = [pair for pair, count in self.survey.readings.items() if 2 * count > self.num_rows]
+        found = readings(self.source.records(), self.columns) if often else ()
+        for other in found[1:]:
+            if (self.format, other.format) in often:
                 yield (
-                    f"rows could be read as {other}, too; they are read as {taken}, which takes "
-                    f"more of their fields (`--columns` names the fields that count)"
+                    f"rows could be read as {other.format}, too; they are read as {self.format}, "
+                    f"which takes more of their fields (`--columns {said_columns(other.columns)}` "
+                    f"reads them as {other.format})"
                 )
 
     def odd_rows(self) -> tuple[Problem, ...]:
@@ -132,12 +126,12 @@ class DataFile(Struct, frozen=True, kw_only=True):
             try:
                 value = renamed(record.value, self.columns)
                 shape = shape_of(value)
-                if self.objective not in TRAINS[shape.objective]:
-                    yield place, _for_something_else(shape, self.format)
-                    continue
                 row_of(record.number, value, shape, record.file)
             except Unusable as why:
                 yield place, str(why)
+                continue
+            if self.objective not in TRAINS[shape.objective]:
+                yield place, _for_something_else(shape, self.format)
 
     @property
     def rows_each(self) -> float:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import msgspec
 
 from ftplan.launcher.data.json_rows import JsonRows
-from ftplan.launcher.data.records import MAX_ROW_CHARACTERS, Notes, Record
+from ftplan.launcher.data.records import (
+    MAX_ROW_CHARACTERS,
+    MOST_NESTED,
+    Notes,
+    Record,
+    nested_too_deeply,
+)
 from ftplan.launcher.data.streams import Damaged, Text
 
 # So many rows in a line each, and lines are read by themselves once more.
 _PLAIN_ROWS = 8
+
+_FEWEST_BYTES_OF_DEEP_ROWS = 2 * MOST_NESTED
 
 
 class JsonLines:
@@ -54,6 +63,8 @@ class JsonLines:
             for index, row in enumerate(lines):
                 try:
                     value = decode(row)
+                    if len(row) > _FEWEST_BYTES_OF_DEEP_ROWS and _is_deep(row, value):
+                        raise RecursionError
                 except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                     if row and not row.isspace():
                         self._rest = b"\n".join([*lines[index:], self._rest])
@@ -81,6 +92,11 @@ class JsonLines:
 
     def _left(self) -> Iterator[bytes]:
         return self._blocks if self._damage is None else _raised(self._damage)
+
+
+def _is_deep(row: bytes, value: Any) -> bool:
+    brackets = row.count(b"{") + row.count(b"[")
+    return brackets > MOST_NESTED and nested_too_deeply(value)
 
 
 def _raised(damage: Damaged) -> Iterator[bytes]:

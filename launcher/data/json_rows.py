@@ -15,7 +15,15 @@ from typing import Any
 
 import msgspec
 
-from ftplan.launcher.data.records import MAX_ROW_CHARACTERS, NOT_UTF8, TOO_LONG, Notes, Record
+from ftplan.launcher.data.records import (
+    MAX_ROW_CHARACTERS,
+    MOST_NESTED,
+    NOT_UTF8,
+    TOO_DEEP,
+    TOO_LONG,
+    Notes,
+    Record,
+)
 from ftplan.launcher.data.streams import Text
 
 COMMENTS = "comments (`//`, `/* */`), left out"
@@ -31,6 +39,7 @@ _BLANK = re.compile(r"[ \t\r]*")
 _STRING = r'"(?:[^"\\\n]|\\.)*+"'
 _COMMENT = re.compile(_STRING + r'|(//[^\n]*|/\*.*?\*/)|(")', re.DOTALL)
 _TRAILING = re.compile(_STRING + r'|(,)(?=\s*[}\]])|(")')
+_BRACKET = re.compile(_STRING + r"|[\[\]{}]")
 _NOT_NEWLINE = re.compile(r"[^\n]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -48,8 +57,10 @@ _REASONS = {
 # A comment, or a closing bracket behind a comma; from Python 3.13 on, that comma.
 _MENDABLE = ("/", "}", "]", ",")
 
-# Text is mended by pieces of this length, not a whole window for each row.
+# Text is mended by pieces of this length, not a whole window for each row; where rows cannot be
+# mended, by short ones.
 _MENDED_CHARACTERS = 2**15
+_FEWEST_MENDED_CHARACTERS = 2**9
 
 # The longest piece of JSON that an error may stand before the end of: `-Infinity`, `\ud83d\ude00`.
 _LONGEST_PIECE = 12
@@ -112,6 +123,7 @@ class JsonRows:
         self._row = 0
         self._commas: int | None = 0  # that stand before the array's next row; None: not looked at
         self._clean = _Clean()
+        self._clean_size = _MENDED_CHARACTERS
         self.mended = 0
         """How often a row was more than strict JSON, or looked so."""
         self._first_key = ""
@@ -228,13 +240,17 @@ class JsonRows:
             try:
                 value, end = self._decoder.raw_decode(self._text.text, begin)
             except json.JSONDecodeError as error:
+                if _nested_too_deeply(self._text.text, begin, error.pos):
+                    raise _Broken(TOO_DEEP) from None
                 value, end = self._mended(begin, error)
         except RecursionError:
-            raise _Broken("JSON nested too deeply") from None
+            raise _Broken(TOO_DEEP) from None
         except ValueError:  # Python's limit on the digits of a number
             raise _Broken("a number with thousands of digits") from None
         if end - begin > MAX_ROW_CHARACTERS:
             raise _Broken(TOO_LONG)
+        if _nested_too_deeply(self._text.text, begin, end):
+            raise _Broken(TOO_DEEP)
         self._check_rest(begin, end)
         if self._constants:
             self._constants.clear()
@@ -273,7 +289,7 @@ class JsonRows:
             except UnicodeEncodeError:
                 raise _Broken("half a character (a lone surrogate)") from None
             except (RecursionError, msgspec.MsgspecError, ValueError, OverflowError):
-                raise _Broken("JSON nested too deeply") from None
+                raise _Broken(TOO_DEEP) from None
 
     def _mended(self, begin: int, error: json.JSONDecodeError) -> tuple[Any, int]:
         """The value once more, after the scanner has stopped at `error`."""
@@ -282,7 +298,7 @@ class JsonRows:
         self._constants.clear()
         reason, position = error.msg, error.pos
         self._read_on_if_cut(text.text, begin, reason, position)
-        if text.text[position : position + 1] in _MENDABLE:
+        if position > begin and text.text[position : position + 1] in _MENDABLE:
             try:
                 return self._clean_value(begin)
             except json.JSONDecodeError as later:
@@ -309,7 +325,7 @@ class JsonRows:
         """The value without comments and commas before brackets. Raises JSONDecodeError, with
         positions in what was cleaned.
         """
-        window, size = self._text.text, _MENDED_CHARACTERS
+        window, size = self._text.text, self._clean_size
         if self._clean.begin <= begin < self._clean.end:
             with contextlib.suppress(json.JSONDecodeError):
                 value, end = self._decoder.raw_decode(self._clean.text, begin - self._clean.begin)
@@ -320,8 +336,10 @@ class JsonRows:
             self._clean = _Clean(begin, window[begin:upto])
             try:
                 value, end = self._decoder.raw_decode(self._clean.text)
+                self._clean_size = min(2 * self._clean_size, _MENDED_CHARACTERS)
                 return self._note_left_out(value, begin, begin + end)
             except json.JSONDecodeError as error:
+                self._clean_size = _FEWEST_MENDED_CHARACTERS
                 if upto == len(window) or not _cut_short(self._clean.text, error.msg, error.pos):
                     self._read_on_if_cut(self._clean.text, begin, error.msg, error.pos, begin)
                     raise
@@ -407,6 +425,21 @@ class JsonRows:
             begin = 0
             self._more()
         text.advance(match.start(1) if match else len(text.text))
+
+
+def _nested_too_deeply(window: str, begin: int, end: int) -> bool:
+    """Whether more than MOST_NESTED brackets stand open somewhere there."""
+    if window.count("{", begin, end) + window.count("[", begin, end) <= MOST_NESTED:
+        return False
+    depth = 0
+    for found in _BRACKET.finditer(window, begin, end):
+        if found[0] in "{[":
+            depth += 1
+            if depth > MOST_NESTED:
+                return True
+        elif found[0] in "}]":
+            depth -= 1
+    return False
 
 
 def _cut_short(window: str, reason: str, position: int) -> bool:

@@ -155,7 +155,16 @@ def _is_a_person(text: str, local: re.Match[str], domain: re.Match[str]) -> bool
         return False
     if local[0].lower() in facts["roles"] or len(local[0]) < 2 or _MESSAGE_ID.search(local[0]):
         return False
+    if _is_a_list(local[0].lower(), parts, facts):
+        return False
     return not _URL_BEFORE.search(text, max(0, local.start() - 80), local.start())
+
+
+def _is_a_list(local: str, domain: list[str], facts: dict[str, frozenset[str]]) -> bool:
+    """Whether an address is a mailing list's: `python-dev@`, `bug-bash@`, `@lists.debian.org`."""
+    _, hyphen, ending = local.rpartition("-")
+    named = bool(hyphen) and (ending in facts["list_endings"] or local.startswith("bug-"))
+    return named or not facts["list_hosts"].isdisjoint(domain)
 
 
 @cache
@@ -165,6 +174,8 @@ def _email_facts() -> dict[str, frozenset[str]]:
         "top_levels": frozenset(facts.email_domains.top_levels.split()),
         "examples": frozenset(facts.email_domains.examples.split()),
         "roles": frozenset(facts.email_roles.names.split()),
+        "list_endings": frozenset(facts.email_roles.list_endings.split()),
+        "list_hosts": frozenset(facts.email_roles.list_hosts.split()),
     }
 
 
@@ -179,7 +190,12 @@ def phones_in(text: str) -> Iterator[str]:
         yield "phone number"
 
 
+_DECIMAL = re.compile(r"\d{4,}\.\d+")
+
+
 def _is_a_phone(number: str) -> bool:
+    if _DECIMAL.fullmatch(number):
+        return False
     groups = re.findall(r"\d+", number)
     digits = "".join(groups)
     if not 9 <= len(digits) <= 15 or (len(groups) == 1 and len(digits) < 11):

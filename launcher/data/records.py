@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,12 +13,44 @@ MAX_ROW_CHARACTERS = 16_000_000
 
 TOO_LONG = "a row of more than 16 million characters"
 
+MOST_NESTED = 200
+"""Lists and objects in one another; a deeper row is broken. Python's own limit would be another one
+wherever a reader is called from, and what renders templates has it too."""
+
+TOO_DEEP = "JSON nested too deeply"
+
 FIRST_NUMBERS = 5
 
 
 NOT_UTF8 = (
     "bytes that are not UTF-8; of a file from Windows, `iconv -f CP1252 -t UTF-8` makes it so"
 )
+
+
+def nested_too_deeply(value: Any) -> bool:
+    """Whether a value has more than MOST_NESTED lists and objects in one another."""
+    level = [value]
+    for _ in range(MOST_NESTED + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def decoded(text: str) -> Any:
+    """The value of JSON that stands in a field as text. Raises ValueError."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if text.count("[") + text.count("{") > MOST_NESTED and nested_too_deeply(value):
+        raise ValueError(TOO_DEEP)
+    return value
 
 
 class Record(Struct, frozen=True):

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from ftplan.launcher.data.files import Source
-from ftplan.launcher.data.records import Record
+from ftplan.launcher.data.records import Record, nested_too_deeply
 from ftplan.planner.errors import InputError
 
 SEED = 42
@@ -123,6 +123,9 @@ def sampled_records(
 
 def _record(line: bytes, begin: int, file: int) -> Record:
     try:
-        return Record(begin, msgspec.json.decode(line), file=file)
+        value = msgspec.json.decode(line)
+        if nested_too_deeply(value):
+            raise RecursionError
+        return Record(begin, value, file=file)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Record(begin, None, "broken JSON", file)

@@ -6,12 +6,12 @@ is for (its objective) follows from the shape of most of its rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from msgspec import Struct
 
+from ftplan.launcher.data.records import decoded
 from ftplan.launcher.data.rows import Message, Messages, Role, Row
 
 Value = Mapping[str, Any]
@@ -44,6 +44,17 @@ OBJECTIVES = {
     "preference": "dpo",
     "kto": "kto",
     "online": "grpo",
+}
+
+# What rows of a shape can train, the first by default: pairs are a reward model's too, and their
+# chosen answers are answers.
+TRAINS: Mapping[str, tuple[str, ...]] = {
+    "supervised": ("sft",),
+    "multi-task": ("sft",),
+    "pretraining": ("sft",),
+    "preference": ("dpo", "reward", "sft"),
+    "kto": ("kto",),
+    "online": ("grpo",),
 }
 
 _ROLES: dict[str, Role] = {
@@ -95,12 +106,13 @@ def row_of(number: int, value: Value, shape: Shape, file: int = 0) -> Row:
 
 
 def renamed(value: Value, columns: Mapping[str, str]) -> Value:
-    """The row with a person's own column names (`columns[ours] = theirs`) as ours."""
+    """The row with a person's own column names (`columns[ours] = theirs`) as ours, and without
+    those of ours that have none (`columns[ours] = ""`)."""
     if not columns or not isinstance(value, Mapping):
         return value
-    theirs = set(columns.values())
-    kept = {key: item for key, item in value.items() if key not in theirs}
-    return kept | {ours: value[own] for ours, own in columns.items() if own in value}
+    left_out = {ours for ours, own in columns.items() if not own} | set(columns.values())
+    kept = {key: item for key, item in value.items() if key not in left_out}
+    return kept | {ours: value[own] for ours, own in columns.items() if own and own in value}
 
 
 def _has(*names: str) -> Callable[[Value], bool]:
@@ -138,7 +150,7 @@ def _optional_text(value: Value, key: str) -> str:
 FIELDS = (
     *("instruction", "input", "output", "system", "history", "prompt", "completion", "question"),
     *("answer", "response", "messages", "conversations", "tools", "text", "label", "task"),
-    *("chosen", "rejected", "score", "margin"),
+    *("chosen", "rejected", "score", "margin", "query", "conversation", "kto_tag"),
 )
 
 
@@ -187,8 +199,8 @@ def _with_object_arguments(call: Value) -> Value:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
+        arguments = decoded(function["arguments"])
+    except ValueError:
         raise Unusable("a tool call's arguments are not JSON") from None
     return {**call, "function": {**function, "arguments": arguments}}
 
@@ -242,8 +254,8 @@ def _tools(value: Value) -> dict[str, Any]:
     tools = value.get("tools") or value.get("functions")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
+            tools = decoded(tools)
+        except ValueError:
             raise Unusable("`tools` is not JSON") from None
     if not tools:
         return {}
