@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,18 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.closed_form import check_modelled_method
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
+from ftplan.planner.goals import ANY_PLAN, Limits, Wanted
 from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.host_verdict import lacking_disk, lacking_ram
 from ftplan.planner.memory import needed_bytes
+from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, MODEL_CHOICE_SECONDS
 from ftplan.planner.ranking import Evaluated, Ranking
 from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
 from ftplan.planner.search import choose_plan
 from ftplan.planner.units import format_bytes
-from ftplan.profiles import model_catalog
+from ftplan.profiles import lowest_prices, model_catalog
 
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -48,6 +51,46 @@ INSTALL_TRAINING = "`pip install -c constraints.txt '.[train]'` in ftplan's fold
 
 # Licences under which a model may be chosen for somebody who named none.
 _FREE_LICENCES = ("Apache-2.0", "MIT")
+
+
+class Offer(Struct, frozen=True, kw_only=True):
+    """Devices to choose of, and what is asked of a plan on them.
+
+    `devices`: one, of which there are as many as asked for, or the GPUs of a machine. `divides`:
+    whether they may divide what a model holds.
+    """
+
+    devices: Device | Sequence[Device]
+    given: Mapping[str, Any]
+    wanted: Wanted
+    divides: bool
+
+    @property
+    def device(self) -> Device:
+        """The one with the most free memory."""
+        if isinstance(self.devices, Device):
+            return self.devices
+        return max(self.devices, key=lambda gpu: gpu.free_bytes)
+
+    def ranking(self, model: ModelSpec, profile: DataProfile, **more: Any) -> Ranking:
+        """Plans on the devices; `more`: settings beside the given ones. Raises InputError as
+        `choose_plan` does."""
+        device = self.device
+        prices = [price.usd_per_gpu_hour for price in lowest_prices(device.name).values()]
+        return choose_plan(
+            model,
+            profile,
+            self.devices,
+            {**self.given, **more},
+            installed_stack(device),
+            divides=self.divides,
+            goal=self.wanted.goal,
+            limits=Limits(
+                seconds=self.wanted.seconds,
+                usd=self.wanted.usd,
+                usd_per_gpu_hour=min(prices, default=None),
+            ),
+        )
 
 
 class Planned(Struct, frozen=True, kw_only=True):
@@ -126,6 +169,7 @@ def make_plan(
     given: Mapping[str, Any],
     runs_dir: Path,
     for_launch: bool,
+    wanted: Wanted = ANY_PLAN,
 ) -> Planned:
     """Find out what is there and choose a plan.
 
@@ -139,13 +183,15 @@ def make_plan(
     asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
     machine = None if named_device else _probe(ui, runs_dir)
-    offered = named_device or _offered(machine, given)
-    device = (
-        offered if isinstance(offered, Device) else max(offered, key=lambda gpu: gpu.free_bytes)
+    offer = Offer(
+        devices=named_device or _offered(machine, given),
+        given=given,
+        wanted=wanted,
+        divides=not for_launch,
     )
     model_why = "asked for"
     if source is None:
-        source, model_why = choose_model(asked, device, given)
+        source, model_why = choose_model(asked, offer)
     if for_launch:
         source = with_weights(ui, source)
     tokenizer = tokenizer_of(ui, source)
@@ -153,11 +199,9 @@ def make_plan(
     checked_objective(data.objective)
     split = make_split(data, eval_data, asked.test_share)
     profile = profile_data(data, split, eval_data)
-    ranking = choose_plan(
-        source.spec, profile, offered, given, installed_stack(device), divides=not for_launch
-    )
+    ranking = offer.ranking(source.spec, profile)
     if ranking.best is None:
-        raise does_not_fit(source, profile, device, given, ranking)
+        raise does_not_fit(source, profile, offer, ranking)
     chosen = ranking.best
     device = chosen.device
     if device.kind == "cpu":
@@ -259,19 +303,17 @@ def default_source() -> ModelSource:
     )
 
 
-def choose_model(
-    asked: DataAsked, device: Device, given: Mapping[str, Any]
-) -> tuple[ModelSource, str]:
+def choose_model(asked: DataAsked, offer: Offer) -> tuple[ModelSource, str]:
     """The base model when none is named, and why.
 
     On a processor the embedded default. On a GPU the largest chat model of the catalog with a
     free licence that trains in time; without a Hub, the largest of those in the local cache.
     """
     fallback = "the embedded default: small enough for a processor"
-    if device.kind == "cuda":
+    if offer.device.kind == "cuda":
         data, eval_data = asked.read_roughly()
         rough = profile_data(data, make_split(data, eval_data, asked.test_share), eval_data)
-        found = _largest_trainable(rough, device, given, in_cache_only=_hub_is_out_of_reach())
+        found = _largest_trainable(rough, offer, in_cache_only=_hub_is_out_of_reach())
         if found is not None:
             return found
         fallback = "the embedded default: no larger model of the catalog is in reach or fits"
@@ -283,10 +325,11 @@ def _hub_is_out_of_reach() -> bool:
 
 
 def _largest_trainable(
-    profile: DataProfile, device: Device, given: Mapping[str, Any], *, in_cache_only: bool
+    profile: DataProfile, offer: Offer, *, in_cache_only: bool
 ) -> tuple[ModelSource, str] | None:
     entries = sorted(model_catalog().values(), key=lambda e: -e.num_parameters)
-    stack = installed_stack(device)
+    free_to_choose = offer.wanted.seconds is not None or offer.wanted.goal == "largest-model"
+    most_seconds = math.inf if free_to_choose else MODEL_CHOICE_SECONDS
     chat = [e for e in entries if e.kind == "chat" and e.licence in _FREE_LICENCES]
     for entry in chat:
         if not entry.spec.loads_as_causal_lm:
@@ -295,15 +338,16 @@ def _largest_trainable(
         if in_cache_only and not (folder and has_weights(folder)):
             continue
         try:
-            ranking = choose_plan(entry.spec, profile, device, given, stack)
+            ranking = offer.ranking(entry.spec, profile)
         except InputError:  # not modelled, or without what was asked for
             continue
         if ranking.best is None:
             continue
         steps = optimizer_steps(ranking.best.plan, profile.num_train_rows)
-        if steps * ranking.best.step.step_seconds <= MODEL_CHOICE_SECONDS:
+        if steps * ranking.best.step.step_seconds <= most_seconds:
             where = "in the local cache" if in_cache_only else "of the catalog"
-            why = f"the largest free chat model {where} that fits and trains within 6 hours"
+            within = "" if free_to_choose else " and trains within 6 hours"
+            why = f"the largest free chat model {where} that fits{within}"
             source = ModelSource(
                 spec=entry.spec,
                 config=entry.config,
@@ -365,13 +409,18 @@ def _fetch(ui: Ui, hub_id: str) -> Path:
 def does_not_fit(
     source: ModelSource,
     profile: DataProfile,
-    device: Device,
-    given: Mapping[str, Any],
+    offer: Offer,
     ranking: Ranking,
 ) -> DoesNotFitError:
     """By how much it misses, and what would fit."""
     nearest = ranking.nearest
-    assert nearest is not None, "what cannot be estimated at all is an error of its own"
+    if nearest is None:  # it fits, beyond the limits
+        reasons = "; ".join(f"{r.method} {r.reason}" for r in ranking.rejected)
+        return DoesNotFitError(
+            f"no plan of {source.spec.name} keeps the budget: {reasons}",
+            "allow more, train fewer epochs with `--num-train-epochs`, or a smaller model",
+        )
+    device = nearest.device
     needed = needed_bytes(nearest.memory)
     from ftplan.launcher.commands.estimate import smallest_card
 
@@ -380,7 +429,7 @@ def does_not_fit(
     if fitting:
         instead.append(f"a smaller model: `--model {fitting}`")
     shorter = nearest.plan.max_length // 2
-    if "max_length" not in given and _fits_in(source, profile, device, given, max_length=shorter):
+    if "max_length" not in offer.given and _fits_in(source, profile, offer, max_length=shorter):
         instead.append(f"shorter rows: `--max-length {shorter}`")
     return DoesNotFitError(
         f"{source.spec.name} does not fit on {device.name}: {nearest.plan.method} with the "
@@ -390,12 +439,9 @@ def does_not_fit(
     )
 
 
-def _fits_in(
-    source: ModelSource, profile: DataProfile, device: Device, given: Mapping[str, Any], **more: Any
-) -> bool:
+def _fits_in(source: ModelSource, profile: DataProfile, offer: Offer, **more: Any) -> bool:
     try:
-        stack = installed_stack(device)
-        return choose_plan(source.spec, profile, device, {**given, **more}, stack).best is not None
+        return offer.ranking(source.spec, profile, **more).best is not None
     except InputError:
         return False
 

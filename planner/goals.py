@@ -21,6 +21,17 @@ GOALS = ("quality", "fastest", "cheapest", "least-memory", "largest-model")
 USEFUL_TIMES = 2.0
 
 
+class Wanted(Struct, frozen=True, kw_only=True):
+    """What is asked of a plan: one of GOALS, and a run's seconds and USD at most, None for any."""
+
+    goal: str = GOALS[0]
+    seconds: float | None = None
+    usd: float | None = None
+
+
+ANY_PLAN = Wanted()
+
+
 class Limits(Struct, frozen=True, kw_only=True):
     """What a run may take at most; None for any. Costs need the price of a GPU for an hour."""
 

@@ -9,6 +9,7 @@ from ftplan.launcher.commands.plan import (
     data_asked,
     planned_to_dict,
     show_plan,
+    wanted,
 )
 from ftplan.launcher.confirm import confirm
 from ftplan.launcher.launching import carry_out, write_run
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         model_name=arguments.model,
         named_device=None,
         given=given,
+        wanted=wanted(arguments),
         runs_dir=arguments.runs_dir,
         for_launch=True,
     )

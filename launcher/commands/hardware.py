@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
+from ftplan.launcher.amounts import parse_seconds, parse_usd
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     given = given_settings(arguments)
     model = find_source(arguments.model).spec
     tokens, of_tokens, given = _tokens(arguments, model, given)
-    within = _parse_seconds(arguments.within) if arguments.within else None
-    under = _parse_usd(arguments.under) if arguments.under else None
+    within = parse_seconds("--within", arguments.within) if arguments.within else None
+    under = parse_usd("--under", arguments.under) if arguments.under else None
     methods = (given.pop("method"),) if "method" in given else METHODS
     for method in methods:  # what no card could run is told at once
         check_together(model, estimate_recipe(model, None, {**given, "method": method}).plan)
@@ -112,20 +112,6 @@ def _plain_number(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise InputError(f"`--tokens {text}` is no number of tokens", "write 20M or 20000000")
     return int(text)
-
-
-def _parse_seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])\w*", text.strip().casefold())
-    if not found:
-        raise InputError(f"`--within {text}` is no time", "write 90m, 6h or 2d")
-    return float(found[1]) * _SECONDS[found[2]]
-
-
-def _parse_usd(text: str) -> float:
-    found = re.fullmatch(r"\$?(\d+(?:\.\d+)?)\s*(?:usd|\$)?", text.strip().casefold())
-    if not found:
-        raise InputError(f"`--under {text}` is no sum of money", "write 50usd")
-    return float(found[1])
 
 
 def _entries(gpu: str | None) -> Sequence[GpuEntry]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec import structs
 
+from ftplan.launcher.amounts import parse_seconds, parse_usd
 from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.data.asked import DataAsked, checked_share, read_columns
 from ftplan.launcher.estimate_json import estimate_to_dict
@@ -17,6 +18,7 @@ from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.combination import Caution
+from ftplan.planner.goals import GOALS, Wanted
 from ftplan.planner.ranking import Evaluated
 
 
@@ -34,6 +36,15 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     parser.add_argument(
         "--model", metavar="MODEL", help="a catalog name, a Hub id, or a folder (default: chosen)"
+    )
+    parser.add_argument(
+        "--prefer", choices=GOALS, default=GOALS[0], help="what the plan is best at (quality)"
+    )
+    parser.add_argument(
+        "--time-budget", metavar="TIME", help="a run no longer than this, such as 6h or 90m"
+    )
+    parser.add_argument(
+        "--cost-budget", metavar="MONEY", help="a run no dearer than this, such as 50usd"
     )
     parser.add_argument(
         "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
@@ -84,6 +95,16 @@ def data_asked(arguments: argparse.Namespace, objective: str | None = None) -> D
     )
 
 
+def wanted(arguments: argparse.Namespace) -> Wanted:
+    """Raises InputError for what is no time or money."""
+    time, cost = arguments.time_budget, arguments.cost_budget
+    return Wanted(
+        goal=arguments.prefer,
+        seconds=parse_seconds("--time-budget", time) if time else None,
+        usd=parse_usd("--cost-budget", cost) if cost else None,
+    )
+
+
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     planned = make_plan(
         ui,
@@ -91,6 +112,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         model_name=arguments.model,
         named_device=named_device(arguments.gpu, arguments.free_memory),
         given=given_settings(arguments),
+        wanted=wanted(arguments),
         runs_dir=arguments.runs_dir,
         for_launch=False,
     )
