@@ -31,7 +31,7 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.closed_form import check_modelled_method
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
-from ftplan.planner.goals import ANY_PLAN, Limits, Wanted
+from ftplan.planner.goals import ANY_PLAN, Limits, Wanted, why_not
 from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.host_verdict import lacking_disk, lacking_ram
 from ftplan.planner.memory import needed_bytes
@@ -75,21 +75,25 @@ class Offer(Struct, frozen=True, kw_only=True):
     def ranking(self, model: ModelSpec, profile: DataProfile, **more: Any) -> Ranking:
         """Plans on the devices; `more`: settings beside the given ones. Raises InputError as
         `choose_plan` does."""
-        device = self.device
-        prices = [price.usd_per_gpu_hour for price in lowest_prices(device.name).values()]
         return choose_plan(
             model,
             profile,
             self.devices,
             {**self.given, **more},
-            installed_stack(device),
+            installed_stack(self.device),
             divides=self.divides,
             goal=self.wanted.goal,
-            limits=Limits(
-                seconds=self.wanted.seconds,
-                usd=self.wanted.usd,
-                usd_per_gpu_hour=min(prices, default=None),
-            ),
+            limits=self.limits,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """What a run may take, at the lowest price that is known of the device."""
+        prices = [price.usd_per_gpu_hour for price in lowest_prices(self.device.name).values()]
+        return Limits(
+            seconds=self.wanted.seconds,
+            usd=self.wanted.usd,
+            usd_per_gpu_hour=min(prices, default=None),
         )
 
 
@@ -129,11 +133,7 @@ class Planned(Struct, frozen=True, kw_only=True):
 
     def why_not(self, other: Evaluated) -> str:
         """Why another plan that fits was not taken."""
-        if other.plan.method == "qlora":
-            if other.seconds_per_row < self.chosen.seconds_per_row:
-                return "the unquantized base fits; a 4-bit one, though faster, costs some quality"
-            return "the unquantized base fits, and a 4-bit one costs time and some quality"
-        return f"{self.chosen.plan.method} reaches the same with fewer trained parameters"
+        return why_not(other, self.chosen, self.ranking.goal)
 
 
 def missing_packages() -> list[str]:
@@ -414,12 +414,11 @@ def does_not_fit(
 ) -> DoesNotFitError:
     """By how much it misses, and what would fit."""
     nearest = ranking.nearest
-    if nearest is None:  # it fits, beyond the limits
-        reasons = "; ".join(f"{r.method} {r.reason}" for r in ranking.rejected)
-        return DoesNotFitError(
-            f"no plan of {source.spec.name} keeps the budget: {reasons}",
-            "allow more, train fewer epochs with `--num-train-epochs`, or a smaller model",
-        )
+    if offer.wanted.limits_a_run:
+        unlimited = structs.replace(offer, wanted=ANY_PLAN).ranking(source.spec, profile)
+        if unlimited.best is not None:
+            return _over_budget(source, profile, offer, unlimited)
+    assert nearest is not None, "what cannot be estimated at all is an error of its own"
     device = nearest.device
     needed = needed_bytes(nearest.memory)
     from ftplan.launcher.commands.estimate import smallest_card
@@ -436,6 +435,21 @@ def does_not_fit(
         f"smallest batch needs {format_bytes(needed)}, {format_bytes(device.free_bytes)} is free, "
         f"{format_bytes(needed - device.free_bytes)} is missing",
         "what would fit: " + "; or ".join(instead),
+    )
+
+
+def _over_budget(
+    source: ModelSource, profile: DataProfile, offer: Offer, unlimited: Ranking
+) -> DoesNotFitError:
+    """What plans that fit take beyond the budget."""
+    assert unlimited.best is not None
+    rows = profile.num_train_rows
+    fitting = (unlimited.best, *unlimited.alternatives)
+    beyond = [(e.plan.method, offer.limits.exceeded_by(e.plan, e.step, rows)) for e in fitting]
+    told = "; ".join(f"{method} {how}" for method, how in beyond if how)
+    return DoesNotFitError(
+        f"no plan of {source.spec.name} keeps the budget: {told}",
+        "allow more, train less with `--num-train-epochs`, or take a smaller model or a faster GPU",
     )
 
 

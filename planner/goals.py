@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.ranking import Evaluated
 from ftplan.planner.run_time import RunTime
 from ftplan.planner.step_time import StepTime
-from ftplan.planner.units import SECONDS_PER_HOUR, format_seconds
+from ftplan.planner.units import SECONDS_PER_HOUR, format_bytes, format_seconds
 
 # `quality`: the method that the policy prefers, by its fastest plan. `largest-model` is the same
 # once the model is chosen.
@@ -27,6 +28,10 @@ class Wanted(Struct, frozen=True, kw_only=True):
     goal: str = GOALS[0]
     seconds: float | None = None
     usd: float | None = None
+
+    @property
+    def limits_a_run(self) -> bool:
+        return self.seconds is not None or self.usd is not None
 
 
 ANY_PLAN = Wanted()
@@ -58,13 +63,29 @@ NO_LIMITS = Limits()
 
 def ranked(found: Sequence[Evaluated], goal: str) -> list[Evaluated]:
     """Each method's plan, the best first. `found`: in the policy's order."""
-    if goal == "fastest":
-        return sorted(found, key=lambda one: one.seconds_per_row)
-    if goal == "cheapest":
-        return sorted(found, key=lambda one: one.gpu_seconds_per_row)
-    if goal == "least-memory":
-        return sorted(found, key=lambda one: one.memory.required_bytes)
-    return _by_policy(found)
+    if goal not in _BY_FIGURE or not found:
+        return _by_policy(found)
+    figure, why = _BY_FIGURE[goal]
+    first, *others = sorted(found, key=attrgetter(figure))
+    return [_for_the_goal(first, goal, why), *others]
+
+
+_BY_FIGURE = {
+    "fastest": ("seconds_per_row", "of the methods that fit the fastest"),
+    "cheapest": ("gpu_seconds_per_row", "of the methods that fit the one that costs least"),
+    "least-memory": ("memory.required_bytes", "of the methods the one that needs least memory"),
+}
+
+
+def _for_the_goal(evaluated: Evaluated, goal: str, why: str) -> Evaluated:
+    """With the goal as the reason of the method, if that was not given."""
+    reasoned = evaluated.reasoned
+    if reasoned.reasons["method"].origin == "given":
+        return evaluated
+    reasoned = reasoned.replace(
+        "derived", f"{why} (`--prefer {goal}`)", method=evaluated.plan.method
+    )
+    return structs.replace(evaluated, reasoned=reasoned)
 
 
 def _by_policy(found: Sequence[Evaluated]) -> list[Evaluated]:
@@ -75,3 +96,22 @@ def _by_policy(found: Sequence[Evaluated]) -> list[Evaluated]:
         if first.seconds_per_row > USEFUL_TIMES * second.seconds_per_row:
             order[:2] = second, first
     return order
+
+
+def why_not(other: Evaluated, chosen: Evaluated, goal: str) -> str:
+    """Why another method's plan that fits was not taken."""
+    times = other.seconds_per_row / chosen.seconds_per_row
+    if goal == "fastest":
+        return f"takes {times:.2g} times as long"
+    if goal == "cheapest":
+        return f"costs {other.gpu_seconds_per_row / chosen.gpu_seconds_per_row:.2g} times as much"
+    if goal == "least-memory":
+        more = other.memory.required_bytes - chosen.memory.required_bytes
+        return f"needs {format_bytes(more)} more"
+    if other.plan.resolved_method.quantized_base:
+        if times < 1:
+            return "the unquantized base fits; a 4-bit one, though faster, costs some quality"
+        return "the unquantized base fits, and a 4-bit one costs time and some quality"
+    if chosen.plan.resolved_method.quantized_base and other.plan.resolved_method.adapter:
+        return f"takes {times:.2g} times as long: what fits beside the unquantized base is no use"
+    return f"{chosen.plan.method} reaches the same with fewer trained parameters"

@@ -67,6 +67,8 @@ class Ranking(Struct, frozen=True, kw_only=True):
     left_out: tuple[LeftOut, ...]
     nearest: Evaluated | None
     """What misses by least; None when something fits."""
+    goal: str
+    """What the best is best at."""
     num_plans: int
     """Of how many plans it was chosen."""
     num_evaluated: int

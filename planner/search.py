@@ -102,6 +102,7 @@ def choose_plan(
         rejected=tuple(rejected),
         left_out=tuple(left_out),
         nearest=min(missed, key=lambda e: e.memory.required_bytes) if missed and not best else None,
+        goal=goal,
         num_plans=num_plans,
         num_evaluated=num_evaluated,
     )
@@ -191,7 +192,7 @@ class _MethodSearch:
             return None
         smallest = self._smallest(found)
         if fits(smallest.memory, smallest.device):
-            return smallest
+            return _as_smallest(smallest)
         self.missed += found
         return None
 
@@ -291,6 +292,16 @@ class _MethodSearch:
             stack=self._stack,
         )
         return structs.replace(evaluated, memory=memory)
+
+
+def _as_smallest(evaluated: Evaluated) -> Evaluated:
+    """With memory as the reason of what was chosen for it."""
+    reasoned, plan = evaluated.reasoned, evaluated.plan
+    for name in ("per_device_train_batch_size", "gradient_checkpointing"):
+        if reasoned.reasons[name].origin != "given":
+            chosen = {name: getattr(plan, name)}
+            reasoned = reasoned.replace("derived", "what needs the least memory", **chosen)
+    return structs.replace(evaluated, reasoned=reasoned)
 
 
 def _least_bytes(evaluated: Evaluated) -> int:

@@ -18,6 +18,7 @@ from ftplan.launcher.views import totals_table
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import FAMILIES, spec_from_size
+from ftplan.planner.goals import USEFUL_TIMES, Limits, why_not
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device, Host, Machine
 from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
 from ftplan.planner.methods import COMPARED_METHODS, resolve_method
@@ -26,7 +27,7 @@ from ftplan.planner.plan import QUANTIZATIONS, TrainingPlan
 from ftplan.planner.ranking import Evaluated
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.run_time import limit_to_time_budget, optimizer_steps
+from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
 from ftplan.planner.search import choose_plan
 from ftplan.planner.space import Candidate, Space
 from ftplan.planner.stack import OWN_STACK
@@ -353,6 +354,99 @@ def test_another_gpu_never_makes_a_run_slower(
             assert best.seconds_per_row <= 1.02 * before.seconds_per_row
         assert best is not None or before is None
         before = best
+
+
+# --- goals and limits
+
+
+def figures(evaluated: Evaluated) -> dict[str, float]:
+    return {
+        "fastest": evaluated.seconds_per_row,
+        "cheapest": evaluated.gpu_seconds_per_row,
+        "least-memory": evaluated.memory.required_bytes,
+    }
+
+
+@pytest.mark.parametrize("goal", ["fastest", "cheapest", "least-memory"])
+def test_what_is_preferred_is_best_at_that(
+    goal: str, sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    gpus = [structs.replace(devices["A100"], index=number) for number in range(4)]
+    rankings = {
+        name: choose_plan(sized["1.7B"], few_short_rows, gpus, {}, goal=name)
+        for name in ("quality", "fastest", "cheapest", "least-memory")
+    }
+    best = {name: ranking.best for name, ranking in rankings.items()}
+    mine = best[goal]
+    assert mine is not None
+    for name, other in best.items():
+        assert other is not None
+        slack = 1.0 if goal == "least-memory" else 1.02
+        assert figures(mine)[goal] <= slack * figures(other)[goal], name
+    assert f"--prefer {goal}" in mine.reasoned.reasons["method"].why
+    for other in rankings[goal].alternatives:
+        assert figures(mine)[goal] <= figures(other)[goal]
+        assert why_not(other, mine, goal)
+
+
+def test_one_gpu_is_cheaper_than_several_that_wait_for_each_other(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    slow = structs.replace(devices["A100"], link_bytes_per_second=1e9)
+    gpus = [structs.replace(slow, index=number) for number in range(4)]
+    given = {"method": "full"}
+    cheapest, fastest = (
+        choose_plan(sized["1.7B"], few_short_rows, gpus, given, goal=goal).best
+        for goal in ("cheapest", "fastest")
+    )
+    assert cheapest is not None and fastest is not None
+    assert cheapest.plan.num_gpus == 1
+    assert cheapest.gpu_seconds_per_row < 0.5 * 4 * fastest.seconds_per_row
+
+
+def test_a_goal_leaves_a_given_method_its_reason(
+    small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
+) -> None:
+    given = {"method": "lora"}
+    best = choose_plan(small_llama, few_short_rows, devices["A100"], given, goal="fastest").best
+    assert best is not None and best.reasoned.reasons["method"].origin == "given"
+
+
+def test_plans_beyond_the_limits_are_not_taken(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    model, device, rows = sized["8B"], devices["RTX 4090"], few_short_rows.num_train_rows
+    free = choose_plan(model, few_short_rows, device, {})
+    assert free.best is not None
+    taken = RunTime.of(free.best.plan, free.best.step, rows).seconds
+    usd = 2.0 * taken / 3600
+    for most in (
+        Limits(seconds=1.001 * taken),
+        Limits(usd=1.001 * usd, usd_per_gpu_hour=2.0),
+        Limits(usd=0.0),  # nobody knows what the card costs
+    ):
+        assert choose_plan(model, few_short_rows, device, {}, limits=most).best == free.best
+    for least in (Limits(seconds=0.01 * taken), Limits(usd=0.01 * usd, usd_per_gpu_hour=2.0)):
+        ranking = choose_plan(model, few_short_rows, device, {}, limits=least)
+        assert ranking.best is None
+        assert any(", over " in rejection.reason for rejection in ranking.rejected)
+
+
+def test_an_unquantized_base_that_takes_far_longer_is_passed_over(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """Divided among GPUs with slow links its weights are sent in every micro-batch."""
+    slow = structs.replace(devices["RTX 4090"], link_bytes_per_second=2e9)
+    gpus = [structs.replace(slow, index=number) for number in range(8)]
+    ranking = choose_plan(sized["8B"], few_short_rows, with_each(gpus, 14), {})
+    assert ranking.best is not None and ranking.best.plan.method == "qlora"
+    (lora,) = (e for e in ranking.alternatives if e.plan.method == "lora")
+    assert lora.seconds_per_row > USEFUL_TIMES * ranking.best.seconds_per_row
+    assert "times as long" in why_not(lora, ranking.best, ranking.goal)
+
+
+def with_each(gpus: list[Device], free_gib: int) -> list[Device]:
+    return [with_free(gpu, free_gib * GIB) for gpu in gpus]
 
 
 # --- given settings
