@@ -7,13 +7,20 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ftplan.launcher import emit
 from ftplan.launcher.data.data_file import DataFile
-from ftplan.launcher.data.profiling import profile_to_dict
+from ftplan.launcher.data.overlong import Fate
+from ftplan.launcher.data.profiling import (
+    held_out_fate,
+    left_out_for_length,
+    make_split,
+    profile_to_dict,
+)
+from ftplan.launcher.data.survey import Place
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
@@ -59,6 +66,7 @@ def default_name(planned: Planned) -> str:
 def _write_files(run: RunDir, planned: Planned) -> None:
     plan, device = planned.chosen.plan, planned.device
     model = planned.source
+    assert planned.hashes is not None, "what is launched has a tokenizer"
     train = emit.train_config(
         plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
         device,
@@ -66,12 +74,13 @@ def _write_files(run: RunDir, planned: Planned) -> None:
         data=_data_config(run, planned.data),
         eval_data=_data_config(run, planned.eval_data) if planned.eval_data else None,
         test_share=planned.asked.test_share,
+        hashes=planned.hashes.to_dict(),
     )
     write_yaml(run.train, train, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))
-    profile = profile_to_dict(planned.profile, model.spec.max_position_embeddings)
+    profile = profile_to_dict(planned.profile, model.spec.max_position_embeddings, plan.max_length)
     write_json(run.data_profile, profile)
-    _write_left_out(run, planned.data)
+    _write_left_out(run, planned)
     write_text(run.command, _command_text(run, device, plan))
     # Last: a directory without its plan is not a run directory.
     write_yaml(run.plan, plan_to_dict(planned), "What was planned, and why.")
@@ -103,14 +112,35 @@ def _keep_data(run: RunDir, data: DataFile) -> list[str]:
     return kept
 
 
-def _write_left_out(run: RunDir, data: DataFile) -> None:
+def _write_left_out(run: RunDir, planned: Planned) -> None:
     """Every row that is not trained on, with its reason; no file where there is none."""
+    split = make_split(planned.data, planned.eval_data, planned.asked.test_share)
+    fate = held_out_fate(planned.data, split, planned.eval_data)
+    lines = list(_left_out_lines(planned.data, planned.data.fate(split.trains)))
+    if planned.eval_data:
+        lines += _left_out_lines(planned.eval_data, fate)
+    else:
+        lines += _for_length(planned.data, fate)
+    if lines:
+        write_text(run.left_out, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _left_out_lines(data: DataFile, fate: Fate) -> Iterator[dict[str, Any]]:
+    """Rows that cannot be used, then those left out for their length."""
     if data.troubles:
-        lines = (
-            json.dumps({"file": data.source.files[file].path.name, "number": number, "why": why})
-            for (file, number), why in data.left_out()
-        )
-        write_text(run.left_out, "".join(line + "\n" for line in lines))
+        for place, why in data.left_out():
+            yield _line(data, place, why)
+    yield from _for_length(data, fate)
+
+
+def _for_length(data: DataFile, fate: Fate) -> Iterator[dict[str, Any]]:
+    for place, why in left_out_for_length(data, fate):
+        yield _line(data, place, why)
+
+
+def _line(data: DataFile, place: Place, why: str) -> dict[str, Any]:
+    file, number = place
+    return {"file": data.source.files[file].path.name, "number": number, "why": why}
 
 
 def _command_text(run: RunDir, device: Device, plan: TrainingPlan) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ftplan.launcher.ui import bar, table
 from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.overlong import said_counts
 from ftplan.planner.units import format_count
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def data_table(profile: DataProfile, template: str) -> Table:
             f"{format_count(profile.total_tokens)} to train on, {100 * loss:.0f} % of them answers",
         ],
     ]
+    for counts, side in ((profile.train_counts, ""), (profile.eval_counts, "held out: ")):
+        if said := said_counts(counts, profile.limit):
+            rows.append(["too long", side + said])
     if template:
         rows.append(["template", template])
     return table("Data", ("", "what was found"), rows)
@@ -87,7 +91,7 @@ def histogram(profile: DataProfile) -> Table:
         [
             f"{number * step + 1:,} to {(number + 1) * step:,}"
             if number < _BINS
-            else f"more, up to {profile.longest:,}",
+            else f"more, up to {profile.lengths[0]:,}",
             f"{count:,}",
             bar(count / most) if count else "",
         ]
