@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec import Struct
+from msgspec import Struct, field
 from transformers import set_seed
 
 from ftplan.launcher.data.rows import Row
@@ -57,7 +57,7 @@ class _Session(Struct):
     recorder: CpuAllocationRecorder
     stop_status: int | None = None
     training: bool = False
-    told: float = 0.0
+    told: float = field(default_factory=time.monotonic)
 
     def say(self, stage: str, **details: Any) -> None:
         """Tell the launcher what is going on."""
