@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from ftplan.launcher.data.profiling import (
     make_split,
     profile_to_dict,
 )
-from ftplan.launcher.data.survey import Place
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
@@ -114,33 +113,25 @@ def _keep_data(run: RunDir, data: DataFile) -> list[str]:
 
 def _write_left_out(run: RunDir, planned: Planned) -> None:
     """Every row that is not trained on, with its reason; no file where there is none."""
-    split = make_split(planned.data, planned.eval_data, planned.asked.test_share)
-    fate = held_out_fate(planned.data, split, planned.eval_data)
-    lines = list(_left_out_lines(planned.data, planned.data.fate(split.trains)))
-    if planned.eval_data:
-        lines += _left_out_lines(planned.eval_data, fate)
+    data, eval_data = planned.data, planned.eval_data
+    split = make_split(data, eval_data, planned.asked.test_share)
+    fates = [data.fate(split.trains), held_out_fate(data, split, eval_data)]
+    if eval_data:
+        lines = [*_left_out_of(data, fates[0]), *_left_out_of(eval_data, fates[1])]
     else:
-        lines += _for_length(planned.data, fate)
+        lines = _left_out_of(data, *fates)
     if lines:
         write_text(run.left_out, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _left_out_lines(data: DataFile, fate: Fate) -> Iterator[dict[str, Any]]:
-    """Rows that cannot be used, then those left out for their length."""
-    if data.troubles:
-        for place, why in data.left_out():
-            yield _line(data, place, why)
-    yield from _for_length(data, fate)
-
-
-def _for_length(data: DataFile, fate: Fate) -> Iterator[dict[str, Any]]:
-    for place, why in left_out_for_length(data, fate):
-        yield _line(data, place, why)
-
-
-def _line(data: DataFile, place: Place, why: str) -> dict[str, Any]:
-    file, number = place
-    return {"file": data.source.files[file].path.name, "number": number, "why": why}
+def _left_out_of(data: DataFile, *fates: Fate) -> list[dict[str, Any]]:
+    """A file's rows that cannot be used and those left out for their length, in its order."""
+    unusable = data.left_out() if data.troubles else ()
+    found = sorted((*unusable, *left_out_for_length(data, *fates)))
+    return [
+        {"file": data.source.files[file].path.name, "number": number, "why": why}
+        for (file, number), why in found
+    ]
 
 
 def _command_text(run: RunDir, device: Device, plan: TrainingPlan) -> str:

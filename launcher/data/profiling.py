@@ -91,24 +91,20 @@ def check_lengths(
 ) -> None:
     """Raises InputError where rows are too long and `--overlong refuse` was asked for, or where
     one would be left out for its length and none may be (`--strict`)."""
-    for file, fate in ((data, data.fate(split.trains)), *_held_out(data, split, eval_data)):
-        limit = file.rule.limit
-        if file.rule.mode == "refuse" and limit is not None and fate.too_long:
-            where = file.said_rows(fate.too_long)[1]
-            raise refuse_overlong(len(fate.too_long), limit, where)
-        left_out = sorted((*fate.dropped, *fate.without_answer))
+    fates = [data.fate(split.trains), held_out_fate(data, split, eval_data)]
+    sides = [(data, fates[:1]), (eval_data, fates[1:])] if eval_data else [(data, fates)]
+    for file, some in sides:
+        too_long = sorted(row for fate in some for row in fate.too_long)
+        if file.rule.mode == "refuse" and file.rule.limit is not None and too_long:
+            raise refuse_overlong(len(too_long), file.rule.limit, file.said_rows(too_long)[1])
+        left_out = sorted({row for fate in some for row in (*fate.dropped, *fate.without_answer)})
         if strict and left_out:
+            rows = "1 row" if len(left_out) == 1 else f"{len(left_out):,} rows"
             raise InputError(
-                f"{len(left_out):,} rows would be left out for their length at "
-                f"{_said_limit(file)} ({file.said_rows(left_out)[1]})",
+                f"{rows} would be left out for length at {_said_limit(file)} "
+                f"({file.said_rows(left_out)[1]})",
                 "shorten them, raise `--max-length`, or leave out `--strict`",
             )
-
-
-def _held_out(
-    data: DataFile, split: Split, eval_data: DataFile | None
-) -> tuple[tuple[DataFile, Fate], ...]:
-    return ((eval_data or data, held_out_fate(data, split, eval_data)),)
 
 
 def _said_limit(data: DataFile) -> str:
@@ -150,14 +146,18 @@ LEFT_AS = {
 }
 
 
-def left_out_for_length(data: DataFile, fate: Fate) -> Iterator[tuple[Place, str]]:
+def left_out_for_length(data: DataFile, *fates: Fate) -> Iterator[tuple[Place, str]]:
     """Every row that is left out, or a part of it, and why; in the file's order."""
     reasons = {name: LEFT_AS[name].format(limit=_said_limit(data)) for name in _LEFT_OUT}
-    rows = [(row, reasons[name]) for name in _LEFT_OUT for row in getattr(fate, name)]
-    several = set(fate.split)
-    for row, reason in sorted(rows):
-        place = (data.survey.files[row], data.survey.numbers[row])
-        yield place, f"a part of it: {reason}" if row in several else reason
+    found = {
+        row: f"a part of it: {reasons[name]}" if row in several else reasons[name]
+        for fate in fates
+        for several in [set(fate.split)]
+        for name in _LEFT_OUT
+        for row in getattr(fate, name)
+    }
+    for row in sorted(found):
+        yield (data.survey.files[row], data.survey.numbers[row]), found[row]
 
 
 _LEFT_OUT = ("dropped", "without_answer")

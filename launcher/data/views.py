@@ -51,10 +51,7 @@ def data_table(profile: DataProfile, template: str) -> Table:
             f"mean {lengths['mean']:.0f}, 95 % up to {lengths['p95']:,}, "
             f"99 % up to {lengths['p99']:,}; {measured}",
         ],
-        [
-            "tokens",
-            f"{format_count(profile.total_tokens)} to train on, {100 * loss:.0f} % of them answers",
-        ],
+        ["tokens", _said_tokens(profile, loss)],
     ]
     for counts, side in ((profile.train_counts, ""), (profile.eval_counts, "held out: ")):
         if said := said_counts(counts, profile.limit):
@@ -62,6 +59,15 @@ def data_table(profile: DataProfile, template: str) -> Table:
     if template:
         rows.append(["template", template])
     return table("Data", ("", "what was found"), rows)
+
+
+def _said_tokens(profile: DataProfile, loss: float) -> str:
+    share = f", {100 * loss:.0f} % of them answers"
+    total = format_count(profile.total_tokens)
+    if not profile.train_counts.changes:
+        return f"{total} to train on{share}"
+    left = format_count(round(profile.rows_each * profile.train_counts.num_tokens))
+    return f"{left} to train on; before, {total}{share}"
 
 
 def problems_table(profile: DataProfile) -> Table:
