@@ -70,6 +70,5 @@ def _left_out(planned: Planned) -> list[Caution]:
 def _host_lacks(planned: Planned) -> list[Caution]:
     if planned.machine is None:
         return []
-    rows = planned.profile.num_train_rows
-    lacks = host_lacks(planned.chosen, planned.machine.host, planned.device, rows)
+    lacks = host_lacks(planned.chosen, planned.machine.host, planned.device, planned.profile)
     return [Caution(name="host", text=lack, way_out=hint) for lack, hint in lacks]

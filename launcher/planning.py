@@ -171,7 +171,7 @@ def make_plan(
     if device.kind == "cpu":
         chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
     if machine is not None and for_launch:
-        for lack, hint in host_lacks(chosen, machine.host, device, profile.num_train_rows):
+        for lack, hint in host_lacks(chosen, machine.host, device, profile):
             raise DoesNotFitError(lack, hint)
     return Planned(
         asked=asked,
@@ -196,17 +196,18 @@ def overlong_rule(given: Mapping[str, Any], longest: int | None) -> Rule:
 
 
 def host_lacks(
-    chosen: Evaluated, host: Host, device: Device, num_train_rows: int
+    chosen: Evaluated, host: Host, device: Device, profile: DataProfile
 ) -> list[tuple[str, str]]:
     """What the machine around the device lacks for a run, and what to do about each."""
-    steps = optimizer_steps(chosen.plan, num_train_rows)
+    steps = optimizer_steps(chosen.plan, profile.num_train_rows)
+    num_tokens = profile.train_counts.num_tokens + profile.eval_counts.num_tokens
     found = (
         (
             lacking_ram(chosen.memory, host, device),
             "end other programs, or take a machine with more RAM",
         ),
         (
-            lacking_disk(chosen.memory, host, chosen.plan, steps),
+            lacking_disk(chosen.memory, host, chosen.plan, steps, num_tokens),
             "free some disk, or write elsewhere with `--runs-dir`",
         ),
     )
