@@ -198,7 +198,7 @@ def _replayed(
 ) -> Evaluated:
     """With what the allocator really holds: to find that out takes too long for all candidates."""
     memory = replayed_memory(
-        model, evaluated.plan, device=device, longest_row=data.longest, stack=stack
+        model, evaluated.plan, device=device, longest_row=data.longest_in_run, stack=stack
     )
     return structs.replace(evaluated, memory=memory)
 
@@ -262,16 +262,18 @@ def evaluate(
 ) -> Evaluated:
     """Memory on the longest batch, time on the mean one."""
     plan = reasoned.plan
-    tokens = mean_batch_tokens(data.lengths, plan.per_device_train_batch_size, plan.max_length)
+    rows = plan.per_device_train_batch_size
+    tokens = mean_batch_tokens(data.trained_lengths, rows, plan.max_length)
     step = estimate_step_time(
         model,
         plan,
         device,
         tokens_per_micro_batch=tokens,
-        mean_length=tokens / plan.per_device_train_batch_size,
+        mean_length=tokens / rows,
         stack=stack,
     )
-    memory = estimate_memory(model, plan, device=device, longest_row=data.longest, stack=stack)
+    longest = data.longest_in_run
+    memory = estimate_memory(model, plan, device=device, longest_row=longest, stack=stack)
     return Evaluated(reasoned=reasoned, memory=memory, step=step)
 
 
