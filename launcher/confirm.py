@@ -63,8 +63,8 @@ def _confirmed(ui: Ui, planned: Planned, runner: DryRunner) -> Planned:
 
 def _with_exact_memory(planned: Planned, candidate: Evaluated, runner: DryRunner) -> Evaluated:
     plan = candidate.plan
-    longest = min(planned.profile.longest, plan.max_length)
-    batch = planned.profile.lengths[: plan.per_device_train_batch_size]
+    longest = min(planned.profile.longest_in_run, plan.max_length)
+    batch = planned.profile.trained_lengths[: plan.per_device_train_batch_size]
     case = case_of(
         planned.source,
         plan,

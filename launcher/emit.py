@@ -141,6 +141,7 @@ def train_config(
     model: str,
     data: Mapping[str, Any],
     eval_data: Mapping[str, Any] | None,
+    hashes: Mapping[str, str],
     test_share: float = 0.0,
 ) -> dict[str, Any]:
     """train.yaml: all that the training process reads. Relative paths are within the run."""
@@ -149,6 +150,8 @@ def train_config(
         "data": data,
         "eval_data": eval_data,
         "test_share": test_share,
+        "overlong": plan.overlong,
+        "hashes": dict(hashes),
         "method": plan.method,
         "method_settings": method_settings(plan),
         "trainer": plan.trainer,

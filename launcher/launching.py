@@ -13,7 +13,13 @@ from typing import Any
 
 from ftplan.launcher import emit
 from ftplan.launcher.data.data_file import DataFile
-from ftplan.launcher.data.profiling import profile_to_dict
+from ftplan.launcher.data.overlong import Fate
+from ftplan.launcher.data.profiling import (
+    held_out_fate,
+    left_out_for_length,
+    make_split,
+    profile_to_dict,
+)
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
@@ -60,6 +66,7 @@ def default_name(planned: Planned) -> str:
 def _write_files(run: RunDir, planned: Planned) -> None:
     plan, team, device = planned.chosen.plan, planned.chosen.team, planned.device
     model = planned.source
+    assert planned.hashes is not None, "what is launched has a tokenizer"
     train = emit.train_config(
         plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
         device,
@@ -67,12 +74,13 @@ def _write_files(run: RunDir, planned: Planned) -> None:
         data=_data_config(run, planned.data),
         eval_data=_data_config(run, planned.eval_data) if planned.eval_data else None,
         test_share=planned.asked.test_share,
+        hashes=planned.hashes.to_dict(),
     )
     write_yaml(run.train, train, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))
-    profile = profile_to_dict(planned.profile, model.spec.max_position_embeddings)
+    profile = profile_to_dict(planned.profile, model.spec.max_position_embeddings, plan.max_length)
     write_json(run.data_profile, profile)
-    _write_left_out(run, planned.data)
+    _write_left_out(run, planned)
     write_text(run.command, _command_text(run, team.members or (team.device,), plan))
     # Last: a directory without its plan is not a run directory.
     write_yaml(run.plan, plan_to_dict(planned), "What was planned, and why.")
@@ -104,14 +112,27 @@ def _keep_data(run: RunDir, data: DataFile) -> list[str]:
     return kept
 
 
-def _write_left_out(run: RunDir, data: DataFile) -> None:
+def _write_left_out(run: RunDir, planned: Planned) -> None:
     """Every row that is not trained on, with its reason; no file where there is none."""
-    if data.troubles:
-        lines = (
-            json.dumps({"file": data.source.files[file].path.name, "number": number, "why": why})
-            for (file, number), why in data.left_out()
-        )
-        write_text(run.left_out, "".join(line + "\n" for line in lines))
+    data, eval_data = planned.data, planned.eval_data
+    split = make_split(data, eval_data, planned.asked.test_share)
+    fates = [data.fate(split.trains), held_out_fate(data, split, eval_data)]
+    if eval_data:
+        lines = [*_left_out_of(data, fates[0]), *_left_out_of(eval_data, fates[1])]
+    else:
+        lines = _left_out_of(data, *fates)
+    if lines:
+        write_text(run.left_out, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _left_out_of(data: DataFile, *fates: Fate) -> list[dict[str, Any]]:
+    """A file's rows that cannot be used and those left out for their length, in its order."""
+    unusable = data.left_out() if data.troubles else ()
+    found = sorted((*unusable, *left_out_for_length(data, *fates)))
+    return [
+        {"file": data.source.files[file].path.name, "number": number, "why": why}
+        for (file, number), why in found
+    ]
 
 
 def _command_text(run: RunDir, devices: Sequence[Device], plan: TrainingPlan) -> str:

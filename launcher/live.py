@@ -30,6 +30,7 @@ class LiveView(AbstractContextManager["LiveView"]):
         self.total_steps = total_steps
         self.stage = ""
         self.last_step = 0
+        self.rows = 0  # a quiet line tells of more only
         self.began = time.monotonic()
         self.progress: Progress | None = None
         if ui.err.is_terminal:
@@ -62,13 +63,16 @@ class LiveView(AbstractContextManager["LiveView"]):
         steps = [row for row in rows if "step" in row]
         latest = steps[-1] if steps else None
         if self.progress:
-            facts = self._facts(steps) if latest and stage == "training" else ""
+            facts = self._facts(steps) if latest and stage == "training" else _said_rows(status)
             done = latest["step"] if latest else 0
             self.progress.update(self.task, description=stage, completed=done, facts=facts)
             return
         if stage != self.stage:
-            self.stage = stage
+            self.stage, self.rows = stage, 0
             self._line(stage)
+        if status.get("rows", 0) > self.rows:
+            self.rows = status["rows"] + status["of_rows"] // _QUIET_LINES
+            self._line(f"{stage}: {_said_rows(status)}")
         every = max(1, self.total_steps // _QUIET_LINES)
         if latest and latest["step"] >= self.last_step + every:
             self.last_step = latest["step"]
@@ -89,6 +93,11 @@ class LiveView(AbstractContextManager["LiveView"]):
             facts.append(format_bytes(latest["allocated_bytes"]))
         facts.append(f"{format_seconds(left)} left")
         return ", ".join(facts)
+
+
+def _said_rows(status: dict[str, Any]) -> str:
+    """How far the reading of the data is, where that takes long."""
+    return f"{status['rows']:,} of {status['of_rows']:,} rows" if "rows" in status else ""
 
 
 def with_progress(

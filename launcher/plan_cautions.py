@@ -7,6 +7,7 @@ from collections import Counter
 from ftplan.launcher.planning import Planned, host_lacks
 from ftplan.planner.combination import Caution
 from ftplan.planner.combinations import cautions
+from ftplan.planner.overlong import said_counts
 from ftplan.planner.peft_options import read_options
 from ftplan.profiles import model_catalog
 
@@ -25,12 +26,12 @@ def plan_cautions(planned: Planned) -> list[Caution]:
 
 
 def _cut_rows(planned: Planned) -> list[Caution]:
-    max_length = planned.chosen.plan.max_length
-    cut = planned.profile.cut_rows(max_length)
-    if not cut:
-        return []
-    text = f"{cut} of {planned.profile.num_train_rows} rows are cut at {max_length} tokens"
-    return [Caution(name="cut-rows", text=text)]
+    """Of the rows that are trained on, then of those held out."""
+    profile, cautions = planned.profile, []
+    for counts, side in ((profile.train_counts, ""), (profile.eval_counts, "held out: ")):
+        if said := said_counts(counts, profile.limit):
+            cautions.append(Caution(name="cut-rows", text=side + said))
+    return cautions
 
 
 def _untrained_template(planned: Planned) -> list[Caution]:
@@ -81,6 +82,5 @@ def _not_launched(planned: Planned) -> list[Caution]:
 def _host_lacks(planned: Planned) -> list[Caution]:
     if planned.machine is None:
         return []
-    rows = planned.profile.num_train_rows
-    lacks = host_lacks(planned.chosen, planned.machine.host, planned.device, rows)
+    lacks = host_lacks(planned.chosen, planned.machine.host, planned.device, planned.profile)
     return [Caution(name="host", text=lack, way_out=hint) for lack, hint in lacks]

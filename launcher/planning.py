@@ -14,7 +14,9 @@ from ftplan.launcher import default_model
 from ftplan.launcher.costs import usd_for
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.data.data_file import DataFile
-from ftplan.launcher.data.profiling import make_split, profile_data
+from ftplan.launcher.data.hashes import RowHashes, row_hashes
+from ftplan.launcher.data.overlong import Rule
+from ftplan.launcher.data.profiling import check_lengths, make_split, profile_data
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.emit import check_launched
 from ftplan.launcher.model_source import (
@@ -105,6 +107,8 @@ class Planned(Struct, frozen=True, kw_only=True):
     eval_data: DataFile | None
     profile: DataProfile
     template: str
+    hashes: RowHashes | None
+    """How rows are read, divided and rendered; None without a tokenizer."""
     chat_template: bool
     """Whether rows are conversations, put into the tokenizer's own template."""
     machine: Machine | None
@@ -178,7 +182,9 @@ def make_plan(
     or disk for what is to be launched.
     """
     check_settings(given)
-    asked = structs.replace(asked, objective=given.get("objective"))
+    asked = structs.replace(
+        asked, objective=given.get("objective"), rule=overlong_rule(given, given.get("max_length"))
+    )
     asked.check()
     asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
@@ -195,9 +201,13 @@ def make_plan(
     if for_launch:
         source = with_weights(ui, source)
     tokenizer = tokenizer_of(ui, source)
+    # Unless told otherwise, no row is cut that the model can take (policy.max_length).
+    longest = given.get("max_length", source.spec.max_position_embeddings)
+    asked = structs.replace(asked, rule=overlong_rule(given, longest))
     data, eval_data = asked.read(ui, tokenizer)
     checked_objective(data.objective)
     split = make_split(data, eval_data, asked.test_share)
+    check_lengths(data, split, eval_data, strict=asked.strict)
     profile = profile_data(data, split, eval_data)
     ranking = offer.ranking(source.spec, profile)
     if ranking.best is None:
@@ -207,7 +217,7 @@ def make_plan(
     if device.kind == "cpu":
         chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
     if machine is not None and for_launch:
-        for lack, hint in host_lacks(chosen, machine.host, device, profile.num_train_rows):
+        for lack, hint in host_lacks(chosen, machine.host, device, profile):
             raise DoesNotFitError(lack, hint)
     return Planned(
         asked=asked,
@@ -215,6 +225,7 @@ def make_plan(
         eval_data=eval_data,
         profile=profile,
         template=tokenizer.template if tokenizer else "",
+        hashes=row_hashes(data, split, eval_data, tokenizer) if tokenizer else None,
         chat_template=_uses_chat_template(tokenizer, data),
         machine=machine,
         device=device,
@@ -225,18 +236,24 @@ def make_plan(
     )
 
 
+def overlong_rule(given: Mapping[str, Any], longest: int | None) -> Rule:
+    """What becomes of rows of more tokens than the longest that is taken whole."""
+    return Rule(str(given.get("overlong", TrainingPlan().overlong)), longest)
+
+
 def host_lacks(
-    chosen: Evaluated, host: Host, device: Device, num_train_rows: int
+    chosen: Evaluated, host: Host, device: Device, profile: DataProfile
 ) -> list[tuple[str, str]]:
     """What the machine around the device lacks for a run, and what to do about each."""
-    steps = optimizer_steps(chosen.plan, num_train_rows)
+    steps = optimizer_steps(chosen.plan, profile.num_train_rows)
+    num_tokens = profile.train_counts.num_tokens + profile.eval_counts.num_tokens
     found = (
         (
             lacking_ram(chosen.memory, host, device),
             "end other programs, or take a machine with more RAM",
         ),
         (
-            lacking_disk(chosen.memory, host, chosen.plan, steps),
+            lacking_disk(chosen.memory, host, chosen.plan, steps, num_tokens),
             "free some disk, or write elsewhere with `--runs-dir`",
         ),
     )

@@ -97,6 +97,11 @@ class RunDir(Struct, frozen=True):
         return self.root / "checkpoints"
 
     @property
+    def tokens(self) -> Path:
+        """The rows as tokens while training goes on; gone afterwards."""
+        return self.root / "tokens"
+
+    @property
     def adapter(self) -> Path:
         return self.root / "adapter"
 
@@ -132,6 +137,7 @@ class RunDir(Struct, frozen=True):
 
         Returns the folder, None when there was nothing to move.
         """
+        shutil.rmtree(self.tokens, ignore_errors=True)  # what a killed run has left
         results = [p for p in self.root.iterdir() if p.name not in {*_INPUTS, "previous"}]
         if not results:
             return None

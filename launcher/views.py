@@ -300,7 +300,7 @@ def methods_table(rows: Iterable[tuple[str, int, int, str]]) -> Table:
 _SHOWN_SETTINGS = (
     "method", "quantization", "lora_rank", "target_modules", "dtype", "mixed_precision",
     "num_gpus", "sharding",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "overlong",
     "gradient_checkpointing", "every_n_layers", "optim", "loss", "learning_rate",
     "num_train_epochs", "max_steps",
 )  # fmt: skip
@@ -315,6 +315,8 @@ def choices_table(reasoned: ReasonedPlan, model: tuple[str, str]) -> Table:
         if value is None or value == "none":
             continue
         if name in ("every_n_layers", "num_gpus") and value == 1:
+            continue
+        if name == "overlong" and reasoned.reasons[name].origin != "given":
             continue
         if name in ("lora_rank", "target_modules") and not adapter:
             continue

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.errors import InputError
+from ftplan.planner.overlong import RowCounts, overlong_to_dict
 
 
 class Problem(Struct, frozen=True, kw_only=True):
@@ -34,6 +35,12 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     `lengths` are the usable training rows' lengths in tokens, template included, sorted from
     the longest; `exact` says whether the model's own tokenizer measured them. `trained_tokens` of
     them carry loss. `tasks`: rows of each task, where rows name one.
+
+    `overlong`: what becomes of rows longer than `limit` (None: no row is too long, whatever its
+    length), as `planner.overlong` names it. `train_counts`, `eval_counts`: what became of which.
+    `lengths_left`: the lengths of the rows that go into training, where those are not `lengths`.
+    `longest_held_out`: the length of the longest held-out row, `longest_evaluated` what is left of
+    it.
     """
 
     path: str
@@ -53,25 +60,55 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     tasks: Mapping[str, int] = {}
     rows_each: float = 1.0
     """Rows that each of `lengths` stands for: more than one where they are a sample."""
+    overlong: str = "truncate"
+    limit: int | None = None
+    train_counts: RowCounts = RowCounts()
+    eval_counts: RowCounts = RowCounts()
+    lengths_left: tuple[int, ...] | None = None
+    longest_held_out: int = 0
+    longest_evaluated: int = 0
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.lengths:
             raise InputError(f"`{self.path}` has no usable training row")
-        assert list(self.lengths) == sorted(self.lengths, reverse=True), "longest first"
+        for lengths in (self.lengths, self.trained_lengths):
+            assert list(lengths) == sorted(lengths, reverse=True), "longest first"
+        if not self.trained_lengths:
+            raise InputError(
+                f"`{self.path}`: no row is left to train on at {self.limit:,} tokens",
+                "raise `--max-length`",
+            )
+
+    @property
+    def trained_lengths(self) -> tuple[int, ...]:
+        """Of the rows that go into training, once those too long have been seen to."""
+        return self.lengths if self.lengths_left is None else self.lengths_left
 
     @property
     def num_train_rows(self) -> int:
-        return round(self.rows_each * len(self.lengths))
+        """Rows that go into training."""
+        return round(self.rows_each * len(self.trained_lengths))
 
     @property
     def longest(self) -> int:
-        return self.lengths[0]
+        """The longest row of those that are trained on and those held out, before any is cut."""
+        return max(self.lengths[0], self.longest_held_out)
+
+    @property
+    def longest_in_run(self) -> int:
+        """The longest row that goes through the model."""
+        return max(self.trained_lengths[0], self.longest_evaluated)
 
     @property
     def mean_length(self) -> float:
         return sum(self.lengths) / len(self.lengths)
+
+    def overlong_to_dict(self, max_length: int) -> dict[str, Any]:
+        """What becomes of rows that are too long, for JSON. `max_length`: of the run; no row is
+        between it and `limit`."""
+        return overlong_to_dict(self.overlong, max_length, self.train_counts, self.eval_counts)
 
     def cut_rows(self, max_length: int) -> int:
         """Rows longer than `max_length`, whose end is cut off."""

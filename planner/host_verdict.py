@@ -23,15 +23,24 @@ def lacking_ram(memory: MemoryEstimate, host: Host, device: Device) -> str | Non
     )
 
 
+# Of each token, for each process: 32 bits of its number and of its label, or of a second answer.
+TOKEN_FILE_BYTES = 8
+
+
 def lacking_disk(
-    memory: MemoryEstimate, host: Host, plan: TrainingPlan, steps: int | None = None
+    memory: MemoryEstimate,
+    host: Host,
+    plan: TrainingPlan,
+    steps: int | None = None,
+    num_tokens: int = 0,
 ) -> str | None:
-    """What is missing on the run's disk. `steps`: optimizer steps of the run, where known."""
+    """What is missing on the run's disk. `steps`: optimizer steps of the run, where known;
+    `num_tokens`: of its rows, which lie there while it trains."""
     saves = math.inf if steps is None else math.ceil(steps / plan.save_steps)
-    needed = memory.disk.run_bytes(saves)
+    needed = memory.disk.run_bytes(saves) + plan.num_gpus * TOKEN_FILE_BYTES * num_tokens
     if needed <= host.disk_free_bytes:
         return None
     return (
-        f"checkpoints and the trained model take {format_bytes(needed)}, and "
+        f"checkpoints, the trained model and the rows take {format_bytes(needed)}, and "
         f"`{host.disk_path}` has {format_bytes(host.disk_free_bytes)} free"
     )

@@ -79,9 +79,7 @@ def more_gpus(rank: Rank, device: Device, data: DataProfile, num_gpus: int) -> R
     return None
 
 
-def _rung(
-    rank: Rank, gives_up: str, changed: Mapping[str, Any], data: DataProfile
-) -> Rung | None:
+def _rung(rank: Rank, gives_up: str, changed: Mapping[str, Any], data: DataProfile) -> Rung | None:
     """None where the settings cannot be together."""
     try:
         ranking = rank(changed)
@@ -123,10 +121,13 @@ def _steps(
             yield "a little accuracy: optimizer states in 8 bits", {"optim": SMALL_OPTIMIZER}
         yield "full tuning: adapters on all linear layers", {"method": "lora"}
     if quantizes and (method is not None or given.get("quantization") == "none"):
-        yield "some accuracy: the base in 4 bits", {
-            "method": "qlora",
-            "quantization": DEFAULT_QUANTIZATION,
-        }
+        yield (
+            "some accuracy: the base in 4 bits",
+            {
+                "method": "qlora",
+                "quantization": DEFAULT_QUANTIZATION,
+            },
+        )
     length = plan.max_length // 2
     while length >= _SHORTEST:
         cut = data.cut_rows(length)

@@ -20,6 +20,7 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
+from ftplan.planner.overlong import OVERLONG
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
 from ftplan.planner.tensor_parallel import check_tensor_parallel
@@ -84,6 +85,9 @@ class TrainingPlan:
     per_device_train_batch_size: int = _setting(1, "rows a GPU holds at once")
     gradient_accumulation_steps: int = _setting(1, "micro-batches before an optimizer step")
     max_length: int = _setting(2048, "tokens a row is cut at")
+    overlong: str = _setting(
+        "truncate", "what becomes of rows longer than `max_length`", choices=OVERLONG, recipe=True
+    )
     packing: bool = _setting(False, "fill rows up to `max_length` with several, without padding")
     gradient_checkpointing: bool = _setting(True, "keep layer inputs only, compute the rest again")
     every_n_layers: int = _setting(1, "checkpoint each n-th layer only, from the first one on")

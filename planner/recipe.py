@@ -42,6 +42,9 @@ _TRAINED_LAYERS = MethodSettings().num_trainable_layers
 # How a method that needs a quantized base holds it.
 DEFAULT_QUANTIZATION = "nf4"
 
+# Defaults that leave something out, and so are told.
+_WHY_DEFAULT = {"overlong": "what comes first is kept; or `drop`, `split`, `refuse`"}
+
 _QUANTIZED = "a quantized base was asked for, beside which adapters are trained"
 
 Derived = dict[str, tuple[Any, str]]
@@ -59,7 +62,8 @@ def resolve(given: Mapping[str, Any], derived: Mapping[str, tuple[Any, str]]) ->
             values[name], why = derived[name]
             reasons[name] = Reason(origin="derived", why=why)
         else:
-            reasons[name] = Reason(origin="default", why="ftplan's default")
+            why = _WHY_DEFAULT.get(name, "ftplan's default")
+            reasons[name] = Reason(origin="default", why=why)
     return ReasonedPlan(plan=TrainingPlan(**values), reasons=reasons)
 
 

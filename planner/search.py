@@ -288,7 +288,7 @@ class _MethodSearch:
             self._model,
             evaluated.plan,
             device=evaluated.device,
-            longest_row=self._data.longest,
+            longest_row=self._data.longest_in_run,
             stack=self._stack,
         )
         return structs.replace(evaluated, memory=memory)

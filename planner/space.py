@@ -256,7 +256,7 @@ class Space:
             self._model,
             candidate.reasoned.plan,
             device=candidate.team.device,
-            longest_row=self._data.longest,
+            longest_row=self._data.longest_in_run,
             stack=self._stack,
         )
         return Evaluated(
@@ -293,7 +293,7 @@ class Space:
     def _mean_tokens(self, size: int, max_length: int) -> float:
         key = (size, max_length)
         if key not in self._tokens:
-            self._tokens[key] = mean_batch_tokens(self._data.lengths, size, max_length)
+            self._tokens[key] = mean_batch_tokens(self._data.trained_lengths, size, max_length)
         return self._tokens[key]
 
     def _with_batch(self, base: ReasonedPlan, size: int) -> ReasonedPlan:

@@ -56,6 +56,7 @@ SETTING_FLAGS = [
     "--per-device-train-batch-size",
     "--gradient-accumulation-steps",
     "--max-length",
+    "--overlong",
     "--packing",
     "--gradient-checkpointing",
     "--every-n-layers",

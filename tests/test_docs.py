@@ -509,6 +509,7 @@ def test_the_keys_of_train_yaml_are_all_described(devices: dict[str, Device]) ->
         model="m",
         data={},
         eval_data=None,
+        hashes={},
     )
     listed = {key for row in table("run-directory.md", "train.yaml") for key in codes(row[0])}
     assert listed == set(config)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from ftplan.launcher import emit
+from ftplan.launcher.data.hashes import RowHashes
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_yaml
 from ftplan.launcher.training.config import read_train_config
 from ftplan.planner.errors import InputError
@@ -57,6 +58,7 @@ FILES: dict[str, Any] = {
     "model": "/models/tiny",
     "data": data("data/rows.jsonl"),
     "eval_data": None,
+    "hashes": dict.fromkeys(RowHashes.__struct_fields__, "1" * 64),
 }
 
 
@@ -139,6 +141,8 @@ class TestTrainConfig:
         assert config.data.files == (run.root / "data" / "rows.jsonl",)
         assert config.data.columns == {"output": "a"} and config.data.sha256 == "0" * 64
         assert (config.eval_data, config.test_share) == (None, 0.0)
+        assert (config.overlong, config.max_length) == ("truncate", plan.max_length)
+        assert config.hashes.to_dict() == FILES["hashes"]
         assert config.training_arguments == emit.training_arguments(plan, CPU.kind)
         assert config.method_settings["target_modules"] == ["q_proj", "v_proj"]
         assert not config.is_quantized
@@ -175,6 +179,7 @@ class TestTrainConfig:
             "loss": "stock",
             "trainer": "transformers",
             "objective": "dpo",
+            "overlong": "drop",
             "precompute_ref_log_probs": True,
             "lr_scheduler_type": "linear",
             "max_steps": 7,

@@ -55,6 +55,9 @@ def test_a_short_run_needs_disk_for_the_checkpoints_it_writes(
         needed = checkpoints * disk.checkpoint + disk.final_model
         assert lacking_disk(memory, _host(0, needed), plan, steps) is None
         assert "`/runs`" in (lacking_disk(memory, _host(0, needed - 1), plan, steps) or "")
+        tokens = needed + 8 * 1000
+        assert lacking_disk(memory, _host(0, tokens), plan, steps, 1000) is None
+        assert lacking_disk(memory, _host(0, tokens - 1), plan, steps, 1000)
 
 
 # --- in commands

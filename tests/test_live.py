@@ -53,6 +53,23 @@ def ui(log: io.StringIO) -> Ui:
 
 
 class TestQuietLines:
+    def test_rows_are_counted_while_the_data_is_read(
+        self, ui: Ui, log: io.StringIO, clock: list[float]
+    ) -> None:
+        with LiveView(ui, total_steps=20) as view:
+            view.update({"stage": "reading the data"}, [])
+            for rows in (2_560, 2_816, 4_096, 20_000, 25_600):
+                clock[0] += 2
+                view.update({"stage": "reading the data", "rows": rows, "of_rows": 25_600}, [])
+            view.update({"stage": "training", "step": 0}, [])
+        assert log.getvalue() == (
+            "[   0.00 s] reading the data\n"
+            "[   2.00 s] reading the data: 2,560 of 25,600 rows\n"
+            "[   8.00 s] reading the data: 20,000 of 25,600 rows\n"
+            "[     10 s] reading the data: 25,600 of 25,600 rows\n"
+            "[     10 s] training\n"
+        )
+
     def test_a_run_of_20_steps(self, ui: Ui, log: io.StringIO, clock: list[float]) -> None:
         rows: list[dict[str, Any]] = []
         with LiveView(ui, total_steps=20) as view:

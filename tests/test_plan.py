@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS
 from ftplan.planner.optimizers import OPTIMIZERS
+from ftplan.planner.overlong import OVERLONG
 from ftplan.planner.plan import (
     ATTENTIONS,
     DTYPES,
@@ -43,6 +44,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sharding": SHARDINGS,
     "offload": OFFLOADS,
     "lr_scheduler_type": SCHEDULES,
+    "overlong": OVERLONG,
     "objective": ("sft", "dpo", "kto", "reward", "grpo"),
 }
 

@@ -79,6 +79,7 @@ class TestNames:
             "stderr": "stderr.log",
             "loss_plot": "loss.png",
             "checkpoints": "checkpoints",
+            "tokens": "tokens",
             "adapter": "adapter",
             "model": "model",
             "record": "record.json",

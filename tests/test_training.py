@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.units import GIB
 from tests.launcher_fixtures import CHATML, tiny_tokenizer
+from tests.test_training_rows import write as write_rows
 
 pytestmark = pytest.mark.train
 
@@ -417,6 +419,58 @@ def test_data_of_every_format_trains(name: str, model_folder: Path, tmp_path: Pa
     assert record["evaluation"]["num_rows"] == plan.profile.num_eval_rows == 2
     assert record["measured"]["allocated_bytes"] > 0
     assert (record["sample"]["after"] is None) == (name == "text" or objective == "reward")
+
+
+@pytest.mark.parametrize("mode", ["truncate", "drop", "split"])
+@pytest.mark.parametrize("kind", ["sft", "text", "dpo", "reward", "kto"])
+@pytest.mark.usefixtures("kept_signals")
+def test_rows_too_long_are_trained_on_as_the_plan_counted_them(
+    kind: str, mode: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """The counts of both sides, and the steps of a whole epoch."""
+    path = write_rows(tmp_path / "rows.jsonl", kind, 60)
+    given = {"overlong": mode, "max_length": 80, "max_steps": None, "num_train_epochs": 1.0}
+    more = {"objective": "reward"} if kind == "reward" else {}
+    plan = planned(
+        model_folder, path, tmp_path, per_device_train_batch_size=8, lora_rank=4, **given, **more
+    )
+    run = write_run(plan, None, tmp_path)
+    assert loop.train(run, resume=False) == 0
+    record, profile = run.read_record(), json.loads(run.data_profile.read_text())
+    assert record["overlong"] == profile["overlong"]
+    assert record["overlong"]["mode"] == mode and record["overlong"]["max_length"] == 80
+    assert record["overlong"]["train"]["num_too_long"] > 5
+    assert record["steps"] == plan.steps == run.read_plan()["steps"]
+    assert record["evaluation"]["num_rows"] == plan.profile.num_eval_rows
+    left_out = (count(record, "num_dropped"), count(record, "num_without_answer"))
+    listed = run.left_out.read_text().splitlines() if run.left_out.exists() else []
+    assert (len(listed) == sum(left_out)) or (mode == "split" and len(listed) <= sum(left_out))
+    assert all(row["tokens"] > 0 for row in run.metric_rows() if "step" in row)
+    assert not run.tokens.exists()
+    assert {name: record[name] for name in plan.hashes.to_dict()} == plan.hashes.to_dict()
+
+
+def count(record: dict[str, Any], name: str) -> int:
+    return sum(record["overlong"][side][name] for side in ("train", "held_out"))
+
+
+@pytest.mark.usefixtures("kept_signals")
+def test_a_run_whose_template_has_changed_is_neither_started_nor_resumed(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    run = write_run(planned(folder, data_file, tmp_path), "changed", tmp_path)
+    assert loop.train(run, resume=False) == 0
+    run.record.unlink()
+    other = tiny_tokenizer(CHATML.replace("assistant", "model"), pad_token="<|bos|>")
+    other.save_pretrained(folder)
+    for resume in (False, True):
+        with pytest.raises(InputError, match="the template is another one"):
+            loop.train(run, resume=resume)
+    done = ftplan("resume", run.root, cwd=tmp_path)
+    assert done.returncode != 0 and not run.finished
+    assert "the template is another one" in " ".join(done.stderr.split())
 
 
 @pytest.mark.usefixtures("kept_signals")

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from msgspec import structs
 
 from ftplan.launcher.commands.plan import add_data_arguments, data_asked
-from ftplan.launcher.data.profiling import make_split, profile_data, profile_to_dict
+from ftplan.launcher.data.profiling import (
+    check_lengths,
+    make_split,
+    profile_data,
+    profile_to_dict,
+)
 from ftplan.launcher.model_source import find_source
-from ftplan.launcher.planning import default_source, tokenizer_of
+from ftplan.launcher.planning import default_source, overlong_rule, tokenizer_of
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.planner.objectives import OBJECTIVES
+from ftplan.planner.overlong import OVERLONG
+from ftplan.planner.plan import TrainingPlan, check_setting, parse_setting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--objective", choices=tuple(OBJECTIVES), help="what rows shall train (default: by shape)"
+    )
+    parser.add_argument(
+        "--max-length", metavar="N", help="tokens a row may have (default: what the model takes)"
+    )
+    parser.add_argument(
+        "--overlong",
+        metavar="|".join(OVERLONG),
+        default=TrainingPlan().overlong,
+        help="what becomes of longer rows (default: their end is cut off)",
     )
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="draw the histogram of lengths, as PNG"
@@ -41,12 +58,18 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     )
     asked.check()
     asked = asked.settled(ui)
+    given = _given(arguments)
     source = find_source(arguments.model) if arguments.model else default_source()
     tokenizer = tokenizer_of(ui, source)
+    longest = given.get("max_length", source.spec.max_position_embeddings)
+    asked = structs.replace(asked, rule=overlong_rule(given, longest))
     data, eval_data = asked.read(ui, tokenizer)
     split = make_split(data, eval_data, asked.test_share)
+    check_lengths(data, split, eval_data, strict=asked.strict)
     profile = profile_data(data, split, eval_data)
-    described = profile_to_dict(profile, source.spec.max_position_embeddings)
+    described = profile_to_dict(
+        profile, source.spec.max_position_embeddings, given.get("max_length")
+    )
     if data.sample:
         described["sample"] = data.sample.to_dict()
     ui.json(described)
@@ -64,6 +87,16 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         plot_lengths(profile, arguments.plot)
         ui.say(f"histogram: {arguments.plot}")
     return 0
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`max_length` and `overlong` as a plan has them; raises InputError."""
+    given: dict[str, Any] = {"overlong": arguments.overlong}
+    if arguments.max_length is not None:
+        given["max_length"] = parse_setting("max_length", arguments.max_length)
+    for name, value in given.items():
+        check_setting(name, value)
+    return given
 
 
 def _checked_sample(sample: int | None) -> int | None:

@@ -144,6 +144,8 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
         "plan": planned.chosen.reasoned.to_dict(),
         "estimate": _estimate(planned, planned.chosen, warnings),
         "run": {**planned.run_time.to_dict(), "usd": planned.usd},
+        "overlong": planned.profile.overlong_to_dict(planned.chosen.plan.max_length),
+        "hashes": planned.hashes.to_dict() if planned.hashes else None,
         "alternatives": [
             {
                 "plan": other.reasoned.to_dict(),

@@ -8,6 +8,7 @@ from msgspec import Struct, structs
 
 from ftplan.launcher.data.data_file import DataFile, read_data
 from ftplan.launcher.data.files import open_source
+from ftplan.launcher.data.overlong import Rule
 from ftplan.launcher.data.readings import readings, said_columns
 from ftplan.launcher.data.shapes import FIELDS
 from ftplan.launcher.data.tokens import RowTokenizer
@@ -24,7 +25,7 @@ class DataAsked(Struct, frozen=True, kw_only=True):
 
     `objective`: a plan's, where a person names one. `strict`: no row may be left out. `sample`: of
     large files about so many rows are looked at; for a first look, not for a run. `ask`: whether a
-    person may be asked how rows are meant.
+    person may be asked how rows are meant. `rule`: what becomes of rows that are too long.
     """
 
     paths: tuple[str, ...]
@@ -35,6 +36,7 @@ class DataAsked(Struct, frozen=True, kw_only=True):
     test_share: float = 0.0
     sample: int | None = None
     ask: bool = False
+    rule: Rule = Rule()
 
     def check(self) -> None:
         """Raises InputError where the files cannot be what they should, before anything slow."""
@@ -64,11 +66,14 @@ class DataAsked(Struct, frozen=True, kw_only=True):
 
     def read_roughly(self) -> tuple[DataFile, DataFile | None]:
         """The same with lengths by characters, for a first look."""
-        data = read_data(self.paths, columns=self.columns, objective=self.objective, checks=False)
+        data = self._read_roughly(self.paths, self.objective)
         if not self.eval_paths:
             return data, None
-        return data, read_data(
-            self.eval_paths, columns=self.columns, objective=data.objective, checks=False
+        return data, self._read_roughly(self.eval_paths, data.objective)
+
+    def _read_roughly(self, paths: Sequence[str], objective: str | None) -> DataFile:
+        return read_data(
+            paths, columns=self.columns, objective=objective, checks=False, rule=self.rule
         )
 
     def _read(
@@ -88,6 +93,7 @@ class DataAsked(Struct, frozen=True, kw_only=True):
                 progress=progress,
                 processes=usable_cores(),
                 sample=self.sample,
+                rule=self.rule,
             )
         if self.strict:
             _refuse_left_out(data)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from msgspec import Struct
 from ftplan.launcher.data.files import Source, open_source
 from ftplan.launcher.data.findings import Finding
 from ftplan.launcher.data.leaks import LeakCheck
+from ftplan.launcher.data.overlong import Fate, Lengths, Rule, Tally
 from ftplan.launcher.data.readings import readings, said_columns
+from ftplan.launcher.data.records import FIRST_NUMBERS
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.sample import LEAST_BYTES, Sample, check_sampled, sampled_records
 from ftplan.launcher.data.shapes import (
@@ -53,6 +56,11 @@ _BYTES_FOR_PROCESSES = 32 * 2**20
 # How often a progress bar is told of processes.
 _LOOK_EVERY_SECONDS = 0.2
 
+_LONGEST = 2**32  # no row has as many tokens
+
+# What may become of a row.
+_HAPPENS = ("num_too_long", "num_split", "num_cut", "num_dropped", "num_without_answer")
+
 
 class DataFile(Struct, frozen=True, kw_only=True):
     """One or several files of rows.
@@ -68,6 +76,8 @@ class DataFile(Struct, frozen=True, kw_only=True):
     kind: str
     objective: str
     troubles: Mapping[str, Trouble]
+    rule: Rule
+    """What becomes of rows that are too long."""
 
     exact: bool
     sha256: str
@@ -160,6 +170,40 @@ class DataFile(Struct, frozen=True, kw_only=True):
         rows = zip(values, groups, self.used(), strict=True)
         return [value for value, group, used in rows if used and split.trains(group)]
 
+    def fate(self, keep: Callable[[int], bool], most: int | None = None) -> Fate:
+        """What becomes of the used rows with these prompts, or the first so many of them, where
+        some are too long. A row's prompt is its group."""
+        survey, rule = self.survey, self.rule
+        limit = _LONGEST if rule.limit is None else rule.limit
+        used = zip(survey.groups, self.used(), strict=True)
+        chosen = (row for row, (group, fits) in enumerate(used) if fits and keep(group))
+        pieces_of = survey.pieces.by_row()
+        tally = Tally(rule)
+        lengths, left = [], []
+        happens = {name: array("Q") for name in _HAPPENS}
+        for row in islice(chosen, most):
+            tokens, first = survey.tokens[row], survey.first[row]
+            lengths.append(tokens)
+            if first < tokens <= limit:
+                left.append(tokens)
+                continue
+            whole = Lengths(tokens, survey.trained[row], first)
+            pieces = pieces_of.get(row) or [whole]
+            left += filter(None, tally.take(whole, pieces))
+            for name in tally.happened & happens.keys():
+                happens[name].append(row)
+        counts = tally.counts
+        tally.take_whole(len(lengths) - counts.num_rows, sum(left) - counts.num_tokens)
+        places = {name.removeprefix("num_"): rows for name, rows in happens.items()}
+        return Fate(tally.counts, lengths, left, **places)
+
+    def said_rows(self, rows: Sequence[int]) -> tuple[tuple[int, ...], str]:
+        """The numbers of the first of the survey's rows, and the same for people."""
+        survey = self.survey
+        places = [(survey.files[row], survey.numbers[row]) for row in rows[:FIRST_NUMBERS]]
+        numbers = tuple(number for _, number in places)
+        return numbers, said_places(places, len(rows), self.source, self._unit)
+
     def rows(self, keep: Callable[[int], bool] = lambda group: True) -> Iterator[Row]:
         """The used rows in the file's order, read again; `keep` is asked of each one's prompt."""
         for record in self.source.records():
@@ -187,15 +231,17 @@ def read_data(
     checks: bool = True,
     processes: int = 1,
     sample: int | None = None,
+    rule: Rule = Rule(),  # noqa: B008 - frozen
 ) -> DataFile:
     """Looks through files of rows once, or at about `sample` rows of large ones.
 
     `tokenizer` measures them; without one lengths are estimated. `objective`: a plan's, for which
-    rows that can train it are used; else it follows from most rows. Raises InputError where the
+    rows that can train it are used; else it follows from most rows. `rule`: what becomes of those
+    too long. Raises InputError where the
     files cannot be read, or no row can be used.
     """
     source = open_source(paths)
-    looked_for = _Pass(dict(columns or {}), tokenizer, checks)
+    looked_for = _Pass(dict(columns or {}), tokenizer, checks, objective, rule)
     sizes: list[int] = []
     if sample is None or source.size_bytes < LEAST_BYTES:
         survey = _surveyed(source, looked_for, progress, processes)
@@ -211,6 +257,20 @@ def read_data(
     for shape, count in zip(SHAPES, counts, strict=True):
         kinds[OBJECTIVES[shape.objective]] = kinds.get(OBJECTIVES[shape.objective], 0) + count
     wanted = objective or max(kinds, key=lambda name: kinds[name])
+    pairs = any(n for n, shape in zip(counts, SHAPES, strict=True) if shape.name == "preference")
+    if objective is None and wanted == "sft" and pairs:
+        # Pairs among answers: now that their chosen answers alone are trained, they are shorter.
+        return read_data(
+            paths,
+            columns=columns,
+            objective=wanted,
+            tokenizer=tokenizer,
+            progress=progress,
+            checks=checks,
+            processes=processes,
+            sample=sample,
+            rule=rule,
+        )
     usable = [
         (count, shape)
         for shape, count in zip(SHAPES, counts, strict=True)
@@ -227,6 +287,7 @@ def read_data(
         kind=most.objective,
         objective=wanted,
         troubles=_troubles(survey, wanted, most.name),
+        rule=rule,
         exact=tokenizer is not None,
         sha256="" if sizes else source.sha256(),
         sample=Sample.of(sizes, survey.tokens, source.size_bytes) if sizes else None,
@@ -251,10 +312,15 @@ class _Pass(Struct):
     columns: Mapping[str, str]
     tokenizer: RowTokenizer | None
     checks: bool
+    objective: str | None
+    rule: Rule
+
+    def _measure(self) -> RowMeasure:
+        return RowMeasure(self.tokenizer, self.objective, self.rule)
 
     def over(self, source: Source, progress: Callable[[int], None]) -> Survey:
         survey = survey_records(
-            source.records(progress), self.columns, RowMeasure(self.tokenizer), checks=self.checks
+            source.records(progress), self.columns, self._measure(), checks=self.checks
         )
         survey.notes = source.notes
         return survey
@@ -263,7 +329,7 @@ class _Pass(Struct):
         self, source: Source, count: int, sizes: list[int], progress: Callable[[int], None]
     ) -> Survey:
         """About so many rows; `sizes` gets the bytes of each that can be read."""
-        survey, measure = Survey(self.checks), RowMeasure(self.tokenizer)
+        survey, measure = Survey(self.checks), self._measure()
         for record, num_bytes in sampled_records(source, count, progress):
             before = len(survey.numbers)
             survey.take(record, self.columns, measure)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from msgspec import structs
 
 from ftplan.launcher.data.data_file import DataFile
-from ftplan.launcher.data.split import Split, rows_of, split_groups
+from ftplan.launcher.data.overlong import Fate
+from ftplan.launcher.data.split import MAX_EVAL_ROWS, Split, rows_of, split_groups
+from ftplan.launcher.data.survey import Place
 from ftplan.planner.data_profile import DataProfile, Problem
+from ftplan.planner.errors import InputError
+from ftplan.planner.overlong import refuse_overlong
 from ftplan.planner.policy import data_advice
 
 # Lengths at which `ftplan data` says what is cut.
@@ -28,9 +32,11 @@ def make_split(data: DataFile, eval_data: DataFile | None, test_share: float = 0
 def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None) -> DataProfile:
     """What the pass over the file says of its training rows."""
     groups = data.groups()
-    _, held_out, test = rows_of(groups, split)
+    test = rows_of(groups, split)[2]
+    trained = data.fate(split.trains)
+    held_out = held_out_fate(data, split, eval_data)
     problems = _problems(data) + (data.leaks_of(eval_data) if eval_data else ())
-    return DataProfile(
+    profile = DataProfile(
         path=", ".join(str(file.path) for file in data.source.files),
         sha256=data.sha256,
         format=data.format,
@@ -38,18 +44,123 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
         trains=data.objective,
         num_rows=round(data.rows_each * data.num_rows),
         num_usable_rows=round(data.rows_each * len(groups)),
-        num_eval_rows=len(eval_data.groups()) if eval_data else held_out,
+        num_eval_rows=held_out.counts.num_rows_left,
         num_test_rows=round(data.rows_each * test),
-        lengths=tuple(sorted(data.lengths(split), reverse=True)),
+        lengths=_longest_first(trained.lengths),
         exact=data.exact,
         trained_tokens=round(data.rows_each * data.trained_tokens(split)),
         duplicates=sum(p.count for p in problems if p.kind == _DUPLICATES),
         has_margins=data.survey.num_margins > 0,
         tasks=dict(data.survey.tasks.most_common()),
         rows_each=data.rows_each,
-        problems=problems,
+        overlong=data.rule.mode,
+        limit=data.rule.limit,
+        train_counts=trained.counts,
+        eval_counts=held_out.counts,
+        lengths_left=_longest_first(trained.left) if trained.counts.changes else None,
+        longest_held_out=max(held_out.lengths, default=0),
+        longest_evaluated=max(held_out.left, default=0),
+        problems=(
+            *problems,
+            *_lengths_problems(data, trained),
+            *_lengths_problems(eval_data or data, held_out, "held out: "),
+        ),
         warnings=_warnings(data, problems),
     )
+    if held_out.counts.num_rows and not held_out.left:
+        raise InputError(
+            f"`{profile.path}`: at {_said_limit(data)} no held-out row is left",
+            "raise `--max-length`, or give held-out rows with `--eval-data FILE`",
+        )
+    return profile
+
+
+def held_out_fate(data: DataFile, split: Split, eval_data: DataFile | None) -> Fate:
+    """What becomes of the rows that are evaluated."""
+    if eval_data is None:
+        return data.fate(lambda group: group in split.held_out)
+    return eval_data.fate(lambda group: True, MAX_EVAL_ROWS)
+
+
+def _longest_first(lengths: list[int]) -> tuple[int, ...]:
+    return tuple(sorted(lengths, reverse=True))
+
+
+def check_lengths(
+    data: DataFile, split: Split, eval_data: DataFile | None, *, strict: bool
+) -> None:
+    """Raises InputError where rows are too long and `--overlong refuse` was asked for, or where
+    one would be left out for its length and none may be (`--strict`)."""
+    fates = [data.fate(split.trains), held_out_fate(data, split, eval_data)]
+    sides = [(data, fates[:1]), (eval_data, fates[1:])] if eval_data else [(data, fates)]
+    for file, some in sides:
+        too_long = sorted(row for fate in some for row in fate.too_long)
+        if file.rule.mode == "refuse" and file.rule.limit is not None and too_long:
+            raise refuse_overlong(len(too_long), file.rule.limit, file.said_rows(too_long)[1])
+        left_out = sorted({row for fate in some for row in (*fate.dropped, *fate.without_answer)})
+        if strict and left_out:
+            rows = "1 row" if len(left_out) == 1 else f"{len(left_out):,} rows"
+            raise InputError(
+                f"{rows} would be left out for length at {_said_limit(file)} "
+                f"({file.said_rows(left_out)[1]})",
+                "shorten them, raise `--max-length`, or leave out `--strict`",
+            )
+
+
+def _said_limit(data: DataFile) -> str:
+    return "any length" if data.rule.limit is None else f"{data.rule.limit:,} tokens"
+
+
+def _lengths_problems(data: DataFile, fate: Fate, side: str = "") -> Iterator[Problem]:
+    """What becomes of rows that are too long, a kind each."""
+    limit = _said_limit(data)
+    splits = data.rule.mode == "split"
+    advice = {
+        "dropped": "shorten them, raise `--max-length`, or take `--overlong truncate` or `split`",
+        "cut": "a pair or a turn of this length is not split: shorten it, or raise `--max-length`"
+        if splits
+        else "raise `--max-length`, or take `--overlong split` or `drop`",
+        "without_answer": "raise `--max-length`: what is asked leaves no room for an answer",
+        "split": "",
+    }
+    for name, kind in LEFT_AS.items():
+        rows = getattr(fate, name)
+        if rows:
+            numbers, where = data.said_rows(rows)
+            yield Problem(
+                kind=side + kind.format(limit=limit),
+                count=len(rows),
+                first_lines=numbers,
+                where=where,
+                left_out=name in ("dropped", "without_answer"),
+                advice=advice[name],
+            )
+
+
+# What happens to rows too long, and how that is called.
+LEFT_AS = {
+    "dropped": "longer than {limit}",
+    "without_answer": "no answer within {limit}",
+    "split": "longer than {limit}, made into several rows",
+    "cut": "longer than {limit}, cut off there",
+}
+
+
+def left_out_for_length(data: DataFile, *fates: Fate) -> Iterator[tuple[Place, str]]:
+    """Every row that is left out, or a part of it, and why; in the file's order."""
+    reasons = {name: LEFT_AS[name].format(limit=_said_limit(data)) for name in _LEFT_OUT}
+    found = {
+        row: f"a part of it: {reasons[name]}" if row in several else reasons[name]
+        for fate in fates
+        for several in [set(fate.split)]
+        for name in _LEFT_OUT
+        for row in getattr(fate, name)
+    }
+    for row in sorted(found):
+        yield (data.survey.files[row], data.survey.numbers[row]), found[row]
+
+
+_LEFT_OUT = ("dropped", "without_answer")
 
 
 def _problems(data: DataFile) -> tuple[Problem, ...]:
@@ -77,10 +188,13 @@ def _warnings(data: DataFile, problems: tuple[Problem, ...]) -> tuple[str, ...]:
     return (*said, *data.notes())
 
 
-def profile_to_dict(profile: DataProfile, max_position_embeddings: int) -> dict[str, Any]:
-    """The object of `data --json` and of a run's data_profile.json."""
+def profile_to_dict(
+    profile: DataProfile, max_position_embeddings: int, max_length: int | None = None
+) -> dict[str, Any]:
+    """The object of `data --json` and of a run's data_profile.json. `max_length`: the one in force,
+    if not the advised."""
     advice = data_advice(profile, max_position_embeddings)
-    max_length = advice["max_length"].value
+    max_length = max_length or int(advice["max_length"].value)
     return {
         "schema": 1,
         "path": profile.path,
@@ -99,7 +213,8 @@ def profile_to_dict(profile: DataProfile, max_position_embeddings: int) -> dict[
         "total_tokens": profile.total_tokens,
         "trained_tokens": profile.trained_tokens,
         "max_length": max_length,
-        "truncated_rows": profile.cut_rows(max_length),
+        "truncated_rows": round(profile.rows_each * profile.train_counts.num_cut),
+        "overlong": profile.overlong_to_dict(max_length),
         "by_max_length": cuts(profile, max_position_embeddings),
         "duplicates": profile.duplicates,
         "tasks": dict(profile.tasks),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -55,6 +55,23 @@ class Row(Struct, frozen=True, kw_only=True):
         if self.chosen or not self.messages or self.messages[-1].role != "assistant":
             return self.messages
         return self.messages[:-1]
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether answers are weighed: one against another (DPO, reward), or alone (KTO)."""
+        return bool(self.chosen) or self.label is not None
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it is a question alone, for a model that answers while it is trained."""
+        return bool(self.messages and not self.chosen and self.messages[-1].role != "assistant")
+
+    def with_chosen_alone(self) -> Row:
+        """A pair's question and chosen answer as a conversation; other rows as they are."""
+        if not self.chosen:
+            return self
+        messages = (*self.messages, *self.chosen)
+        return structs.replace(self, messages=messages, chosen=(), rejected=())
 
     @property
     def answer(self) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 
-from msgspec import Struct
+from msgspec import structs
 
 from ftplan.launcher.data.checks import TextChecks
 from ftplan.launcher.data.lengths import TokenCounter
+from ftplan.launcher.data.overlong import Lengths, Pieces, Rule, text_pieces, turns_apart
+from ftplan.launcher.data.patterns import Segment
 from ftplan.launcher.data.records import FIRST_NUMBERS, Note, Record, merged
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.shapes import SHAPES, Unusable, other_shapes, renamed, row_of, shape_of
@@ -50,52 +52,83 @@ class Trouble:
         self.first = sorted(self.first + other.first)[:FIRST_NUMBERS]
 
 
-class Lengths(Struct, frozen=True):
-    """Tokens of a row, and those of them that carry loss."""
-
-    tokens: int
-    trained: int
-
-
 class RowMeasure:
-    """How long rows are in tokens: exactly by a tokenizer, else by their characters."""
+    """How long rows are in tokens: exactly by a tokenizer, else by their characters.
 
-    def __init__(self, tokenizer: RowTokenizer | None) -> None:
+    `objective`: what rows train, where that is known; else what their shape is for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: RowTokenizer | None,
+        objective: str | None = None,
+        rule: Rule = Rule(),  # noqa: B008 - frozen
+    ) -> None:
         self.tokenizer = tokenizer
+        self.rule = rule
+        self._takes_chosen = objective == "sft"
         self._counter = TokenCounter(tokenizer.tokenizer) if tokenizer else None
 
     def lengths(self, rows: list[Row]) -> list[Lengths]:
-        """Of each row; of a pair, the longer answer's.
+        """Of each row; of a pair, with the longer answer.
 
         Raises InputError for a row that the chat template refuses.
         """
+        rows = [row.with_chosen_alone() if self._takes_chosen else row for row in rows]
         if self.tokenizer is None or self._counter is None:
             return [_estimated(row) for row in rows]
-        versions = [version for row in rows for version in _versions(row)]
-        cut = [self.tokenizer.segments(version) for version in versions]
-        counts = iter(self._counter.counts([s.text for segments in cut for s in segments]))
+        cut = [_sequences(self.tokenizer, row) for row in rows]
+        texts = [s.text for sequences in cut for segments in sequences for s in segments]
+        counts = iter(self._counter.counts(texts))
         found = []
-        for version, segments in zip(versions, cut, strict=True):
-            each = [(next(counts), segment.trained) for segment in segments]
-            opening = self.tokenizer.opening_tokens(version, segments)
-            tokens = opening + sum(count for count, _ in each)
-            found.append(Lengths(tokens, sum(count for count, trained in each if trained)))
-        longest = iter(found)
-        return [_longer([next(longest) for _ in _versions(row)]) for row in rows]
+        for row, sequences in zip(rows, cut, strict=True):
+            opening = self.tokenizer.opening_tokens(row, sequences[0])
+            counted = [[next(counts) for _ in segments] for segments in sequences]
+            if row.is_compared:
+                asked = opening + counted[0][0]
+                answer = max(answer for _, answer in counted)
+                found.append(Lengths(asked + answer, answer, asked))
+            else:
+                trained = [segment.trained for segment in sequences[0]]
+                found.append(_of_segments(opening, counted[0], trained, row.is_prompt))
+        return found
+
+    def pieces(self, row: Row, whole: Lengths) -> list[Lengths]:
+        """Of the rows that it is split into; itself alone where it cannot be split."""
+        row, limit = row.with_chosen_alone() if self._takes_chosen else row, self.rule.limit
+        assert limit is not None, "nothing is too long"
+        if row.text:
+            return text_pieces(whole, self._opening(row), limit)
+        if row.is_compared or row.is_prompt:
+            return [whole]
+        pieces = turns_apart(row, limit, lambda piece: self.lengths([piece])[0].tokens)
+        return self.lengths(pieces) if len(pieces) > 1 else [whole]
+
+    def _opening(self, row: Row) -> int:
+        if self.tokenizer is None:
+            return 0
+        return self.tokenizer.opening_tokens(row, self.tokenizer.segments(row))
 
 
-def _versions(row: Row) -> tuple[Row, ...]:
-    """A pair as two conversations; every other row as it is."""
-    if not row.rejected:
-        return (row,)
-    return tuple(
-        Row(number=row.number, messages=(*row.messages, *answers), tools=row.tools)
-        for answers in (row.chosen, row.rejected)
-    )
+def _sequences(tokenizer: RowTokenizer, row: Row) -> list[list[Segment]]:
+    """The row's text as it is trained on: whole, or with each of the compared answers."""
+    return tokenizer.compared(row) if row.is_compared else [tokenizer.segments(row)]
 
 
-def _longer(lengths: list[Lengths]) -> Lengths:
-    return max(lengths, key=lambda one: one.tokens)
+def _of_segments(
+    opening: int, counts: Sequence[int], trained: Sequence[bool], is_prompt: bool
+) -> Lengths:
+    tokens = opening + sum(counts)
+    if is_prompt:
+        return Lengths(tokens, 0, 0)
+    place, first, carry = opening, tokens, 0
+    for count, carries in zip(counts, trained, strict=True):
+        if carries and count:
+            carry += count
+            if place + count > 1:
+                first = min(first, max(1, place))
+        place += count
+    return Lengths(tokens, carry, first)
 
 
 def estimated_tokens(row: Row) -> int:
@@ -104,20 +137,30 @@ def estimated_tokens(row: Row) -> int:
 
 
 def _estimated(row: Row) -> Lengths:
-    return _longer([_estimated_version(version) for version in _versions(row)])
+    """Of a pair, with the longer answer."""
+    if not row.rejected:
+        return _estimated_version(row)
+    versions = (
+        structs.replace(row, messages=(*row.messages, *answers), chosen=(), rejected=())
+        for answers in (row.chosen, row.rejected)
+    )
+    return max(map(_estimated_version, versions), key=lambda one: one.tokens)
 
 
 def _estimated_version(row: Row) -> Lengths:
     texts = row.texts
     tokens = max(1, round(sum(map(len, texts)) / _CHARACTERS_PER_TOKEN))
-    trained = max(1, round(len(row.answer) / _CHARACTERS_PER_TOKEN))
-    return Lengths(tokens + _TEMPLATE_TOKENS_PER_MESSAGE * len(texts), min(trained, tokens))
+    trained = min(tokens, max(1, round(len(row.answer) / _CHARACTERS_PER_TOKEN)))
+    tokens += _TEMPLATE_TOKENS_PER_MESSAGE * len(texts)
+    first = 0 if row.is_prompt else 1 if row.text else tokens - trained
+    return Lengths(tokens, trained, first)
 
 
 class Survey:
     """What a pass found. Arrays have an entry for each readable row, in the file's order.
 
-    `groups`: 64 bits that rows with the same prompt share. `shapes`: index into SHAPES.
+    `groups`: 64 bits that rows with the same prompt share. `shapes`: index into SHAPES. `tokens`,
+    `trained`, `first`: a row's `Lengths`. `pieces`: of rows that are to be split.
     """
 
     def __init__(self, checks: bool = True) -> None:
@@ -128,6 +171,8 @@ class Survey:
         self.groups = array("Q")
         self.tokens = array("I")
         self.trained = array("I")
+        self.first = array("I")
+        self.pieces = Pieces()
         self.troubles: dict[str, Trouble] = {}
         self.readings: Counter[tuple[str, str]] = Counter()
         self.tasks: Counter[str] = Counter()
@@ -167,9 +212,12 @@ class Survey:
 
     def measure(self, measure: RowMeasure) -> None:
         """The lengths of the rows that were taken since."""
-        for lengths in measure.lengths(self._pending):
+        for row, lengths in zip(self._pending, measure.lengths(self._pending), strict=True):
+            if measure.rule.splits(lengths):
+                self.pieces.add(len(self.tokens), measure.pieces(row, lengths))
             self.tokens.append(lengths.tokens)
             self.trained.append(lengths.trained)
+            self.first.append(lengths.first)
         self._pending = []
 
     def _trouble(self, kind: str, place: Place) -> None:
@@ -184,7 +232,8 @@ class Survey:
     def merge(self, later: Survey) -> None:
         """Add what the next part of the source has."""
         self.num_rows += later.num_rows
-        for name in ("files", "numbers", "shapes", "groups", "tokens", "trained"):
+        self.pieces.merge(later.pieces, rows_before=len(self.tokens))
+        for name in ("files", "numbers", "shapes", "groups", "tokens", "trained", "first"):
             getattr(self, name).extend(getattr(later, name))
         for kind, trouble in later.troubles.items():
             self.troubles.setdefault(kind, Trouble()).merge(trouble)

@@ -7,15 +7,16 @@ before every text (Llama's, Gemma's), so do we; a chat template writes its own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from msgspec import Struct, structs
 
 from ftplan.launcher.data.patterns import Patterns, Segment
-from ftplan.launcher.data.rows import Message, Messages, Row
+from ftplan.launcher.data.rows import Message, Messages, Role, Row
 from ftplan.planner.errors import InputError
 
 PLAIN_HEADINGS = {
@@ -24,6 +25,8 @@ PLAIN_HEADINGS = {
     "assistant": "Response",
     "tool": "Tool",
 }
+
+PLAIN_ROLES: tuple[Role, ...] = get_args(Role)
 
 _ROWS_AT_ONCE = 256
 
@@ -56,12 +59,22 @@ class RowTokenizer:
         self.tokenizer = tokenizer
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
         template = getattr(tokenizer, "chat_template", None)
-        self._patterns = Patterns(template if isinstance(template, str) else None)
+        self._template = template if isinstance(template, str) else None
+        self._patterns = Patterns(self._template)
+        self._pair_patterns: dict[int, Patterns] = {}  # by how many messages are the prompt
 
     @property
     def template(self) -> str:
         """What the template is, for a person."""
         return "the tokenizer's chat template" if self.has_chat_template else "plain headings"
+
+    @property
+    def template_text(self) -> str:
+        """The template in force, whole: the tokenizer's, or a conversation under plain headings."""
+        if not self.has_chat_template:
+            return self.render([Message(role, role) for role in PLAIN_ROLES], ask=True)
+        template = self.tokenizer.chat_template
+        return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
     def tokenize(
         self, rows: Sequence[Row], progress: Callable[[int], None] = lambda done: None
@@ -75,7 +88,7 @@ class RowTokenizer:
     def _tokenize_chunk(self, rows: Sequence[Row]) -> Iterator[TokenRow]:
         cut = [self.segments(row) for row in rows]
         texts = [segment.text for segments in cut for segment in segments]
-        ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        ids = iter(self.ids(texts))
         for row, segments in zip(rows, cut, strict=True):
             input_ids: list[int] = []
             mask: list[int] = []
@@ -91,18 +104,52 @@ class RowTokenizer:
 
         Raises InputError as `segments` does.
         """
-        wanted = row.chosen or row.messages[len(row.prompt) :]
-        prompt, chosen = self._asked_and_answer(row, wanted)
-        rejected = self._asked_and_answer(row, row.rejected)[1] if row.rejected else []
-        return TokenPair(prompt, chosen, rejected)
+        (pair,) = self.pairs([row])
+        return pair
 
-    def _asked_and_answer(self, row: Row, answers: Messages) -> tuple[list[int], list[int]]:
+    def pairs(self, rows: Sequence[Row]) -> list[TokenPair]:
+        """Of each row as `pair`."""
+        cut = [self.compared(row) for row in rows]
+        texts = [segment.text for answers in cut for segments in answers for segment in segments]
+        ids = iter(self.ids(texts))
+        made = []
+        for row, answers in zip(rows, cut, strict=True):
+            (prompt, wanted), *others = [[next(ids) for _ in segments] for segments in answers]
+            rejected = others[0][1] if others else []
+            made.append(TokenPair(self._opening(row.prompt, prompt) + prompt, wanted, rejected))
+        return made
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's tokens, without those that the tokenizer adds to a text."""
+        if not texts:
+            return []
+        found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return found
+
+    def compared(self, row: Row) -> list[list[Segment]]:
+        """What preference training compares: the prompt with the wanted answer, and with the other
+        one, if any; two segments each. The prompt of the first is everybody's.
+
+        Raises InputError as `segments` does.
+        """
+        wanted = row.chosen or row.messages[len(row.prompt) :]
+        pairs = [wanted, row.rejected] if row.rejected else [wanted]
         try:
-            asked, answered = self._last_answers(row.prompt, answers, row.tools)
+            return [self._asked_and_answer(row, answers) for answers in pairs]
         except InputError as error:
             raise _of_row(row, error) from error
-        ids = self.tokenizer([asked.text, answered.text], add_special_tokens=False)["input_ids"]
-        return self._opening(row.prompt, ids[0]) + ids[0], ids[1]
+
+    def _asked_and_answer(self, row: Row, answers: Messages) -> list[Segment]:
+        asked = len(row.prompt)
+        whole = structs.replace(row, messages=(*row.prompt, *answers), chosen=(), rejected=())
+
+        def render(row: Row) -> list[Segment]:
+            return self._last_answers(row.messages[:asked], row.messages[asked:], row.tools)
+
+        if not self.has_chat_template:
+            return render(whole)
+        patterns = self._pair_patterns.setdefault(asked, Patterns(self._template))
+        return patterns.segments(whole, render)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The tokens of a prompt up to where its answer begins, as in training."""
@@ -139,10 +186,7 @@ class RowTokenizer:
         end = self.tokenizer.eos_token or ""
         if row.text:
             return [Segment(row.text + end, True)]
-        if row.chosen:
-            row = structs.replace(
-                row, messages=(*row.messages, *row.chosen), chosen=(), rejected=()
-            )
+        row = row.with_chosen_alone()
         if not self.has_chat_template:
             return self._plain_segments(row.messages, end)
         try:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ftplan.launcher.ui import bar, table
 from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.overlong import said_counts
 from ftplan.planner.units import format_count
 
 if TYPE_CHECKING:
@@ -50,14 +51,23 @@ def data_table(profile: DataProfile, template: str) -> Table:
             f"mean {lengths['mean']:.0f}, 95 % up to {lengths['p95']:,}, "
             f"99 % up to {lengths['p99']:,}; {measured}",
         ],
-        [
-            "tokens",
-            f"{format_count(profile.total_tokens)} to train on, {100 * loss:.0f} % of them answers",
-        ],
+        ["tokens", _said_tokens(profile, loss)],
     ]
+    for counts, side in ((profile.train_counts, ""), (profile.eval_counts, "held out: ")):
+        if said := said_counts(counts, profile.limit):
+            rows.append(["too long", side + said])
     if template:
         rows.append(["template", template])
     return table("Data", ("", "what was found"), rows)
+
+
+def _said_tokens(profile: DataProfile, loss: float) -> str:
+    share = f", {100 * loss:.0f} % of them answers"
+    total = format_count(profile.total_tokens)
+    if not profile.train_counts.changes:
+        return f"{total} to train on{share}"
+    left = format_count(round(profile.rows_each * profile.train_counts.num_tokens))
+    return f"{left} to train on; before, {total}{share}"
 
 
 def problems_table(profile: DataProfile) -> Table:
@@ -87,7 +97,7 @@ def histogram(profile: DataProfile) -> Table:
         [
             f"{number * step + 1:,} to {(number + 1) * step:,}"
             if number < _BINS
-            else f"more, up to {profile.longest:,}",
+            else f"more, up to {profile.lengths[0]:,}",
             f"{count:,}",
             bar(count / most) if count else "",
         ]

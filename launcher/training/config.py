@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from ftplan.launcher.data.hashes import RowHashes
 from ftplan.launcher.run_dir import RunDir, read_mapping
 from ftplan.planner.errors import InputError
 
@@ -27,6 +28,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     data: DataConfig
     eval_data: DataConfig | None
     test_share: float
+    overlong: str
+    hashes: RowHashes
     method: str
     method_settings: Mapping[str, Any]
     loss: str
@@ -35,6 +38,10 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     @property
     def objective(self) -> str:
         return str(self.method_settings["objective"])
+
+    @property
+    def max_length(self) -> int:
+        return int(self.training_arguments["max_length"])
 
     @property
     def is_quantized(self) -> bool:
@@ -80,6 +87,8 @@ def read_train_config(run: RunDir) -> TrainConfig:
             data=_data_config(run, raw["data"]),
             eval_data=_data_config(run, raw["eval_data"]) if raw["eval_data"] else None,
             test_share=raw["test_share"],
+            overlong=raw["overlong"],
+            hashes=_hashes(raw["hashes"]),
             method=raw["method"],
             method_settings=raw["method_settings"],
             loss=checked_loss(raw["loss"], raw["trainer"]),
@@ -87,6 +96,10 @@ def read_train_config(run: RunDir) -> TrainConfig:
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error
+
+
+def _hashes(raw: Mapping[str, str]) -> RowHashes:
+    return RowHashes(**{name: raw[name] for name in RowHashes.__struct_fields__})
 
 
 def _data_config(run: RunDir, raw: Mapping[str, Any]) -> DataConfig:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from msgspec import Struct
+from msgspec import Struct, field
 from transformers import set_seed
 
 from ftplan.launcher.data.rows import Row
@@ -30,9 +29,10 @@ from ftplan.launcher.training.measure import (
     measured_memory,
 )
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
-from ftplan.launcher.training.rows import TrainingRows, read_rows, sample_row, training_rows
+from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.methods import resolve_method
+from ftplan.planner.overlong import overlong_to_dict
 
 SAMPLE_NEW_TOKENS = 64
 
@@ -57,11 +57,18 @@ class _Session(Struct):
     recorder: CpuAllocationRecorder
     stop_status: int | None = None
     training: bool = False
+    told: float = field(default_factory=time.monotonic)
 
     def say(self, stage: str, **details: Any) -> None:
         """Tell the launcher what is going on."""
         if os.environ.get("RANK", "0") == "0":
             write_json(self.run.status, {"stage": stage, "pid": os.getpid(), **details})
+
+    def tell_rows(self, done: int, of: int) -> None:
+        """How many rows have been put into tokens; once a second."""
+        if time.monotonic() - self.told > 1:
+            self.told = time.monotonic()
+            self.say("reading the data", rows=done, of_rows=of)
 
     def on_signal(self, number: int, frame: object) -> None:
         status = 128 + number
@@ -87,24 +94,23 @@ def train(run: RunDir, *, resume: bool) -> int:
     except Stopped as stopped:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return stopped.exit_status
+    finally:
+        remove_token_files(run.tokens)
 
 
 def _train(session: _Session, *, resume: bool, started: float) -> int:
     run, config = session.run, session.config
     session.say("reading the data")
-    rows = read_rows(config)
-    tokenizer, limit = session.tokenizer, config.training_arguments["max_length"]
-    train_rows = training_rows(tokenizer, rows.train, config.objective, limit)
-    eval_rows = training_rows(tokenizer, rows.held_out, config.objective, limit)
+    rows = read_rows(config, session.tokenizer, run.tokens, session.tell_rows)
     session.say("loading the model")
-    trainer = build_trainer(session, train_rows, eval_rows)
+    trainer = build_trainer(session, rows.train, rows.held_out)
     loaded = time.time()
     checkpoint = run.last_checkpoint() if resume else None
     if checkpoint:
         forget_steps_after(run, checkpoint)
     before = _earlier_evaluation(run) if checkpoint else None
     if before is None:
-        before = _evaluate(session, trainer, "before", rows.held_out)
+        before = _evaluate(session, trainer, "before", rows.sample)
     write_json(run.environment, environment())
     session.say("training", step=trainer.state.global_step)
     began = time.time()
@@ -116,7 +122,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return session.stop_status
     memory = measured_memory(session.recorder)
-    after = _evaluate(session, trainer, "after", rows.held_out)
+    after = _evaluate(session, trainer, "after", rows.sample)
     session.say("saving")
     output = save(session, trainer)
     if trainer.is_world_process_zero():
@@ -125,7 +131,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         plot_loss(run)
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started
-        record = make_record(session, trainer, before, after, memory, seconds, output)
+        record = make_record(session, trainer, rows, before, after, memory, seconds, output)
         write_json(run.record, record)
         session.say("finished")
     return 0
@@ -142,15 +148,16 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     common = {
         "model": model,
         "args": arguments,
-        "train_dataset": Dataset.from_list(train_rows.rows),
-        "eval_dataset": Dataset.from_list(eval_rows.rows),
+        "train_dataset": train_rows.dataset,
+        "eval_dataset": eval_rows.dataset,
+        "row_lengths": train_rows.lengths,
         "processing_class": session.tokenizer.tokenizer,
         "peft_config": peft_config,
         "callbacks": [session.reporter],
     }
     own = TRAININGS[objective].trainer
     trainer: Any = (
-        PlannedTrainer(row_lengths=train_rows.lengths, stock_loss=config.loss == "stock", **common)
+        PlannedTrainer(stock_loss=config.loss == "stock", **common)
         if own is None
         else own(**common)
     )
@@ -163,8 +170,9 @@ def planned_arguments(
     objective: str, training_arguments: Mapping[str, Any], output_dir: str
 ) -> Any:
     """The configuration of the objective's trainer."""
-    if objective == "sft":
-        return sft_arguments(training_arguments, output_dir)
+    if objective == "sft":  # rows come in tokens, with their labels
+        as_they_are = {"skip_prepare_dataset": True}
+        return sft_arguments(training_arguments, output_dir, dataset_kwargs=as_they_are)
     return trainer_arguments(objective, training_arguments, output_dir)
 
 
@@ -176,13 +184,12 @@ def sft_arguments(training_arguments: Mapping[str, Any], output_dir: str, **more
 
 
 def _evaluate(
-    session: _Session, trainer: PlannedTrainer, when: str, held_out: tuple[Row, ...]
+    session: _Session, trainer: PlannedTrainer, when: str, row: Row | None
 ) -> dict[str, Any]:
     """Loss on the held-out rows, and a sample answer; kept in metrics.jsonl for a resume."""
     session.say(f"evaluating {when} training")
     loss = trainer.evaluate()["eval_loss"]
     session.say(f"answering a held-out question {when} training")
-    row = sample_row(held_out)
     speaks = session.config.objective != "reward"  # that model gives a number
     answer = generate_answer(trainer, session.tokenizer, row) if row and speaks else None
     result = {
@@ -244,6 +251,7 @@ def save(session: _Session, trainer: PlannedTrainer) -> str:
 def make_record(
     session: _Session,
     trainer: PlannedTrainer,
+    rows: RunRows,
     before: dict[str, Any],
     after: dict[str, Any],
     memory: dict[str, int | None],
@@ -252,20 +260,21 @@ def make_record(
 ) -> dict[str, Any]:
     """record.json: predicted beside measured, evaluation before and after, what was made."""
     plan = session.run.read_plan()
-    rows = [row for row in session.run.metric_rows() if "step" in row]
-    tokens = sum(row["tokens"] for row in rows)
-    spent = sum(row["seconds"] for row in rows)
+    config = session.config
+    steps = [row for row in session.run.metric_rows() if "step" in row]
+    tokens = sum(row["tokens"] for row in steps)
+    spent = sum(row["seconds"] for row in steps)
     return {
         "schema": 1,
         "name": session.run.root.name,
         "model": plan["model"],
-        "method": session.config.method,
+        "method": config.method,
         "num_trainable_parameters": count_trainable(trainer.model),
         "steps": trainer.state.global_step,
         "predicted": plan["predicted"],
         "measured": {
             **memory,
-            "step_seconds": mean_step_seconds([row["seconds"] for row in rows]),
+            "step_seconds": mean_step_seconds([row["seconds"] for row in steps]),
             "tokens_per_second_per_gpu": tokens / spent if spent else None,
             "train_seconds": spent,
             "seconds": seconds,
@@ -281,7 +290,12 @@ def make_record(
             "before": before["answer"],
             "after": after["answer"],
         },
-        "data_sha256": session.config.data.sha256,
+        "overlong": overlong_to_dict(
+            config.overlong, config.max_length, rows.train.counts, rows.held_out.counts
+        ),
+        "data_sha256": config.data.sha256,
+        "eval_data_sha256": config.eval_data.sha256 if config.eval_data else None,
+        **rows.hashes.to_dict(),
         "output": output,
     }
 

@@ -22,9 +22,10 @@ from trl import (
 )
 
 from ftplan.launcher.training.arguments import launched_arguments
+from ftplan.launcher.training.order import PlannedOrder
 
 
-class TokenizedRows:
+class TokenizedRows(PlannedOrder):
     """For TRL's trainers that tokenize rows themselves: these come tokenized."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
@@ -37,7 +38,10 @@ class PlannedDPOTrainer(TokenizedRows, DPOTrainer):
 
 class PlannedKTOTrainer(TokenizedRows, KTOTrainer):
     """Rows have `prompt_ids`, `completion_ids`, `KL_completion_ids` (those of another row of the
-    same micro-batch) and `label`."""
+    same micro-batch) and `label`. They are taken as they stand, so that micro-batches are those."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return KTOTrainer._get_train_sampler(self, train_dataset)
 
 
 class PlannedRewardTrainer(TokenizedRows, RewardTrainer):

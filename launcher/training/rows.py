@@ -1,49 +1,107 @@
-"""The rows of a run: read as they were profiled, split alike, and put into tokens."""
+"""The rows of a run: read as they were profiled, split alike, and put into tokens on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, structs, to_builtins
+from datasets import Dataset
+from msgspec import Struct
 
 from ftplan.launcher.data.data_file import DataFile, read_data
+from ftplan.launcher.data.hashes import RowHashes, row_hashes
+from ftplan.launcher.data.overlong import Lengths, Rule, Tally, text_sizes, turns_apart
 from ftplan.launcher.data.profiling import make_split
 from ftplan.launcher.data.rows import Row
-from ftplan.launcher.data.split import MAX_EVAL_ROWS
-from ftplan.launcher.data.tokens import RowTokenizer, TokenRow
+from ftplan.launcher.data.split import MAX_EVAL_ROWS, Split
+from ftplan.launcher.data.survey import group_of
+from ftplan.launcher.data.tokens import RowTokenizer, TokenPair, TokenRow
 from ftplan.launcher.training.config import DataConfig, TrainConfig
+from ftplan.launcher.training.token_file import (
+    COLUMNS,
+    TokenFile,
+    mapped,
+    with_mismatched_answers,
+)
+from ftplan.planner.batching import training_order
 from ftplan.planner.errors import InputError
+from ftplan.planner.overlong import RowCounts, refuse_overlong
 
+# Rows that are put into tokens at once.
+_ROWS_AT_ONCE = 256
 
-class RunRows(Struct, frozen=True):
-    """Rows to train on, and rows that are evaluated before and after."""
-
-    train: tuple[Row, ...]
-    held_out: tuple[Row, ...]
+_NO_LOSS = -100  # the label of a token without loss: torch's `ignore_index`
 
 
 class TrainingRows(Struct, frozen=True):
-    """Rows as the objective's trainer takes them, and each one's tokens."""
+    """Rows as the objective's trainer takes them, each one's tokens, and what was done to them."""
 
-    rows: list[dict[str, Any]]
-    lengths: list[int]
+    dataset: Dataset
+    lengths: Sequence[int]
+    counts: RowCounts
 
 
-def read_rows(config: TrainConfig) -> RunRows:
-    """Raises InputError where the data is not what was profiled."""
+class RunRows(Struct, frozen=True):
+    """Rows to train on, rows that are evaluated before and after, and the one that is shown: the
+    shortest question with its answer, None for plain text."""
+
+    train: TrainingRows
+    held_out: TrainingRows
+    sample: Row | None
+    hashes: RowHashes
+
+
+def read_rows(
+    config: TrainConfig,
+    tokenizer: RowTokenizer,
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> RunRows:
+    """Rows as tokens, in files of `folder`; `progress` is told how many of how many rows are done.
+
+    Raises InputError where the data, or what is made of it, is not what was profiled.
+    """
     data = _read_checked(config.data, config.objective)
-    held_out = _read_checked(config.eval_data, config.objective) if config.eval_data else None
-    split = make_split(data, held_out, config.test_share)
-    return RunRows(
-        train=tuple(data.rows(split.trains)),
-        held_out=tuple(
-            islice(held_out.rows(), MAX_EVAL_ROWS)
-            if held_out
-            else data.rows(lambda group: group in split.held_out)
-        ),
+    eval_data = _read_checked(config.eval_data, config.objective) if config.eval_data else None
+    split = make_split(data, eval_data, config.test_share)
+    hashes = row_hashes(data, split, eval_data, tokenizer)
+    if differing := hashes.differing(config.hashes):
+        raise InputError(
+            f"the run is not the one that was planned: {differing}",
+            "plan again with `ftplan auto`, or put back what has changed",
+        )
+    train, held_out = (
+        _Side(config, tokenizer, folder / f"{side}-{_rank()}.arrow")
+        for side in ("train", "held-out")
     )
+    shown = _Shortest()
+    with train.file, held_out.file, _all_cores():
+        num_rows = len(data.groups())
+        for done, row in enumerate(_rows(data, split), start=1):
+            if group_of(row) in split.held_out:
+                shown.take(row)
+                held_out.take(row)
+            else:
+                train.take(row)
+            if done % _ROWS_AT_ONCE == 0:
+                progress(done, num_rows)
+        for row in islice(eval_data.rows(), MAX_EVAL_ROWS) if eval_data else ():
+            shown.take(row)
+            held_out.take(row)
+        train.flush()
+        held_out.flush()
+    return RunRows(
+        train.finished(shuffled=True), held_out.finished(shuffled=False), shown.row, hashes
+    )
+
+
+def _rows(data: DataFile, split: Split) -> Iterator[Row]:
+    return data.rows(lambda group: group not in split.test)
 
 
 def _read_checked(config: DataConfig, objective: str) -> DataFile:
@@ -56,99 +114,214 @@ def _read_checked(config: DataConfig, objective: str) -> DataFile:
     return data
 
 
-def training_rows(
-    tokenizer: RowTokenizer, rows: Sequence[Row], objective: str, limit: int
-) -> TrainingRows:
-    """Token rows cut at `limit`; rows without a trained token left are dropped.
-
-    Raises InputError when nothing is left.
-    """
-    made = {
-        "sft": _answered,
-        "dpo": _pairs,
-        "reward": _scored,
-        "kto": _labelled,
-    }[objective](tokenizer, rows, limit)
-    if not made.rows:
-        raise InputError(
-            f"cut at {limit} tokens, no row has an answer left", "raise `--max-length`"
-        )
-    return made
+def _rank() -> int:
+    """Of this process among those of a run: each has token files of its own."""
+    return int(os.environ.get("RANK", "0"))
 
 
-def _answered(tokenizer: RowTokenizer, rows: Sequence[Row], limit: int) -> TrainingRows:
-    as_answered = [_chosen_alone(row) for row in rows]
-    cut = [
-        TokenRow(row.input_ids[:limit], row.completion_mask[:limit])
-        for row in tokenizer.tokenize(as_answered)
-    ]
-    kept = [row for row in cut if any(row.completion_mask[1:])]
-    return TrainingRows([to_builtins(row) for row in kept], [len(row.input_ids) for row in kept])
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let the tokenizer take all cores, which the launcher forbids for the rest of the run; where
+    several processes tokenize side by side, one each."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = str(int(os.environ.get("WORLD_SIZE", "1")) == 1).lower()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
-def _chosen_alone(row: Row) -> Row:
-    """A pair's question and chosen answer."""
-    if not row.chosen:
-        return row
-    return structs.replace(row, messages=(*row.messages, *row.chosen), chosen=(), rejected=())
+class _Shortest:
+    """The conversation whose question and answer are shortest together."""
+
+    def __init__(self) -> None:
+        self.row: Row | None = None
+        self._length = 0
+
+    def take(self, row: Row) -> None:
+        length = sum(map(len, row.texts))
+        if row.messages and (self.row is None or length < self._length):
+            self.row, self._length = row, length
 
 
-def _pairs(tokenizer: RowTokenizer, rows: Sequence[Row], limit: int) -> TrainingRows:
-    made, lengths = [], []
-    for row in rows:
-        pair = tokenizer.pair(row)
-        room = limit - len(pair.prompt_ids)
-        if room < 1:
-            continue
-        one = to_builtins(pair)
-        for name in ("chosen_ids", "rejected_ids"):
-            one[name] = one[name][:room]
-        made.append(one)
-        lengths.append(len(pair.prompt_ids) + max(len(one["chosen_ids"]), len(one["rejected_ids"])))
-    return TrainingRows(made, lengths)
+class _Side:
+    """Rows of one side of the split on their way into a file."""
+
+    def __init__(self, config: TrainConfig, tokenizer: RowTokenizer, path: Path) -> None:
+        self.config = config
+        self.tally = Tally(Rule(config.overlong, config.max_length))
+        self.file = TokenFile(path, COLUMNS[config.objective])
+        self.make = MAKERS[config.objective](tokenizer, self.tally)
+        self._pending: list[Row] = []
+
+    def take(self, row: Row) -> None:
+        self._pending.append(row)
+        if len(self._pending) == _ROWS_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        made = list(self.make.rows(self._pending))
+        self.file.write([row for row, _ in made], (length for _, length in made))
+        self._pending = []
+
+    def finished(self, *, shuffled: bool) -> TrainingRows:
+        """Raises InputError when nothing is left."""
+        counts, limit = self.tally.counts, self.config.max_length
+        if self.tally.rule.mode == "refuse" and counts.num_too_long:
+            raise refuse_overlong(counts.num_too_long, limit, "`ftplan data` says which")
+        if not counts.num_rows_left:
+            raise InputError(
+                f"at {limit} tokens, no row has an answer left", "raise `--max-length`"
+            )
+        dataset, lengths = mapped(self.file.path), self.file.lengths
+        if self.config.objective == "kto":
+            return self._paired(dataset, lengths, shuffled=shuffled)
+        return TrainingRows(dataset, lengths, counts)
+
+    def _paired(self, dataset: Dataset, lengths: array[int], *, shuffled: bool) -> TrainingRows:
+        """KTO's rows, which its trainer takes in the order in which they stand: that of training's
+        first pass, then, is that of all."""
+        settings = self.config.training_arguments
+        size = settings["per_device_train_batch_size"]
+        order = list(range(len(lengths)))
+        if shuffled:
+            together = size * int(os.environ.get("WORLD_SIZE", "1"))
+            steps = settings["gradient_accumulation_steps"]
+            order = training_order(lengths, together, steps, settings["seed"], epoch=0)
+        path = self.file.path.with_suffix(".paired.arrow")
+        paired = with_mismatched_answers(dataset, order, size, path)
+        self.file.path.unlink()
+        return TrainingRows(paired, [lengths[row] for row in order], self.tally.counts)
 
 
-def _scored(tokenizer: RowTokenizer, rows: Sequence[Row], limit: int) -> TrainingRows:
-    """Whole conversations; with the margin where every row has one."""
-    has_margins = all(row.margin is not None for row in rows)
-    made, lengths = [], []
-    for row in rows:
-        pair = tokenizer.pair(row)
-        one: dict[str, Any] = {
-            "chosen_ids": (pair.prompt_ids + pair.chosen_ids)[:limit],
-            "rejected_ids": (pair.prompt_ids + pair.rejected_ids)[:limit],
+Made = tuple[dict[str, Any], int]
+"""A row of a trainer, and its length."""
+
+
+class _Maker:
+    """What an objective makes of rows. `tally` decides which are left, and how much of them."""
+
+    def __init__(self, tokenizer: RowTokenizer, tally: Tally) -> None:
+        self.tokenizer = tokenizer
+        self.tally = tally
+
+    def rows(self, rows: Sequence[Row]) -> Iterator[Made]:
+        raise NotImplementedError
+
+
+class _Answered(_Maker):
+    """Of pairs, the chosen answer."""
+
+    def rows(self, rows: Sequence[Row]) -> Iterator[Made]:
+        answered = [row.with_chosen_alone() for row in rows]
+        for row, whole in zip(answered, self.tokenizer.tokenize(answered), strict=True):
+            length = _lengths(whole)
+            pieces = self._pieces(row, whole) if self.tally.rule.splits(length) else [whole]
+            lefts = self.tally.take(length, [_lengths(piece) for piece in pieces])
+            for piece, left in zip(pieces, lefts, strict=True):
+                if left:
+                    yield (
+                        {"input_ids": piece.input_ids[:left], "labels": _labels(piece, left)},
+                        left,
+                    )
+
+    def _pieces(self, row: Row, whole: TokenRow) -> list[TokenRow]:
+        limit = self.tally.rule.limit
+        assert limit is not None, "a run has a longest row"
+        if row.text:
+            opening = self.tokenizer.opening_tokens(row, self.tokenizer.segments(row))
+            return _text_pieces(whole, opening, limit)
+        pieces = turns_apart(row, limit, lambda piece: len(self._tokens(piece).input_ids))
+        return list(self.tokenizer.tokenize(pieces)) if len(pieces) > 1 else [whole]
+
+    def _tokens(self, row: Row) -> TokenRow:
+        return next(self.tokenizer.tokenize([row]))
+
+
+def _text_pieces(whole: TokenRow, opening: int, limit: int) -> list[TokenRow]:
+    """Each begins as the whole text does, with the tokenizer's first token."""
+    head, pieces, begin = whole.input_ids[:opening], [], opening
+    for size in text_sizes(len(whole.input_ids), opening, limit):
+        text = whole.input_ids[begin : begin + size]
+        pieces.append(TokenRow(head + text, [0] * opening + [1] * size))
+        begin += size
+    return pieces
+
+
+def _lengths(row: TokenRow) -> Lengths:
+    tokens, mask = len(row.input_ids), row.completion_mask
+    first = mask.index(1, 1) if 1 in mask[1:] else tokens
+    return Lengths(tokens, sum(mask), first)
+
+
+def _labels(row: TokenRow, length: int) -> list[int]:
+    tokens = zip(row.input_ids[:length], row.completion_mask, strict=False)
+    return [token if carries else _NO_LOSS for token, carries in tokens]
+
+
+class _Compared(_Maker):
+    """Pairs, and answers that are judged alone."""
+
+    def rows(self, rows: Sequence[Row]) -> Iterator[Made]:
+        for row, pair in zip(rows, self.tokenizer.pairs(rows), strict=True):
+            answer = max(len(pair.chosen_ids), len(pair.rejected_ids))
+            whole = Lengths(len(pair.prompt_ids) + answer, answer, len(pair.prompt_ids))
+            (left,) = self.tally.take(whole, [whole])
+            if left:
+                yield self.columns(row, pair, left), left
+
+    def columns(self, row: Row, pair: TokenPair, left: int) -> dict[str, Any]:
+        """The trainer's columns, of `left` tokens at most. Prompts are shorter than that."""
+        room = left - len(pair.prompt_ids)
+        return {
+            "prompt_ids": pair.prompt_ids,
+            "chosen_ids": pair.chosen_ids[:room],
+            "rejected_ids": pair.rejected_ids[:room],
         }
-        if has_margins:
-            one["margin"] = row.margin
-        made.append(one)
-        lengths.append(max(len(one["chosen_ids"]), len(one["rejected_ids"])))
-    return TrainingRows(made, lengths)
 
 
-def _labelled(tokenizer: RowTokenizer, rows: Sequence[Row], limit: int) -> TrainingRows:
-    """Each beside the answer of the row before it, from which the KL term is estimated."""
-    pairs = [tokenizer.pair(row) for row in rows]
-    made, lengths = [], []
-    for number, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
-        room = limit - len(pair.prompt_ids)
-        if room < 1:
-            continue
-        made.append(
-            {
-                "prompt_ids": pair.prompt_ids,
-                "completion_ids": pair.chosen_ids[:room],
-                "KL_completion_ids": pairs[number - 1].chosen_ids[:room],
-                "label": bool(row.label),
-            }
-        )
-        lengths.append(len(pair.prompt_ids) + min(room, len(pair.chosen_ids)))
-    return TrainingRows(made, lengths)
+class _Scored(_Compared):
+    """Whole conversations; with the margin where every row has one."""
+
+    def columns(self, row: Row, pair: TokenPair, left: int) -> dict[str, Any]:
+        return {
+            "chosen_ids": (pair.prompt_ids + pair.chosen_ids)[:left],
+            "rejected_ids": (pair.prompt_ids + pair.rejected_ids)[:left],
+            "margin": row.margin,
+        }
 
 
-def sample_row(held_out: Iterable[Row]) -> Row | None:
-    """The conversation whose question and answer are shortest together; None for plain text."""
-    return min(
-        (row for row in held_out if row.messages),
-        key=lambda row: sum(map(len, row.texts)),
-        default=None,
-    )
+class _Labelled(_Compared):
+    """The answer stays longer than the row has room for, as it may be put to a shorter question;
+    TRL's collator cuts it at `max_length`."""
+
+    def columns(self, row: Row, pair: TokenPair, left: int) -> dict[str, Any]:
+        return {
+            "prompt_ids": pair.prompt_ids,
+            "completion_ids": pair.chosen_ids[: self.tally.rule.limit],
+            "label": bool(row.label),
+        }
+
+
+MAKERS: dict[str, type[_Maker]] = {
+    "sft": _Answered,
+    "dpo": _Compared,
+    "reward": _Scored,
+    "kto": _Labelled,
+}
+
+
+def remove_token_files(folder: Path) -> None:
+    """This process's; and the folder after the last of them."""
+    for path in _files_of(folder):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _files_of(folder: Path) -> Iterable[Path]:
+    return folder.glob(f"*-{_rank()}.*arrow")

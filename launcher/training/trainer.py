@@ -1,79 +1,35 @@
-"""TRL's SFTTrainer with the planned order of rows, and the callback that reports each step."""
+"""TRL's SFTTrainer as runs use it, and the callback that reports each step."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training.measure import PROFILED_STEPS, CpuAllocationRecorder
-from ftplan.planner.batching import training_order
+from ftplan.launcher.training.order import PlannedOrder
 
 
-class PlannedSampler(Sampler[int]):
-    """Rows in `planner.batching.training_order`; the same on every rank and every resume."""
-
-    def __init__(
-        self, lengths: list[int], batch_size: int, accumulation_steps: int, seed: int
-    ) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.accumulation_steps = accumulation_steps
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(
-            training_order(
-                self.lengths, self.batch_size, self.accumulation_steps, self.seed, self.epoch
-            )
-        )
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-
-class PlannedTrainer(SFTTrainer):
-    """Trains in the planned order and counts the tokens that each step computes on.
+class PlannedTrainer(PlannedOrder, SFTTrainer):
+    """Plain fine-tuning in the planned order.
 
     `stock_loss`: the loss from the full logits, as transformers computes it, instead of TRL's
     fused output projection.
     """
 
-    def __init__(
-        self, *args: Any, row_lengths: list[int], stock_loss: bool = False, **kwargs: Any
-    ) -> None:
-        self.row_lengths = row_lengths
+    def __init__(self, *args: Any, stock_loss: bool = False, **kwargs: Any) -> None:
         self.stock_loss = stock_loss
-        self.step_tokens = 0
         super().__init__(*args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> PlannedSampler:
-        return PlannedSampler(
-            self.row_lengths,
-            self.args.per_device_train_batch_size * self.args.world_size,
-            self.args.gradient_accumulation_steps,
-            self.args.seed,
-        )
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self.stock_loss:
             return Trainer.compute_loss(self, *args, **kwargs)
         return super().compute_loss(*args, **kwargs)
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.step_tokens += inputs["input_ids"].numel()
-        return super().training_step(model, inputs, *args, **kwargs)
 
 
 class StepReporter(TrainerCallback):

@@ -1,0 +1,61 @@
+"""The order of rows that all trainers share, and the tokens that a step computes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from ftplan.planner.batching import training_order
+
+
+class PlannedSampler(Sampler[int]):
+    """Rows in `planner.batching.training_order`; the same on every rank and every resume."""
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, accumulation_steps: int, seed: int
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.accumulation_steps = accumulation_steps
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(
+            training_order(
+                self.lengths, self.batch_size, self.accumulation_steps, self.seed, self.epoch
+            )
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class PlannedOrder:
+    """For trainers of transformers. `row_lengths`: tokens of each row; None, and the trainer takes
+    rows in its own order. `step_tokens`: padding included, since it was last set to 0."""
+
+    def __init__(self, *args: Any, row_lengths: Sequence[int] | None = None, **kwargs: Any) -> None:
+        self.row_lengths = row_lengths
+        self.step_tokens = 0
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        trainer: Any = self
+        if self.row_lengths is None:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        return PlannedSampler(
+            self.row_lengths,
+            trainer.args.per_device_train_batch_size * trainer.args.world_size,
+            trainer.args.gradient_accumulation_steps,
+            trainer.args.seed,
+        )
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.step_tokens += inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
