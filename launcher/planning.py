@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.goals import ANY_PLAN, Limits, Wanted, why_not
 from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.host_verdict import lacking_disk, lacking_ram
+from ftplan.planner.ladder import Rung, ladder, more_gpus
 from ftplan.planner.memory import needed_bytes
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan, check_setting
@@ -211,7 +213,7 @@ def make_plan(
     profile = profile_data(data, split, eval_data)
     ranking = offer.ranking(source.spec, profile)
     if ranking.best is None:
-        raise does_not_fit(source, profile, offer, ranking)
+        raise refusal(ui, source, profile, offer, ranking)
     chosen = ranking.best
     device = chosen.device
     if device.kind == "cpu":
@@ -423,36 +425,89 @@ def _fetch(ui: Ui, hub_id: str) -> Path:
         ) from error
 
 
-def does_not_fit(
-    source: ModelSource,
-    profile: DataProfile,
-    offer: Offer,
-    ranking: Ranking,
+def refusal(
+    ui: Ui, source: ModelSource, profile: DataProfile, offer: Offer, ranking: Ranking
 ) -> DoesNotFitError:
-    """By how much it misses, and what would fit."""
-    nearest = ranking.nearest
+    """Why there is no plan; shows what to give up for one."""
     if offer.wanted.limits_a_run:
         unlimited = structs.replace(offer, wanted=ANY_PLAN).ranking(source.spec, profile)
         if unlimited.best is not None:
             return _over_budget(source, profile, offer, unlimited)
-    assert nearest is not None, "what cannot be estimated at all is an error of its own"
-    device = nearest.device
-    needed = needed_bytes(nearest.memory)
-    from ftplan.launcher.commands.estimate import smallest_card
+    assert ranking.nearest is not None, "what cannot be estimated at all is an error of its own"
+    rungs = rungs_of(source, profile, offer, ranking)
+    error = does_not_fit(source, ranking.nearest, rungs)
+    if rungs and not ui.as_json:
+        from ftplan.launcher import views
 
-    fitting = _largest_fitting_model(device, source.spec.num_parameters)
-    instead = [f"a larger GPU: {smallest_card(needed)}"]
-    if fitting:
-        instead.append(f"a smaller model: `--model {fitting}`")
-    shorter = nearest.plan.max_length // 2
-    if "max_length" not in offer.given and _fits_in(source, profile, offer, max_length=shorter):
-        instead.append(f"shorter rows: `--max-length {shorter}`")
+        ui.show(views.ladder_table(rungs, ranking.nearest.device))
+    ui.json(
+        {
+            "schema": 1,
+            "plan": None,
+            "nearest": {
+                "plan": ranking.nearest.reasoned.to_dict(),
+                "needs_bytes": needed_bytes(ranking.nearest.memory),
+                "free_bytes": ranking.nearest.device.free_bytes,
+            },
+            "ladder": [structs.asdict(rung) for rung in rungs],
+            "error": error.message,
+        }
+    )
+    return error
+
+
+def does_not_fit(source: ModelSource, nearest: Evaluated, rungs: Sequence[Rung]) -> DoesNotFitError:
+    """By how much it misses, and what would fit."""
+    device, number = nearest.device, nearest.plan.num_gpus
+    needed = needed_bytes(nearest.memory)
+    on = f"{number} GPUs of {device.name}" if number > 1 else device.name
     return DoesNotFitError(
-        f"{source.spec.name} does not fit on {device.name}: {nearest.plan.method} with the "
+        f"{source.spec.name} does not fit on {on}: {nearest.plan.method} with the "
         f"smallest batch needs {format_bytes(needed)}, {format_bytes(device.free_bytes)} is free, "
         f"{format_bytes(needed - device.free_bytes)} is missing",
-        "what would fit: " + "; or ".join(instead),
+        "what would fit: " + "; or ".join(_what_would_fit(source, needed, device, rungs)),
     )
+
+
+def rungs_of(
+    source: ModelSource, profile: DataProfile, offer: Offer, ranking: Ranking
+) -> list[Rung]:
+    """What to give up so that it fits, and more of the GPUs."""
+    assert ranking.nearest is not None
+    rank = partial(_ranked_with, source, profile, offer)
+    rungs = ladder(rank, ranking.nearest, profile, offer.given)
+    device = offer.device
+    if device.kind == "cuda" and offer.divides:
+        alike = structs.replace(offer, devices=device)
+        more = more_gpus(
+            partial(_ranked_with, source, profile, alike),
+            device,
+            profile,
+            ranking.nearest.plan.num_gpus,
+        )
+        rungs += [more] if more else []
+    return rungs
+
+
+def _ranked_with(
+    source: ModelSource, profile: DataProfile, offer: Offer, changed: Mapping[str, Any]
+) -> Ranking:
+    return offer.ranking(source.spec, profile, **changed)
+
+
+def _what_would_fit(
+    source: ModelSource, needed: int, device: Device, rungs: Sequence[Rung]
+) -> Iterator[str]:
+    from ftplan.launcher.commands.estimate import smallest_card
+
+    for rung in rungs:
+        if rung.fits:
+            yield f"`{' '.join(rung.flags)}`"
+    fitting = _largest_fitting_model(device, source.spec.num_parameters)
+    if fitting:
+        yield f"a smaller model: `--model {fitting}`"
+    if device.kind == "cuda":
+        yield f"a larger GPU: {smallest_card(needed)}"
 
 
 def _over_budget(
@@ -468,13 +523,6 @@ def _over_budget(
         f"no plan of {source.spec.name} keeps the budget: {told}",
         "allow more, train less with `--num-train-epochs`, or take a smaller model or a faster GPU",
     )
-
-
-def _fits_in(source: ModelSource, profile: DataProfile, offer: Offer, **more: Any) -> bool:
-    try:
-        return offer.ranking(source.spec, profile, **more).best is not None
-    except InputError:
-        return False
 
 
 def _largest_fitting_model(device: Device, num_parameters: int) -> str | None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ftplan.launcher.planning import Planned
     from ftplan.planner.explain import Term
     from ftplan.planner.hardware_spec import Device, Machine
+    from ftplan.planner.ladder import Rung
     from ftplan.planner.plan import ReasonedPlan, TrainingPlan
     from ftplan.planner.ranking import Rejection
     from ftplan.planner.step_time import StepTime
@@ -442,6 +443,20 @@ def alternatives_table(planned: Planned) -> Table:
         )
     heads = ("method", *(["GPUs"] if several else []), ">required", ">training", "trains")
     return table("Would fit too", heads, rows)
+
+
+def ladder_table(rungs: Iterable[Rung], device: Device) -> Table:
+    """What to give up so that something fits."""
+    rows: list[list[RenderableType]] = []
+    for rung in rungs:
+        fitting = (
+            "fits" if rung.fits else f"misses {format_bytes(rung.needed_bytes - device.free_bytes)}"
+        )
+        training = format_seconds(rung.seconds) if rung.seconds is not None else ""
+        then = ("or " if rung.alone else "and ") if rows else ""
+        rows.append([f"{then}{rung.gives_up}", format_bytes(rung.needed_bytes), fitting, training])
+    heads = ("giving up", ">needs", "", ">training")
+    return table("Nothing fits as asked for: what would", heads, rows)
 
 
 def gpus_of(plan: TrainingPlan) -> str:

@@ -57,8 +57,21 @@ def ladder(
             continue
         rungs.append(rung)
         if rung.fits:
-            break
+            return [*rungs[:-1], _with_what_it_takes(rank, rung, changed, data)]
     return rungs
+
+
+def _with_what_it_takes(
+    rank: Rank, rung: Rung, changed: Mapping[str, Any], data: DataProfile
+) -> Rung:
+    """The rung that fits, without earlier steps that it can do without."""
+    needed = dict(changed)
+    for name in list(changed)[:-1]:
+        fewer = {other: value for other, value in needed.items() if other != name}
+        without = _rung(rank, rung.gives_up, fewer, data)
+        if without is not None and without.fits:
+            needed, rung = fewer, without
+    return rung
 
 
 def more_gpus(rank: Rank, device: Device, data: DataProfile, num_gpus: int) -> Rung | None:
