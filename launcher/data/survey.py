@@ -76,10 +76,14 @@ class RowMeasure:
         counts = iter(self._counter.counts([s.text for segments in cut for s in segments]))
         found = []
         for version, segments in zip(versions, cut, strict=True):
-            each = [(next(counts), segment.trained) for segment in segments]
-            opening = self.tokenizer.opening_tokens(version, segments)
-            tokens = opening + sum(count for count, _ in each)
-            found.append(Lengths(tokens, sum(count for count, trained in each if trained)))
+            tokens, trained = self.tokenizer.opening_tokens(version, segments), 0
+            for segment, count in zip(segments, counts, strict=False):
+                tokens += count
+                if segment.trained:
+                    trained += count
+            found.append(Lengths(tokens, trained))
+        if len(found) == len(rows):
+            return found
         longest = iter(found)
         return [_longer([next(longest) for _ in _versions(row)]) for row in rows]
 
