@@ -16,7 +16,7 @@ from msgspec import Struct
 from ftplan.launcher.data.checks import TextChecks
 from ftplan.launcher.data.lengths import TokenCounter
 from ftplan.launcher.data.records import FIRST_NUMBERS, Note, Record, merged
-from ftplan.launcher.data.rows import Row
+from ftplan.launcher.data.rows import Messages, Row
 from ftplan.launcher.data.shapes import SHAPES, Unusable, other_shapes, renamed, row_of, shape_of
 from ftplan.launcher.data.tokens import RowTokenizer
 
@@ -148,7 +148,7 @@ class Survey:
             self._trouble(record.broken.partition(",")[0].partition(":")[0], place)
             return
         try:
-            value = renamed(record.value, columns)
+            value = renamed(record.value, columns) if columns else record.value
             shape = shape_of(value)
             row = row_of(record.number, value, shape, record.file)
         except Unusable as why:
@@ -162,9 +162,10 @@ class Survey:
         self.files.append(record.file)
         self.numbers.append(record.number)
         self.shapes.append(_NUMBER_OF_SHAPE[shape.name])
-        self.groups.append(group_of(row))
+        prompt = row.prompt
+        self.groups.append(_group(prompt, row.text))
         if self.checks is not None:
-            self.checks.look(code_of(place), prompt_text(row), row.answer)
+            self.checks.look(code_of(place), _joined(prompt), row.answer)
         self._pending.append(row)
         if len(self._pending) == _ROWS_AT_ONCE:
             self.measure(measure)
@@ -202,7 +203,13 @@ class Survey:
 
 def prompt_text(row: Row) -> str:
     """All that is asked, as checks take it."""
-    return "\n".join(message.content for message in row.prompt)
+    return _joined(row.prompt)
+
+
+def _joined(prompt: Messages) -> str:
+    if len(prompt) == 1:
+        return prompt[0].content
+    return "\n".join([message.content for message in prompt])
 
 
 # Numbers of rows, within one that has the file's number above them.
@@ -222,12 +229,18 @@ def place_of(code: int) -> Place:
 def group_of(row: Row) -> int:
     """64 bits that rows with the same prompt share, and rows of the same text without a prompt.
     Keyed, so that sorting by them shuffles, always alike."""
-    told = [f"{message.role}\0{message.content}" for message in row.prompt]
-    text = "\0".join(told) if told else row.text
-    return int.from_bytes(blake2b(text.encode(), digest_size=8, key=_SPLIT_KEY).digest(), "little")
+    return _group(row.prompt, row.text)
 
 
-_SPLIT_KEY = b"ftplan"
+def _group(prompt: Messages, text: str) -> int:
+    if prompt:
+        text = "\0".join([f"{message.role}\0{message.content}" for message in prompt])
+    hashed = _KEYED.copy()
+    hashed.update(text.encode())
+    return int.from_bytes(hashed.digest(), "little")
+
+
+_KEYED = blake2b(digest_size=8, key=b"ftplan")
 
 
 def survey_records(
