@@ -76,42 +76,43 @@ _TELLING = frozenset(
 
 def shape_of(value: object) -> Shape:
     """The first shape that the row has; raises Unusable where there is none."""
-    if not isinstance(value, dict):
-        raise Unusable("not a JSON object")
-    fitting = _fitting(value)
-    if not fitting:
-        raise Unusable("no usable field")
-    return fitting[0]
+    return shapes_of(value)[0]
 
 
 def other_shapes(value: Value, taken: Shape) -> list[Shape]:
     """Shapes that the row could have been read as, too, and that mean something else. That a row
     with an answer could be a prompt alone goes without saying."""
-    others = _fitting(value)
-    if len(others) == 1:
-        return []
-    return [shape for shape in others if shape.objective not in (taken.objective, "online")]
+    return [
+        shape
+        for shape in SHAPES
+        if shape.objective not in (taken.objective, "online") and shape.fits(value)
+    ]
 
 
-def _fitting(value: Value) -> tuple[Shape, ...]:
-    """All shapes that the row has, worked out once for the fields that most rows share."""
+def shapes_of(value: object) -> tuple[Shape, ...]:
+    """`shape_of`, then `other_shapes`; worked out once for the fields that many rows share."""
+    if not isinstance(value, dict):
+        raise Unusable("not a JSON object")
     names: list[object] = [
         name for name, item in value.items() if name in _TELLING and item is not None
     ]
     if (label := _first(value, _LABELS)) is not None:
         names.append(_is_label(value[label]))  # of a field's content, all that a shape asks
     key = tuple(names)
-    known = _FITTING.get(key)
+    known = _SHAPES_OF.get(key)
     if known is None:
-        known = tuple(shape for shape in SHAPES if shape.fits(value))
-        if len(_FITTING) < _MOST_FITTING:
-            _FITTING[key] = known
+        taken = next((shape for shape in SHAPES if shape.fits(value)), None)
+        known = (taken, *other_shapes(value, taken)) if taken else ()
+        if len(_SHAPES_OF) < _MOST_KNOWN:
+            _SHAPES_OF[key] = known
+    if not known:
+        raise Unusable("no usable field")
     return known
 
 
-# Shapes by a row's fields; the fields have an order, so there are many ways to have the same.
-_FITTING: dict[tuple[object, ...], tuple[Shape, ...]] = {}
-_MOST_FITTING = 1024
+# By the fields of a row in their order, of which there are many.
+_SHAPES_OF: dict[tuple[object, ...], tuple[Shape, ...]] = {}
+_MOST_KNOWN = 1024
 
 
 def row_of(number: int, value: Value, shape: Shape, file: int = 0) -> Row:

@@ -17,7 +17,7 @@ from ftplan.launcher.data.checks import TextChecks
 from ftplan.launcher.data.lengths import TokenCounter
 from ftplan.launcher.data.records import FIRST_NUMBERS, Note, Record, merged
 from ftplan.launcher.data.rows import Messages, Row
-from ftplan.launcher.data.shapes import SHAPES, Unusable, other_shapes, renamed, row_of, shape_of
+from ftplan.launcher.data.shapes import SHAPES, Unusable, renamed, row_of, shapes_of
 from ftplan.launcher.data.tokens import RowTokenizer
 
 # Characters a token, where no tokenizer is at hand: about 4 in English text (GPT-2's byte-pair
@@ -76,14 +76,10 @@ class RowMeasure:
         counts = iter(self._counter.counts([s.text for segments in cut for s in segments]))
         found = []
         for version, segments in zip(versions, cut, strict=True):
-            tokens, trained = self.tokenizer.opening_tokens(version, segments), 0
-            for segment, count in zip(segments, counts, strict=False):
-                tokens += count
-                if segment.trained:
-                    trained += count
-            found.append(Lengths(tokens, trained))
-        if len(found) == len(rows):
-            return found
+            each = [(next(counts), segment.trained) for segment in segments]
+            opening = self.tokenizer.opening_tokens(version, segments)
+            tokens = opening + sum(count for count, _ in each)
+            found.append(Lengths(tokens, sum(count for count, trained in each if trained)))
         longest = iter(found)
         return [_longer([next(longest) for _ in _versions(row)]) for row in rows]
 
@@ -149,12 +145,12 @@ class Survey:
             return
         try:
             value = renamed(record.value, columns) if columns else record.value
-            shape = shape_of(value)
+            shape, *others = shapes_of(value)
             row = row_of(record.number, value, shape, record.file)
         except Unusable as why:
             self._trouble(str(why), place)
             return
-        for other in other_shapes(value, shape):
+        for other in others:
             self.readings[shape.name, other.name] += 1
         if row.task:
             self.tasks[row.task] += 1
