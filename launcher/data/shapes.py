@@ -332,7 +332,9 @@ def _instructed(value: Value) -> str:
 
 
 def _history(value: Value) -> Messages:
-    turns = value.get("history") or []  # exported tables have "" for none
+    turns = value.get("history")
+    if not turns:  # exported tables have "" for none
+        return ()
     pairs = isinstance(turns, list) and all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
         for turn in turns
