@@ -130,9 +130,7 @@ def _marks(template: str) -> tuple[str, ...] | None:
     except (TemplateError, UnicodeDecodeError):
         return None
     marks = {mark for mark in found if len(mark) > 2 and not _WORD.fullmatch(mark)}
-    return tuple(
-        sorted(mark for mark in marks if not any(m in mark for m in marks if m != mark))
-    )
+    return tuple(sorted(mark for mark in marks if not any(m in mark for m in marks if m != mark)))
 
 
 def _literal(quoted: str) -> str:

@@ -141,9 +141,7 @@ class Batch:
         self.lowered = self.joined.translate(_LOWERED)
         self.letters = self.lowered.translate(None, NOT_LETTERS).split(ROW_END)
         *self.starts, _ = accumulate((len(part) + 1 for part in self.parts), initial=0)
-        self.ends = [
-            start + len(part) for start, part in zip(self.starts, self.parts, strict=True)
-        ]
+        self.ends = [start + len(part) for start, part in zip(self.starts, self.parts, strict=True)]
 
     def kinds(self) -> dict[int, list[str]]:
         """What the checks of single rows find, by a row's place; each kind once a row."""

@@ -68,10 +68,8 @@ _CONVERSATIONS = ("messages", "conversations", "conversation")
 _LABELS = ("label", "kto_tag")
 
 # Every field that some shape's `fits` asks for.
-_TELLING = frozenset(
-    (*_ANSWERS, *_QUESTIONS, *_CONVERSATIONS, *_LABELS)
-    + ("instruction", "input", "chosen", "rejected", "task", "text")
-)
+_OTHERS = ("instruction", "input", "chosen", "rejected", "task", "text")
+_TELLING = frozenset((*_ANSWERS, *_QUESTIONS, *_CONVERSATIONS, *_LABELS, *_OTHERS))
 
 
 def shape_of(value: object) -> Shape:
