@@ -91,7 +91,7 @@ _CHECKS = (
     RowCheck(re.compile(rb"<(?:/|[a-z]+[ />])"), _html, b"<"),
     RowCheck(re.compile(rb"&(?:[a-z]+|#[0x][0-9a-f]+);"), _html, b"&"),
     RowCheck(
-        (b"an ai", b"language model"),
+        (b" an ai", b"language model"),
         _if("an AI model speaks of itself", lambda _, answer: odd_text.refusal_in(answer)),
     ),
     RowCheck((b"\x01",), _odd_characters),
@@ -131,8 +131,7 @@ class Batch:
     def __init__(self, rows: Sequence[tuple[int, str, str]]) -> None:
         self.rows = rows
         self.ascii = [prompt.isascii() and answer.isascii() for _, prompt, answer in rows]
-        self.prompts = [encoded(prompt) for _, prompt, _ in rows]
-        answers = [encoded(answer) for _, _, answer in rows]
+        self.prompts, answers = _encoded(rows)
         self.parts = [
             prompt + FIELD_END + answer
             for prompt, answer in zip(self.prompts, answers, strict=True)
@@ -185,6 +184,15 @@ class Batch:
                 start = runs.find(_LONG_RUN, self.ends[place])
             else:
                 start = runs.find(_LONG_RUN, run.end())
+
+
+def _encoded(rows: Sequence[tuple[int, str, str]]) -> tuple[list[bytes], list[bytes]]:
+    """Prompts and answers; hardly ever is there one with half a character."""
+    prompts, answers = [prompt for _, prompt, _ in rows], [answer for _, _, answer in rows]
+    try:
+        return [text.encode() for text in prompts], [text.encode() for text in answers]
+    except UnicodeEncodeError:
+        return list(map(encoded, prompts)), list(map(encoded, answers))
 
 
 def _searches(check: RowCheck, content: bytes) -> Iterator[Callable[[int], int]]:

@@ -229,7 +229,9 @@ def group_of(row: Row) -> int:
 
 
 def _group(prompt: Messages, text: str) -> int:
-    if prompt:
+    if len(prompt) == 1:
+        text = f"{prompt[0].role}\0{prompt[0].content}"
+    elif prompt:
         text = "\0".join([f"{message.role}\0{message.content}" for message in prompt])
     hashed = _KEYED.copy()
     hashed.update(text.encode())
