@@ -514,6 +514,8 @@ def test_no_text_is_too_odd_to_look_at(rows: list[Row]) -> None:
 
 @given(st.text(alphabet=sorted(set(LURES)), max_size=200))
 @example("token=" * 400)
+@example("X-API-Key: " + token(17) + "4T")
+@example("accessKey = '" + token(17) + "4T'")
 @example("a@" * 2000)
 @example("4539 " * 2000)
 @example("<|" * 3000 + "<p " * 2000)
