@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -214,6 +215,7 @@ class TestSideBySide:
             assert getattr(one.survey, name) == getattr(two.survey, name)
         assert left_out(one) == left_out(two) == {"no usable field": (2, "line 701, 3201")}
         assert one.odd_rows() == two.odd_rows()
+        assert one.sha256 == two.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert told == [path.stat().st_size] * 2
 
 

@@ -153,9 +153,9 @@ class DataFile(Struct, frozen=True, kw_only=True):
         fits = [self.objective in TRAINS[shape.objective] for shape in SHAPES]
         return [fits[shape] for shape in self.survey.shapes]
 
-    def groups(self) -> list[int]:
+    def groups(self) -> Sequence[int]:
         """The prompts of the used rows."""
-        return list(compress(self.survey.groups, self.used()))
+        return array("Q", compress(self.survey.groups, self.used()))
 
     def lengths(self, split: Split) -> list[int]:
         """Tokens of the used rows that are trained on."""
@@ -168,7 +168,8 @@ class DataFile(Struct, frozen=True, kw_only=True):
     def _of_training(self, values: Sequence[int], split: Split) -> list[int]:
         groups = self.survey.groups
         rows = zip(values, groups, self.used(), strict=True)
-        return [value for value, group, used in rows if used and split.trains(group)]
+        kept = split.held_out | split.test
+        return [value for value, group, used in rows if used and group not in kept]
 
     def fate(self, keep: Callable[[int], bool], most: int | None = None) -> Fate:
         """What becomes of the used rows with these prompts, or the first so many of them, where
@@ -244,10 +245,10 @@ def read_data(
     looked_for = _Pass(dict(columns or {}), tokenizer, checks, objective, rule)
     sizes: list[int] = []
     if sample is None or source.size_bytes < LEAST_BYTES:
-        survey = _surveyed(source, looked_for, progress, processes)
+        survey, sha256 = _surveyed(source, looked_for, progress, processes)
     else:
         check_sampled(source)
-        survey = looked_for.over_sample(source, sample, sizes, progress)
+        survey, sha256 = looked_for.over_sample(source, sample, sizes, progress), ""
     counts = [0] * len(SHAPES)
     for number in survey.shapes:
         counts[number] += 1
@@ -289,21 +290,22 @@ def read_data(
         troubles=_troubles(survey, wanted, most.name),
         rule=rule,
         exact=tokenizer is not None,
-        sha256="" if sizes else source.sha256(),
+        sha256=sha256,
         sample=Sample.of(sizes, survey.tokens, source.size_bytes) if sizes else None,
     )
 
 
 def _surveyed(
     source: Source, looked_for: _Pass, progress: Callable[[int], None], processes: int
-) -> Survey:
-    """The whole pass; of a large file side by side, in processes that this one is copied to."""
+) -> tuple[Survey, str]:
+    """The whole pass, and the digest; of a large file side by side, in processes that this one is
+    copied to."""
     large = source.size_bytes >= _BYTES_FOR_PROCESSES and processes > 1
     if large and "fork" in multiprocessing.get_all_start_methods():
         parts = source.parts(processes)
         if len(parts) > 1:
-            return _side_by_side(parts, looked_for, progress)
-    return looked_for.over(source, progress)
+            return _side_by_side(source, parts, looked_for, progress)
+    return looked_for.over(source, progress), source.sha256()
 
 
 class _Pass(Struct):
@@ -340,16 +342,17 @@ class _Pass(Struct):
 
 
 def _side_by_side(
-    parts: Sequence[Source], looked_for: _Pass, progress: Callable[[int], None]
-) -> Survey:
+    source: Source, parts: Sequence[Source], looked_for: _Pass, progress: Callable[[int], None]
+) -> tuple[Survey, str]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     context = multiprocessing.get_context("fork")
     num_bytes = context.Value("q", 0)
     told = 0
     with ProcessPoolExecutor(
-        len(parts), mp_context=context, initializer=_adopt, initargs=(looked_for, num_bytes)
+        len(parts) + 1, mp_context=context, initializer=_adopt, initargs=(looked_for, num_bytes)
     ) as pool:
         waiting = [pool.submit(_over_part, part) for part in parts]
+        digest = pool.submit(source.sha256)  # beside them, so that the end waits for nothing
         while not all(future.done() for future in waiting):
             wait(waiting, timeout=_LOOK_EVERY_SECONDS)
             done = num_bytes.value
@@ -359,7 +362,7 @@ def _side_by_side(
         first, *others = [future.result() for future in waiting]
     for survey in others:
         first.merge(survey)
-    return first
+    return first, digest.result()
 
 
 # In a process of its own: what it looks for, and where it tells how far it is.
