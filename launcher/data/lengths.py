@@ -32,7 +32,8 @@ _REMEMBERED = 100_000
 _LONGEST_REMEMBERED = 64  # bytes
 
 # Signs that may belong to the letters behind them; an apostrophe may begin a contraction.
-_JOINING = frozenset(string.punctuation) - {"'"}
+_JOINING = frozenset(string.punctuation.encode()) - {ord("'")}
+_BLANK = ord(" ")
 
 _TEXTS_AT_ONCE = 2048
 _CHARACTERS_AT_ONCE = 1 << 20
@@ -233,40 +234,47 @@ class _NewChunks:
     def counts(self, chunks: list[bytes]) -> list[int]:
         """Counts of chunks that stand elsewhere: by the model alone where its words are known, as
         that takes a third of the time."""
-        counted = [self._count_words(chunk) for chunk in chunks]
-        others = [number for number, count in enumerate(counted) if not count]
+        tokenize, names, is_word = self._tokenize, self._byte_names, self._is_word
+        by_letters = self._letters_are_words
+        counted: list[int] = []
+        others: list[int] = []
+        for chunk in chunks:
+            if by_letters and is_word(chunk):
+                words = [chunk]
+            else:
+                words = self._words(chunk)
+                if not words:
+                    others.append(len(counted))
+            named = [word.decode("latin-1").translate(names) for word in words]
+            counted.append(sum(map(len, map(tokenize, named))))
         lengths = _lengths(self._bare, [chunks[number].decode() for number in others])
         for number, length in zip(others, lengths, strict=True):
             counted[number] = length
         return counted
 
-    def _count_words(self, chunk: bytes) -> int:
-        """Tokens of the words of a chunk; 0 where that is not known without the tokenizer."""
+    def _is_word(self, chunk: bytes) -> bool:
+        """Whether a chunk is letters, and perhaps a blank or sign that belongs to them."""
+        joins = chunk[0] == _BLANK or (self._signs_join and chunk[0] in _JOINING)
+        letters = chunk[1:] if joins else chunk
+        if letters.isalpha():
+            return True
+        if letters.isascii():
+            return False
+        text = letters.decode()
+        normal = not self._normalized or unicodedata.is_normalized("NFKC", text)
+        return normal and all(map(is_letter, text))
+
+    def _words(self, chunk: bytes) -> list[bytes]:
+        """The words of a chunk; none where they are not known without the tokenizer."""
+        if not (self._stages and chunk.isascii()):
+            return []
         text = chunk.decode()
-        if self._letters_are_words and self._is_word(text):
-            return self._count_word(chunk)
-        if not (self._stages and chunk.isascii()) or self._added.search(text):
-            return 0
+        if self._added.search(text):
+            return []
         words = [text]
         for stage in self._stages:
             words = [word for longer in words for word in stage.findall(longer)]
-        if sum(map(len, words)) != len(text):
-            return 0
-        return sum(self._count_word(word.encode()) for word in words)
-
-    def _is_word(self, text: str) -> bool:
-        """Whether a text is letters, and perhaps a blank or sign that belongs to them."""
-        joins = text[0] == " " or (self._signs_join and text[0] in _JOINING)
-        letters = text[1:] if joins else text
-        if not letters.isalpha():
-            return False
-        if letters.isascii():
-            return True
-        normal = not self._normalized or unicodedata.is_normalized("NFKC", letters)
-        return normal and all(map(is_letter, letters))
-
-    def _count_word(self, word: bytes) -> int:
-        return len(self._tokenize(word.decode("latin-1").translate(self._byte_names)))
+        return [word.encode() for word in words] if sum(map(len, words)) == len(text) else []
 
 
 def _lengths(backend: Any, texts: Sequence[str]) -> list[int]:
