@@ -238,11 +238,10 @@ def read_data(
 
     `tokenizer` measures them; without one lengths are estimated. `objective`: a plan's, for which
     rows that can train it are used; else it follows from most rows. `rule`: what becomes of those
-    too long. Raises InputError where the
-    files cannot be read, or no row can be used.
+    too long. Raises InputError where the files cannot be read, or no row can be used.
     """
     source = open_source(paths)
-    looked_for = _Pass(dict(columns or {}), tokenizer, checks, objective, rule)
+    looked_for = _Pass(dict(columns or {}), RowMeasure(tokenizer, objective, rule), checks)
     sizes: list[int] = []
     if sample is None or source.size_bytes < LEAST_BYTES:
         survey, sha256 = _surveyed(source, looked_for, progress, processes)
@@ -312,17 +311,12 @@ class _Pass(Struct):
     """What is looked for in a source, or a part of one."""
 
     columns: Mapping[str, str]
-    tokenizer: RowTokenizer | None
+    measure: RowMeasure
     checks: bool
-    objective: str | None
-    rule: Rule
-
-    def _measure(self) -> RowMeasure:
-        return RowMeasure(self.tokenizer, self.objective, self.rule)
 
     def over(self, source: Source, progress: Callable[[int], None]) -> Survey:
         survey = survey_records(
-            source.records(progress), self.columns, self._measure(), checks=self.checks
+            source.records(progress), self.columns, self.measure, checks=self.checks
         )
         survey.notes = source.notes
         return survey
@@ -331,7 +325,7 @@ class _Pass(Struct):
         self, source: Source, count: int, sizes: list[int], progress: Callable[[int], None]
     ) -> Survey:
         """About so many rows; `sizes` gets the bytes of each that can be read."""
-        survey, measure = Survey(self.checks), self._measure()
+        survey, measure = Survey(self.checks), self.measure
         for record, num_bytes in sampled_records(source, count, progress):
             before = len(survey.numbers)
             survey.take(record, self.columns, measure)
