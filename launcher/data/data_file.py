@@ -5,6 +5,7 @@ One reader serves profiling and training, so what was profiled is what is traine
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from array import array
@@ -52,6 +53,8 @@ from ftplan.planner.errors import InputError
 
 # Below, a pass is over before processes have started.
 _BYTES_FOR_PROCESSES = 32 * 2**20
+
+_OBJECTS_BEFORE_COLLECTING = 200_000
 
 # How often a progress bar is told of processes.
 _LOOK_EVERY_SECONDS = 0.2
@@ -365,6 +368,8 @@ _adopted: tuple[_Pass, Any] | None = None
 
 def _adopt(looked_for: _Pass, num_bytes: Any) -> None:
     global _adopted
+    # Rows hold no cycles, and looking for some takes a twentieth of the time.
+    gc.set_threshold(_OBJECTS_BEFORE_COLLECTING)
     _adopted = (looked_for, num_bytes)
 
 

@@ -37,6 +37,7 @@ _BLANK = ord(" ")
 
 _TEXTS_AT_ONCE = 2048
 _CHARACTERS_AT_ONCE = 1 << 20
+_LONG = 2 * _CHARACTERS_AT_ONCE
 _ALWAYS_CUT = re.compile("[A-Za-z] ")
 
 
@@ -99,7 +100,7 @@ def _in_groups(texts: Sequence[str], count: Callable[[Sequence[str]], list[int]]
 def _pieces(text: str) -> list[str]:
     """A long text, cut where every proof allows it."""
     pieces = []
-    while len(text) > 2 * _CHARACTERS_AT_ONCE:
+    while len(text) > _LONG:
         place = _ALWAYS_CUT.search(text, _CHARACTERS_AT_ONCE)
         if place is None:
             break
@@ -132,18 +133,23 @@ class _ChunkCounter:
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Counts of texts that are not barred."""
+        if not self.cuts.prefix_after_added and max(map(len, texts), default=0) <= _LONG:
+            return self._of_parts(texts)
         parts = list(map(self._parts, texts))
-        flat = [part for some in parts for part in some]
-        is_ascii = [part.isascii() for part in flat]
-        narrow = iter(_in_groups(list(compress(flat, is_ascii)), self._sums))
-        wide_parts = [part for part, narrow in zip(flat, is_ascii, strict=True) if not narrow]
-        wide = iter(_in_groups(wide_parts, self._sums))
-        sums = (next(narrow) if is_narrow else next(wide) for is_narrow in is_ascii)
+        sums = iter(self._of_parts([part for some in parts for part in some]))
         counted = [sum(islice(sums, len(some))) for some in parts]
         if self.cuts.prefix_after_added:
             added = (len(self._added.findall(text)) for text in texts)
             return [count + more for count, more in zip(counted, added, strict=True)]
         return counted
+
+    def _of_parts(self, parts: Sequence[str]) -> list[int]:
+        """Counts of parts, those of ASCII apart: their characters are bytes."""
+        is_ascii = [part.isascii() for part in parts]
+        narrow = iter(_in_groups(list(compress(parts, is_ascii)), self._sums))
+        wide_parts = [part for part, narrow in zip(parts, is_ascii, strict=True) if not narrow]
+        wide = iter(_in_groups(wide_parts, self._sums))
+        return [next(narrow) if is_narrow else next(wide) for is_narrow in is_ascii]
 
     def _parts(self, text: str) -> list[str]:
         """Parts of a text that count alone."""
