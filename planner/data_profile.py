@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from operator import neg
 from typing import Any
 
 from msgspec import Struct
@@ -112,7 +114,10 @@ class DataProfile(Struct, frozen=True, kw_only=True):
 
     def cut_rows(self, max_length: int) -> int:
         """Rows longer than `max_length`, whose end is cut off."""
-        return round(self.rows_each * sum(1 for length in self.lengths if length > max_length))
+        return round(self.rows_each * self._num_longer(max_length))
+
+    def _num_longer(self, max_length: int) -> int:
+        return bisect_left(self.lengths, -max_length, key=neg)
 
     @property
     def total_tokens(self) -> int:
@@ -121,14 +126,17 @@ class DataProfile(Struct, frozen=True, kw_only=True):
 
     def cut_tokens(self, max_length: int) -> int:
         """Tokens beyond `max_length`."""
-        over = sum(max(0, length - max_length) for length in self.lengths)
-        return round(self.rows_each * over)
+        return round(self.rows_each * self._tokens_beyond(max_length))
+
+    def _tokens_beyond(self, max_length: int) -> int:
+        longer = self.lengths[: self._num_longer(max_length)]
+        return sum(longer) - len(longer) * max_length
 
     def padded_share(self, batch_size: int, max_length: int) -> float:
         """Of the tokens that micro-batches of so many rows compute on, those of padding."""
         tokens = mean_batch_tokens(self.lengths, batch_size, max_length)
         rows = min(batch_size, len(self.lengths))
-        mean = sum(min(length, max_length) for length in self.lengths) / len(self.lengths)
+        mean = (sum(self.lengths) - self._tokens_beyond(max_length)) / len(self.lengths)
         return max(0.0, 1 - rows * mean / tokens)
 
     def summary(self) -> dict[str, Any]:

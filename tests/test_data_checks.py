@@ -11,12 +11,13 @@ import random
 import re
 import string
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ftplan.launcher.data import odd_text, private_text, similar_rows
+from ftplan.launcher.data import languages, odd_text, private_text, similar_rows
 from ftplan.launcher.data.checks import TextChecks
 from ftplan.launcher.data.findings import KINDS, Finding
 from ftplan.launcher.data.fingerprints import groups, hash_array
@@ -316,6 +317,7 @@ def test_html_is_found_where_it_is_a_remainder_only() -> None:
 
 def test_an_answer_that_speaks_of_itself_or_repeats_its_prompt_is_found() -> None:
     assert "an AI model speaks of itself" in kinds_of("I'm sorry, but as an AI language model, I")
+    assert "an AI model speaks of itself" in kinds_of("As an AI, I have no bicycle of my own.")
     assert not kinds_of("It works as an air filter, and as a large language barrier.")
     prompt = "Describe in a few words how a bicycle is kept upright while it moves."
     assert "the answer repeats the prompt" in findings((prompt, prompt + " It is steered."))
@@ -542,6 +544,8 @@ def test_no_text_is_too_odd_to_look_at(rows: list[Row]) -> None:
 
 @given(st.text(alphabet=sorted(set(LURES)), max_size=200))
 @example("token=" * 400)
+@example("X-API-Key: " + token(17) + "4T")
+@example("accessKey = '" + token(17) + "4T'")
 @example("a@" * 2000)
 @example("4539 " * 2000)
 @example("<|" * 3000 + "<p " * 2000)
@@ -557,11 +561,35 @@ def test_a_gate_never_hides_what_a_check_finds(text: str) -> None:
         *(f"personal data ({kind})" for kind in private_text.ibans_in(f"?\n{text}")),
         *(f"chat tokens ({kind})" for kind in odd_text.chat_tokens_in(f"?\n{text}")),
         *odd_text.odd_characters_in(f"?\n{text}"),
+        *(f"likely secret ({kind})" for kind in private_text.passwords_in_urls(f"?\n{text}")),
     }
     found = set(Batch([(1, "?", text)]).kinds().get(0, []))
     others = {"remains of HTML", "an AI model speaks of itself", "thoughts in <think> tags"}
     assert alone <= found
     assert found - alone - others <= {f"likely secret ({kind})" for kind in KEYS}
+
+
+@given(
+    st.text(alphabet="aB3 _-.\n\tİßΣж", max_size=80) | st.text(alphabet="日本語のa、 ", max_size=80)
+)
+def test_hashes_of_words_in_threes_are_those_of_the_words(text: str) -> None:
+    words = re.findall(r"\w+", text.lower())
+    parts = [" ".join(three) for three in zip(words, words[1:], words[2:], strict=False)]
+    if len(text) > 16 * len(words):
+        joined = "".join(words)
+        parts = [joined[start : start + 8] for start in range(len(joined) - 7)]
+    assert similar_rows._shingles(text) == {crc32(part.encode()) for part in parts}
+
+
+@given(st.sets(st.integers(0, 2**32 - 1), min_size=4, max_size=60))
+def test_the_smallest_hashes_are_the_first_when_sorted(hashes: set[int]) -> None:
+    assert similar_rows._smallest(hashes) == sorted(hashes)[:4]
+
+
+@given(st.lists(st.sampled_from(sorted(languages._words().all))))
+def test_scores_of_languages_are_their_words(words: list[bytes]) -> None:
+    known, found = languages._words(), set(words)
+    assert list(known.scores(found)) == [len(found & own) for own in known.words]
 
 
 @given(st.lists(st.integers(0, 5)))

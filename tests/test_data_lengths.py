@@ -465,6 +465,7 @@ def test_what_is_remembered_is_bounded(monkeypatch):
 
 def test_a_long_text_is_looked_at_in_pieces(monkeypatch):
     monkeypatch.setattr(lengths_module, "_CHARACTERS_AT_ONCE", 200)
+    monkeypatch.setattr(lengths_module, "_LONG", 400)
     texts = ["\n".join(corpus()), "x" * 1000, "a " * 500, RUNS * 3]
     for name in ("gpt2", "llama3", "llama2"):
         assert TokenCounter(fast(name)).counts(texts) == expected(fast(name), texts)

@@ -30,6 +30,16 @@ def test_a_profile_knows_its_lengths(make_data: MakeData) -> None:
     assert [data.cut_rows(n) for n in (70, 69, 31, 30, 12, 11)] == [0, 1, 1, 3, 3, 4]
 
 
+@given(lengths_lists, st.integers(1, 4200))
+def test_what_is_cut_is_what_stands_beyond(
+    make_data: MakeData, lengths: list[int], max_length: int
+) -> None:
+    data = make_data(lengths)
+    beyond = [length - max_length for length in lengths if length > max_length]
+    assert data.cut_rows(max_length) == len(beyond)
+    assert data.cut_tokens(max_length) == sum(beyond)
+
+
 def test_summary(make_data: MakeData) -> None:
     summary = make_data(range(1, 201)).summary()
     assert summary == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -214,6 +215,7 @@ class TestSideBySide:
             assert getattr(one.survey, name) == getattr(two.survey, name)
         assert left_out(one) == left_out(two) == {"no usable field": (2, "line 701, 3201")}
         assert one.odd_rows() == two.odd_rows()
+        assert one.sha256 == two.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert told == [path.stat().st_size] * 2
 
 
@@ -308,20 +310,21 @@ class TestProfile:
         assert self.profile(read_data([write(*rows)])).warnings == ()
 
 
-class TestSample:
-    @pytest.fixture(scope="class")
-    def large(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Rows of very different lengths."""
-        path, rng = tmp_path_factory.mktemp("large") / "rows.jsonl", random.Random(1)
-        with open(path, "w", encoding="utf-8") as file:
-            for number in range(12_000):
-                text = "word " * round(rng.lognormvariate(4.5, 1))
-                file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
-                if number % 1000 == 7:
-                    file.write('{"text": broken\n')
-        assert path.stat().st_size > 4 * 2**20
-        return path
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of very different lengths."""
+    path, rng = tmp_path_factory.mktemp("large") / "rows.jsonl", random.Random(1)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(12_000):
+            text = "word " * round(rng.lognormvariate(4.5, 1))
+            file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
+            if number % 1000 == 7:
+                file.write('{"text": broken\n')
+    assert path.stat().st_size > 4 * 2**20
+    return path
 
+
+class TestSample:
     def test_estimates_are_within_their_errors(
         self, large: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

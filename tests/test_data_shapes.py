@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ftplan.launcher.data import shapes
 from ftplan.launcher.data.rows import Message, Row
 from ftplan.launcher.data.shapes import (
+    FIELDS,
     OBJECTIVES,
     SHAPES,
     Unusable,
@@ -15,6 +20,7 @@ from ftplan.launcher.data.shapes import (
     renamed,
     row_of,
     shape_of,
+    shapes_of,
 )
 
 ASKED, TOLD = Message("user", "2 + 2?"), Message("assistant", "4")
@@ -206,6 +212,36 @@ def test_a_row_that_fits_two_readings_says_so() -> None:
     taken = shape_of(value)
     assert taken.name == "instruction"
     assert "text" in [shape.name for shape in other_shapes(value, taken)]
+
+
+some_fields = st.dictionaries(
+    st.sampled_from([*FIELDS, "query", "conversation", "kto_tag", "id"]),
+    st.sampled_from([None, "", "2 + 2?", 0, 1, 2, 1.0, True, OPENAI, []]),
+)
+
+
+@given(some_fields)
+def test_shapes_known_by_their_fields_are_those_that_fit(value: dict[str, Any]) -> None:
+    fitting = [shape for shape in SHAPES if shape.fits(value)]
+    for _ in range(2):  # worked out, and known
+        if not fitting:
+            with pytest.raises(Unusable, match="no usable field"):
+                shapes_of(value)
+        else:
+            taken, *others = shapes_of(value)
+            assert taken == fitting[0] == shape_of(value)
+            assert others == other_shapes(value, taken)
+
+
+def test_no_more_orders_of_fields_are_known_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known: dict[Any, Any] = {}
+    monkeypatch.setattr(shapes, "_SHAPES_OF", known)
+    monkeypatch.setattr(shapes, "_MOST_KNOWN", 3)
+    for names in permutations(("instruction", "input", "output")):
+        assert shapes_of(dict.fromkeys(names, "x"))[0].name == "instruction"
+    assert len(known) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections import Counter
 from hashlib import sha256
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ftplan.launcher.data.split import MAX_EVAL_ROWS, rows_of, split_groups
@@ -92,6 +92,36 @@ def test_one_prompt_alone_cannot_be_split(groups: list[int]) -> None:
     with pytest.raises(InputError, match="at least two different rows") as raised:
         split_groups(groups)
     assert "`--eval-data FILE`" in raised.value.hint
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9), min_size=3, max_size=60),
+    st.sampled_from([0.0, 0.05, 0.3, 0.9]),
+    st.floats(0.01, 0.9),
+)
+def test_prompts_that_are_held_out_are_the_smallest_that_there_is_room_for(
+    groups: list[int], test_share: float, share: float
+) -> None:
+    assume(len(set(groups)) > 2)
+    counts = sorted(Counter(groups).items())
+
+    def smallest(counts: list[tuple[int, int]], room: int) -> set[int]:
+        taken = set()
+        for group, count in counts:
+            if count <= room:
+                taken.add(group)
+                room -= count
+        return taken or {min(counts, key=lambda one: one[1])[0]}
+
+    def room(share: float) -> int:
+        return min(max(1, round(share * len(groups))), len(groups) - 1)
+
+    split = split_groups(groups, share=share, test_share=test_share)
+    assert split.held_out == smallest(counts, room(share))
+    if test_share:
+        left = [one for one in counts if one[0] not in split.held_out]
+        assert split.test == smallest(left, room(test_share))
 
 
 def test_rows_share_a_group_if_they_share_all_that_was_asked() -> None:

@@ -265,6 +265,23 @@ class TestChatTemplates:
         trained = [s.text for s in TEMPLATES[CHATML].segments(row) if s.trained]
         assert trained == [f"{answer}<|im_end|>\n" for answer in answers]
 
+    @pytest.mark.parametrize("looks_for", ["'</think>'", '"<\\u002fthink>\\n"', "'x\\'s </think>'"])
+    def test_a_template_that_looks_into_a_text_is_rendered(self, looks_for: str) -> None:
+        """Its own words may hold line feeds and apostrophes; rows without the mark come first, so
+        that how such roles are rendered is known."""
+        looking = (
+            "{# It's ours. #}{% for message in messages %}{{ '<|im_start|>' + message.role + '\n"
+            "' }}{{ message.content.split(" + looks_for + ')[-1] }}{{ "<|im_end|>\n" }}'
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        tokenizer = RowTokenizer(tiny_tokenizer(looking))
+        for number in range(5):
+            tokenizer.segments(chat(f"question {number}", "It's an answer."))
+        row = chat("The question?", "So x's </think>\n\nThe answer.")
+        rendered = tokenizer.render(row.messages)
+        assert "So " not in rendered
+        assert "".join(segment.text for segment in tokenizer.segments(row)) == rendered
+
     def test_a_text_that_cannot_be_cut_is_refused_with_its_row(self) -> None:
         """A template that always closes: the question alone is no beginning of the whole."""
         closing = RowTokenizer(tiny_tokenizer(CLOSING))

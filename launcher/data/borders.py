@@ -47,7 +47,11 @@ class Borders:
         self._kinds = np.full(_NUM_CHARACTERS, _NOT_LOOKED_AT, np.uint8)
         self._kinds[:128] = [_NUMBER[self._kind(chr(code))] for code in range(128)]
         self._is_border = _table(cuts)
-        self._guarded = _by_first_character([token for token in added if self._may_cut(token)])
+        guarded = [token for token in added if self._may_cut(token)]
+        self._guarded = _by_first_character(guarded)
+        firsts = {token[0] for token in guarded}
+        # Where none begins within another, one after the other are all.
+        self._apart = not any(firsts.intersection(token[1:]) for token in guarded)
 
     def chunks(self, text: str) -> tuple[bytes, NDArray[np.int64]]:
         """Texts between edges, as UTF-8, and the bytes at which chunks begin, its end included.
@@ -117,6 +121,9 @@ class Borders:
     def _spared(self, text: str) -> Iterator[tuple[int, int]]:
         """Where added tokens stand that a border may fall into."""
         for first, tokens in self._guarded:
+            if self._apart:
+                yield from (match.span() for match in tokens.finditer(text))
+                continue
             at = text.find(first)
             while at >= 0:
                 match = tokens.match(text, at)

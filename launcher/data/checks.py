@@ -102,7 +102,8 @@ class TextChecks:
         for number, prompt, answer in rows:
             self._lengths.add(number, len(prompt) + len(answer))
             if prompt:
-                self._cuts.add(number, answer)
+                if len(answer) >= self._cuts.characters:
+                    self._cuts.add(number, answer)
                 if repeats_prompt(prompt, answer):
                     self._tallies.add("the answer repeats the prompt", number)
         for index, kinds in sorted(batch.kinds().items()):

@@ -153,7 +153,8 @@ def find_cuts(description: Description) -> Cuts:
 
     Raises Unproven where a stage is not known to leave the place alone.
     """
-    bare = copy.deepcopy(description)
+    changed = ("normalizer", "pre_tokenizer")
+    bare = {**description, **{name: copy.deepcopy(description[name]) for name in changed}}
     bare["truncation"] = bare["padding"] = None
     replaces, prepends = _look_at_normalizer(bare)
     stages = _pre_tokenizers(bare)

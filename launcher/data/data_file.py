@@ -5,6 +5,7 @@ One reader serves profiling and training, so what was profiled is what is traine
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from array import array
@@ -52,6 +53,8 @@ from ftplan.planner.errors import InputError
 
 # Below, a pass is over before processes have started.
 _BYTES_FOR_PROCESSES = 32 * 2**20
+
+_OBJECTS_BEFORE_COLLECTING = 200_000
 
 # How often a progress bar is told of processes.
 _LOOK_EVERY_SECONDS = 0.2
@@ -153,9 +156,9 @@ class DataFile(Struct, frozen=True, kw_only=True):
         fits = [self.objective in TRAINS[shape.objective] for shape in SHAPES]
         return [fits[shape] for shape in self.survey.shapes]
 
-    def groups(self) -> list[int]:
+    def groups(self) -> Sequence[int]:
         """The prompts of the used rows."""
-        return list(compress(self.survey.groups, self.used()))
+        return array("Q", compress(self.survey.groups, self.used()))
 
     def lengths(self, split: Split) -> list[int]:
         """Tokens of the used rows that are trained on."""
@@ -168,7 +171,8 @@ class DataFile(Struct, frozen=True, kw_only=True):
     def _of_training(self, values: Sequence[int], split: Split) -> list[int]:
         groups = self.survey.groups
         rows = zip(values, groups, self.used(), strict=True)
-        return [value for value, group, used in rows if used and split.trains(group)]
+        kept = split.held_out | split.test
+        return [value for value, group, used in rows if used and group not in kept]
 
     def fate(self, keep: Callable[[int], bool], most: int | None = None) -> Fate:
         """What becomes of the used rows with these prompts, or the first so many of them, where
@@ -237,17 +241,16 @@ def read_data(
 
     `tokenizer` measures them; without one lengths are estimated. `objective`: a plan's, for which
     rows that can train it are used; else it follows from most rows. `rule`: what becomes of those
-    too long. Raises InputError where the
-    files cannot be read, or no row can be used.
+    too long. Raises InputError where the files cannot be read, or no row can be used.
     """
     source = open_source(paths)
-    looked_for = _Pass(dict(columns or {}), tokenizer, checks, objective, rule)
+    looked_for = _Pass(dict(columns or {}), RowMeasure(tokenizer, objective, rule), checks)
     sizes: list[int] = []
     if sample is None or source.size_bytes < LEAST_BYTES:
-        survey = _surveyed(source, looked_for, progress, processes)
+        survey, sha256 = _surveyed(source, looked_for, progress, processes)
     else:
         check_sampled(source)
-        survey = looked_for.over_sample(source, sample, sizes, progress)
+        survey, sha256 = looked_for.over_sample(source, sample, sizes, progress), ""
     counts = [0] * len(SHAPES)
     for number in survey.shapes:
         counts[number] += 1
@@ -289,38 +292,34 @@ def read_data(
         troubles=_troubles(survey, wanted, most.name),
         rule=rule,
         exact=tokenizer is not None,
-        sha256="" if sizes else source.sha256(),
+        sha256=sha256,
         sample=Sample.of(sizes, survey.tokens, source.size_bytes) if sizes else None,
     )
 
 
 def _surveyed(
     source: Source, looked_for: _Pass, progress: Callable[[int], None], processes: int
-) -> Survey:
-    """The whole pass; of a large file side by side, in processes that this one is copied to."""
+) -> tuple[Survey, str]:
+    """The whole pass, and the digest; of a large file side by side, in processes that this one is
+    copied to."""
     large = source.size_bytes >= _BYTES_FOR_PROCESSES and processes > 1
     if large and "fork" in multiprocessing.get_all_start_methods():
         parts = source.parts(processes)
         if len(parts) > 1:
-            return _side_by_side(parts, looked_for, progress)
-    return looked_for.over(source, progress)
+            return _side_by_side(source, parts, looked_for, progress)
+    return looked_for.over(source, progress), source.sha256()
 
 
 class _Pass(Struct):
     """What is looked for in a source, or a part of one."""
 
     columns: Mapping[str, str]
-    tokenizer: RowTokenizer | None
+    measure: RowMeasure
     checks: bool
-    objective: str | None
-    rule: Rule
-
-    def _measure(self) -> RowMeasure:
-        return RowMeasure(self.tokenizer, self.objective, self.rule)
 
     def over(self, source: Source, progress: Callable[[int], None]) -> Survey:
         survey = survey_records(
-            source.records(progress), self.columns, self._measure(), checks=self.checks
+            source.records(progress), self.columns, self.measure, checks=self.checks
         )
         survey.notes = source.notes
         return survey
@@ -329,7 +328,7 @@ class _Pass(Struct):
         self, source: Source, count: int, sizes: list[int], progress: Callable[[int], None]
     ) -> Survey:
         """About so many rows; `sizes` gets the bytes of each that can be read."""
-        survey, measure = Survey(self.checks), self._measure()
+        survey, measure = Survey(self.checks), self.measure
         for record, num_bytes in sampled_records(source, count, progress):
             before = len(survey.numbers)
             survey.take(record, self.columns, measure)
@@ -340,16 +339,17 @@ class _Pass(Struct):
 
 
 def _side_by_side(
-    parts: Sequence[Source], looked_for: _Pass, progress: Callable[[int], None]
-) -> Survey:
+    source: Source, parts: Sequence[Source], looked_for: _Pass, progress: Callable[[int], None]
+) -> tuple[Survey, str]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     context = multiprocessing.get_context("fork")
     num_bytes = context.Value("q", 0)
     told = 0
     with ProcessPoolExecutor(
-        len(parts), mp_context=context, initializer=_adopt, initargs=(looked_for, num_bytes)
+        len(parts) + 1, mp_context=context, initializer=_adopt, initargs=(looked_for, num_bytes)
     ) as pool:
         waiting = [pool.submit(_over_part, part) for part in parts]
+        digest = pool.submit(source.sha256)  # beside them, so that the end waits for nothing
         while not all(future.done() for future in waiting):
             wait(waiting, timeout=_LOOK_EVERY_SECONDS)
             done = num_bytes.value
@@ -359,7 +359,7 @@ def _side_by_side(
         first, *others = [future.result() for future in waiting]
     for survey in others:
         first.merge(survey)
-    return first
+    return first, digest.result()
 
 
 # In a process of its own: what it looks for, and where it tells how far it is.
@@ -368,6 +368,8 @@ _adopted: tuple[_Pass, Any] | None = None
 
 def _adopt(looked_for: _Pass, num_bytes: Any) -> None:
     global _adopted
+    # Rows hold no cycles, and looking for some takes a twentieth of the time.
+    gc.set_threshold(_OBJECTS_BEFORE_COLLECTING)
     _adopted = (looked_for, num_bytes)
 
 

@@ -7,7 +7,7 @@ UTF-8. Short text and code are not judged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 from ftplan.profiles.text_facts import function_words
@@ -82,30 +82,35 @@ def language(sample: bytes) -> str:
     found = known.all.intersection(words)
     if len(found) < _FEWEST_DIFFERENT:
         return ""
-    scores: dict[str, int] = {}
-    for word in found:
-        for name in known.languages[word]:
-            scores[name] = scores.get(name, 0) + 1
-    best = max(scores, key=scores.__getitem__)
-    score = scores.pop(best)
-    second = max(scores.values(), default=0)
+    scores = known.scores(found)
+    score = max(scores)
+    best = scores.index(score)
+    second = max(scores[:best] + scores[best + 1 :])
     if score < _FEWEST_DIFFERENT or score < _LEAD * second or score < 2 + second:
         return ""
-    hits = sum(map(known.by_language[best].__contains__, words))
-    return "" if hits < _LEAST_SHARE * len(words) or _is_code(sample) else best
+    hits = sum(map(known.words[best].__contains__, words))
+    return "" if hits < _LEAST_SHARE * len(words) or _is_code(sample) else known.names[best]
 
 
 class _Words:
-    """Function words in UTF-8, by language, and the languages of each."""
+    """Function words in UTF-8, and the languages of each.
+
+    `names`, `words`: of each language. A language has fewer than 256 words.
+    """
 
     def __init__(self) -> None:
         texts = function_words().words
-        self.by_language = {name: frozenset(text.encode().split()) for name, text in texts.items()}
-        self.all = frozenset[bytes]().union(*self.by_language.values())
-        self.languages = {
-            word: tuple(name for name, words in self.by_language.items() if word in words)
+        self.names = tuple(texts)
+        self.words = [frozenset(text.encode().split()) for text in texts.values()]
+        self.all = frozenset[bytes]().union(*self.words)
+        self._ones = {
+            word: sum(1 << 8 * index for index, words in enumerate(self.words) if word in words)
             for word in self.all
         }
+
+    def scores(self, found: Iterable[bytes]) -> bytes:
+        """How many of the words each language has: a byte each, added up as one number."""
+        return sum(map(self._ones.__getitem__, found)).to_bytes(len(self.names), "little")
 
 
 @cache
@@ -119,11 +124,12 @@ def _is_code(sample: bytes) -> bool:
 
 def _script(sample: bytes) -> str:
     """The script of most letters that are not ASCII, or _LATIN where those are few."""
-    letters = sample.translate(None, _not_leads())
-    kana = sum(map(sample.count, _KANA))
+    script_of_lead, no_leads = _leads()
+    letters = sample.translate(script_of_lead, no_leads)
+    kana = sum(map(sample.count, _KANA)) if b"\xe3" in sample else 0
     if len(letters) + kana < _FEWEST_LETTERS:
         return _LATIN
-    counts = {name: sum(map(letters.count, leads)) for name, leads in _lead_bytes().items()}
+    counts = {name: letters.count(index) for index, name in enumerate(_LEADS)}
     latin = counts.pop(_LATIN) + len(sample) - len(sample.translate(None, _ASCII_LETTERS))
     counts[_HAN] += kana
     name = max(counts, key=lambda name: counts[name])
@@ -143,17 +149,13 @@ def _script_of_e0(sample: bytes) -> str:
 
 
 @cache
-def _lead_bytes() -> Mapping[str, tuple[bytes, ...]]:
-    found = {}
-    for name, ranges in _LEADS.items():
-        bounds = [(part[:2], part[-2:]) for part in ranges.split()]
-        found[name] = tuple(
-            bytes((byte,)) for a, b in bounds for byte in range(int(a, 16), int(b, 16) + 1)
-        )
-    return found
-
-
-@cache
-def _not_leads() -> bytes:
-    leads = b"".join(b"".join(leads) for leads in _lead_bytes().values())
-    return bytes(byte for byte in range(256) if byte not in leads)
+def _leads() -> tuple[bytes, bytes]:
+    """For bytes.translate: of each byte that opens a letter the number of its script, and the bytes
+    that open none."""
+    scripts, known = bytearray(256), set()
+    for index, ranges in enumerate(_LEADS.values()):
+        for part in ranges.split():
+            for byte in range(int(part[:2], 16), int(part[-2:], 16) + 1):
+                scripts[byte] = index
+                known.add(byte)
+    return bytes(scripts), bytes(byte for byte in range(256) if byte not in known)

@@ -32,10 +32,12 @@ _REMEMBERED = 100_000
 _LONGEST_REMEMBERED = 64  # bytes
 
 # Signs that may belong to the letters behind them; an apostrophe may begin a contraction.
-_JOINING = frozenset(string.punctuation) - {"'"}
+_JOINING = frozenset(string.punctuation.encode()) - {ord("'")}
+_BLANK = ord(" ")
 
 _TEXTS_AT_ONCE = 2048
 _CHARACTERS_AT_ONCE = 1 << 20
+_LONG = 2 * _CHARACTERS_AT_ONCE
 _ALWAYS_CUT = re.compile("[A-Za-z] ")
 
 
@@ -98,7 +100,7 @@ def _in_groups(texts: Sequence[str], count: Callable[[Sequence[str]], list[int]]
 def _pieces(text: str) -> list[str]:
     """A long text, cut where every proof allows it."""
     pieces = []
-    while len(text) > 2 * _CHARACTERS_AT_ONCE:
+    while len(text) > _LONG:
         place = _ALWAYS_CUT.search(text, _CHARACTERS_AT_ONCE)
         if place is None:
             break
@@ -131,18 +133,23 @@ class _ChunkCounter:
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Counts of texts that are not barred."""
+        if not self.cuts.prefix_after_added and max(map(len, texts), default=0) <= _LONG:
+            return self._of_parts(texts)
         parts = list(map(self._parts, texts))
-        flat = [part for some in parts for part in some]
-        is_ascii = [part.isascii() for part in flat]
-        narrow = iter(_in_groups(list(compress(flat, is_ascii)), self._sums))
-        wide_parts = [part for part, narrow in zip(flat, is_ascii, strict=True) if not narrow]
-        wide = iter(_in_groups(wide_parts, self._sums))
-        sums = (next(narrow) if is_narrow else next(wide) for is_narrow in is_ascii)
+        sums = iter(self._of_parts([part for some in parts for part in some]))
         counted = [sum(islice(sums, len(some))) for some in parts]
         if self.cuts.prefix_after_added:
             added = (len(self._added.findall(text)) for text in texts)
             return [count + more for count, more in zip(counted, added, strict=True)]
         return counted
+
+    def _of_parts(self, parts: Sequence[str]) -> list[int]:
+        """Counts of parts, those of ASCII apart: their characters are bytes."""
+        is_ascii = [part.isascii() for part in parts]
+        narrow = iter(_in_groups(list(compress(parts, is_ascii)), self._sums))
+        wide_parts = [part for part, narrow in zip(parts, is_ascii, strict=True) if not narrow]
+        wide = iter(_in_groups(wide_parts, self._sums))
+        return [next(narrow) if is_narrow else next(wide) for is_narrow in is_ascii]
 
     def _parts(self, text: str) -> list[str]:
         """Parts of a text that count alone."""
@@ -233,40 +240,47 @@ class _NewChunks:
     def counts(self, chunks: list[bytes]) -> list[int]:
         """Counts of chunks that stand elsewhere: by the model alone where its words are known, as
         that takes a third of the time."""
-        counted = [self._count_words(chunk) for chunk in chunks]
-        others = [number for number, count in enumerate(counted) if not count]
+        tokenize, names, is_word = self._tokenize, self._byte_names, self._is_word
+        by_letters = self._letters_are_words
+        counted: list[int] = []
+        others: list[int] = []
+        for chunk in chunks:
+            if by_letters and is_word(chunk):
+                words = [chunk]
+            else:
+                words = self._words(chunk)
+                if not words:
+                    others.append(len(counted))
+            named = [word.decode("latin-1").translate(names) for word in words]
+            counted.append(sum(map(len, map(tokenize, named))))
         lengths = _lengths(self._bare, [chunks[number].decode() for number in others])
         for number, length in zip(others, lengths, strict=True):
             counted[number] = length
         return counted
 
-    def _count_words(self, chunk: bytes) -> int:
-        """Tokens of the words of a chunk; 0 where that is not known without the tokenizer."""
+    def _is_word(self, chunk: bytes) -> bool:
+        """Whether a chunk is letters, and perhaps a blank or sign that belongs to them."""
+        joins = chunk[0] == _BLANK or (self._signs_join and chunk[0] in _JOINING)
+        letters = chunk[1:] if joins else chunk
+        if letters.isalpha():
+            return True
+        if letters.isascii():
+            return False
+        text = letters.decode()
+        normal = not self._normalized or unicodedata.is_normalized("NFKC", text)
+        return normal and all(map(is_letter, text))
+
+    def _words(self, chunk: bytes) -> list[bytes]:
+        """The words of a chunk; none where they are not known without the tokenizer."""
+        if not (self._stages and chunk.isascii()):
+            return []
         text = chunk.decode()
-        if self._letters_are_words and self._is_word(text):
-            return self._count_word(chunk)
-        if not (self._stages and chunk.isascii()) or self._added.search(text):
-            return 0
+        if self._added.search(text):
+            return []
         words = [text]
         for stage in self._stages:
             words = [word for longer in words for word in stage.findall(longer)]
-        if sum(map(len, words)) != len(text):
-            return 0
-        return sum(self._count_word(word.encode()) for word in words)
-
-    def _is_word(self, text: str) -> bool:
-        """Whether a text is letters, and perhaps a blank or sign that belongs to them."""
-        joins = text[0] == " " or (self._signs_join and text[0] in _JOINING)
-        letters = text[1:] if joins else text
-        if not letters.isalpha():
-            return False
-        if letters.isascii():
-            return True
-        normal = not self._normalized or unicodedata.is_normalized("NFKC", letters)
-        return normal and all(map(is_letter, letters))
-
-    def _count_word(self, word: bytes) -> int:
-        return len(self._tokenize(word.decode("latin-1").translate(self._byte_names)))
+        return [word.encode() for word in words] if sum(map(len, words)) == len(text) else []
 
 
 def _lengths(backend: Any, texts: Sequence[str]) -> list[int]:

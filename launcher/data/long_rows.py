@@ -68,8 +68,7 @@ class Cuts:
         self.tally = Tally()
 
     def add(self, number: int, answer: str) -> None:
-        if len(answer) < self.characters:
-            return
+        """Only where an answer is as long as `characters`, at least."""
         if len(answer) > self.characters:
             self.characters, self.unfinished, self.tally = len(answer), 0, Tally()
         self.tally.add(number)

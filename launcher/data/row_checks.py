@@ -10,6 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 
 from msgspec import Struct
 
@@ -63,15 +64,22 @@ def _numbers_of_money(text: str) -> Iterator[str]:
     yield from private_text.ibans_in(text)
 
 
+# Behind the sign of an assignment: a value of some length with a digit, as all secrets have that
+# are sought by their names. Both are rarer than the names, which are words of any text.
+_ASSIGNED_VALUE = (
+    rb">?[ \t]*[\"']?(?=[a-z0+/=_\-!@#$%^&*~\x80-\xfd]{12})"
+    rb"[a-z+/=_\-!@#$%^&*~\x80-\xfd]*0"
+)
+
 _KEY_CHECK = RowCheck((b"-----begin",), _keys)
 _CHECKS = (
     RowCheck((b"@",), _emails),
-    RowCheck((b"://",), _passwords),
+    RowCheck((b"@",), _passwords),
     RowCheck(re.compile(rb"\+(?:0|\(0)"), _of_text("personal data", private_text.phones_in), b"+"),
+    RowCheck(re.compile(rb"0000[ -]?0000"), _of_text("personal data", _numbers_of_money)),
     RowCheck(
-        (b"00000000", b"0000 0000", b"0000-0000"), _of_text("personal data", _numbers_of_money)
+        re.compile(rb"<(?:\||\xef\xbd\x9c|(?:start|end)_of_turn>|<sys>>|/s>)"), _chat_tokens, b"<"
     ),
-    RowCheck(re.compile(rb"<(?:\||\xef\xbd\x9c|(?:start|end)_of_turn>|<sys>>|/s>)"), _chat_tokens),
     RowCheck(re.compile(rb"\[/?inst\]"), _chat_tokens, b"["),
     RowCheck(re.compile(rb"#[#]{2} "), _chat_tokens, b"#"),
     RowCheck((b"assistant:",), _chat_tokens),
@@ -83,12 +91,12 @@ _CHECKS = (
     RowCheck(re.compile(rb"<(?:/|[a-z]+[ />])"), _html, b"<"),
     RowCheck(re.compile(rb"&(?:[a-z]+|#[0x][0-9a-f]+);"), _html, b"&"),
     RowCheck(
-        (b"an ai ", b"language model"),
+        (b" an ai", b"language model"),
         _if("an AI model speaks of itself", lambda _, answer: odd_text.refusal_in(answer)),
     ),
     RowCheck((b"\x01",), _odd_characters),
     _KEY_CHECK,
-    RowCheck((b"passw", b"secret", b"token", b"_key", b"apikey"), _assigned),
+    *(RowCheck(re.compile(sign + _ASSIGNED_VALUE), _assigned, sign) for sign in (b":", b"=")),
 )
 # C1 controls; Ã, Â and â€; direction, joiners; the replacement character and the byte-order mark.
 _BEYOND_ASCII = tuple(
@@ -123,20 +131,16 @@ class Batch:
     def __init__(self, rows: Sequence[tuple[int, str, str]]) -> None:
         self.rows = rows
         self.ascii = [prompt.isascii() and answer.isascii() for _, prompt, answer in rows]
-        self.prompts = [encoded(prompt) for _, prompt, _ in rows]
+        self.prompts, answers = _encoded(rows)
         self.parts = [
-            prompt + FIELD_END + encoded(answer)
-            for prompt, (_, _, answer) in zip(self.prompts, rows, strict=True)
+            prompt + FIELD_END + answer
+            for prompt, answer in zip(self.prompts, answers, strict=True)
         ]
         self.joined = ROW_END.join(self.parts)
         self.lowered = self.joined.translate(_LOWERED)
         self.letters = self.lowered.translate(None, NOT_LETTERS).split(ROW_END)
-        self.starts, self.ends = [], []
-        end = -1
-        for part in self.parts:
-            self.starts.append(end + 1)
-            end += 1 + len(part)
-            self.ends.append(end)
+        *self.starts, _ = accumulate((len(part) + 1 for part in self.parts), initial=0)
+        self.ends = [start + len(part) for start, part in zip(self.starts, self.parts, strict=True)]
 
     def kinds(self) -> dict[int, list[str]]:
         """What the checks of single rows find, by a row's place; each kind once a row."""
@@ -180,6 +184,15 @@ class Batch:
                 start = runs.find(_LONG_RUN, self.ends[place])
             else:
                 start = runs.find(_LONG_RUN, run.end())
+
+
+def _encoded(rows: Sequence[tuple[int, str, str]]) -> tuple[list[bytes], list[bytes]]:
+    """Prompts and answers; hardly ever is there one with half a character."""
+    prompts, answers = [prompt for _, prompt, _ in rows], [answer for _, _, answer in rows]
+    try:
+        return [text.encode() for text in prompts], [text.encode() for text in answers]
+    except UnicodeEncodeError:
+        return list(map(encoded, prompts)), list(map(encoded, answers))
 
 
 def _searches(check: RowCheck, content: bytes) -> Iterator[Callable[[int], int]]:

@@ -86,4 +86,4 @@ class Row(Struct, frozen=True, kw_only=True):
     def texts(self) -> tuple[str, ...]:
         """All its text, a message each."""
         several = (*self.messages, *self.chosen, *self.rejected)
-        return tuple(m.content for m in several) or (self.text,)
+        return tuple([message.content for message in several]) or (self.text,)

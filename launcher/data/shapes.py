@@ -76,32 +76,63 @@ _ROLES: dict[str, Role] = {
 _ANSWERS = ("completion", "response", "output", "answer")
 _QUESTIONS = ("prompt", "question", "query")
 _CONVERSATIONS = ("messages", "conversations", "conversation")
+_LABELS = ("label", "kto_tag")
+
+# Every field that some shape's `fits` asks for.
+_OTHERS = ("instruction", "input", "chosen", "rejected", "task", "text")
+_TELLING = frozenset((*_ANSWERS, *_QUESTIONS, *_CONVERSATIONS, *_LABELS, *_OTHERS))
 
 
 def shape_of(value: object) -> Shape:
     """The first shape that the row has; raises Unusable where there is none."""
-    if not isinstance(value, Mapping):
-        raise Unusable("not a JSON object")
-    for shape in SHAPES:
-        if shape.fits(value):
-            return shape
-    raise Unusable("no usable field")
+    return shapes_of(value)[0]
 
 
 def other_shapes(value: Value, taken: Shape) -> list[Shape]:
     """Shapes that the row could have been read as, too, and that mean something else. That a row
     with an answer could be a prompt alone goes without saying."""
-    others = (s for s in SHAPES if s.objective not in (taken.objective, "online"))
-    return [shape for shape in others if shape.fits(value)]
+    return [
+        shape
+        for shape in SHAPES
+        if shape.objective not in (taken.objective, "online") and shape.fits(value)
+    ]
+
+
+def shapes_of(value: object) -> tuple[Shape, ...]:
+    """`shape_of`, then `other_shapes`; worked out once for the fields that many rows share."""
+    if not isinstance(value, dict):
+        raise Unusable("not a JSON object")
+    names: list[object] = [
+        name for name, item in value.items() if name in _TELLING and item is not None
+    ]
+    if (label := _first(value, _LABELS)) is not None:
+        names.append(_is_label(value[label]))  # of a field's content, all that a shape asks
+    key = tuple(names)
+    known = _SHAPES_OF.get(key)
+    if known is None:
+        taken = next((shape for shape in SHAPES if shape.fits(value)), None)
+        known = (taken, *other_shapes(value, taken)) if taken else ()
+        if len(_SHAPES_OF) < _MOST_KNOWN:
+            _SHAPES_OF[key] = known
+    if not known:
+        raise Unusable("no usable field")
+    return known
+
+
+# By the fields of a row in their order, of which there are many.
+_SHAPES_OF: dict[tuple[object, ...], tuple[Shape, ...]] = {}
+_MOST_KNOWN = 1024
 
 
 def row_of(number: int, value: Value, shape: Shape, file: int = 0) -> Row:
     """The row; raises Unusable."""
     row = Row(number=number, file=file, **shape.read(value))
-    try:
-        "".join(row.texts).encode()
-    except UnicodeEncodeError:  # valid JSON, but no tokenizer takes it and no file can hold it
-        raise Unusable("half a character (a lone surrogate)") from None
+    for text in row.texts:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # valid JSON; no tokenizer takes it, no file can hold it
+                raise Unusable("half a character (a lone surrogate)") from None
     return row
 
 
@@ -121,7 +152,10 @@ def _has(*names: str) -> Callable[[Value], bool]:
 
 def _first(value: Value, names: Sequence[str]) -> str | None:
     """The first of the fields that the row has."""
-    return next((name for name in names if value.get(name) is not None), None)
+    for name in names:
+        if value.get(name) is not None:
+            return name
+    return None
 
 
 def _asked_and_answered(value: Value) -> bool:
@@ -132,9 +166,14 @@ def _text(value: Value, key: str) -> str:
     content = value[key]
     if not isinstance(content, str):
         raise Unusable(f"`{key}` is not text")
-    if not content.strip():
+    if _is_blank(content):
         raise Unusable(f"`{key}` is empty")
     return content
+
+
+def _is_blank(text: str) -> bool:
+    """Empty, or nothing but white space."""
+    return not text or text.isspace()
 
 
 def _optional_text(value: Value, key: str) -> str:
@@ -158,14 +197,16 @@ FIELDS = (
 
 
 def _message(turn: object) -> Message:
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, dict):
         raise Unusable("a message is not an object")
-    role = _ROLES.get(str(turn.get("role", turn.get("from"))).casefold())
+    named = turn.get("role", turn.get("from"))
+    role = _ROLES.get(named) if isinstance(named, str) else None
+    role = role or _ROLES.get(str(named).casefold())
     if role is None:
         raise Unusable("a message's role is not system, user, assistant or tool")
     calls = _tool_calls(turn.get("tool_calls")) if role == "assistant" else ()
     content = _content(turn.get("content", turn.get("value")))
-    if not content.strip() and not calls:
+    if _is_blank(content) and not calls:
         raise Unusable("a message has no text")
     name = turn.get("name") if role == "tool" else None
     return Message(role, content, calls, name if isinstance(name, str) else "")
@@ -267,7 +308,7 @@ def _tools(value: Value) -> dict[str, Any]:
 def _opened(value: Value, messages: Messages) -> Messages:
     """The conversation with the row's own `system`, if it has none."""
     system = _optional_text(value, "system")
-    if not system.strip() or (messages and messages[0].role == "system"):
+    if _is_blank(system) or (messages and messages[0].role == "system"):
         return messages
     return (Message("system", system), *messages)
 
@@ -294,14 +335,16 @@ def _question(value: Value) -> Messages:
 
 def _instructed(value: Value) -> str:
     parts = (_optional_text(value, "instruction"), _optional_text(value, "input"))
-    request = "\n\n".join(part for part in parts if part.strip())
+    request = "\n\n".join([part for part in parts if not _is_blank(part)])
     if not request:
         raise Unusable("`instruction` and `input` are empty")
     return request
 
 
 def _history(value: Value) -> Messages:
-    turns = value.get("history") or []  # exported tables have "" for none
+    turns = value.get("history")
+    if not turns:  # exported tables have "" for none
+        return ()
     pairs = isinstance(turns, list) and all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
         for turn in turns
@@ -346,7 +389,7 @@ def _task(value: Value) -> dict[str, Any]:
     request = "\n\n".join(
         part
         for part in (task, _optional_text(value, "instruction"), _optional_text(value, "input"))
-        if part.strip()
+        if not _is_blank(part)
     )
     messages = (Message("user", request), *_answer(value, _first(value, _ANSWERS) or ""))
     return {"messages": _opened(value, messages), "task": task}
@@ -358,7 +401,7 @@ def _classified(value: Value) -> dict[str, Any]:
     label = value[next(named, "label")]
     if not isinstance(label, str | int):
         raise Unusable("`label` is neither text nor a number")
-    if not str(label).strip():
+    if _is_blank(str(label)):
         raise Unusable("`label` is empty")
     return {"messages": (Message("user", _text(value, "text")), Message("assistant", str(label)))}
 
@@ -433,9 +476,6 @@ def _labelled(value: Value) -> dict[str, Any]:
     name = _first(value, _LABELS) or ""
     asked = _conversation(value) if _first(value, _CONVERSATIONS) else _one_answer(value)
     return {**asked, "label": bool(value[name])}
-
-
-_LABELS = ("label", "kto_tag")
 
 
 def _has_label(value: Value) -> bool:

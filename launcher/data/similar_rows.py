@@ -26,6 +26,12 @@ _ROWS_A_BUCKET = 10
 _WORD = re.compile(r"\w+")
 _CHARACTERS_A_SHINGLE = 8  # for scripts that put no blanks between words
 
+# Of ASCII: letters lower-cased, what stands in no word as a blank.
+_ASCII_WORDS = bytes(
+    ord(chr(byte).lower() if _WORD.match(chr(byte)) else " ") if byte < 128 else byte
+    for byte in range(256)
+)
+
 
 class SampledRow(Struct, frozen=True):
     number: int
@@ -66,55 +72,65 @@ class RowSample:
     def similar(self) -> list[int]:
         """Numbers of the rows that are similar to an earlier one."""
         self._cut(SAMPLE_ROWS)
+        fixed = _fixed([_shingles(self.rows[whole].text) for whole in self._some()])
         rows = sorted(self.rows.values(), key=lambda row: row.number)
-        shingles = _without_fixed([_shingles(row.text) for row in rows], _order(self.rows, rows))
+        shingles: list[array[int]] = []
         buckets: dict[int, list[int]] = defaultdict(list)
         found = []
-        for index, own in enumerate(shingles):
+        for index, row in enumerate(rows):
+            own = _shingles(row.text)
+            if not own.isdisjoint(fixed):
+                own -= fixed
+            shingles.append(array("I", own))
             if len(own) < _FEWEST_SHINGLES:
                 continue
-            smallest = own[:_SMALLEST]
+            smallest = _smallest(own)
             others = {other for shingle in smallest for other in buckets.get(shingle, ())}
             if any(
-                rows[other].near != rows[index].near and _are_similar(own, shingles[other])
+                rows[other].near != row.near and _are_similar(own, shingles[other])
                 for other in others
             ):
-                found.append(rows[index].number)
+                found.append(row.number)
             for shingle in smallest:
                 if len(buckets[shingle]) < _ROWS_A_BUCKET:
                     buckets[shingle].append(index)
         return found
 
-
-def _order(by_hash: dict[int, SampledRow], rows: list[SampledRow]) -> list[int]:
-    """Indices of some rows by their hashes: a fair choice that every run makes alike."""
-    position = {row.number: index for index, row in enumerate(rows)}
-    return [position[by_hash[whole].number] for whole in sorted(by_hash)[:_FIXED_SAMPLE]]
+    def _some(self) -> list[int]:
+        """Keys of a few rows: a fair choice that every run makes alike."""
+        return sorted(self.rows)[:_FIXED_SAMPLE]
 
 
-def _shingles(text: str) -> array[int]:
-    """Hashes of 32 bits, from the smallest."""
-    words = _WORD.findall(text.lower())
+def _shingles(text: str) -> set[int]:
+    """Hashes of 32 bits."""
+    if text.isascii():
+        words = text.encode().translate(_ASCII_WORDS).split()
+    else:
+        words = [word.encode("utf-8", "replace") for word in _WORD.findall(text.lower())]
     if len(text) > _CHARACTERS_A_SHINGLE * 2 * len(words):
-        joined = "".join(words)
+        joined = b"".join(words).decode()
         parts = [
-            joined[start : start + _CHARACTERS_A_SHINGLE]
+            joined[start : start + _CHARACTERS_A_SHINGLE].encode()
             for start in range(len(joined) - _CHARACTERS_A_SHINGLE + 1)
         ]
-    else:
-        parts = [" ".join(three) for three in zip(words, words[1:], words[2:], strict=False)]
-    return array("I", sorted({crc32(part.encode("utf-8", "replace")) for part in parts}))
+        return set(map(crc32, parts))
+    return set(map(crc32, map(b" ".join, zip(words, words[1:], words[2:], strict=False))))
 
 
-def _without_fixed(shingles: list[array[int]], some: list[int]) -> list[array[int]]:
-    counts = Counter(shingle for index in some for shingle in shingles[index])
-    most = max(_FIXED_ROWS, _FIXED_SHARE * len(some))
-    fixed = {shingle for shingle, count in counts.items() if count > most}
-    if not fixed:
-        return shingles
-    return [array("I", (s for s in own if s not in fixed)) for own in shingles]
+def _fixed(shingles: list[set[int]]) -> set[int]:
+    """Those that stand in many of the rows."""
+    counts = Counter(shingle for own in shingles for shingle in own)
+    most = max(_FIXED_ROWS, _FIXED_SHARE * len(shingles))
+    return {shingle for shingle, count in counts.items() if count > most}
 
 
-def _are_similar(own: array[int], other: array[int]) -> bool:
-    common = len(set(own).intersection(other))
+def _smallest(shingles: set[int]) -> list[int]:
+    """The smallest of at least as many; among those below a bound that most are not."""
+    bound = (_SMALLEST * 4 << 32) // len(shingles)
+    few = [shingle for shingle in shingles if shingle < bound]
+    return sorted(few if len(few) >= _SMALLEST else shingles)[:_SMALLEST]
+
+
+def _are_similar(own: set[int], other: array[int]) -> bool:
+    common = len(own.intersection(other))
     return common >= _LEAST_COMMON * (len(own) + len(other) - common)

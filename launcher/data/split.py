@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from msgspec import Struct
@@ -35,34 +35,68 @@ def split_groups(
     The same rows are always split alike, whatever their order. Raises InputError when there are
     too few different prompts to hold any out.
     """
-    counts = [(group, sum(1 for _ in same)) for group, same in groupby(sorted(groups))]
-    if len(counts) < 2 + (test_share > 0):
+    if _fewer_than(2 + (test_share > 0), groups):
         raise InputError(
             "at least two different rows are needed: one to train on and one to hold out",
             "add rows, or give held-out rows with `--eval-data FILE`",
         )
-    held_out = _taken(counts, min(share * len(groups), MAX_EVAL_ROWS), len(groups))
+    held_out = _taken(groups, min(share * len(groups), MAX_EVAL_ROWS))
     if not test_share:
         return Split(held_out)
-    left = [(group, count) for group, count in counts if group not in held_out]
-    return Split(held_out, _taken(left, test_share * len(groups), len(groups)))
+    return Split(held_out, _taken(groups, test_share * len(groups), held_out))
 
 
-def _taken(counts: Sequence[tuple[int, int]], wanted: float, num_rows: int) -> frozenset[int]:
-    """Prompts with about so many rows. They are hashes: the smallest are a random choice."""
-    room = min(max(1, round(wanted)), num_rows - 1)
+def _fewer_than(count: int, groups: Sequence[int]) -> bool:
+    """Whether there are fewer different prompts than that."""
+    different: set[int] = set()
+    for group in groups:
+        different.add(group)
+        if len(different) == count:
+            return False
+    return True
+
+
+def _taken(
+    groups: Sequence[int], wanted: float, but: frozenset[int] = frozenset()
+) -> frozenset[int]:
+    """Prompts with about so many rows, not those of `but`. They are hashes: the smallest are a
+    random choice."""
+    room = min(max(1, round(wanted)), len(groups) - 1)
     taken: list[int] = []
-    for group, count in counts:
+    rarest, fewest = None, len(groups) + 1
+    for group, count in _ascending(groups, room):
+        if group in but:
+            continue
+        if count < fewest:
+            rarest, fewest = group, count
         if count <= room:
             taken.append(group)
             room -= count
         if not room:
             break
-    return frozenset(taken or [min(counts, key=lambda one: one[1])[0]])
+    if not taken:
+        assert rarest is not None, "there are more different prompts"
+        taken = [rarest]
+    return frozenset(taken)
+
+
+def _ascending(groups: Sequence[int], wanted: int) -> Iterator[tuple[int, int]]:
+    """Prompts from the smallest, and how many rows each has. Sorted in pieces, the first of some
+    times as many rows as are wanted: of millions, hardly more are asked for."""
+    begin, end = 0, _MOST_SORTED_AT_FIRST * wanted * _HASHES // len(groups)
+    while begin < _HASHES:
+        piece = sorted([group for group in groups if begin <= group < end])
+        for group, same in groupby(piece):
+            yield group, sum(1 for _ in same)
+        begin, end = end, _HASHES
+
+
+_HASHES = 1 << 64
+_MOST_SORTED_AT_FIRST = 4
 
 
 def rows_of(groups: Sequence[int], split: Split) -> tuple[int, int, int]:
     """How many rows are trained on, held out, and kept for a test."""
-    held_out = sum(group in split.held_out for group in groups)
-    test = sum(group in split.test for group in groups)
+    held_out = sum(map(split.held_out.__contains__, groups))
+    test = sum(map(split.test.__contains__, groups))
     return len(groups) - held_out - test, held_out, test

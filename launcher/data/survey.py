@@ -18,8 +18,8 @@ from ftplan.launcher.data.lengths import TokenCounter
 from ftplan.launcher.data.overlong import Lengths, Pieces, Rule, text_pieces, turns_apart
 from ftplan.launcher.data.patterns import Segment
 from ftplan.launcher.data.records import FIRST_NUMBERS, Note, Record, merged
-from ftplan.launcher.data.rows import Row
-from ftplan.launcher.data.shapes import SHAPES, Unusable, other_shapes, renamed, row_of, shape_of
+from ftplan.launcher.data.rows import Messages, Row
+from ftplan.launcher.data.shapes import SHAPES, Unusable, renamed, row_of, shapes_of
 from ftplan.launcher.data.tokens import RowTokenizer
 
 # Characters a token, where no tokenizer is at hand: about 4 in English text (GPT-2's byte-pair
@@ -189,13 +189,13 @@ class Survey:
             self._trouble(record.broken.partition(",")[0].partition(":")[0], place)
             return
         try:
-            value = renamed(record.value, columns)
-            shape = shape_of(value)
+            value = renamed(record.value, columns) if columns else record.value
+            shape, *others = shapes_of(value)
             row = row_of(record.number, value, shape, record.file)
         except Unusable as why:
             self._trouble(str(why), place)
             return
-        for other in other_shapes(value, shape):
+        for other in others:
             self.readings[shape.name, other.name] += 1
         if row.task:
             self.tasks[row.task] += 1
@@ -203,9 +203,10 @@ class Survey:
         self.files.append(record.file)
         self.numbers.append(record.number)
         self.shapes.append(_NUMBER_OF_SHAPE[shape.name])
-        self.groups.append(group_of(row))
+        prompt = row.prompt
+        self.groups.append(_group(prompt, row.text))
         if self.checks is not None:
-            self.checks.look(code_of(place), prompt_text(row), row.answer)
+            self.checks.look(code_of(place), _joined(prompt), row.answer)
         self._pending.append(row)
         if len(self._pending) == _ROWS_AT_ONCE:
             self.measure(measure)
@@ -247,7 +248,13 @@ class Survey:
 
 def prompt_text(row: Row) -> str:
     """All that is asked, as checks take it."""
-    return "\n".join(message.content for message in row.prompt)
+    return _joined(row.prompt)
+
+
+def _joined(prompt: Messages) -> str:
+    if len(prompt) == 1:
+        return prompt[0].content
+    return "\n".join([message.content for message in prompt])
 
 
 # Numbers of rows, within one that has the file's number above them.
@@ -267,12 +274,20 @@ def place_of(code: int) -> Place:
 def group_of(row: Row) -> int:
     """64 bits that rows with the same prompt share, and rows of the same text without a prompt.
     Keyed, so that sorting by them shuffles, always alike."""
-    told = [f"{message.role}\0{message.content}" for message in row.prompt]
-    text = "\0".join(told) if told else row.text
-    return int.from_bytes(blake2b(text.encode(), digest_size=8, key=_SPLIT_KEY).digest(), "little")
+    return _group(row.prompt, row.text)
 
 
-_SPLIT_KEY = b"ftplan"
+def _group(prompt: Messages, text: str) -> int:
+    if len(prompt) == 1:
+        text = f"{prompt[0].role}\0{prompt[0].content}"
+    elif prompt:
+        text = "\0".join([f"{message.role}\0{message.content}" for message in prompt])
+    hashed = _KEYED.copy()
+    hashed.update(text.encode())
+    return int.from_bytes(hashed.digest(), "little")
+
+
+_KEYED = blake2b(digest_size=8, key=b"ftplan")
 
 
 def survey_records(

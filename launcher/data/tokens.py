@@ -167,8 +167,17 @@ class RowTokenizer:
         if row.messages and self.has_chat_template:
             return 0
         first = next((segment.text for segment in segments if segment.text), "")
-        bos = self.tokenizer.bos_token
+        bos = self._bos
         return 0 if bos and first.startswith(bos) else len(self._first_token)
+
+    @cached_property
+    def _end(self) -> str:
+        """What ends a text; looked up once, as transformers takes a microsecond for it."""
+        return self.tokenizer.eos_token or ""
+
+    @cached_property
+    def _bos(self) -> str:
+        return self.tokenizer.bos_token or ""
 
     @cached_property
     def _first_token(self) -> list[int]:
@@ -183,7 +192,7 @@ class RowTokenizer:
         template refuses the row, or where a question is not rendered as the beginning of its
         answered conversation.
         """
-        end = self.tokenizer.eos_token or ""
+        end = self._end
         if row.text:
             return [Segment(row.text + end, True)]
         row = row.with_chosen_alone()
@@ -256,7 +265,7 @@ class RowTokenizer:
         question instead. Raises InputError if the template refuses that too.
         """
         if not self.has_chat_template:
-            parts = self._plain_segments(tuple(messages), self.tokenizer.eos_token or "")
+            parts = self._plain_segments(tuple(messages), self._end)
             opening = f"### {PLAIN_HEADINGS['assistant']}:\n" if ask else ""
             return "".join(part.text for part in parts) + opening
         try:
