@@ -38,7 +38,7 @@ def rank_on(
     ("device", "given"),
     [
         ("RTX 4090", {"method": "full"}),
-        ("RTX 4090", {"method": "lora", "gradient_checkpointing": False, "max_length": 4096}),
+        ("RTX 4090", {"method": "lora", "loss": "stock", "per_device_train_batch_size": 16}),
         ("T4", {"method": "lora"}),
         ("T4", {"quantization": "none"}),
         ("A100", {"method": "full", "per_device_train_batch_size": 8}),
