@@ -11,9 +11,14 @@ from ftplan.launcher.exact import DryRunner, case_of, memory_of, shown_dry_runs
 from ftplan.launcher.planning import Planned
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import DoesNotFitError, InputError, RunFailedError
+from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import fits, needed_bytes
 from ftplan.planner.ranking import Evaluated
+from ftplan.planner.teams import roomiest
 from ftplan.planner.units import format_bytes
+
+# Dry runs take half a minute each.
+_MOST_TRIED = 4
 
 # On a processor a plan that needs less than this share of the free memory is not worth the wait.
 _WORTH_CONFIRMING = 0.5
@@ -43,22 +48,53 @@ def _is_worth_it(planned: Planned) -> bool:
 
 def _confirmed(ui: Ui, planned: Planned, runner: DryRunner) -> Planned:
     tried: list[Evaluated] = []
-    for candidate in (planned.chosen, *planned.ranking.alternatives):
+    waiting = [planned.chosen, *planned.ranking.alternatives]
+    while waiting:
+        candidate = waiting.pop(0)
         exact = _with_exact_memory(planned, candidate, runner)
-        if fits(exact.memory, planned.device):
-            return structs.replace(planned, chosen=exact, confirmed=True)
+        if fits(exact.memory, candidate.device):
+            return structs.replace(planned, chosen=exact, device=candidate.device, confirmed=True)
         ui.say(
             f"{candidate.plan.method} needs {format_bytes(needed_bytes(exact.memory))} by dry run, "
             f"not {format_bytes(needed_bytes(candidate.memory))}: it does not fit"
         )
         tried.append(exact)
-    nearest = min(tried, key=lambda evaluated: needed_bytes(evaluated.memory))
-    missing = needed_bytes(nearest.memory) - planned.device.free_bytes
+        smaller = _smaller(planned, candidate, exact)
+        if smaller is not None and len(tried) < _MOST_TRIED:
+            waiting.insert(0, smaller)
+    nearest = min(tried, key=lambda one: needed_bytes(one.memory) - one.device.free_bytes)
+    missing = needed_bytes(nearest.memory) - nearest.device.free_bytes
     raise DoesNotFitError(
-        f"by dry run no plan fits {planned.device.name}: {format_bytes(missing)} are missing",
+        f"by dry run no plan fits {nearest.device.name}: {format_bytes(missing)} are missing",
         "cut rows with a smaller `--max-length`, add `--gradient-checkpointing`, or take a "
         "smaller model",
     )
+
+
+def _smaller(planned: Planned, candidate: Evaluated, exact: Evaluated) -> Evaluated | None:
+    """The method's next plan: the best if the closed form is as far off as it was here."""
+    plan = candidate.plan
+    offer = planned.offer.with_less_memory(
+        needed_bytes(exact.memory) / needed_bytes(candidate.memory)
+    )
+    given = {"method": plan.method, "quantization": plan.quantization}
+    try:
+        found = offer.ranking(planned.source.spec, planned.profile, **given).best
+    except InputError:
+        return None
+    return None if found is None or found.plan == plan else _with_all_memory(found, planned)
+
+
+def _with_all_memory(found: Evaluated, planned: Planned) -> Evaluated:
+    """On the devices as they are."""
+    devices = planned.offer.devices
+    if isinstance(devices, Device):
+        team = structs.replace(found.team, device=devices)
+    else:
+        indices = [member.index for member in found.team.members]
+        members = [gpu for gpu in devices if gpu.index in indices]
+        team = roomiest(members, len(members))
+    return structs.replace(found, team=team)
 
 
 def _with_exact_memory(planned: Planned, candidate: Evaluated, runner: DryRunner) -> Evaluated:
@@ -68,9 +104,9 @@ def _with_exact_memory(planned: Planned, candidate: Evaluated, runner: DryRunner
     case = case_of(
         planned.source,
         plan,
-        planned.device,
+        candidate.device,
         row_length=longest,
         padded=batch[-1] < longest,
     )
-    memory = memory_of(runner.run(case), planned.source, plan, planned.device)
+    memory = memory_of(runner.run(case), planned.source, plan, candidate.device)
     return structs.replace(candidate, memory=memory)

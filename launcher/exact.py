@@ -21,7 +21,7 @@ from msgspec import structs
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.model_source import ModelSource
 from ftplan.launcher.own_stack import installed_stack
-from ftplan.launcher.planning import INSTALL_TRAINING, missing_packages
+from ftplan.launcher.packages import INSTALL_TRAINING, missing_packages
 from ftplan.launcher.ui import Ui
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import InputError, RunFailedError

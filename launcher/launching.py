@@ -23,8 +23,9 @@ from ftplan.launcher.data.profiling import (
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
+from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_cautions import plan_cautions
-from ftplan.launcher.planning import Planned, require_training
+from ftplan.launcher.planning import Planned
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.process import run_to_end
 from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml

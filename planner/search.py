@@ -16,7 +16,8 @@ from msgspec import structs
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.goals import GOALS, NO_LIMITS, Limits, ranked
-from ftplan.planner.hardware_spec import Device
+from ftplan.planner.hardware_spec import Device, Host
+from ftplan.planner.host_verdict import lacking_ram
 from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
@@ -45,14 +46,16 @@ def choose_plan(
     divides: bool = True,
     goal: str = GOALS[0],
     limits: Limits = NO_LIMITS,
+    host: Host | None = None,
 ) -> Ranking:
     """The best plan for this data, `given` settings kept.
 
     `device`: one of which there are as many as `num_gpus` says, or the GPUs of a machine, any of
     which may train. `divides`: whether they may divide what the model holds. `goal`: one of GOALS,
-    what the best is best at; `limits`: what a run may take at most. Deterministic: the
-    same input gives the same ranking. Raises InputError when the given settings are impossible with
-    the method asked for, or with the preferred one, and when no candidate can be estimated and run.
+    what the best is best at; `limits`: what a run may take at most; `host`: whose RAM it may take,
+    None for any. Deterministic: the same input gives the same ranking. Raises InputError when the
+    given settings are impossible with the method asked for, or with the preferred one, and when no
+    candidate can be estimated and run.
     """
     teams = teams_of(device, given.get("num_gpus"))
     fitting: list[Evaluated] = []
@@ -64,7 +67,7 @@ def choose_plan(
     num_plans = num_evaluated = 0
     for number, method in enumerate(_candidate_methods(given)):
         space = Space(model, data, given, stack, divides=divides)
-        search = _MethodSearch(space, model, data, stack, goal, limits)
+        search = _MethodSearch(space, model, data, stack, goal, limits, host)
         try:
             found = search.best(method, teams, thorough=not fitting)
         except InputError as error:
@@ -143,10 +146,11 @@ class _MethodSearch:
         stack: Stack,
         goal: str,
         limits: Limits,
+        host: Host | None,
     ) -> None:
         self.space = space
         self._model, self._data, self._stack = model, data, stack
-        self._goal, self._limits = goal, limits
+        self._goal, self._limits, self._host = goal, limits, host
         self.missed: list[Evaluated] = []
         self.beyond: list[str] = []
 
@@ -186,7 +190,8 @@ class _MethodSearch:
                 candidate = self.space.refuse(partial(self.space.candidate, group, size))
                 evaluated = self._evaluated(candidate) if candidate else None
                 if candidate is not None and evaluated is not None and self._keeps(candidate):
-                    found.append(evaluated)
+                    if self._host_holds(evaluated):
+                        found.append(evaluated)
                     break
         if not found:
             return None
@@ -203,6 +208,15 @@ class _MethodSearch:
         if beyond is not None:
             self.beyond.append(beyond)
         return beyond is None
+
+    def _host_holds(self, evaluated: Evaluated) -> bool:
+        """Whether the host has the RAM that a plan takes."""
+        if self._host is None:
+            return True
+        lacking = lacking_ram(evaluated.memory, self._host, evaluated.device)
+        if lacking is not None:
+            self.beyond.append(lacking)
+        return lacking is None
 
     def _price(self, evaluated: Evaluated) -> float:
         """What plans of a method are compared by."""
@@ -252,7 +266,7 @@ class _MethodSearch:
             if not self._keeps(candidate):
                 continue
             evaluated = self._evaluated(candidate)
-            if evaluated is None:
+            if evaluated is None or not self._host_holds(evaluated):
                 continue
             if _may_fit(evaluated):
                 yield evaluated

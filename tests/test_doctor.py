@@ -21,7 +21,7 @@ from ftplan.launcher.checkup.libraries import Answer
 from ftplan.launcher.checkup.stack import runs_on
 from ftplan.launcher.commands import doctor
 from ftplan.launcher.doctor import findings
-from ftplan.launcher.planning import TRAIN_PACKAGES
+from ftplan.launcher.packages import TRAIN_PACKAGES
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.ui import Ui
 from ftplan.planner.hardware_spec import Machine

@@ -16,7 +16,7 @@ from ftplan.launcher import default_model
 from ftplan.launcher.checkup.libraries import Answer, ask_libraries
 from ftplan.launcher.host import existing_parent, ram_limit_bytes
 from ftplan.launcher.model_source import hub_cache, hub_endpoint, hub_home, hub_offline
-from ftplan.launcher.planning import TRAIN_PACKAGES
+from ftplan.launcher.packages import TRAIN_PACKAGES
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.probing.nvml import NvmlModule
 from ftplan.launcher.version import version

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ftplan.launcher.checkup.facts import Facts, Finding, dotted
-from ftplan.launcher.planning import INSTALL_TRAINING, TRAIN_PACKAGES
+from ftplan.launcher.packages import INSTALL_TRAINING, TRAIN_PACKAGES
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 
 # FlashAttention-2's kernels (its README: Ampere, Ada, Hopper and newer).

@@ -13,7 +13,8 @@ from ftplan.launcher.commands.plan import (
 )
 from ftplan.launcher.confirm import confirm
 from ftplan.launcher.launching import carry_out, write_run
-from ftplan.launcher.planning import make_plan, require_training
+from ftplan.launcher.packages import require_training
+from ftplan.launcher.planning import make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.training.config import checked_loss
 from ftplan.launcher.ui import Ui

@@ -15,8 +15,9 @@ from ftplan.launcher.data.profiling import (
     profile_data,
     profile_to_dict,
 )
+from ftplan.launcher.model_choice import default_source
 from ftplan.launcher.model_source import find_source
-from ftplan.launcher.planning import default_source, overlong_rule, tokenizer_of
+from ftplan.launcher.planning import overlong_rule, tokenizer_of
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.planner.objectives import OBJECTIVES

@@ -1,24 +1,65 @@
-"""`ftplan launch RUN_DIR`: start the run of a run directory, or repeat it."""
+"""`ftplan launch`: the run of a run directory, again or for the first time, or of a plan file."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ftplan.launcher.launching import carry_out
+from ftplan.launcher.commands.plan import planned_to_dict, show_plan
+from ftplan.launcher.launching import carry_out, write_run
+from ftplan.launcher.packages import require_training
+from ftplan.launcher.plan_file import read_plan_file
+from ftplan.launcher.planning import make_plan
 from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.ui import Ui
+from ftplan.planner.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="made by `ftplan auto`")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="a run directory, or a file of `ftplan plan --out`"
+    )
+    parser.add_argument("--name", metavar="NAME", help="of a plan file's run (made from inputs)")
+    parser.add_argument(
+        "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
+    )
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
-    run_dir = open_run(arguments.run_dir)
+    if arguments.run.is_file():
+        return _launch_plan_file(arguments, ui)
+    run_dir = open_run(arguments.run)
     kept = run_dir.set_results_aside()
     if kept is not None:
         ui.say(f"results of the earlier attempt are kept in {kept}")
     record = carry_out(ui, run_dir)
     ui.json({"schema": 1, "run_dir": str(run_dir.root), "record": record})
+    return 0
+
+
+def _launch_plan_file(arguments: argparse.Namespace, ui: Ui) -> int:
+    """A run as the file says, planned again for this machine: memory and time are this machine's,
+    settings the file's."""
+    require_training()
+    file = read_plan_file(arguments.run)
+    planned = make_plan(
+        ui,
+        asked=file.asked,
+        model_name=file.model,
+        named_device=None,
+        given=file.settings,
+        runs_dir=arguments.runs_dir,
+        for_launch=True,
+    )
+    if file.sha256 and planned.data.sha256 != file.sha256:
+        raise InputError(
+            f"the data of `{arguments.run}` has changed since it was planned",
+            "plan again with `ftplan plan DATA --out FILE`, or take `sha256` out of the file",
+        )
+    planned = file.with_reasons(planned)
+    show_plan(ui, planned)
+    run_dir = write_run(planned, arguments.name, arguments.runs_dir)
+    ui.say(f"run directory: {run_dir.root}")
+    record = carry_out(ui, run_dir)
+    ui.json({**planned_to_dict(planned), "run_dir": str(run_dir.root), "record": record})
     return 0

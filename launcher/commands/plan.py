@@ -14,6 +14,7 @@ from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.data.asked import DataAsked, checked_share, read_columns
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.plan_cautions import plan_cautions
+from ftplan.launcher.plan_file import write_plan_file
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="NAME", help="plan for this GPU instead of this machine")
     parser.add_argument(
         "--free-memory", metavar="SIZE", help="memory free on it (default: all), such as 22GiB"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="write the plan for `ftplan launch FILE`"
     )
     add_setting_flags(parser)
 
@@ -116,8 +120,12 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         runs_dir=arguments.runs_dir,
         for_launch=False,
     )
+    if arguments.out is not None:
+        write_plan_file(planned, arguments.out)
     ui.json(planned_to_dict(planned))
     show_plan(ui, planned)
+    if arguments.out is not None:
+        ui.say(f"written to {arguments.out}; carry it out with `ftplan launch {arguments.out}`")
     return 0
 
 

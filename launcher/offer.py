@@ -1,0 +1,77 @@
+"""GPUs to choose of, and what is asked of a plan on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from msgspec import Struct, structs
+
+from ftplan.launcher.own_stack import installed_stack
+from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.goals import Limits, Wanted
+from ftplan.planner.hardware_spec import Device, Host
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.ranking import Ranking
+from ftplan.planner.search import choose_plan
+from ftplan.profiles import lowest_prices
+
+
+class Offer(Struct, frozen=True, kw_only=True):
+    """Devices to choose of, and what is asked of a plan on them.
+
+    `devices`: one, of which there are as many as asked for, or the GPUs of a machine. `divides`:
+    whether they may divide what a model holds. `host`: the machine around them, if it is known.
+    """
+
+    devices: Device | Sequence[Device]
+    given: Mapping[str, Any]
+    wanted: Wanted
+    divides: bool
+    host: Host | None = None
+
+    @property
+    def device(self) -> Device:
+        """The one with the most free memory."""
+        if isinstance(self.devices, Device):
+            return self.devices
+        return max(self.devices, key=lambda gpu: gpu.free_bytes)
+
+    def ranking(self, model: ModelSpec, profile: DataProfile, **more: Any) -> Ranking:
+        """Plans on the devices; `more`: settings beside the given ones. Raises InputError as
+        `choose_plan` does."""
+        rank = partial(
+            choose_plan,
+            model,
+            profile,
+            self.devices,
+            {**self.given, **more},
+            installed_stack(self.device),
+            divides=self.divides,
+            goal=self.wanted.goal,
+            limits=self.limits,
+        )
+        ranking = rank(host=self.host)
+        # That the host lacks RAM is better told of the best plan than as a reason against all.
+        return rank() if ranking.best is None and self.host else ranking
+
+    def with_less_memory(self, times: float) -> Offer:
+        """The devices with so many times less memory free."""
+        if isinstance(self.devices, Device):
+            return structs.replace(self, devices=_with_less(self.devices, times))
+        return structs.replace(self, devices=[_with_less(gpu, times) for gpu in self.devices])
+
+    @property
+    def limits(self) -> Limits:
+        """What a run may take, at the lowest price that is known of the device."""
+        prices = [price.usd_per_gpu_hour for price in lowest_prices(self.device.name).values()]
+        return Limits(
+            seconds=self.wanted.seconds,
+            usd=self.wanted.usd,
+            usd_per_gpu_hour=min(prices, default=None),
+        )
+
+
+def _with_less(device: Device, times: float) -> Device:
+    return structs.replace(device, free_bytes=round(device.free_bytes / times))
