@@ -22,7 +22,7 @@ from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.combinations import check_runs
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.memory import estimate_memory
+from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.methods import Method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
@@ -81,7 +81,7 @@ class Space:
     """Plans of a method on teams of GPUs, `given` settings kept.
 
     `divides`: whether GPUs may divide what a model holds. `refused` gets the errors of plans that
-    cannot be, `num_evaluated` how many were looked at.
+    cannot be, `num_plans` counts all that there are.
     """
 
     def __init__(
@@ -99,7 +99,12 @@ class Space:
         self._tokens: dict[tuple[int, int], float] = {}
         self.refused: list[InputError] = []
         self.num_plans = 0
-        self.num_evaluated = 0
+        self._memories: dict[tuple[TrainingPlan, int], MemoryEstimate] = {}
+
+    @property
+    def num_evaluated(self) -> int:
+        """Plans whose memory was looked at."""
+        return len(self._memories)
 
     # --- what there is
 
@@ -251,14 +256,16 @@ class Space:
 
     def evaluate(self, candidate: Candidate) -> Evaluated:
         """With its memory, on the longest batch. Raises InputError where that is not modelled."""
-        self.num_evaluated += 1
-        memory = estimate_memory(
-            self._model,
-            candidate.reasoned.plan,
-            device=candidate.team.device,
-            longest_row=self._data.longest_in_run,
-            stack=self._stack,
-        )
+        key = (candidate.reasoned.plan, id(candidate.team))
+        memory = self._memories.get(key)
+        if memory is None:
+            memory = self._memories[key] = estimate_memory(
+                self._model,
+                candidate.reasoned.plan,
+                device=candidate.team.device,
+                longest_row=self._data.longest_in_run,
+                stack=self._stack,
+            )
         return Evaluated(
             reasoned=candidate.reasoned,
             team=candidate.team,
