@@ -47,15 +47,16 @@ def choose_plan(
     goal: str = GOALS[0],
     limits: Limits = NO_LIMITS,
     host: Host | None = None,
+    rows_per_step: int | None = None,
 ) -> Ranking:
     """The best plan for this data, `given` settings kept.
 
     `device`: one of which there are as many as `num_gpus` says, or the GPUs of a machine, any of
     which may train. `divides`: whether they may divide what the model holds. `goal`: one of GOALS,
     what the best is best at; `limits`: what a run may take at most; `host`: whose RAM it may take,
-    None for any. Deterministic: the same input gives the same ranking. Raises InputError when the
-    given settings are impossible with the method asked for, or with the preferred one, and when no
-    candidate can be estimated and run.
+    None for any; `rows_per_step`: in the place of the policy's. Deterministic: the same input gives
+    the same ranking. Raises InputError when the given settings are impossible with the method asked
+    for, or with the preferred one, and when no candidate can be estimated and run.
     """
     teams = teams_of(device, given.get("num_gpus"))
     fitting: list[Evaluated] = []
@@ -66,7 +67,7 @@ def choose_plan(
     beyond: list[str] = []
     num_plans = num_evaluated = 0
     for number, method in enumerate(_candidate_methods(given)):
-        space = Space(model, data, given, stack, divides=divides)
+        space = Space(model, data, given, stack, divides=divides, rows_per_step=rows_per_step)
         search = _MethodSearch(space, model, data, stack, goal, limits, host)
         try:
             found = search.best(method, teams, thorough=not fitting)

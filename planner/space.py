@@ -92,9 +92,12 @@ class Space:
         stack: Stack,
         *,
         divides: bool = True,
+        rows_per_step: int | None = None,
     ) -> None:
         self._model, self._data, self._given, self._stack = model, data, given, stack
         self._rows = policy.effective_batch_size(data.num_train_rows)
+        if rows_per_step is not None:
+            self._rows = policy.Advice(value=rows_per_step, why="asked for")
         self._divides = divides
         self._tokens: dict[tuple[int, int], float] = {}
         self.refused: list[InputError] = []
@@ -177,8 +180,9 @@ class Space:
         self, base: ReasonedPlan, method: Method, team: Team
     ) -> Iterator[ReasonedPlan]:
         yield base
-        given = {"sharding", "tp_size", "cp_size"} & set(self._given)
-        if given or team.num_gpus == 1 or not self._divides:
+        divided = base.plan.tp_size > 1 or base.plan.cp_size > 1
+        alone = team.num_gpus == 1 or divided
+        if alone or "sharding" in self._given or not self._divides:
             return
         for sharding in _SHARDINGS_OF_ADAPTERS if method.adapter else _SHARDINGS:
             why = f"one GPU cannot hold all state; {team.num_gpus} divide it"
