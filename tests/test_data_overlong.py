@@ -37,7 +37,7 @@ from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
 from ftplan.planner.overlong import RowCounts, said_counts
-from ftplan.planner.search import optimizer_steps
+from ftplan.planner.run_time import optimizer_steps
 from tests.launcher_fixtures import CHATML, chat, tiny_tokenizer
 
 pytest.importorskip("transformers")

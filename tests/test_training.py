@@ -264,8 +264,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def test_a_plan_file_is_launched(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copy(data_file, tmp_path))
     settings = ["--max-steps", "2", "--lora-rank", "4", "--out", "plan.yaml"]
-    made = ftplan("plan", data_file, "--model", model_folder, *settings, cwd=tmp_path)
+    made = ftplan("plan", data, "--model", model_folder, *settings, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     file = tmp_path / "plan.yaml"
     file.write_text(file.read_text().replace("value: 4\n", "value: 2\n", 1))  # the rank
@@ -275,9 +276,10 @@ def test_a_plan_file_is_launched(model_folder: Path, data_file: Path, tmp_path: 
     assert run.finished
     written = run.read_plan()["plan"]
     assert written["lora_rank"]["value"] == 2 and written["max_steps"]["value"] == 2
-    data_file.write_text(data_file.read_text() + '{"instruction": "New?", "output": "Yes."}\n')
+    data.write_text(data.read_text() + '{"instruction": "New?", "output": "Yes."}\n')
     refused = ftplan("launch", file, "--name", "another", cwd=tmp_path)
-    assert refused.returncode == 2 and "has changed since it was planned" in refused.stderr
+    assert refused.returncode == 2
+    assert "has changed since it was planned" in " ".join(refused.stderr.split())
 
 
 CPU = Device(

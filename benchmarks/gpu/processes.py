@@ -82,7 +82,7 @@ def ceilings(device: Device, num_cores: int, *, small: bool) -> Iterator[dict[st
 def environment(device: Device, plan: TrainingPlan, num_cores: int) -> dict[str, str]:
     """That of a launched run; the allocator is torch's default for stacks that ftplan does not
     launch. Models are made, not fetched."""
-    merged = launch_environment(os.environ, device, plan, num_cores)
+    merged = launch_environment(os.environ, [device], plan, num_cores)
     if plan.trainer != "trl":
         merged.pop("PYTORCH_CUDA_ALLOC_CONF", None)
     path = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

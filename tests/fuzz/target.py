@@ -22,12 +22,14 @@ from ftplan.launcher import cli
 from ftplan.launcher.commands import data as data_command
 from ftplan.launcher.data import data_file, views
 from ftplan.launcher.data.data_file import DataFile, read_data
+from ftplan.launcher.data.overlong import Rule, Tally
 from ftplan.launcher.data.profiling import make_split, profile_data, profile_to_dict
 from ftplan.launcher.data.tokens import RowTokenizer
-from ftplan.launcher.training.rows import training_rows
+from ftplan.launcher.training.rows import MAKERS
 from ftplan.launcher.ui import Ui
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
+from ftplan.planner.overlong import OVERLONG
 from tests.fuzz.corpus import NAMES
 from tests.fuzz.inputs import Input, Options
 from tests.launcher_fixtures import CHATML, tiny_tokenizer
@@ -187,7 +189,7 @@ def _check_profile(data: DataFile, profile: DataProfile, options: Options) -> No
 
 
 def _checked_training(data: DataFile, options: Options) -> Iterator[str]:
-    """Training sees as many tokens as were counted."""
+    """Training sees as many tokens as were counted, and no row longer than it may be."""
     tokenizer = _tokenizer(options.tokenizer)
     if tokenizer is None or options.sample is not None or data.objective == "grpo":
         return
@@ -197,13 +199,13 @@ def _checked_training(data: DataFile, options: Options) -> Iterator[str]:
     tokenized = list(tokenizer.tokenize([row for row, _ in single]))
     lengths = [len(one.input_ids) for one in tokenized]
     assert lengths == [n for _, n in single], f"{lengths[:9]} tokens, counted {counted[:9]}"
-    try:
-        made = training_rows(tokenizer, rows, data.objective, _MAX_LENGTH)
-    except InputError as error:
-        yield from _checked_error(error)
-        return
-    assert 0 < len(made.rows) == len(made.lengths) <= len(rows)
-    assert all(0 < length <= _MAX_LENGTH for length in made.lengths)
+    mode = OVERLONG[len(rows) % len(OVERLONG)]
+    tally = Tally(Rule(mode, _MAX_LENGTH))
+    made = list(MAKERS[data.objective](tokenizer, tally).rows(rows))
+    assert tally.counts.num_rows == len(rows)
+    assert tally.counts.num_rows_left == len(made)
+    assert all(0 < length <= _MAX_LENGTH for _, length in made)
+    yield f"{mode}: {sorted(tally.happened)}"
 
 
 def _checked_command(paths: list[Path], options: Options) -> frozenset[str]:
