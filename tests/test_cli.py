@@ -155,6 +155,15 @@ class TestCommands:
         )
         subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
+    @pytest.mark.parametrize("verb", ON_DISK)
+    def test_each_loads_with_the_planners_dependencies_alone(self, verb: str) -> None:
+        script = (
+            f"import sys, ftplan.launcher.commands.{verb}\n"
+            "extra = {'torch', 'transformers', 'numpy', 'datasets', 'pyarrow', 'huggingface_hub'}\n"
+            "sys.exit(f'loaded: {extra & set(sys.modules)}' if extra & set(sys.modules) else 0)"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True)
+
     def test_the_module_and_its_folder_are_the_command(self) -> None:
         done = ftplan_process("--version", capture_output=True)
         assert (done.returncode, done.stdout, done.stderr) == (

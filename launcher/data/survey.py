@@ -14,7 +14,6 @@ from hashlib import blake2b
 from msgspec import structs
 
 from ftplan.launcher.data.checks import TextChecks
-from ftplan.launcher.data.lengths import TokenCounter
 from ftplan.launcher.data.overlong import Lengths, Pieces, Rule, text_pieces, turns_apart
 from ftplan.launcher.data.patterns import Segment
 from ftplan.launcher.data.records import FIRST_NUMBERS, Note, Record, merged
@@ -67,7 +66,11 @@ class RowMeasure:
         self.tokenizer = tokenizer
         self.rule = rule
         self._takes_chosen = objective == "sft"
-        self._counter = TokenCounter(tokenizer.tokenizer) if tokenizer else None
+        self._counter = None
+        if tokenizer is not None:
+            from ftplan.launcher.data.lengths import TokenCounter  # NumPy comes with tokenizers
+
+            self._counter = TokenCounter(tokenizer.tokenizer)
 
     def lengths(self, rows: list[Row]) -> list[Lengths]:
         """Of each row; of a pair, with the longer answer.
