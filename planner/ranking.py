@@ -71,5 +71,7 @@ class Ranking(Struct, frozen=True, kw_only=True):
     """What the best is best at."""
     num_plans: int
     """Of how many plans it was chosen."""
+    num_timed: int
+    """Of how many of them the time was worked out: the others' is bounded by these."""
     num_evaluated: int
     """At how many of them memory was looked at: what the others need and take is bounded."""

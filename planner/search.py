@@ -7,23 +7,24 @@ with a margin for the estimate's own error, is within the free memory of each GP
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from msgspec import structs
 
+from ftplan.planner.concessions import Settings
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.goals import GOALS, NO_LIMITS, Limits, ranked
 from ftplan.planner.hardware_spec import Device, Host
 from ftplan.planner.host_verdict import lacking_ram
 from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes
-from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
+from ftplan.planner.methods import COMPARED_METHODS, METHODS, Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.ranking import Evaluated, LeftOut, Ranking, Rejection
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.space import Candidate, Group, Space
+from ftplan.planner.space import Batches, Candidate, Group, Space, price
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.teams import Team, teams_of
 
@@ -31,6 +32,11 @@ from ftplan.planner.teams import Team, teams_of
 # tuning is for those who ask: adapters on all linear layers reach it on data of this size
 # ("LoRA Without Regret", 2025).
 PREFERRED_METHODS = ("lora", "qlora")
+
+# What is missing is worth knowing to the percent where it is less than this share of what is free,
+# from so many more plans than the smallest.
+_NEAR = 1.1
+_MOST_REPLAYED = 3
 
 # Plans that differ by less are alike: that is within the estimate's error.
 _ALIKE = 1.02
@@ -44,6 +50,7 @@ def choose_plan(
     stack: Stack = OWN_STACK,
     *,
     divides: bool = True,
+    has_liger: bool = False,
     goal: str = GOALS[0],
     limits: Limits = NO_LIMITS,
     host: Host | None = None,
@@ -59,15 +66,25 @@ def choose_plan(
     for, or with the preferred one, and when no candidate can be estimated and run.
     """
     teams = teams_of(device, given.get("num_gpus"))
+    batches = Batches(data)
     fitting: list[Evaluated] = []
     rejected: list[Rejection] = []
     missed: list[Evaluated] = []
     left_out: list[LeftOut] = []
     refusals: list[InputError] = []
     beyond: list[str] = []
-    num_plans = num_evaluated = 0
+    num_plans = num_timed = num_evaluated = 0
     for number, method in enumerate(_candidate_methods(given)):
-        space = Space(model, data, given, stack, divides=divides, rows_per_step=rows_per_step)
+        space = Space(
+            model,
+            data,
+            given,
+            stack,
+            divides=divides,
+            has_liger=has_liger,
+            rows_per_step=rows_per_step,
+            batches=batches,
+        )
         search = _MethodSearch(space, model, data, stack, goal, limits, host)
         try:
             found = search.best(method, teams, thorough=not fitting)
@@ -77,6 +94,7 @@ def choose_plan(
             rejected.append(Rejection(method=method, reason=error.message))
             continue
         num_plans += space.num_plans
+        num_timed += space.num_timed
         num_evaluated += space.num_evaluated
         refusals += space.refused
         if found is None and not (search.missed or search.beyond):
@@ -90,8 +108,8 @@ def choose_plan(
             rejected.append(Rejection(method=method, reason=search.beyond[0]))
             beyond.append(search.beyond[0])
             continue
-        smallest = search.smallest()
-        missed.append(smallest)
+        missed += search.missed
+        smallest = min(search.missed, key=_required_bytes)
         reason = "needs more memory than is free"
         needs = needed_bytes(smallest.memory)
         rejected.append(
@@ -100,16 +118,41 @@ def choose_plan(
     if not (fitting or missed or beyond):
         raise refusals[0]
     best = ranked(fitting, goal)
+    nearest = None
+    if missed and not best:
+        nearest = _nearest(missed, partial(_replayed, model, data, stack))
+        rejected = [_exactly(rejection, nearest) for rejection in rejected]
     return Ranking(
         best=best[0] if best else None,
         alternatives=tuple(best[1:]),
         rejected=tuple(rejected),
         left_out=tuple(left_out),
-        nearest=min(missed, key=lambda e: e.memory.required_bytes) if missed and not best else None,
+        nearest=nearest,
         goal=goal,
         num_plans=num_plans,
+        num_timed=num_timed,
         num_evaluated=num_evaluated,
     )
+
+
+def _nearest(missed: Sequence[Evaluated], replayed: Callable[[Evaluated], Evaluated]) -> Evaluated:
+    """What requires least, with what the allocator holds of it. Where little is missing, some that
+    are as small by the closed form are looked at, too."""
+    smallest, *others = sorted(missed, key=_required_bytes)
+    nearest = replayed(smallest)
+    if _required_bytes(nearest) > _NEAR * nearest.device.free_bytes:
+        return nearest
+    for other in others[:_MOST_REPLAYED]:
+        if _least_bytes(other) < _required_bytes(nearest):
+            nearest = min(nearest, replayed(other), key=_required_bytes)
+    return nearest
+
+
+def _exactly(rejection: Rejection, nearest: Evaluated) -> Rejection:
+    """With what the nearest plan needs, if it is the method's."""
+    if rejection.method != nearest.plan.method:
+        return rejection
+    return structs.replace(rejection, needs_bytes=needed_bytes(nearest.memory))
 
 
 def _candidate_methods(given: Mapping[str, Any]) -> Iterable[str]:
@@ -156,12 +199,46 @@ class _MethodSearch:
         self.beyond: list[str] = []
 
     def best(self, method: str, teams: list[Team], *, thorough: bool) -> Evaluated | None:
-        """None where nothing fits. Raises InputError where given settings rule the method out.
+        """The best of those that give up least; None where nothing fits. Raises InputError where
+        given settings rule the method out.
 
         `thorough`: what is taken has been replayed. Without, the closed form's share for the
         allocator is enough, which takes a fraction of the time.
         """
-        groups = self.space.groups(resolve_method(method), teams)
+        resolved = resolve_method(method)
+        found = self._best_of(self.space.groups(resolved, teams), thorough=thorough)
+        if found is not None or not self.missed:
+            return found
+        conceded = self.space.concessions(resolved, teams)
+        least, most = 0, len(conceded) - 1
+        # Memory falls with all that is given up, so the end says whether anything helps.
+        while least < most:
+            tried = most if found is None else (least + most) // 2
+            if tried == least:
+                break
+            better = self._conceding(resolved, teams, conceded[tried], thorough=thorough)
+            if better is not None:
+                found, most = better, tried
+            elif found is None:
+                break
+            else:
+                least = tried
+        return found
+
+    def _conceding(
+        self, method: Method, teams: list[Team], conceded: Settings, *, thorough: bool
+    ) -> Evaluated | None:
+        try:
+            groups = self.space.groups(method, teams, conceded)
+        except UnknownNameError:
+            raise
+        except InputError as error:
+            self.space.refused.append(error)
+            return None
+        return self._best_of(groups, thorough=thorough)
+
+    def _best_of(self, groups: list[Group], *, thorough: bool) -> Evaluated | None:
+        groups = self._with_room(groups)
         if self._goal == "least-memory":
             return self._smallest_of(groups)
         if not thorough:
@@ -170,18 +247,31 @@ class _MethodSearch:
                 return found
         return self._confirmed(groups)
 
-    def smallest(self) -> Evaluated:
-        """Of those that do not fit, the one that requires least."""
-        return self._smallest(self.missed)
+    def _with_room(self, groups: list[Group]) -> list[Group]:
+        """Without those that do not fit whatever the batch; the smallest of these is noted as
+        missed, where all are."""
+        least = [self.space.least_bytes(group) for group in groups]
+        pairs = list(zip(groups, least, strict=True))
+        possible = [group for group, held in pairs if held <= group.team.device.free_bytes]
+        if not possible and groups:
+            smallest = min(least)
+            for group, held in pairs:
+                if held == smallest:
+                    self._may_do(group)
+        return possible
 
-    def _smallest(self, several: Sequence[Evaluated]) -> Evaluated:
-        first, *others = sorted(several, key=lambda e: e.memory.allocated_peak_bytes)
-        smallest = self._replayed(first)
-        for other in others:
-            if _least_bytes(other) >= smallest.memory.required_bytes:
-                break
-            smallest = min(smallest, self._replayed(other), key=lambda e: e.memory.required_bytes)
-        return smallest
+    def _may_do(self, group: Group) -> bool:
+        """Whether a group's plan with the smallest micro-batch may fit; noted as missed if not. Not
+        asked where much is free, as what is not fast enough need not be looked at."""
+        if 2 * self.space.least_bytes(group) < group.team.device.free_bytes:
+            return True
+        size = group.sizes[0]
+        candidate = self.space.refuse(partial(self.space.candidate, group, size))
+        evaluated = self._evaluated(candidate) if candidate else None
+        if evaluated is None or _may_fit(evaluated):
+            return True
+        self.missed.append(evaluated)
+        return False
 
     def _smallest_of(self, groups: list[Group]) -> Evaluated | None:
         """The plan of least memory: memory rises with the micro-batch."""
@@ -202,6 +292,15 @@ class _MethodSearch:
         self.missed += found
         return None
 
+    def _smallest(self, several: Sequence[Evaluated]) -> Evaluated:
+        first, *others = sorted(several, key=lambda e: e.memory.allocated_peak_bytes)
+        smallest = self._replayed(first)
+        for other in others:
+            if _least_bytes(other) >= smallest.memory.required_bytes:
+                break
+            smallest = min(smallest, self._replayed(other), key=_required_bytes)
+        return smallest
+
     def _keeps(self, candidate: Candidate) -> bool:
         """Whether a plan keeps the limits."""
         rows = self._data.num_train_rows
@@ -220,10 +319,7 @@ class _MethodSearch:
         return lacking is None
 
     def _price(self, evaluated: Evaluated) -> float:
-        """What plans of a method are compared by."""
-        if self._goal == "cheapest":
-            return evaluated.gpu_seconds_per_row
-        return evaluated.seconds_per_row
+        return price(evaluated.plan, evaluated.step, of_all_gpus=self._goal == "cheapest")
 
     def _first(self, groups: list[Group]) -> Evaluated | None:
         """The best of those that fit by the closed form."""
@@ -250,19 +346,22 @@ class _MethodSearch:
                 return None
             chosen = self._best(possible)
             confirmed = self._replayed(chosen)
-            too_large = chosen
+            too_large, replayed = chosen, confirmed
             if fits(confirmed.memory, chosen.device):
                 too_large = possible[0]
                 if too_large is chosen:
                     return confirmed
-                if fits(self._replayed(too_large).memory, too_large.device):
+                replayed = self._replayed(too_large)
+                if fits(replayed.memory, too_large.device):
                     return confirmed
-            self.missed.append(too_large)
+            self.missed.append(replayed)
             possible = [evaluated for evaluated in possible if evaluated is not too_large]
 
     def _by_price(self, groups: list[Group]) -> Iterator[Evaluated]:
         """Plans that may fit, the best first; the others are noted as missed."""
-        stream = self.space.by_time(groups, of_all_gpus=self._goal == "cheapest")
+        stream = self.space.by_time(
+            groups, of_all_gpus=self._goal == "cheapest", possible=self._may_do
+        )
         for group, candidate in stream:
             if not self._keeps(candidate):
                 continue
@@ -298,15 +397,19 @@ class _MethodSearch:
             return None
 
     def _replayed(self, evaluated: Evaluated) -> Evaluated:
-        """With what the allocator really holds: to find that out takes too long for all."""
-        memory = replayed_memory(
-            self._model,
-            evaluated.plan,
-            device=evaluated.device,
-            longest_row=self._data.longest_in_run,
-            stack=self._stack,
-        )
-        return structs.replace(evaluated, memory=memory)
+        return _replayed(self._model, self._data, self._stack, evaluated)
+
+
+def _replayed(model: ModelSpec, data: DataProfile, stack: Stack, evaluated: Evaluated) -> Evaluated:
+    """With what the allocator really holds: to find that out takes too long for all."""
+    memory = replayed_memory(
+        model,
+        evaluated.plan,
+        device=evaluated.device,
+        longest_row=data.longest_in_run,
+        stack=stack,
+    )
+    return structs.replace(evaluated, memory=memory)
 
 
 def _as_smallest(evaluated: Evaluated) -> Evaluated:
@@ -317,6 +420,10 @@ def _as_smallest(evaluated: Evaluated) -> Evaluated:
             chosen = {name: getattr(plan, name)}
             reasoned = reasoned.replace("derived", "what needs the least memory", **chosen)
     return structs.replace(evaluated, reasoned=reasoned)
+
+
+def _required_bytes(evaluated: Evaluated) -> int:
+    return evaluated.memory.required_bytes
 
 
 def _least_bytes(evaluated: Evaluated) -> int:

@@ -15,22 +15,26 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner import policy
 from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.combinations import check_runs
+from ftplan.planner.concessions import SMALL_OPTIMIZER, Settings, concessions
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.methods import Method
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import trained_part
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.ranking import Evaluated
 from ftplan.planner.recipe import data_recipe
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_time import StepTime, StepWork, step_work, time_of
 from ftplan.planner.teams import Team
+from ftplan.planner.tensor_parallel import one_rank
+from ftplan.planner.updated import updated_parameters
 from ftplan.planner.weights import weight_memory_bytes
 
 # Micro-batches tried where the accumulation is given; else those that divide a step's rows.
@@ -43,11 +47,19 @@ _SHARDINGS = ("zero2", "fsdp")
 _SHARDINGS_OF_ADAPTERS = ("fsdp",)
 
 # Of each so many layers one is checkpointed, where some are.
-EVERY_N_LAYERS = (1, 2, 4)
+EVERY_N_LAYERS = (1, 2, 3, 4, 8)
 
 # By how much a step may have fewer or more rows than the policy says, where all GPUs of a machine
 # do not divide them.
 _UNEVEN_SHARE = 1 / 8
+
+# How many times as fast GPUs that divide state must be as those that do not: there is more to go
+# wrong, and to be sure of it takes more than the time model's error, 23 % in one of ten cases.
+WORTH_DIVIDING = 1.25
+
+# Of a checkpointed layer's forward pass, what is computed again at least: all but the last product,
+# where the other function of torch's checkpointing stops early.
+_LEAST_RECOMPUTED = 0.5
 
 _WITHOUT_CHECKPOINTING = "everything fits without computing layers twice"
 _WITH_CHECKPOINTING = "without it the activations do not fit, or a larger batch is faster with it"
@@ -60,14 +72,6 @@ class Candidate(Struct, frozen=True, kw_only=True):
     team: Team
     step: StepTime
 
-    @property
-    def seconds_per_row(self) -> float:
-        return self.step.step_seconds / self.reasoned.plan.effective_batch_size
-
-    @property
-    def gpu_seconds_per_row(self) -> float:
-        return self.team.num_gpus * self.seconds_per_row
-
 
 class Group(Struct, frozen=True, kw_only=True):
     """Plans that differ in their micro-batch, one of `sizes`."""
@@ -77,11 +81,36 @@ class Group(Struct, frozen=True, kw_only=True):
     sizes: tuple[int, ...]
 
 
+def price(plan: TrainingPlan, step: StepTime, *, of_all_gpus: bool) -> float:
+    """What plans of a method are compared by: seconds a row, or those of all GPUs together."""
+    seconds = step.step_seconds / plan.effective_batch_size
+    if of_all_gpus:
+        seconds *= plan.num_gpus
+    return seconds * (WORTH_DIVIDING if plan.sharding != "none" else 1.0)
+
+
+class Batches:
+    """Micro-batches of some data."""
+
+    def __init__(self, data: DataProfile) -> None:
+        self._lengths = data.trained_lengths
+        self._tokens: dict[tuple[int, int], float] = {}
+
+    def mean_tokens(self, size: int, max_length: int) -> float:
+        """Padded tokens of the mean micro-batch."""
+        key = (size, max_length)
+        if key not in self._tokens:
+            self._tokens[key] = mean_batch_tokens(self._lengths, size, max_length)
+        return self._tokens[key]
+
+
 class Space:
     """Plans of a method on teams of GPUs, `given` settings kept.
 
-    `divides`: whether GPUs may divide what a model holds. `refused` gets the errors of plans that
-    cannot be, `num_plans` counts all that there are.
+    `divides`: whether GPUs may divide what a model holds; `has_liger`: whether Liger's kernels are
+    there; `batches`: the data's, where plans of other methods know them already. `refused` gets
+    the errors of plans that cannot be, `num_plans` counts all that there are, `num_timed` those
+    whose time was worked out.
     """
 
     def __init__(
@@ -92,16 +121,21 @@ class Space:
         stack: Stack,
         *,
         divides: bool = True,
+        has_liger: bool = False,
         rows_per_step: int | None = None,
+        batches: Batches | None = None,
     ) -> None:
         self._model, self._data, self._given, self._stack = model, data, given, stack
+        self._has_liger = has_liger
         self._rows = policy.effective_batch_size(data.num_train_rows)
         if rows_per_step is not None:
             self._rows = policy.Advice(value=rows_per_step, why="asked for")
         self._divides = divides
-        self._tokens: dict[tuple[int, int], float] = {}
+        self._batches = batches or Batches(data)
         self.refused: list[InputError] = []
-        self.num_plans = 0
+        self.num_plans = self.num_timed = 0
+        self._recipes: dict[tuple[str, int], ReasonedPlan] = {}
+        self._held: dict[tuple[object, ...], tuple[int, int]] = {}
         self._memories: dict[tuple[TrainingPlan, int], MemoryEstimate] = {}
 
     @property
@@ -111,14 +145,30 @@ class Space:
 
     # --- what there is
 
-    def groups(self, method: Method, teams: list[Team]) -> list[Group]:
-        """All groups of a method. Raises InputError where the given settings rule it out."""
+    def concessions(self, method: Method, teams: list[Team]) -> list[Settings]:
+        """What plans of the method give up, the first nothing, where others do not fit."""
+        team = teams[0]
+        try:
+            plan = self._base(method, team, {}).plan
+        except InputError:
+            return [{}]
+        return concessions(plan, team.device, self._given)
+
+    def groups(
+        self, method: Method, teams: list[Team], conceded: Settings | None = None
+    ) -> list[Group]:
+        """All groups of a method. Raises InputError where the given settings rule it out.
+
+        `conceded`: what these plans give up.
+        """
         most = max(team.num_gpus for team in teams)
         found: list[Group] = []
         errors: list[InputError] = []
         for team in teams:
             try:
-                found += self._groups_of(method, team, is_whole_machine=team.num_gpus == most)
+                found += self._groups_of(
+                    method, team, conceded or {}, is_whole_machine=team.num_gpus == most
+                )
             except UnknownNameError:
                 raise
             except InputError as error:
@@ -126,44 +176,69 @@ class Space:
         if len(errors) == len(teams):
             raise errors[-1]
         self.num_plans += sum(len(group.sizes) for group in found)
-        return self._worth_a_look(found)
+        return found
 
-    def _groups_of(self, method: Method, team: Team, *, is_whole_machine: bool) -> Iterator[Group]:
-        base = self._base(method, team)
-        sizes = self._sizes(base.plan, is_whole_machine=is_whole_machine)
+    def _groups_of(
+        self, method: Method, team: Team, conceded: Settings, *, is_whole_machine: bool
+    ) -> Iterator[Group]:
+        recipe = self._recipe(method, team).plan
+        parts = team.num_gpus // (recipe.tp_size * recipe.cp_size)
+        sizes = self._sizes(recipe, parts, is_whole_machine=is_whole_machine)
         if not sizes:
             return
+        base = self._base(method, team, conceded)
         for shared in self._with_shardings(base, method, team):
             for with_loss in self._with_losses(shared, team):
                 for plan in self._with_checkpointing(with_loss, method):
                     yield Group(base=plan, team=team, sizes=sizes)
 
-    def _worth_a_look(self, groups: list[Group]) -> list[Group]:
-        """Without those whose weights alone do not fit; of these the smallest, where all are."""
-        weights = [self._weight_bytes(group) for group in groups]
-        free = [group.team.device.free_bytes for group in groups]
-        possible = [g for g, held, most in zip(groups, weights, free, strict=True) if held <= most]
-        least = min(weights, default=0)
-        return possible or [g for g, held in zip(groups, weights, strict=True) if held == least]
-
-    def _weight_bytes(self, group: Group) -> int:
+    def least_bytes(self, group: Group) -> int:
+        """A bound for all plans of a group: the weights and the optimizer's states that a GPU
+        holds, whatever the batch."""
         plan = group.base.plan
-        parts = plan.dp_shard_size if plan.shards_parameters else plan.tp_size
-        return weight_memory_bytes(self._model, plan) // parts
+        weights, states = self._at_rest(plan)
+        if plan.shards_parameters:
+            weights = 0 if plan.offload == "parameters" else weights // plan.dp_shard_size
+        if plan.sharding != "none":
+            states = 0 if plan.offload != "none" else states // plan.dp_shard_size
+        return weights + states
 
-    def _base(self, method: Method, team: Team) -> ReasonedPlan:
-        given = self._given
-        if team.num_gpus > 1:
-            given = {"num_gpus": team.num_gpus, **given}
-        base = data_recipe(self._model, self._data, team.device, method, given)
+    def _at_rest(self, plan: TrainingPlan) -> tuple[int, int]:
+        """Bytes of weights and of states that are not divided among data-parallel GPUs."""
+        key = (plan.optim, plan.lora_rank, plan.dtype, plan.mixed_precision, plan.tp_size)
+        if key not in self._held:
+            share = one_rank(self._model, plan.tp_size)
+            updated = updated_parameters(share, plan, trained_part(share, plan))
+            weights = weight_memory_bytes(self._model, plan) // plan.tp_size
+            self._held[key] = weights, plan.optimizer.state_bytes(updated)
+        return self._held[key]
+
+    def _base(self, method: Method, team: Team, conceded: Settings) -> ReasonedPlan:
+        base = self._recipe(method, team)
+        for name, (value, why) in conceded.items():
+            base = base.replace("derived", why, **{name: value})
         if "num_gpus" in self._given or team.num_gpus == 1:
             return base
         why = f"each step's rows are divided among {team.num_gpus} GPUs"
         return base.replace("derived", why, num_gpus=team.num_gpus)
 
-    def _sizes(self, plan: TrainingPlan, *, is_whole_machine: bool) -> tuple[int, ...]:
-        """Micro-batches to try; none where the team cannot share a step's rows."""
-        given, groups = self._given, plan.data_parallel_size
+    def _recipe(self, method: Method, team: Team) -> ReasonedPlan:
+        """The settings that the data decides; the same on any number of alike GPUs, unless some
+        are given that one GPU cannot have."""
+        given, alone = self._given, {"tp_size", "cp_size", "sharding", "dp_replicate_size"}
+        if alone & set(given) and team.num_gpus > 1:
+            given = {"num_gpus": team.num_gpus, **given}
+            return data_recipe(self._model, self._data, team.device, method, given)
+        key = (method.name, id(team.device))
+        if key not in self._recipes:
+            made = data_recipe(self._model, self._data, team.device, method, given)
+            self._recipes[key] = made
+        return self._recipes[key]
+
+    def _sizes(self, plan: TrainingPlan, groups: int, *, is_whole_machine: bool) -> tuple[int, ...]:
+        """Micro-batches to try for so many groups of GPUs with rows of their own; none where the
+        team cannot share a step's rows."""
+        given = self._given
         if "per_device_train_batch_size" in given:
             return (plan.per_device_train_batch_size,)
         rows = self._rows.value
@@ -186,16 +261,38 @@ class Space:
             return
         for sharding in _SHARDINGS_OF_ADAPTERS if method.adapter else _SHARDINGS:
             why = f"one GPU cannot hold all state; {team.num_gpus} divide it"
-            yield from self._made(partial(base.replace, "derived", why, sharding=sharding))
+            divided = partial(base.replace, "derived", why, sharding=sharding)
+            yield from self._made(lambda made=divided: self._with_divisible_states(made()))
+
+    def _with_divisible_states(self, reasoned: ReasonedPlan) -> ReasonedPlan:
+        """bitsandbytes' optimizers fail on parameters that FSDP2 divides (bitsandbytes issue 1633,
+        torchtune issue 1856): there states stay as they were, divided."""
+        plan = reasoned.plan
+        if plan.sharding != "fsdp" or plan.optim != SMALL_OPTIMIZER or "optim" in self._given:
+            return reasoned
+        why = "FSDP divides its states; those in 8 bits it cannot"
+        return reasoned.replace("default", why, optim=TrainingPlan().optim)
 
     def _with_losses(self, plan: ReasonedPlan, team: Team) -> Iterator[ReasonedPlan]:
-        """The losses worth comparing: on a GPU TRL's tiles move less and hold less; on a processor
-        they are slow and may be larger than the full logits."""
+        """The losses worth comparing, unless the objective, the trainer or the model leaves one.
+
+        On a GPU TRL's tiles hold less and compute the logits again in backward, Liger's do without
+        that; on a processor TRL's are slow and may be larger than the full logits.
+        """
         yield plan
-        one_loss = plan.plan.resolved_objective.only_loss is not None
-        if team.device.kind == "cpu" and not one_loss and "loss" not in self._given:
+        if plan.plan.loss != "trl-fused" or "loss" in self._given:
+            return
+        if plan.plan.resolved_objective.only_loss is not None:
+            return
+        if team.device.kind == "cpu":
             why = "without a GPU's kernel TRL's tiles are slower than the full logits"
             yield plan.replace("derived", why, loss="stock")
+            return
+        why = "the full logits fit, and need not be computed again in backward as tiles are"
+        yield plan.replace("derived", why, loss="stock")
+        if self._has_liger and plan.plan.sharding == "none":
+            why = "Liger's tiles take their gradient along; nothing is computed again"
+            yield plan.replace("derived", why, loss="liger")
 
     def _with_checkpointing(self, plan: ReasonedPlan, method: Method) -> Iterator[ReasonedPlan]:
         """Without, with every layer, and with one of some, unless one was asked for."""
@@ -227,10 +324,19 @@ class Space:
 
     # --- in the order of their times
 
-    def by_time(self, groups: list[Group], *, of_all_gpus: bool = False) -> Stream:
+    def by_time(
+        self,
+        groups: list[Group],
+        *,
+        of_all_gpus: bool = False,
+        possible: Callable[[Group], bool] = lambda group: True,
+    ) -> Stream:
         """The groups' plans, the fastest first, or those that take the least time of all GPUs
-        together; those of equal time in the groups' order."""
-        return Stream(self, groups, of_all_gpus=of_all_gpus)
+        together; those of equal time in the groups' order.
+
+        `possible`: asked of a group before its plans' times are worked out, whether any may do.
+        """
+        return Stream(self, groups, of_all_gpus=of_all_gpus, possible=possible)
 
     def refuse(self, make: Callable[[], Candidate]) -> Candidate | None:
         """What is made; None where it cannot be, which is noted."""
@@ -244,6 +350,7 @@ class Space:
 
     def candidate(self, group: Group, size: int) -> Candidate:
         """A group's plan with this micro-batch. Raises InputError where it cannot be."""
+        self.num_timed += 1
         reasoned = self._with_batch(group.base, size)
         device = group.team.device
         check_runs(self._model, reasoned.plan, device)
@@ -277,21 +384,38 @@ class Space:
             step=candidate.step,
         )
 
-    def least_seconds_per_row(self, group: Group, like: Group) -> float:
-        """A bound for all plans of a group, from one that computes nothing again."""
-        times = []
-        for size in group.sizes:
-            try:
-                plan = self._with_batch(like.base, size).plan
-                work = self._work(plan, like.team)
-            except InputError:
+    def kept(self, group: Group) -> list[tuple[TrainingPlan, StepWork]]:
+        """A group's plans and their work. Empty where one cannot be."""
+        try:
+            plans = [self._with_batch(group.base, size).plan for size in group.sizes]
+            return [(plan, self._work(plan, group.team)) for plan in plans]
+        except InputError:
+            return []
+
+    def least_price(
+        self, group: Group, kept: list[tuple[TrainingPlan, StepWork]], *, of_all_gpus: bool
+    ) -> float:
+        """A bound for all plans of a group, from those of one like it that keeps everything."""
+        plan = group.base.plan
+        share = 1 / plan.every_n_layers if plan.gradient_checkpointing else 0.0
+        hooked = plan.gradient_checkpointing and not plan.use_reentrant
+        prices = []
+        for other, work in kept:
+            if other.gradient_checkpointing and not plan.gradient_checkpointing:
                 return 0.0
-            seconds = time_of(work, like.team.device).step_seconds
-            times.append(seconds / plan.effective_batch_size)
-        return min(times)
+            if not other.gradient_checkpointing:
+                layers = max(0.0, work.forward_flops - self._head_flops(work))
+                flops = work.flops + _LEAST_RECOMPUTED * share * layers
+                work = structs.replace(work, flops=flops, hooked=hooked)
+            prices.append(price(other, time_of(work, group.team.device), of_all_gpus=of_all_gpus))
+        return min(prices, default=0.0)
+
+    def _head_flops(self, work: StepWork) -> float:
+        """Of a forward pass, the product with the vocabulary."""
+        return 2 * work.tokens * self._model.vocab_size * self._model.hidden_size
 
     def _work(self, plan: TrainingPlan, team: Team) -> StepWork:
-        tokens = self._mean_tokens(plan.per_device_train_batch_size, plan.max_length)
+        tokens = self._batches.mean_tokens(plan.per_device_train_batch_size, plan.max_length)
         return step_work(
             self._model,
             plan,
@@ -300,12 +424,6 @@ class Space:
             mean_length=tokens / plan.per_device_train_batch_size,
             stack=self._stack,
         )
-
-    def _mean_tokens(self, size: int, max_length: int) -> float:
-        key = (size, max_length)
-        if key not in self._tokens:
-            self._tokens[key] = mean_batch_tokens(self._data.trained_lengths, size, max_length)
-        return self._tokens[key]
 
     def _with_batch(self, base: ReasonedPlan, size: int) -> ReasonedPlan:
         """The plan with this micro-batch, accumulated to the policy's rows a step."""
@@ -324,26 +442,35 @@ class Space:
 class Stream:
     """Plans of groups in the order of their times, worked out as they are asked for."""
 
-    def __init__(self, space: Space, groups: list[Group], *, of_all_gpus: bool) -> None:
-        self._space, self._of_all_gpus = space, of_all_gpus
+    def __init__(
+        self,
+        space: Space,
+        groups: list[Group],
+        *,
+        of_all_gpus: bool,
+        possible: Callable[[Group], bool],
+    ) -> None:
+        self._space, self._of_all_gpus, self._possible = space, of_all_gpus, possible
         self._heap: list[tuple[float, int, Group, Candidate | None]] = []
         self._serial = count()
         self._too_large: dict[int, int] = {}
-        like: dict[tuple[int, str, str], Group] = {}
+        kept: dict[tuple[int, str, str], list[tuple[TrainingPlan, StepWork]]] = {}
         for group in groups:
             plan = group.base.plan
-            reference = like.setdefault((id(group.team), plan.loss, plan.sharding), group)
-            seconds = space.least_seconds_per_row(group, reference)
-            self._push(seconds * (plan.num_gpus if of_all_gpus else 1), group, None)
+            key = (id(group.team), plan.loss, plan.sharding)
+            if key not in kept:
+                kept[key] = space.kept(group)
+            self._push(space.least_price(group, kept[key], of_all_gpus=of_all_gpus), group, None)
 
-    def _push(self, seconds: float, group: Group, candidate: Candidate | None) -> None:
-        heapq.heappush(self._heap, (seconds, next(self._serial), group, candidate))
+    def _push(self, least: float, group: Group, candidate: Candidate | None) -> None:
+        heapq.heappush(self._heap, (least, next(self._serial), group, candidate))
 
     def __iter__(self) -> Iterator[tuple[Group, Candidate]]:
         while self._heap:
             _, _, group, candidate = heapq.heappop(self._heap)
             if candidate is None:
-                self._time(group)
+                if self._possible(group):
+                    self._time(group)
             elif self._size(candidate) < self._too_large.get(id(group), 1 << 62):
                 yield group, candidate
 
@@ -356,8 +483,8 @@ class Stream:
         for size in group.sizes:
             made = self._space.refuse(partial(self._space.candidate, group, size))
             if made is not None:
-                whole = made.gpu_seconds_per_row if self._of_all_gpus else made.seconds_per_row
-                self._push(whole, group, made)
+                plan = made.reasoned.plan
+                self._push(price(plan, made.step, of_all_gpus=self._of_all_gpus), group, made)
 
     @staticmethod
     def _size(candidate: Candidate) -> int:

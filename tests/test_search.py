@@ -29,7 +29,7 @@ from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
 from ftplan.planner.search import choose_plan
-from ftplan.planner.space import Candidate, Space
+from ftplan.planner.space import Candidate, Space, price
 from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.teams import teams_of
 from ftplan.planner.units import GIB
@@ -142,8 +142,10 @@ def test_when_nothing_fits_the_nearest_is_named(
     assert ranking.best is None and ranking.alternatives == ()
     assert ranking.nearest is not None
     assert {r.method for r in ranking.rejected} == set(COMPARED_METHODS)
-    least = min(r.needs_bytes for r in ranking.rejected if r.needs_bytes is not None)
+    needs = {r.method: r.needs_bytes or math.inf for r in ranking.rejected}
+    least = needs[ranking.nearest.plan.method]
     assert needed_bytes(ranking.nearest.memory) == least > devices["RTX 4090"].free_bytes
+    assert least <= 1.01 * min(needs.values())
 
 
 def test_when_something_fits_there_is_no_nearest_miss(
@@ -155,17 +157,22 @@ def test_when_something_fits_there_is_no_nearest_miss(
 
 
 @pytest.mark.parametrize("method", sorted(COMPARED_METHODS))
-def test_needed_memory_is_enough_and_one_byte_less_is_not(
+def test_needed_memory_is_enough_and_much_less_is_not(
     method: str, sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
 ) -> None:
-    """`needs_bytes` of a rejection, taken at its word."""
+    """`needs_bytes` of a rejection, taken at its word. It is of the plan that by the closed form is
+    the smallest; what the allocator makes of another may be a little less."""
     model, given = sized["1.7B"], {"method": method}
-    none_free = choose_plan(model, few_short_rows, with_free(devices["A100"], 0), given)
-    needs = none_free.rejected[0].needs_bytes
+    needs = None
+    for free in (0.0, 0.95):
+        device = with_free(devices["A100"], round(free * (needs or 0)))
+        missing = choose_plan(model, few_short_rows, device, given)
+        needs = missing.rejected[0].needs_bytes
     assert needs is not None
     enough = choose_plan(model, few_short_rows, with_free(devices["A100"], needs), given)
     assert enough.best is not None
-    short = choose_plan(model, few_short_rows, with_free(devices["A100"], needs - 1), given)
+    less = round(0.97 * needs)
+    short = choose_plan(model, few_short_rows, with_free(devices["A100"], less), given)
     assert short.best is None
 
 
@@ -188,7 +195,14 @@ def test_estimate_says_that_it_fits_where_plan_does(
     small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
 ) -> None:
     """Both keep the margin free; `margin_bytes` is what is left then."""
-    given = {"method": "lora", "per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    given = {
+        "method": "lora",
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": True,
+        "loss": "trl-fused",
+        "lora_rank": 16,
+        "optim": "adamw_torch_fused",
+    }
     best = chosen(small_llama, few_short_rows, devices["A100"], given)
     for short in (0, 1):
         device = with_free(devices["A100"], needed_bytes(best.memory) - short)
@@ -333,8 +347,8 @@ def test_the_search_finds_what_looking_at_every_plan_finds(
     assert (best is None) == (not fitting)
     if best is None:
         return
-    fastest = min(one.seconds_per_row for one in fitting)
-    alike = [one for one in fitting if one.seconds_per_row <= 1.02 * fastest]
+    prices = {id(one): price(one.plan, one.step, of_all_gpus=False) for one in fitting}
+    alike = [one for one in fitting if prices[id(one)] <= 1.02 * min(prices.values())]
     least = min(alike, key=lambda one: one.memory.required_bytes)
     assert best.plan == least.plan
 
@@ -647,7 +661,7 @@ def test_plans_that_are_not_modelled_are_left_out(
     assert ranking.best is not None and not ranking.best.plan.gradient_checkpointing
     (left,) = ranking.left_out
     assert "computed again" in left.reason and "--gradient-checkpointing" in left.hint
-    assert left.count == 8  # micro-batches of 1, 2, 4 and 8 rows, every layer or one of two
+    assert left.count == 16  # 1, 2, 4 and 8 rows; every layer or one of two; two losses
 
 
 def test_where_all_plans_are_refused_the_refusal_is_shown(
@@ -664,12 +678,12 @@ def test_plans_that_cannot_be_are_left_out(
     small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
 ) -> None:
     """A layerwise optimizer does not accumulate: only the micro-batch of all rows remains, of
-    three smaller ones in four ways of checkpointing none."""
+    three smaller ones in six ways of checkpointing with two losses none."""
     given = {"method": "lora", "optim": "galore_adamw_layerwise"}
     ranking = choose_plan(small_llama, few_short_rows, devices["A100"], given)
     assert ranking.best is not None and ranking.best.plan.gradient_accumulation_steps == 1
     (left,) = ranking.left_out
-    assert left.count == 12 and "cannot accumulate" in left.reason
+    assert left.count == 36 and "cannot accumulate" in left.reason
 
 
 def test_nothing_is_left_out_of_a_usual_search(
