@@ -22,10 +22,12 @@ from ftplan.planner.host_verdict import lacking_ram
 from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.ranking import Evaluated, LeftOut, Ranking, Rejection
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.space import Batches, Candidate, Group, Space, price
 from ftplan.planner.stack import OWN_STACK, Stack
+from ftplan.planner.step_time import StepTime
 from ftplan.planner.teams import Team, teams_of
 
 # Methods tried when none is given, best first. `freeze` is offered, not recommended, and full
@@ -265,25 +267,27 @@ class _MethodSearch:
         asked where much is free, as what is not fast enough need not be looked at."""
         if 2 * self.space.least_bytes(group) < group.team.device.free_bytes:
             return True
-        size = group.sizes[0]
-        candidate = self.space.refuse(partial(self.space.candidate, group, size))
-        evaluated = self._evaluated(candidate) if candidate else None
-        if evaluated is None or _may_fit(evaluated):
+        small = [self._sized(group, size) for size in group.smallest]
+        known = [evaluated for evaluated in small if evaluated is not None]
+        if not known or any(map(_may_fit, known)):
             return True
-        self.missed.append(evaluated)
+        self.missed += known
         return False
+
+    def _sized(self, group: Group, size: int) -> Evaluated | None:
+        """A group's plan with this micro-batch; None where it cannot be."""
+        candidate = self.space.refuse(partial(self.space.candidate, group, size))
+        return self._evaluated(candidate) if candidate else None
 
     def _smallest_of(self, groups: list[Group]) -> Evaluated | None:
         """The plan of least memory: memory rises with the micro-batch."""
         found: list[Evaluated] = []
         for group in groups:
-            for size in group.sizes:
-                candidate = self.space.refuse(partial(self.space.candidate, group, size))
-                evaluated = self._evaluated(candidate) if candidate else None
-                if candidate is not None and evaluated is not None and self._keeps(candidate):
-                    if self._host_holds(evaluated):
-                        found.append(evaluated)
-                    break
+            for evaluated in [self._sized(group, size) for size in group.smallest]:
+                if evaluated is None or not self._keeps(evaluated.plan, evaluated.step):
+                    continue
+                if self._host_holds(evaluated):
+                    found.append(evaluated)
         if not found:
             return None
         smallest = self._smallest(found)
@@ -301,10 +305,9 @@ class _MethodSearch:
             smallest = min(smallest, self._replayed(other), key=_required_bytes)
         return smallest
 
-    def _keeps(self, candidate: Candidate) -> bool:
+    def _keeps(self, plan: TrainingPlan, step: StepTime) -> bool:
         """Whether a plan keeps the limits."""
-        rows = self._data.num_train_rows
-        beyond = self._limits.exceeded_by(candidate.reasoned.plan, candidate.step, rows)
+        beyond = self._limits.exceeded_by(plan, step, self._data.num_train_rows)
         if beyond is not None:
             self.beyond.append(beyond)
         return beyond is None
@@ -363,7 +366,7 @@ class _MethodSearch:
             groups, of_all_gpus=self._goal == "cheapest", possible=self._may_do
         )
         for group, candidate in stream:
-            if not self._keeps(candidate):
+            if not self._keeps(candidate.reasoned.plan, candidate.step):
                 continue
             evaluated = self._evaluated(candidate)
             if evaluated is None or not self._host_holds(evaluated):
@@ -385,7 +388,7 @@ class _MethodSearch:
         near = [e for e in fitting if self._price(e) <= _ALIKE * least]
         rows = max(e.plan.effective_batch_size for e in near)
         enough = [e for e in near if e.plan.effective_batch_size == rows]
-        return min(enough, key=lambda e: e.memory.required_bytes)
+        return min(enough, key=lambda e: (e.memory.required_bytes, self._price(e)))
 
     def _evaluated(self, candidate: Candidate) -> Evaluated | None:
         try:

@@ -3,8 +3,8 @@
 Plans are in groups that differ in their micro-batch alone. A group's time has a lower bound that
 needs no trace of its own: what the same micro-batches take when nothing is computed again. Groups
 and then plans are taken in the order of their times, so that whatever comes after the first that
-fits is slower. Within a group memory rises with the micro-batch: what is larger than one that does
-not fit is not looked at.
+fits is slower. Within a group memory rises with the micro-batch, as long as gradients accumulate:
+what is larger than one that does not fit is not looked at.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ftplan.planner.objectives import trained_part
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.ranking import Evaluated
 from ftplan.planner.recipe import data_recipe
+from ftplan.planner.sharding import ZERO
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_time import StepTime, StepWork, step_work, time_of
 from ftplan.planner.teams import Team
@@ -79,6 +80,12 @@ class Group(Struct, frozen=True, kw_only=True):
     base: ReasonedPlan
     team: Team
     sizes: tuple[int, ...]
+
+    @property
+    def smallest(self) -> tuple[int, ...]:
+        """Micro-batches of which one needs the least memory: the smallest, and that which may take
+        a step's rows at once, without gradients that accumulate."""
+        return tuple(dict.fromkeys((self.sizes[0], self.sizes[-1])))
 
 
 def price(plan: TrainingPlan, step: StepTime, *, of_all_gpus: bool) -> float:
@@ -205,11 +212,13 @@ class Space:
 
     def _at_rest(self, plan: TrainingPlan) -> tuple[int, int]:
         """Bytes of weights and of states that are not divided among data-parallel GPUs."""
-        key = (plan.optim, plan.lora_rank, plan.dtype, plan.mixed_precision, plan.tp_size)
+        # ZeRO's engine holds the model as it computes, and fp32 masters among its states.
+        width = plan.compute_bytes if plan.sharding in ZERO else plan.weight_bytes
+        key = (plan.optim, plan.lora_rank, plan.mixed_precision, plan.tp_size, width)
         if key not in self._held:
             share = one_rank(self._model, plan.tp_size)
             updated = updated_parameters(share, plan, trained_part(share, plan))
-            weights = weight_memory_bytes(self._model, plan) // plan.tp_size
+            weights = weight_memory_bytes(self._model, plan, self._stack, width) // plan.tp_size
             self._held[key] = weights, plan.optimizer.state_bytes(updated)
         return self._held[key]
 
@@ -471,13 +480,19 @@ class Stream:
             if candidate is None:
                 if self._possible(group):
                     self._time(group)
-            elif self._size(candidate) < self._too_large.get(id(group), 1 << 62):
+            elif not self._is_too_large(group, candidate):
                 yield group, candidate
 
     def leave_out_from(self, group: Group, candidate: Candidate) -> None:
-        """The group's plans with this micro-batch or a larger one do not fit."""
-        size = self._size(candidate)
-        self._too_large[id(group)] = min(size, self._too_large.get(id(group), size))
+        """The group's plans with this micro-batch or a larger one do not fit; but that which takes
+        a step's rows at once may, as it carries no gradients from micro-batch to micro-batch."""
+        if _accumulates(candidate):
+            size = self._size(candidate)
+            self._too_large[id(group)] = min(size, self._too_large.get(id(group), size))
+
+    def _is_too_large(self, group: Group, candidate: Candidate) -> bool:
+        limit = self._too_large.get(id(group))
+        return limit is not None and self._size(candidate) >= limit and _accumulates(candidate)
 
     def _time(self, group: Group) -> None:
         for size in group.sizes:
@@ -489,3 +504,7 @@ class Stream:
     @staticmethod
     def _size(candidate: Candidate) -> int:
         return candidate.reasoned.plan.per_device_train_batch_size
+
+
+def _accumulates(candidate: Candidate) -> bool:
+    return candidate.reasoned.plan.gradient_accumulation_steps > 1

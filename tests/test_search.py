@@ -15,13 +15,14 @@ from rich.console import Console
 
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.views import totals_table
+from ftplan.planner.concessions import SMALL_OPTIMIZER
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import FAMILIES, spec_from_size
 from ftplan.planner.goals import USEFUL_TIMES, Limits, why_not
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device, Host, Machine
 from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
-from ftplan.planner.methods import COMPARED_METHODS, resolve_method
+from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import QUANTIZATIONS, TrainingPlan
 from ftplan.planner.ranking import Evaluated
@@ -73,7 +74,7 @@ def space_of(
     device: Device | Sequence[Device],
     given: dict[str, Any],
 ) -> tuple[Space, list[Candidate]]:
-    """The space of a given method, and every plan in it."""
+    """The space of a given method, and every plan in it that gives up nothing."""
     space = Space(model, data, given, OWN_STACK)
     teams = teams_of(device, given.get("num_gpus"))
     groups = space.groups(resolve_method(given["method"]), teams)
@@ -337,19 +338,25 @@ def test_the_search_finds_what_looking_at_every_plan_finds(
         structs.replace(with_free(devices[name], free_gib * GIB), index=number)
         for number, name in enumerate(names)
     ]
-    space, candidates = space_of(model, few_short_rows, gpus, given)
-    fitting = [
-        evaluated
-        for evaluated in map(space.evaluate, candidates)
-        if fits(replayed_of(model, few_short_rows, evaluated), evaluated.device)
-    ]
+    space = Space(model, few_short_rows, given, OWN_STACK)
+    teams = teams_of(gpus, None)
+    fitting: list[Evaluated] = []
+    for conceded in space.concessions(METHODS[method], teams):
+        groups = space.groups(METHODS[method], teams, conceded)
+        fitting = [
+            evaluated
+            for evaluated in map(space.evaluate, space.candidates(groups))
+            if fits(replayed_of(model, few_short_rows, evaluated), evaluated.device)
+        ]
+        if fitting:
+            break
     best = choose_plan(model, few_short_rows, gpus, given).best
     assert (best is None) == (not fitting)
     if best is None:
         return
     prices = {id(one): price(one.plan, one.step, of_all_gpus=False) for one in fitting}
     alike = [one for one in fitting if prices[id(one)] <= 1.02 * min(prices.values())]
-    least = min(alike, key=lambda one: one.memory.required_bytes)
+    least = min(alike, key=lambda one: (one.memory.required_bytes, prices[id(one)]))
     assert best.plan == least.plan
 
 
@@ -888,3 +895,95 @@ def test_a_sharding_asked_for_is_kept(
     assert (ranking.best.plan.sharding, ranking.best.plan.method) == ("zero3", "lora")
     (quantized,) = (r for r in ranking.rejected if r.method == "qlora")
     assert "quantized base" in quantized.reason
+
+
+@pytest.mark.parametrize("method", sorted(COMPARED_METHODS))
+@pytest.mark.parametrize("number", [1, 4])
+def test_what_is_held_whatever_the_batch_is_a_bound(
+    method: str,
+    number: int,
+    sized: dict[str, ModelSpec],
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    gpus = [structs.replace(devices["A100"], index=index) for index in range(number)]
+    space = Space(sized["1.7B"], few_short_rows, {}, OWN_STACK)
+    teams = teams_of(gpus, None)
+    for conceded in space.concessions(METHODS[method], teams):
+        for group in space.groups(METHODS[method], teams, conceded):
+            evaluated = space.evaluate(space.candidate(group, group.sizes[0]))
+            assert space.least_bytes(group) <= evaluated.memory.allocated_peak_bytes
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("gpu", ["T4", "A100"])
+def test_no_plan_is_faster_than_its_groups_bound(
+    method: str,
+    gpu: str,
+    sized: dict[str, ModelSpec],
+    devices: Devices,
+    few_short_rows: DataProfile,
+) -> None:
+    gpus = [structs.replace(devices[gpu], index=index) for index in range(4)]
+    space = Space(sized["1.7B"], few_short_rows, {}, OWN_STACK)
+    groups = space.groups(METHODS[method], teams_of(gpus, None))
+    keeping = {
+        (id(group.team), group.base.plan.loss, group.base.plan.sharding): space.kept(group)
+        for group in groups
+        if not group.base.plan.gradient_checkpointing
+    }
+    for group in groups:
+        plan = group.base.plan
+        kept = keeping[id(group.team), plan.loss, plan.sharding]
+        bound = space.least_price(group, kept, of_all_gpus=False)
+        for size in group.sizes:
+            made = space.candidate(group, size)
+            assert price(made.reasoned.plan, made.step, of_all_gpus=False) >= bound > 0
+
+
+def needs_least(model: ModelSpec, data: DataProfile, device: Device, given: dict[str, Any]) -> int:
+    """Bytes of the plan that needs least."""
+    nearest = choose_plan(model, data, with_free(device, 0), given).nearest
+    assert nearest is not None
+    return needed_bytes(nearest.memory)
+
+
+def test_the_least_is_given_up_that_makes_room(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """Full tuning that fits with the optimizer's states in 8 bits alone."""
+    model, given = sized["1.7B"], {"method": "full"}
+    whole = chosen(model, few_short_rows, devices["A100"], given)
+    assert whole.plan.optim == "adamw_torch_fused"
+    fixed = {**given, "optim": whole.plan.optim}
+    least = needs_least(model, few_short_rows, devices["A100"], fixed)
+    conceding = chosen(model, few_short_rows, with_free(devices["A100"], least - GIB), given)
+    assert conceding.plan.optim == SMALL_OPTIMIZER
+    assert conceding.reasoned.reasons["optim"].origin == "derived"
+
+
+def test_what_is_given_stays_even_where_giving_it_up_would_make_room(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    given = {"method": "full", "optim": "adamw_torch_fused"}
+    ranking = choose_plan(
+        sized["1.7B"], few_short_rows, with_free(devices["A100"], 20 * GIB), given
+    )
+    assert ranking.best is None and ranking.nearest is not None
+    assert ranking.nearest.plan.optim == "adamw_torch_fused"
+
+
+def test_a_step_that_does_not_accumulate_may_be_the_smallest(
+    sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
+) -> None:
+    """Gradients that accumulate are there in forward and backward, too."""
+    model, given = sized["1.7B"], {"method": "full", "optim": SMALL_OPTIMIZER}
+    needs = {
+        size: needs_least(
+            model, few_short_rows, devices["A100"], {**given, "per_device_train_batch_size": size}
+        )
+        for size in (1, 8)
+    }
+    assert needs[8] < needs[1]
+    ranking = choose_plan(model, few_short_rows, with_free(devices["A100"], needs[8]), given)
+    assert ranking.best is not None and ranking.best.plan.per_device_train_batch_size == 8
