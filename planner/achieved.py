@@ -55,6 +55,14 @@ LAUNCH_SECONDS = 5e-6
 # as long. Assumed.
 HOST_FACTOR = Share(0.5, 1.0, 2.0)
 
+# Bytes a second that an optimizer on the host moves, all processes together. AdamW on 1 billion
+# parameters, 28 GB, takes DeepSpeed's CPU-Adam 0.22 s and torch's own loop 1.39 s on a server with
+# two sockets (ZeRO-Offload, arXiv 2101.06840, section 6.2); two channels of DDR5 carry 60 to 80.
+HOST_BYTES_PER_SECOND = Share(20e9, 60e9, 130e9)
+
+# Where a card's lanes are not known: PCIe 3.0 with 16, as the oldest of the catalog have.
+ASSUMED_HOST_LINK_BYTES_PER_SECOND = 12.9e9
+
 # Of a card's rated power, what it draws in training: a node of eight H100 drew 76 % of its rating
 # (arXiv 2506.14551).
 SHARE_OF_POWER = 0.76
@@ -62,13 +70,15 @@ SHARE_OF_POWER = 0.76
 
 class Achieved(Struct, frozen=True, kw_only=True):
     """One set of assumptions. `overlaps_traffic`: arithmetic and memory traffic go on at the same
-    time; `overlaps_links`: so does what is sent to other GPUs."""
+    time; `overlaps_links`: so does what is sent to other GPUs and to the host. `host_bandwidth`: of
+    an optimizer there."""
 
     matmul: float
     peak: float
     measured: float
     bandwidth: dict[DeviceKind, float]
     host: float
+    host_bandwidth: float
     overlaps_traffic: bool
     overlaps_links: bool
 
@@ -79,6 +89,7 @@ ESTIMATE = Achieved(
     measured=SHARE_OF_MEASURED.middle,
     bandwidth={kind: share.middle for kind, share in SHARE_OF_BANDWIDTH.items()},
     host=HOST_FACTOR.middle,
+    host_bandwidth=HOST_BYTES_PER_SECOND.middle,
     overlaps_traffic=False,
     overlaps_links=True,
 )
@@ -88,6 +99,7 @@ FASTEST = Achieved(
     measured=SHARE_OF_MEASURED.most,
     bandwidth={kind: share.most for kind, share in SHARE_OF_BANDWIDTH.items()},
     host=HOST_FACTOR.least,
+    host_bandwidth=HOST_BYTES_PER_SECOND.most,
     overlaps_traffic=True,
     overlaps_links=True,
 )
@@ -97,6 +109,7 @@ SLOWEST = Achieved(
     measured=SHARE_OF_MEASURED.least,
     bandwidth={kind: share.least for kind, share in SHARE_OF_BANDWIDTH.items()},
     host=HOST_FACTOR.most,
+    host_bandwidth=HOST_BYTES_PER_SECOND.least,
     overlaps_traffic=False,
     overlaps_links=False,
 )

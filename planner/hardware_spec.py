@@ -93,6 +93,7 @@ class Device(Struct, frozen=True, kw_only=True):
     large matrix products reach, of the dtypes that someone measured on such a card.
     `link_bytes_per_second`: what collective operations reach to other GPUs beside it, in one
     direction, by NVLink or the like where it has that, else by PCIe; None where unknown.
+    `host_link_bytes_per_second`: what copies reach from or to the host's memory.
     `power_watts`: the limit in force, `default_power_watts` the board's own; on a catalogued card
     both are the data sheet's. What another vendor's card does is modelled as on NVIDIA's: kind
     `cuda`, no compute capability.
@@ -108,6 +109,7 @@ class Device(Struct, frozen=True, kw_only=True):
     vendor: Vendor = "nvidia"
     compute_capability: tuple[int, int] | None = None
     link_bytes_per_second: float | None = None
+    host_link_bytes_per_second: float | None = None
     power_watts: float | None = None
     default_power_watts: float | None = None
     pcie: PcieLink | None = None

@@ -1,8 +1,8 @@
 """How long an optimizer step takes, in closed form, and between which bounds.
 
 A step is its arithmetic and its memory traffic, FLOPs over what the device achieves and bytes over
-what it moves; or what it sends to other GPUs, or the host's launching of kernels, where that takes
-longer. The operations are those of the trace that memory is read off (docs/time-model.md).
+what it moves; or what it sends to other GPUs or the host, or the host's launching of kernels, where
+that takes longer. The operations are those of memory's trace (docs/time-model.md).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from ftplan.planner.achieved import (
+    ASSUMED_HOST_LINK_BYTES_PER_SECOND,
     ESTIMATE,
     FASTEST,
     HOST_SECONDS,
@@ -48,7 +49,13 @@ PASSES_OVER_LOGITS_WITHOUT_KERNEL = 47
 # Of these, in a pass without gradients.
 FORWARD_PASSES_OVER_LOGITS: dict[DeviceKind, float] = {"cuda": 2, "cpu": 20.5}
 
-Bound = Literal["arithmetic", "memory bandwidth", "links between GPUs", "launching kernels"]
+Bound = Literal[
+    "arithmetic",
+    "memory bandwidth",
+    "links between GPUs",
+    "links to the host",
+    "launching kernels",
+]
 
 
 class StepWork(Struct, frozen=True, kw_only=True):
@@ -58,6 +65,8 @@ class StepWork(Struct, frozen=True, kw_only=True):
     `float32_flops`: of `flops`, those of fp32 values; `model_flops`: without what is computed
     again. `moved_bytes`: by the operations of layers and loss and by reading weights.
     `exchanged_bytes`: sent to other GPUs, what tensor and context parallelism send not counted.
+    `copied_bytes`: from and to the host's memory, where `host_bytes` are moved by the optimizer of
+    all processes, if it is there; `optimizer_bytes` are then none.
     `kernels` and `optimizer_kernels`: launched by the host, `hooked`: while checkpointing's hooks
     see each tensor that micro-batches save.
     """
@@ -72,6 +81,8 @@ class StepWork(Struct, frozen=True, kw_only=True):
     moved_bytes: float
     optimizer_bytes: float
     exchanged_bytes: float
+    copied_bytes: float
+    host_bytes: float
     kernels: int
     optimizer_kernels: int
     hooked: bool
@@ -165,6 +176,8 @@ def step_work(
     moved = _micro_batch_bytes(model, plan, trained, device, trace, rows, length)
     flops = forward + value(trace.backward_flops, rows, length)
     updated = updated_parameters(share, plan, trained)
+    on_host = plan.offload != "none"
+    optimizer_bytes = _optimizer_bytes(plan, updated)
     return StepWork(
         kind=device.kind,
         dtype=plan.compute_dtype,
@@ -174,10 +187,12 @@ def step_work(
         model_flops=micro_batches * (flops - value(trace.recomputed_flops, rows, length)),
         float32_flops=micro_batches * value(trace.float32_flops, rows, length),
         moved_bytes=micro_batches * moved,
-        optimizer_bytes=_optimizer_bytes(plan, updated),
+        optimizer_bytes=0.0 if on_host else optimizer_bytes,
         exchanged_bytes=_exchanged_bytes(share, plan, updated),
+        copied_bytes=_copied_bytes(share, plan, updated) if on_host else 0.0,
+        host_bytes=plan.num_gpus * optimizer_bytes if on_host else 0.0,
         kernels=micro_batches * trace.num_kernels,
-        optimizer_kernels=plan.optimizer.num_kernels(updated, device.kind),
+        optimizer_kernels=0 if on_host else plan.optimizer.num_kernels(updated, device.kind),
         hooked=plan.gradient_checkpointing and not plan.use_reentrant,
     )
 
@@ -218,11 +233,15 @@ def _seconds(work: StepWork, device: Device, achieved: Achieved) -> tuple[float,
     computing = both + work.optimizer_bytes / bandwidth
     link = device.link_bytes_per_second
     sending = work.exchanged_bytes / link if link else 0.0
-    together = max(computing, sending) if achieved.overlaps_links else computing + sending
+    to_host = device.host_link_bytes_per_second or ASSUMED_HOST_LINK_BYTES_PER_SECOND
+    copying = work.copied_bytes / to_host
+    beside = max(sending, copying)
+    together = max(computing, beside) if achieved.overlaps_links else computing + sending + copying
+    together += work.host_bytes / achieved.host_bandwidth
     launching = achieved.host * host_seconds(work)
     bound: Bound = "arithmetic" if arithmetic >= moving else "memory bandwidth"
-    if sending > computing:
-        bound = "links between GPUs"
+    if beside > computing:
+        bound = "links between GPUs" if sending >= copying else "links to the host"
     if device.kind == "cpu":
         return together + launching, bound if launching < computing else "launching kernels"
     return max(together, launching), bound if launching < together else "launching kernels"
@@ -262,6 +281,8 @@ def _trace(
     """
     if plan.sharding != "none" and plan.data_parallel_size == plan.num_gpus > 2:
         plan = plan.replace(num_gpus=2, dp_replicate_size=1)
+    if plan.offload != "none" and plan.num_gpus > 1:
+        plan = plan.replace(offload="none")  # the same is computed on the GPU
     rows = tokens / length
     whole = max(1, round(rows)), max(1, round(length))
     return compiled_step(model, plan, *whole, device, stack).trace, rows, length
@@ -363,3 +384,15 @@ def _exchanged_bytes(model: ModelSpec, plan: TrainingPlan, updated: Sequence[Upd
         return others * 2 * gradients
     gathered = 2 * weight_memory_bytes(model, plan)
     return others * plan.gradient_accumulation_steps * (gathered + gradients)
+
+
+def _copied_bytes(model: ModelSpec, plan: TrainingPlan, updated: Sequence[Updated]) -> float:
+    """What goes between a GPU and the host in a step, one way after the other. Gradients go there
+    in each micro-batch; parameters that wait there come for forward and again for backward, else
+    the updated ones come once."""
+    gradients = sum(p.count * p.num_bytes for p in updated)
+    micro_batches = plan.gradient_accumulation_steps
+    if plan.offload == "parameters":
+        weights = weight_memory_bytes(model, plan)
+        return micro_batches * (2 * weights + gradients) / plan.dp_shard_size
+    return (micro_batches + 1) * gradients / plan.dp_shard_size

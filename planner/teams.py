@@ -66,6 +66,7 @@ def _least(one: Device, other: Device) -> Device:
     else:
         name = " and ".join(sorted({*one.name.split(" and "), other.name}))
     links = (one.link_bytes_per_second, other.link_bytes_per_second)
+    to_host = (one.host_link_bytes_per_second, other.host_link_bytes_per_second)
     watts = (one.power_watts, other.power_watts)
     return structs.replace(
         one,
@@ -81,6 +82,7 @@ def _least(one: Device, other: Device) -> Device:
         ),
         compute_capability=_older(one, other),
         link_bytes_per_second=min((link for link in links if link), default=None),
+        host_link_bytes_per_second=min((link for link in to_host if link), default=None),
         power_watts=None if None in watts else max(watt for watt in watts if watt),
         context_bytes=max(one.context_bytes, other.context_bytes),
     )

@@ -82,6 +82,9 @@ class GpuEntry(Struct, frozen=True, kw_only=True):
             vendor=self.vendor,
             compute_capability=self.compute_capability,
             link_bytes_per_second=self.link_bytes_per_second,
+            host_link_bytes_per_second=(
+                copied_share() * link_bytes_per_second("pcie", *self.pcie) if self.pcie else None
+            ),
             power_watts=self.power_watts,
             default_power_watts=self.power_watts,
             context_bytes=self.context_bytes,
@@ -212,6 +215,11 @@ def reached_share(kind: str) -> float:
     return float(_data("interconnects.json")[kind]["achieved_share"]["value"])
 
 
+def copied_share() -> float:
+    """The share of PCIe's rate that copies from and to the host's memory reach."""
+    return float(_data("interconnects.json")["pcie"]["copied_share"]["value"])
+
+
 @cache
 def prices() -> tuple[Price, ...]:
     """What GPUs were to be had for."""
@@ -307,6 +315,7 @@ __all__ = [
     "GpuEntry",
     "ModelEntry",
     "Price",
+    "copied_share",
     "find_gpu",
     "find_gpu_by_driver_name",
     "find_gpu_by_pci_id",

@@ -418,3 +418,39 @@ def test_energy_is_a_share_of_the_rated_power(
     assert result.step_joules == pytest.approx(0.76 * 400 * result.step_seconds)
     assert result.joules_per_token == pytest.approx(304 / result.tokens_per_second_per_gpu)
     assert step(llama_2_7b, plan_of("lora"), devices["A100"]).step_joules is None
+
+
+def test_what_waits_on_the_host_is_copied_in_each_micro_batch(
+    llama_2_7b: ModelSpec, devices: dict[str, Device]
+) -> None:
+    """Of 2 GPUs each has half of 13.5 GB of 16-bit weights: forward and backward take both."""
+    device = structs.replace(devices["A100"], host_link_bytes_per_second=25e9)
+    plan = TrainingPlan(method="lora", num_gpus=2, sharding="fsdp", gradient_accumulation_steps=4)
+    there = plan.replace(offload="parameters")
+    size = {"tokens_per_micro_batch": 512.0, "mean_length": 512.0}
+    work, waiting = (step_work(llama_2_7b, one, device, **size) for one in (plan, there))
+    assert work.copied_bytes == work.host_bytes == 0
+    assert waiting.copied_bytes == pytest.approx(4 * llama_2_7b.num_parameters * 2, rel=0.02)
+    assert (waiting.flops, waiting.moved_bytes) == (work.flops, work.moved_bytes)
+    assert waiting.host_bytes == 2 * work.optimizer_bytes and waiting.optimizer_bytes == 0
+    taken, without = time_of(waiting, device), time_of(work, device)
+    assert taken.step_seconds > 4 * llama_2_7b.num_parameters * 2 / 25e9 > without.step_seconds
+    assert taken.bound_by == "links to the host"
+    assert taken.least_step_seconds < taken.step_seconds < taken.most_step_seconds
+
+
+def test_updated_parameters_come_back_once_from_an_optimizer_on_the_host(
+    llama_2_7b: ModelSpec, devices: dict[str, Device]
+) -> None:
+    plan = TrainingPlan(
+        method="full",
+        dtype="float32",
+        num_gpus=2,
+        sharding="zero2",
+        offload="optimizer",
+        gradient_accumulation_steps=4,
+    )
+    size = {"tokens_per_micro_batch": 512.0, "mean_length": 512.0}
+    work = step_work(llama_2_7b, plan, devices["A100"], **size)
+    assert work.copied_bytes == pytest.approx(5 * llama_2_7b.num_parameters * 4 / 2, rel=0.01)
+    assert work.host_bytes == pytest.approx(llama_2_7b.num_parameters * (3 * 4 + 2 * 8), rel=0.01)

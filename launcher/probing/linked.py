@@ -11,7 +11,7 @@ from msgspec import Struct, structs
 
 from ftplan.planner.gpu_links import ring_bytes_per_second
 from ftplan.planner.hardware_spec import Device, GpuLink, PcieLink
-from ftplan.profiles import GpuEntry, link_bytes_per_second, reached_share
+from ftplan.profiles import GpuEntry, copied_share, link_bytes_per_second, reached_share
 
 
 class Found(Struct, frozen=True, kw_only=True):
@@ -28,7 +28,7 @@ def with_links(
 ) -> tuple[Device, ...]:
     """The devices, each with the rate of the slowest among them; one alone keeps its catalogued
     rate, which is to cards beside it. `own_bytes_per_second`: all direct links of each index."""
-    devices = [each.device for each in found]
+    devices = [_with_host_link(each) for each in found]
     if len(devices) < 2:
         return tuple(devices)
     indices = [device.index for device in devices]
@@ -36,6 +36,13 @@ def with_links(
     # Of Infinity Fabric no share is known: NVLink's stands in.
     rate = _slowest_pcie(found) if ring is None else reached_share("nvlink") * ring
     return tuple(structs.replace(device, link_bytes_per_second=rate) for device in devices)
+
+
+def _with_host_link(found: Found) -> Device:
+    rate = pcie_bytes_per_second(found.device.pcie, found.entry.pcie)
+    if rate is None:
+        return found.device
+    return structs.replace(found.device, host_link_bytes_per_second=copied_share() * rate)
 
 
 def _slowest_pcie(found: Sequence[Found]) -> float | None:
