@@ -21,16 +21,12 @@ from ftplan.planner.host_verdict import lacking_ram
 from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.policy import preferred_methods
 from ftplan.planner.ranking import Evaluated, LeftOut, Ranking, Rejection
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.space import Candidate, Group, Space
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.teams import Team, teams_of
-
-# Methods tried when none is given, best first. `freeze` is offered, not recommended, and full
-# tuning is for those who ask: adapters on all linear layers reach it on data of this size
-# ("LoRA Without Regret", 2025).
-PREFERRED_METHODS = ("lora", "qlora")
 
 # Plans that differ by less are alike: that is within the estimate's error.
 _ALIKE = 1.02
@@ -66,7 +62,7 @@ def choose_plan(
     refusals: list[InputError] = []
     beyond: list[str] = []
     num_plans = num_evaluated = 0
-    for number, method in enumerate(_candidate_methods(given)):
+    for number, method in enumerate(_candidate_methods(model, data, teams[0].device, given)):
         space = Space(model, data, given, stack, divides=divides, rows_per_step=rows_per_step)
         search = _MethodSearch(space, model, data, stack, goal, limits, host)
         try:
@@ -112,17 +108,19 @@ def choose_plan(
     )
 
 
-def _candidate_methods(given: Mapping[str, Any]) -> Iterable[str]:
+def _candidate_methods(
+    model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any]
+) -> Iterable[str]:
+    """Methods to try, the best first; those that the policy does not prefer are only offered."""
     if "method" in given:
         return (str(given["method"]),)
     if given.get("quantization", "none") != "none":
         return ("qlora",)
-    others = sorted(name for name in COMPARED_METHODS if name not in PREFERRED_METHODS)
+    preferred = preferred_methods(model, data, device.kind, given).value
+    others = sorted(name for name in COMPARED_METHODS if name not in preferred)
     unquantized = "quantization" in given
     return [
-        name
-        for name in (*PREFERRED_METHODS, *others)
-        if not (unquantized and METHODS[name].quantized_base)
+        name for name in (*preferred, *others) if not (unquantized and METHODS[name].quantized_base)
     ]
 
 
