@@ -33,7 +33,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.policy import MODEL_CHOICE_SECONDS
 from ftplan.planner.ranking import Evaluated, Ranking
 from ftplan.planner.run_time import RunTime
-from ftplan.planner.units import SECONDS_PER_HOUR, format_seconds
+from ftplan.planner.units import format_seconds
 from ftplan.profiles import ModelEntry, model_catalog
 
 
@@ -119,11 +119,21 @@ class _Trials:
         self.entries = model_catalog()
         self._profile, self._offer = profile, offer
         self._specs: dict[str, ModelSpec] = {}
-        self._most_seconds = math.inf
-        self.within = ""
-        if offer.wanted.seconds is None and offer.wanted.goal != "largest-model":
-            self._most_seconds = MODEL_CHOICE_SECONDS
-            self.within = f" and trains within {MODEL_CHOICE_SECONDS / SECONDS_PER_HOUR:g} hours"
+        wanted = offer.wanted
+        self._most_seconds = wanted.seconds or MODEL_CHOICE_SECONDS
+        if wanted.seconds is None and wanted.goal == "largest-model":
+            self._most_seconds = math.inf
+        # A method's fastest plan tells by itself whether it is too late, and a search without a
+        # limit tells it from one that does not fit. Other goals may pass a faster plan over.
+        if wanted.goal not in ("cheapest", "least-memory"):
+            self._offer = structs.replace(offer, wanted=structs.replace(wanted, seconds=None))
+
+    @property
+    def within(self) -> str:
+        """What a run has to keep, for the reason."""
+        if math.isinf(self._most_seconds):
+            return ""
+        return f" and trains within {format_seconds(self._most_seconds)}"
 
     def spec(self, name: str) -> ModelSpec:
         """The same each time, since it remembers what was worked out of it."""
@@ -150,9 +160,8 @@ class _Trials:
         if not self.spec(model.name).loads_as_causal_lm:
             return Obstacle("transformers does not load it as a causal language model")
         spec, available = partial(self.spec, model.name), self._offer.available
-        most = min(self._most_seconds, self._offer.wanted.seconds or math.inf)
         large = too_large(model, spec, self._profile, available)
-        return large or too_slow(spec(), self._profile, available, most)
+        return large or too_slow(spec(), self._profile, available, self._most_seconds)
 
     def tried(self, model: BaseModel) -> Obstacle | None:
         """What speaks against the plan that would be taken."""

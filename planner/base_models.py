@@ -154,18 +154,18 @@ def _why(model: BaseModel, advice: Advice, language: str, where: str, within: st
     else:
         said.append(f"no {advice.value} model does, which is advised ({advice.why})")
     if language and not model.languages:
-        said.append(f"whether it knows {language} is not published")
+        said.append(f"whether it knows the data's language ({language}) is not published")
     elif language and not model.knows(language):
-        said.append(f"no model does whose makers name {language}")
+        said.append(f"no model does whose makers name the data's language ({language})")
     elif language not in ("", "English"):
-        said.append(f"its makers name {language}")
+        said.append(f"its makers name the data's language ({language})")
     return "; ".join(said)
 
 
 def _why_behind(model: BaseModel, chosen: BaseModel, advice: Advice, language: str) -> str:
     """Why a model comes after the chosen one."""
     if chosen.knows(language) and not model.knows(language):
-        return f"its makers do not name {language}"
+        return f"its makers do not name the data's language ({language})"
     if model.kind != chosen.kind:
         return f"a {model.kind} model, where a {advice.value} one is advised"
     if _about(model.num_parameters) == _about(chosen.num_parameters):

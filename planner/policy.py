@@ -143,12 +143,12 @@ def preferred_methods(
     adapters = ("lora", "qlora")
     if any(name in given for name in _ADAPTER_SETTINGS):
         return Advice(value=adapters, why="adapters, whose settings are asked for")
-    if kind == "cpu":
-        return Advice(value=adapters, why="adapters: a processor's run sees little of the data")
     most = MethodSettings(lora_rank=LORA_RANKS[-1])
     if data.trains != "sft" or _tokens_held(model, METHODS["lora"], most) >= data.trained_tokens:
         why = "adapters on all linear layers match full tuning on data of this size"
         return Advice(value=adapters, why=why)
+    if kind == "cpu":
+        return Advice(value=adapters, why="adapters: a processor's run sees little of the data")
     tokens = format_count(data.trained_tokens)
     why = f"adapters of rank {most.lora_rank} hold less than {tokens} trained tokens tell"
     return Advice(value=("full", *adapters), why=why)
@@ -156,7 +156,7 @@ def preferred_methods(
 
 # Rows from which on a base model learns to answer from the data alone. Assumed; Llama 2 took
 # 27,540 of the best for it (section 3.1), and most people's are not the best.
-_ROWS_FOR_A_BASE_MODEL = 100_000
+ROWS_FOR_A_BASE_MODEL = 100_000
 
 # Padding worth a word, and the micro-batch at which it is told.
 _NOTICED_PADDING = 0.10
@@ -176,7 +176,7 @@ def model_kind(num_rows: int, kind: str) -> Advice:
     """Whether to begin with a base model or one that has learnt to chat."""
     if kind == "pretraining":
         return Advice(value="base", why="plain text goes on with what base models learn from")
-    if num_rows >= _ROWS_FOR_A_BASE_MODEL:
+    if num_rows >= ROWS_FOR_A_BASE_MODEL:
         return Advice(value="base", why=f"{num_rows:,} rows teach answering by themselves")
     return Advice(value="chat", why=f"{num_rows:,} rows change how a model answers that can")
 
@@ -194,11 +194,12 @@ def data_advice(data: DataProfile, model: ModelSpec) -> dict[str, Advice]:
     num_rows = data.num_train_rows
     length = max_length(data.longest, model.max_position_embeddings)
     held_out = data.num_eval_rows
+    rank = lora_rank(model, data)
     return {
         "max_length": length,
         "num_train_epochs": num_train_epochs(num_rows),
         "effective_batch_size": effective_batch_size(num_rows),
-        "lora_rank": lora_rank(model, data),
+        "lora_rank": structs.replace(rank, why=f"{model.name}: {rank.why}"),
         "packing": packing(data, length.value),
         "validation_rows": Advice(value=held_out, why="no prompt of theirs is trained on"),
         "model": model_kind(num_rows, data.objective),

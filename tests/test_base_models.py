@@ -172,15 +172,19 @@ def test_what_is_known_of_the_language_is_said(make_data: MakeData) -> None:
     german = model("german-2b", 2, languages=("German",))
     unknown = model("unknown-1b", 1, languages=())
     for models, name, words in (
-        ([*CHATS, german], "german-2b", "its makers name German"),
-        ([*CHATS, unknown], "unknown-1b", "whether it knows German is not published"),
-        (CHATS, "a-30b", "no model does whose makers name German"),
+        ([*CHATS, german], "german-2b", "its makers name the data's language (German)"),
+        (
+            [*CHATS, unknown],
+            "unknown-1b",
+            "whether it knows the data's language (German) is not published",
+        ),
+        (CHATS, "a-30b", "no model does whose makers name the data's language (German)"),
     ):
         choice = choose(models, data)
         assert choice is not None and choice.name == name and words in choice.why
         if name == "german-2b":
             assert choice.runner_up is not None
-            assert choice.runner_up.why_not == "its makers do not name German"
+            assert choice.runner_up.why_not == "its makers do not name the data's language (German)"
 
 
 # --- bounds: what they rule out has no plan
