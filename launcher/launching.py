@@ -79,7 +79,7 @@ def _write_files(run: RunDir, planned: Planned) -> None:
     )
     write_yaml(run.train, train, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))
-    profile = profile_to_dict(planned.profile, model.spec.max_position_embeddings, plan.max_length)
+    profile = profile_to_dict(planned.profile, model.spec, plan.max_length)
     write_json(run.data_profile, profile)
     _write_left_out(run, planned)
     write_text(run.command, _command_text(run, team.members or (team.device,), plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 from msgspec import structs
@@ -14,14 +15,26 @@ from ftplan.launcher.model_source import ModelSource, cached_folder, has_weights
 from ftplan.launcher.offer import Offer
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.ui import Ui
+from ftplan.planner import policy
+from ftplan.planner.base_models import (
+    BaseModel,
+    ModelChoice,
+    Obstacle,
+    RunnerUp,
+    choose_base_model,
+    in_order,
+    too_large,
+    too_slow,
+)
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
+from ftplan.planner.goals import ranked
+from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.policy import MODEL_CHOICE_SECONDS
-from ftplan.planner.run_time import optimizer_steps
-from ftplan.profiles import model_catalog
-
-# Licences under which a model may be chosen for somebody who named none.
-_FREE_LICENCES = ("Apache-2.0", "MIT")
+from ftplan.planner.ranking import Evaluated, Ranking
+from ftplan.planner.run_time import RunTime
+from ftplan.planner.units import format_seconds
+from ftplan.profiles import ModelEntry, model_catalog
 
 
 def default_source() -> ModelSource:
@@ -38,60 +51,161 @@ def default_source() -> ModelSource:
     )
 
 
-def choose_model(asked: DataAsked, offer: Offer) -> tuple[ModelSource, str]:
+def choose_model(asked: DataAsked, offer: Offer, *, here: bool) -> tuple[ModelSource, ModelChoice]:
     """The base model when none is named, and why.
 
-    On a processor the embedded default. On a GPU the largest chat model of the catalog with a
-    free licence that trains in time; without a Hub, the largest of those in the local cache.
+    On a processor the embedded default. On a GPU what `choose_base_model` takes of the catalog;
+    where training is to be `here` and the Hub is out of reach, of the local cache.
     """
-    fallback = "the embedded default: small enough for a processor"
-    if offer.device.kind == "cuda":
-        data, eval_data = asked.read_roughly()
-        rough = profile_data(data, make_split(data, eval_data, asked.test_share), eval_data)
-        found = _largest_trainable(rough, offer, in_cache_only=_hub_is_out_of_reach())
-        if found is not None:
-            return found
-        fallback = "the embedded default: no larger model of the catalog is in reach or fits"
-    return default_source(), fallback
+    default = default_source()
+    if offer.device.kind != "cuda":
+        return default, _for_a_processor(default.spec.name)
+    data, eval_data = asked.read_roughly()
+    rough = profile_data(data, make_split(data, eval_data, asked.test_share), eval_data)
+    trials = _Trials(rough, offer)
+    in_cache_only = here and _hub_is_out_of_reach()
+    choice = choose_base_model(
+        [
+            model
+            for model in map(_published, trials.entries.values())
+            if not in_cache_only or trials.has_weights(model)
+        ],
+        rough,
+        trials.bounded,
+        trials.tried,
+        where="in the local cache" if in_cache_only else "of the catalog",
+        within=trials.within,
+    )
+    if choice is None:
+        why = "the embedded default: no larger model of the catalog is in reach or fits"
+        return default, ModelChoice(name=default.spec.name, why=why)
+    return trials.source(choice.name), choice
+
+
+def _for_a_processor(name: str) -> ModelChoice:
+    """The embedded default, and the next larger one of its kind."""
+    catalog = model_catalog()
+    chosen = catalog[name]
+    models = in_order(map(_published, catalog.values()), chosen.kind, "")
+    larger = [
+        model
+        for model in models
+        if model.kind == chosen.kind and model.num_parameters > chosen.num_parameters
+    ]
+    times = larger[-1].num_parameters / chosen.num_parameters
+    why_not = f"{times:.2g} times as large, and a processor takes as much longer"
+    return ModelChoice(
+        name=name,
+        why="the embedded default: small enough for a processor",
+        runner_up=RunnerUp(name=larger[-1].name, why_not=why_not),
+    )
+
+
+def _published(entry: ModelEntry) -> BaseModel:
+    return BaseModel(
+        name=entry.name,
+        kind=entry.kind,
+        num_parameters=entry.num_parameters,
+        licence=entry.licence,
+        languages=entry.languages,
+        specialty=entry.specialty,
+    )
+
+
+class _Trials:
+    """What speaks against models of the catalog on an offer, for rows of a first look."""
+
+    def __init__(self, profile: DataProfile, offer: Offer) -> None:
+        self.entries = model_catalog()
+        self._profile, self._offer = profile, offer
+        self._specs: dict[str, ModelSpec] = {}
+        wanted = offer.wanted
+        self._most_seconds = wanted.seconds or MODEL_CHOICE_SECONDS
+        if wanted.seconds is None and wanted.goal == "largest-model":
+            self._most_seconds = math.inf
+        # A method's fastest plan tells by itself whether it is too late, and a search without a
+        # limit tells it from one that does not fit. Other goals may pass a faster plan over.
+        if wanted.goal not in ("cheapest", "least-memory"):
+            self._offer = structs.replace(offer, wanted=structs.replace(wanted, seconds=None))
+
+    @property
+    def within(self) -> str:
+        """What a run has to keep, for the reason."""
+        if math.isinf(self._most_seconds):
+            return ""
+        return f" and trains within {format_seconds(self._most_seconds)}"
+
+    def spec(self, name: str) -> ModelSpec:
+        """The same each time, since it remembers what was worked out of it."""
+        if name not in self._specs:
+            self._specs[name] = self.entries[name].spec
+        return self._specs[name]
+
+    def has_weights(self, model: BaseModel) -> bool:
+        folder = cached_folder(self.entries[model.name].hub_id)
+        return folder is not None and has_weights(folder)
+
+    def source(self, name: str) -> ModelSource:
+        entry = self.entries[name]
+        return ModelSource(
+            spec=self.spec(name),
+            config=entry.config,
+            origin="catalog",
+            hub_id=entry.hub_id,
+            folder=cached_folder(entry.hub_id),
+        )
+
+    def bounded(self, model: BaseModel) -> Obstacle | None:
+        """What speaks against a model without a look at plans."""
+        if not self.spec(model.name).loads_as_causal_lm:
+            return Obstacle("transformers does not load it as a causal language model")
+        spec, available = partial(self.spec, model.name), self._offer.available
+        large = too_large(model, spec, self._profile, available)
+        return large or too_slow(spec(), self._profile, available, self._most_seconds)
+
+    def tried(self, model: BaseModel) -> Obstacle | None:
+        """What speaks against the plan that would be taken."""
+        spec, offer = self.spec(model.name), self._offer
+        preferred = policy.preferred_methods(spec, self._profile, offer.device.kind, offer.given)
+        obstacle: Obstacle | None = None
+        found: list[Evaluated] = []
+        for method in preferred.value:
+            alone = structs.replace(offer.available, given={**offer.given, "method": method})
+            large = too_large(model, partial(self.spec, model.name), self._profile, alone)
+            if large is not None:
+                obstacle = obstacle or large
+                continue
+            try:
+                ranking = offer.ranking(spec, self._profile, method=method)
+            except InputError as error:  # not modelled, or without what was asked for
+                obstacle = obstacle or Obstacle(error.message)
+                continue
+            if ranking.best is None:
+                obstacle = obstacle or _obstacle(ranking)
+                continue
+            found.append(ranking.best)
+            late = self._late(ranked(found, offer.wanted.goal)[0])
+            if late is None:
+                return None
+            obstacle = late
+        return obstacle
+
+    def _late(self, best: Evaluated) -> Obstacle | None:
+        seconds = RunTime.of(best.plan, best.step, self._profile.num_train_rows).seconds
+        if seconds <= self._most_seconds:
+            return None
+        most = format_seconds(self._most_seconds)
+        return Obstacle(f"takes {format_seconds(seconds)}, over {most}", late=True)
+
+
+def _obstacle(ranking: Ranking) -> Obstacle:
+    """Why there is no plan of a method."""
+    (rejection,) = ranking.rejected
+    return Obstacle(rejection.reason, late=rejection.needs_bytes is None)
 
 
 def _hub_is_out_of_reach() -> bool:
     return hub_offline() or not default_model.hub_reachable()
-
-
-def _largest_trainable(
-    profile: DataProfile, offer: Offer, *, in_cache_only: bool
-) -> tuple[ModelSource, str] | None:
-    entries = sorted(model_catalog().values(), key=lambda e: -e.num_parameters)
-    free_to_choose = offer.wanted.seconds is not None or offer.wanted.goal == "largest-model"
-    most_seconds = math.inf if free_to_choose else MODEL_CHOICE_SECONDS
-    chat = [e for e in entries if e.kind == "chat" and e.licence in _FREE_LICENCES]
-    for entry in chat:
-        if not entry.spec.loads_as_causal_lm:
-            continue
-        folder = cached_folder(entry.hub_id)
-        if in_cache_only and not (folder and has_weights(folder)):
-            continue
-        try:
-            ranking = offer.ranking(entry.spec, profile)
-        except InputError:  # not modelled, or without what was asked for
-            continue
-        if ranking.best is None:
-            continue
-        steps = optimizer_steps(ranking.best.plan, profile.num_train_rows)
-        if steps * ranking.best.step.step_seconds <= most_seconds:
-            where = "in the local cache" if in_cache_only else "of the catalog"
-            within = "" if free_to_choose else " and trains within 6 hours"
-            why = f"the largest free chat model {where} that fits{within}"
-            source = ModelSource(
-                spec=entry.spec,
-                config=entry.config,
-                origin="catalog",
-                hub_id=entry.hub_id,
-                folder=folder,
-            )
-            return source, why
-    return None
 
 
 def with_weights(ui: Ui, source: ModelSource) -> ModelSource:

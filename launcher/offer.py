@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct, structs
 
 from ftplan.launcher.own_stack import installed_stack
+from ftplan.planner.base_models import Available
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.goals import Limits, Wanted
 from ftplan.planner.hardware_spec import Device, Host
@@ -37,6 +38,14 @@ class Offer(Struct, frozen=True, kw_only=True):
         if isinstance(self.devices, Device):
             return self.devices
         return max(self.devices, key=lambda gpu: gpu.free_bytes)
+
+    @property
+    def available(self) -> Available:
+        """The devices, as bounds for models are told of them."""
+        gpus = self.devices
+        if isinstance(gpus, Device):
+            gpus = [gpus] * self.given.get("num_gpus", 1)
+        return Available(gpus=gpus, given=self.given, divides=self.divides)
 
     def ranking(self, model: ModelSpec, profile: DataProfile, **more: Any) -> Ranking:
         """Plans on the devices; `more`: settings beside the given ones. Raises InputError as

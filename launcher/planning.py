@@ -28,6 +28,7 @@ from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.refusal import refusal
 from ftplan.launcher.training.config import checked_objective
 from ftplan.launcher.ui import Ui
+from ftplan.planner.base_models import ModelChoice, RunnerUp
 from ftplan.planner.closed_form import check_modelled_method
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
@@ -56,6 +57,8 @@ class Planned(Struct, frozen=True, kw_only=True):
     device: Device
     source: ModelSource
     model_why: str
+    runner_up: RunnerUp | None
+    """The model that would have been next, where none was named."""
     offer: Offer
     ranking: Ranking
     chosen: Evaluated
@@ -123,9 +126,9 @@ def make_plan(
         divides=not for_launch,
         host=machine.host if machine else None,
     )
-    model_why = "asked for"
+    choice: ModelChoice | None = None
     if source is None:
-        source, model_why = choose_model(asked, offer)
+        source, choice = choose_model(asked, offer, here=named_device is None)
     if for_launch:
         source = with_weights(ui, source)
     tokenizer = tokenizer_of(ui, source)
@@ -158,7 +161,8 @@ def make_plan(
         machine=machine,
         device=device,
         source=source,
-        model_why=model_why,
+        model_why=choice.why if choice else "asked for",
+        runner_up=choice.runner_up if choice else None,
         offer=offer,
         ranking=ranking,
         chosen=chosen,

@@ -16,6 +16,7 @@ from ftplan.launcher.data import views as data_views
 from ftplan.launcher.ui import bar, table
 from ftplan.planner import rules_of_thumb
 from ftplan.planner.achieved import SHARE_OF_POWER
+from ftplan.planner.base_models import RunnerUp
 from ftplan.planner.memory import MEMORY_MARGIN, MemoryEstimate, fits, needed_bytes
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
 from ftplan.planner.run_time import RunTime
@@ -307,9 +308,13 @@ _SHOWN_SETTINGS = (
 )  # fmt: skip
 
 
-def choices_table(reasoned: ReasonedPlan, model: tuple[str, str]) -> Table:
-    """The model (name and why) and the settings with a reason each."""
+def choices_table(
+    reasoned: ReasonedPlan, model: tuple[str, str], runner_up: RunnerUp | None = None
+) -> Table:
+    """The model (name and why), the one that was next, and the settings with a reason each."""
     rows: list[list[RenderableType]] = [["model", Text(model[0], "bold"), model[1]]]
+    if runner_up is not None:
+        rows.append(["runner-up", runner_up.name, runner_up.why_not])
     adapter = reasoned.plan.resolved_method.adapter
     for name in _SHOWN_SETTINGS:
         value = getattr(reasoned.plan, name)
@@ -477,7 +482,11 @@ def plan_parts(planned: Planned) -> list[RenderableType]:
         Text(""),
         memory_table(chosen.memory, device, chosen.plan.num_gpus),
         Text(""),
-        choices_table(chosen.reasoned, model=(planned.source.spec.name, planned.model_why)),
+        choices_table(
+            chosen.reasoned,
+            model=(planned.source.spec.name, planned.model_why),
+            runner_up=planned.runner_up,
+        ),
         Text(""),
         time_table(planned),
     ]

@@ -36,7 +36,8 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     `objective`: what its rows are for, in words; `trains`: the plan's objective that follows.
     `lengths` are the usable training rows' lengths in tokens, template included, sorted from
     the longest; `exact` says whether the model's own tokenizer measured them. `trained_tokens` of
-    them carry loss. `tasks`: rows of each task, where rows name one.
+    them carry loss. `tasks`: rows of each task, where rows name one. `language`: of most rows whose
+    language is plain; empty where none is.
 
     `overlong`: what becomes of rows longer than `limit` (None: no row is too long, whatever its
     length), as `planner.overlong` names it. `train_counts`, `eval_counts`: what became of which.
@@ -60,6 +61,7 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     duplicates: int = 0
     has_margins: bool = False
     tasks: Mapping[str, int] = {}
+    language: str = ""
     rows_each: float = 1.0
     """Rows that each of `lengths` stands for: more than one where they are a sample."""
     overlong: str = "truncate"

@@ -114,4 +114,6 @@ def why_not(other: Evaluated, chosen: Evaluated, goal: str) -> str:
         return "the unquantized base fits, and a 4-bit one costs time and some quality"
     if chosen.plan.resolved_method.quantized_base and other.plan.resolved_method.adapter:
         return f"takes {times:.2g} times as long: what fits beside the unquantized base is no use"
+    if chosen.plan.method == "full":
+        return "trains less than the data tell"
     return f"{chosen.plan.method} reaches the same with fewer trained parameters"

@@ -75,6 +75,11 @@ class Method(Struct, frozen=True, kw_only=True):
         given no cache (`GradientCheckpointingLayer` of transformers 5)."""
         return self.peft_type in CACHE_FILLING
 
+    @property
+    def has_rank(self) -> bool:
+        """Whether `lora_rank` decides how large its adapters are."""
+        return "lora_rank" in self.takes.values() or self.name == "bottleneck"
+
     def check_trained(self) -> None:
         """Raises InputError where ftplan has no trainer for the method."""
         if not self.has_trainer:

@@ -1,20 +1,25 @@
 """The recipe: settings that decide what training learns, each with its source.
 
 Sources, short: LoRA = arXiv 2106.09685, QLoRA = 2305.14314, "LoRA Without Regret" (Schulman et
-al., Thinking Machines, 2025), LIMA = 2305.11206, Llama 2 = 2307.09288. docs/policy.md has more.
+al., Thinking Machines, 2025), LIMA = 2305.11206, Llama 2 = 2307.09288, knowledge capacity =
+Allen-Zhu and Li, 2404.05405. docs/policy.md has more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner.data_profile import DataProfile
-from ftplan.planner.methods import Method
+from ftplan.planner.hardware_spec import DeviceKind
+from ftplan.planner.methods import METHODS, Method
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.trained import MethodSettings
+from ftplan.planner.units import format_count
 
 # Held-out share of the rows.
 EVAL_SHARE = 0.10
@@ -75,16 +80,83 @@ def effective_batch_size(num_rows: int) -> Advice:
     return Advice(value=32, why="above 10,000 rows; LoRA likes batches of 32 and below")
 
 
-def lora_rank(num_rows: int) -> Advice:
-    """Adapter capacity by the amount of data."""
-    if num_rows < 10_000:
-        return Advice(value=16, why="under 10,000 rows a low rank holds what they teach")
-    return Advice(value=64, why="from 10,000 rows; QLoRA's rank")
+# Ranks to choose from. A lower one saves little; QLoRA found 8 to 256 alike (section 4).
+LORA_RANKS = (16, 32, 64, 128, 256)
+
+# What trained parameters hold (knowledge capacity), and what data tell: the log-loss of a first
+# pass over usual text. That is what learning it by heart takes, so a bound for what learning from
+# it does ("LoRA Without Regret").
+BITS_PER_PARAMETER = 2.0
+BITS_PER_TOKEN = 1.0
+
+QUANTIZED_BASE = "a quantized base was asked for, beside which adapters are trained"
+
+# Settings that only adapters have: who gives one asks for adapters.
+_ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
+
+
+def lora_rank(
+    model: ModelSpec,
+    data: DataProfile,
+    method: Method = METHODS["lora"],
+    settings: MethodSettings = MethodSettings(),  # noqa: B008 - frozen
+) -> Advice:
+    """The lowest rank whose adapters hold what one pass over the data tells.
+
+    `settings`: what else decides what the adapters are. Raises InputError as `Method.count` does.
+    """
+    if data.trains != "sft":
+        why = "a preference or a label tells about a bit a row, which a low rank holds"
+        return Advice(value=LORA_RANKS[0], why=why)
+    for rank in LORA_RANKS:
+        held = _tokens_held(model, method, structs.replace(settings, lora_rank=rank))
+        if held >= data.trained_tokens:
+            break
+    tokens = format_count(data.trained_tokens)
+    if held < data.trained_tokens:
+        why = f"even so adapters hold about {format_count(held)} of the {tokens} trained tokens"
+    elif rank == LORA_RANKS[0]:
+        why = f"holds about {format_count(held)} trained tokens; the data have {tokens}"
+    else:
+        why = f"the lowest rank that holds {tokens} trained tokens"
+    return Advice(value=rank, why=why)
+
+
+def _tokens_held(model: ModelSpec, method: Method, settings: MethodSettings) -> int:
+    """Tokens of data that what is trained holds."""
+    counted = partial(method.count, model, settings)
+    trained = model.remembered(("held", method.name, settings), counted)
+    return int(trained.num_trainable_parameters * BITS_PER_PARAMETER / BITS_PER_TOKEN)
+
+
+def preferred_methods(
+    model: ModelSpec, data: DataProfile, kind: DeviceKind, given: Mapping[str, Any]
+) -> Advice:
+    """Methods that are tried before all others, the best first, and why the first one is.
+
+    `kind`: of the device.
+    """
+    if "method" in given:
+        return Advice(value=(str(given["method"]),), why="asked for")
+    if given.get("quantization", "none") != "none":
+        return Advice(value=("qlora",), why=QUANTIZED_BASE)
+    adapters = ("lora", "qlora")
+    if any(name in given for name in _ADAPTER_SETTINGS):
+        return Advice(value=adapters, why="adapters, whose settings are asked for")
+    most = MethodSettings(lora_rank=LORA_RANKS[-1])
+    if data.trains != "sft" or _tokens_held(model, METHODS["lora"], most) >= data.trained_tokens:
+        why = "adapters on all linear layers match full tuning on data of this size"
+        return Advice(value=adapters, why=why)
+    if kind == "cpu":
+        return Advice(value=adapters, why="adapters: a processor's run sees little of the data")
+    tokens = format_count(data.trained_tokens)
+    why = f"adapters of rank {most.lora_rank} hold less than {tokens} trained tokens tell"
+    return Advice(value=("full", *adapters), why=why)
 
 
 # Rows from which on a base model learns to answer from the data alone. Assumed; Llama 2 took
 # 27,540 of the best for it (section 3.1), and most people's are not the best.
-_ROWS_FOR_A_BASE_MODEL = 100_000
+ROWS_FOR_A_BASE_MODEL = 100_000
 
 # Padding worth a word, and the micro-batch at which it is told.
 _NOTICED_PADDING = 0.10
@@ -104,7 +176,7 @@ def model_kind(num_rows: int, kind: str) -> Advice:
     """Whether to begin with a base model or one that has learnt to chat."""
     if kind == "pretraining":
         return Advice(value="base", why="plain text goes on with what base models learn from")
-    if num_rows >= _ROWS_FOR_A_BASE_MODEL:
+    if num_rows >= ROWS_FOR_A_BASE_MODEL:
         return Advice(value="base", why=f"{num_rows:,} rows teach answering by themselves")
     return Advice(value="chat", why=f"{num_rows:,} rows change how a model answers that can")
 
@@ -117,16 +189,17 @@ def task_weights(tasks: Mapping[str, int]) -> Advice:
     return Advice(value=weights, why="square root of each task's rows, so that small ones count")
 
 
-def data_advice(data: DataProfile, max_position_embeddings: int) -> dict[str, Advice]:
-    """What the data alone decides, by setting."""
+def data_advice(data: DataProfile, model: ModelSpec) -> dict[str, Advice]:
+    """What the data decides, by setting, where `model` is trained."""
     num_rows = data.num_train_rows
-    length = max_length(data.longest, max_position_embeddings)
+    length = max_length(data.longest, model.max_position_embeddings)
     held_out = data.num_eval_rows
+    rank = lora_rank(model, data)
     return {
         "max_length": length,
         "num_train_epochs": num_train_epochs(num_rows),
         "effective_batch_size": effective_batch_size(num_rows),
-        "lora_rank": lora_rank(num_rows),
+        "lora_rank": structs.replace(rank, why=f"{model.name}: {rank.why}"),
         "packing": packing(data, length.value),
         "validation_rows": Advice(value=held_out, why="no prompt of theirs is trained on"),
         "model": model_kind(num_rows, data.objective),

@@ -39,13 +39,14 @@ _GENERATION_DEFAULTS = {
 # Layers that `freeze` trains where the model has as many.
 _TRAINED_LAYERS = MethodSettings().num_trainable_layers
 
+# Settings beside the rank that decide what the adapters are.
+_ADAPTED = ("target_modules", "modules_to_save", "peft_config")
+
 # How a method that needs a quantized base holds it.
 DEFAULT_QUANTIZATION = "nf4"
 
 # Defaults that leave something out, and so are told.
 _WHY_DEFAULT = {"overlong": "what comes first is kept; or `drop`, `split`, `refuse`"}
-
-_QUANTIZED = "a quantized base was asked for, beside which adapters are trained"
 
 Derived = dict[str, tuple[Any, str]]
 
@@ -77,7 +78,9 @@ def estimate_recipe(
     _check_attention(model, given)
     quantized = given.get("quantization", "none") != "none"
     method = resolve_method(str(given.get("method", "qlora" if quantized else "lora")))
-    why = _QUANTIZED if quantized else "the default method: adapters on all linear layers"
+    why = (
+        policy.QUANTIZED_BASE if quantized else "the default method: adapters on all linear layers"
+    )
     length = min(ESTIMATE_LENGTH, model.max_position_embeddings)
     derived: Derived = {
         "method": (method.name, why),
@@ -102,25 +105,36 @@ def data_recipe(
     """
     _check_attention(model, given)
     rows = data.num_train_rows
-    rank = policy.lora_rank(rows)
     length = policy.max_length(data.longest, model.max_position_embeddings)
     derived: Derived = {
-        "method": (method.name, _why_method(method, given)),
+        "method": (method.name, _why_method(method, model, data, device, given)),
         "max_length": _advised(length),
         "attn_implementation": _attention(model),
         "loss": _loss(model, given),
-        "lora_rank": _advised(rank),
-        "lora_alpha": (2 * rank.value, "twice the rank"),
         "learning_rate": _advised(policy.learning_rate(method, model)),
         "num_train_epochs": _advised(policy.num_train_epochs(rows)),
         "num_gpus": (1, f"one device: {device.name}"),
+        **_rank_settings(method, model, data, given),
         **_method_settings(method, model, device, given),
         **_sharding_settings(method, given),
         **_objective_of_data(data, given),
     }
-    if "lora_rank" in given:
-        derived["lora_alpha"] = (2 * given["lora_rank"], "twice the rank")
     return resolve(given, derived)
+
+
+def _rank_settings(
+    method: Method, model: ModelSpec, data: DataProfile, given: Mapping[str, Any]
+) -> Derived:
+    """Rank and scale, where the method's adapters have a rank."""
+    if not method.has_rank:
+        return {}
+    derived: Derived = {}
+    if "lora_rank" not in given:
+        named = {name: given[name] for name in _ADAPTED if name in given}
+        advice = policy.lora_rank(model, data, method, MethodSettings(**named))
+        derived["lora_rank"] = _advised(advice)
+    rank = given.get("lora_rank") or derived["lora_rank"][0]
+    return {**derived, "lora_alpha": (2 * rank, "twice the rank")}
 
 
 def _objective_of_data(data: DataProfile, given: Mapping[str, Any]) -> Derived:
@@ -136,11 +150,18 @@ def _advised(advice: policy.Advice) -> tuple[Any, str]:
     return advice.value, advice.why
 
 
-def _why_method(method: Method, given: Mapping[str, Any]) -> str:
-    if given.get("quantization", "none") != "none":
-        return _QUANTIZED
+def _why_method(
+    method: Method,
+    model: ModelSpec,
+    data: DataProfile,
+    device: Device,
+    given: Mapping[str, Any],
+) -> str:
+    preferred = policy.preferred_methods(model, data, device.kind, given)
+    if method.name == preferred.value[0]:
+        return preferred.why
     if method.name == "lora":
-        return "adapters on all linear layers match full tuning on data of this size"
+        return "the next best to full tuning, which takes far more memory"
     if method.name == "qlora":
         return "a 4-bit base takes about a quarter of the memory of LoRA's 16-bit one"
     return method.trains

@@ -23,17 +23,13 @@ from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_byt
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.policy import preferred_methods
 from ftplan.planner.ranking import Evaluated, LeftOut, Ranking, Rejection
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.space import Batches, Candidate, Group, Space, price
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_time import StepTime
 from ftplan.planner.teams import Team, teams_of
-
-# Methods tried when none is given, best first. `freeze` is offered, not recommended, and full
-# tuning is for those who ask: adapters on all linear layers reach it on data of this size
-# ("LoRA Without Regret", 2025).
-PREFERRED_METHODS = ("lora", "qlora")
 
 # What is missing is worth knowing to the percent where it is less than this share of what is free,
 # from so many more plans than the smallest.
@@ -76,7 +72,7 @@ def choose_plan(
     refusals: list[InputError] = []
     beyond: list[str] = []
     num_plans = num_timed = num_evaluated = 0
-    for number, method in enumerate(_candidate_methods(given)):
+    for number, method in enumerate(_candidate_methods(model, data, teams[0].device, given)):
         space = Space(
             model,
             data,
@@ -157,17 +153,19 @@ def _exactly(rejection: Rejection, nearest: Evaluated) -> Rejection:
     return structs.replace(rejection, needs_bytes=needed_bytes(nearest.memory))
 
 
-def _candidate_methods(given: Mapping[str, Any]) -> Iterable[str]:
+def _candidate_methods(
+    model: ModelSpec, data: DataProfile, device: Device, given: Mapping[str, Any]
+) -> Iterable[str]:
+    """Methods to try, the best first; those that the policy does not prefer are only offered."""
     if "method" in given:
         return (str(given["method"]),)
     if given.get("quantization", "none") != "none":
         return ("qlora",)
-    others = sorted(name for name in COMPARED_METHODS if name not in PREFERRED_METHODS)
+    preferred = preferred_methods(model, data, device.kind, given).value
+    others = sorted(name for name in COMPARED_METHODS if name not in preferred)
     unquantized = "quantization" in given
     return [
-        name
-        for name in (*PREFERRED_METHODS, *others)
-        if not (unquantized and METHODS[name].quantized_base)
+        name for name in (*preferred, *others) if not (unquantized and METHODS[name].quantized_base)
     ]
 
 

@@ -22,7 +22,11 @@ from ftplan.planner.model_spec import ModelSpec
 
 
 class ModelEntry(Struct, frozen=True, kw_only=True):
-    """A catalogued model. `config` is what stands in its config.json."""
+    """A catalogued model. `config` is what stands in its config.json.
+
+    `languages`: those that its makers name, of those that ftplan tells apart; empty where they are
+    not known. `specialty`: what it was made for, where that is not text of any kind.
+    """
 
     name: str
     hub_id: str
@@ -31,6 +35,8 @@ class ModelEntry(Struct, frozen=True, kw_only=True):
     kind: str
     num_parameters: int
     config: Mapping[str, Any]
+    languages: tuple[str, ...] = ()
+    specialty: str = ""
 
     @property
     def spec(self) -> ModelSpec:
@@ -137,6 +143,8 @@ def _model_entry(text: str) -> ModelEntry:
         kind=entry["kind"],
         num_parameters=entry["num_parameters"],
         config=entry["config"],
+        languages=tuple(_value(entry, "languages") or ()),
+        specialty=entry.get("specialty", ""),
     )
 
 

@@ -38,6 +38,7 @@ from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
 from ftplan.planner.overlong import RowCounts, said_counts
 from ftplan.planner.run_time import optimizer_steps
+from ftplan.profiles import require_model
 from tests.launcher_fixtures import CHATML, chat, tiny_tokenizer
 
 pytest.importorskip("transformers")
@@ -312,7 +313,8 @@ def test_pairs_among_answers_are_measured_as_the_answers_that_are_trained(write:
 
 def test_the_json_of_data_has_the_counts(write: Write) -> None:
     path = write(*[asked(n, words=1 + 20 * (n % 4 == 0)) for n in range(40)])
-    told = profile_to_dict(profile_of(path, "drop", 100), 256, 100)
+    model = require_model("smollm2-135m").spec
+    told = profile_to_dict(profile_of(path, "drop", 100), model, 100)
     assert told["max_length"] == told["overlong"]["max_length"] == 100
     assert told["overlong"]["mode"] == "drop" and told["truncated_rows"] == 0
     assert (

@@ -22,6 +22,7 @@ from ftplan.launcher.data.survey import RowMeasure, estimated_tokens
 from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import FtplanError, InputError
+from ftplan.profiles import require_model
 from tests.launcher_fixtures import CHATML, chat, tiny_tokenizer
 
 Write = Callable[..., Path]
@@ -290,7 +291,11 @@ class TestProfile:
             {"task": "t" if n % 3 else "u", "input": f"i {n}", "output": "o"} for n in range(30)
         ]
         told = json.loads(
-            json.dumps(profile_to_dict(self.profile(read_data([write(*rows)])), 2048))
+            json.dumps(
+                profile_to_dict(
+                    self.profile(read_data([write(*rows)])), require_model("smollm2-135m").spec
+                )
+            )
         )
         assert {
             *("schema", "format", "objective", "num_rows", "num_usable_rows", "problems"),

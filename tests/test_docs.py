@@ -59,7 +59,8 @@ from ftplan.planner.space import MICRO_BATCHES, Space
 from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.step_time import PASSES_OVER_LOGITS, PASSES_OVER_LOGITS_WITHOUT_KERNEL
 from ftplan.planner.teams import teams_of
-from ftplan.planner.units import GIB, MIB, format_bytes
+from ftplan.planner.trained import MethodSettings
+from ftplan.planner.units import GIB, MIB, format_bytes, format_count
 from ftplan.profiles import require_model
 from tests.test_measured import ROWS
 from tests.test_measured import error as error_of
@@ -420,7 +421,16 @@ def test_what_the_data_decides_is_the_policys() -> None:
         for count in counts:
             assert policy.effective_batch_size(count).value == int(row[1])
             assert policy.num_train_epochs(count).value == int(row[3])
-            assert policy.lora_rank(count).value == int(row[5])
+
+
+def test_what_ranks_hold_is_the_policys() -> None:
+    for row in table("policy.md", "The rank"):
+        model = require_model(row[0]).spec
+        for rank, held in zip((policy.LORA_RANKS[0], policy.LORA_RANKS[-1]), row[1:], strict=True):
+            settings = MethodSettings(lora_rank=rank)
+            trained = METHODS["lora"].count(model, settings).num_trainable_parameters
+            tokens = trained * policy.BITS_PER_PARAMETER / policy.BITS_PER_TOKEN
+            assert format_count(tokens) == held, row[0]
 
 
 def test_the_learning_rates_are_the_policys() -> None:
@@ -444,6 +454,13 @@ def test_the_pages_state_the_constants() -> None:
          f"{policy.CPU_TIME_BUDGET_SECONDS:g} seconds"),
         ("policy.md", "The model when none is named",
          f"within {policy.MODEL_CHOICE_SECONDS / 3600:g} hours"),
+        ("policy.md", "The model when none is named", f"{policy.ROWS_FOR_A_BASE_MODEL:,} rows on"),
+        ("policy.md", "The rank",
+         f"the lowest of {', '.join(map(str, policy.LORA_RANKS[:-1]))} and "
+         f"{policy.LORA_RANKS[-1]} for which"),
+        ("policy.md", "The rank",
+         f"trained parameters x {policy.BITS_PER_PARAMETER:g} bits >= trained tokens of one epoch "
+         f"x {policy.BITS_PER_TOKEN:g} bit"),
         ("policy.md", "What fits", f"required x {1 + MEMORY_MARGIN:g} <= "),
         ("policy.md", "Micro-batch and checkpointing",
          f"{', '.join(sizes[:-1])} and {sizes[-1]} rows"),

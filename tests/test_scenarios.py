@@ -34,12 +34,14 @@ def rows(number: int, median: float, longest: int = 2400, **more: Any) -> DataPr
         lengths=(longest, *lengths[1:]),
         exact=True,
         rows_each=number / len(lengths),
+        trained_tokens=round(0.6 * number * sum(lengths) / len(lengths)),
         **more,
     )
 
 
 FEW, SOME, MANY = rows(200, 200), rows(5_000, 250), rows(200_000, 300)
 LONG = rows(500, 16_000, longest=32_000)
+MILLIONS = rows(20_000_000, 300)
 PAIRS = structs.replace(rows(2_000, 300), trains="dpo", format="preference", objective="preference")
 
 
@@ -191,7 +193,25 @@ SCENARIOS = {
         machine("A100 80GB SXM"),
         "qwen2.5-7b",
         MANY,
-        {"effective_batch_size": 32, "lora_rank": 64, "num_train_epochs": 1.0},
+        # 40 M tokens of answers, of which adapters of rank 16 hold 80 M
+        {"effective_batch_size": 32, "lora_rank": 16, "num_train_epochs": 1.0},
+    ),
+    "billions of tokens, 7B on one card": Scenario(
+        machine("A100 80GB SXM"),
+        "qwen2.5-7b",
+        MILLIONS,
+        {"method": "lora", "lora_rank": 256},
+        {"full": MEMORY},
+    ),
+    "billions of tokens, 0.5B": Scenario(
+        machine("A100 80GB SXM"), "qwen2.5-0.5b", MILLIONS, {"method": "full", "dtype": "float32"}
+    ),
+    "billions of tokens, 0.5B, and adapters asked for": Scenario(
+        machine("A100 80GB SXM"),
+        "qwen2.5-0.5b",
+        MILLIONS,
+        {"method": "lora"},
+        given={"target_modules": ("q_proj", "v_proj")},
     ),
     "rows of 32,000 tokens on an A100": Scenario(
         machine("A100 80GB SXM"),

@@ -723,24 +723,19 @@ def test_max_length_is_the_longest_row_rounded_up_within_the_models_positions(
 
 
 @pytest.mark.parametrize(
-    ("rows", "epochs", "batch", "rank"),
-    [(999, 3.0, 8, 16), (1_000, 3.0, 16, 16), (2_000, 2.0, 16, 16), (20_000, 1.0, 32, 64)],
+    ("rows", "epochs", "batch"),
+    [(999, 3.0, 8), (1_000, 3.0, 16), (2_000, 2.0, 16), (20_000, 1.0, 32)],
 )
 def test_the_recipe_follows_the_number_of_rows(
     rows: int,
     epochs: float,
     batch: int,
-    rank: int,
     small_llama: ModelSpec,
     devices: Devices,
     make_data: MakeData,
 ) -> None:
     plan = chosen(small_llama, make_data([100] * rows), devices["A100"]).plan
-    assert (plan.num_train_epochs, plan.effective_batch_size, plan.lora_rank) == (
-        epochs,
-        batch,
-        rank,
-    )
+    assert (plan.num_train_epochs, plan.effective_batch_size) == (epochs, batch)
 
 
 # --- steps and the time budget

@@ -383,7 +383,8 @@ def test_bounds_are_of_what_overlaps(devices: dict[str, Device]) -> None:
     of = StepWork(
         kind="cuda", dtype="bfloat16", tokens=1.0, forward_flops=1.0, flops=216.75e12,
         model_flops=108.375e12, float32_flops=0.0, moved_bytes=1.7e12, optimizer_bytes=0.0,
-        exchanged_bytes=50e9, kernels=0, optimizer_kernels=0, hooked=False,
+        exchanged_bytes=50e9, copied_bytes=0.0, host_bytes=0.0, kernels=0, optimizer_kernels=0,
+        hooked=False,
     )  # fmt: skip
     result = time_of(of, card)
     assert result.step_seconds == pytest.approx(1 + 1)

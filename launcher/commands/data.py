@@ -68,9 +68,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     split = make_split(data, eval_data, asked.test_share)
     check_lengths(data, split, eval_data, strict=asked.strict)
     profile = profile_data(data, split, eval_data)
-    described = profile_to_dict(
-        profile, source.spec.max_position_embeddings, given.get("max_length")
-    )
+    described = profile_to_dict(profile, source.spec, given.get("max_length"))
     if data.sample:
         described["sample"] = data.sample.to_dict()
     ui.json(described)

@@ -149,6 +149,12 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
     warnings = plan_cautions(planned)
     return {
         "schema": 1,
+        "model": {
+            "name": planned.source.spec.name,
+            "hub_id": planned.source.hub_id,
+            "why": planned.model_why,
+            "runner_up": structs.asdict(planned.runner_up) if planned.runner_up else None,
+        },
         "plan": planned.chosen.reasoned.to_dict(),
         "estimate": _estimate(planned, planned.chosen, warnings),
         "run": {**planned.run_time.to_dict(), "usd": planned.usd},

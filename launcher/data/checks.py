@@ -5,6 +5,7 @@ Rows are looked at some hundred at a time, in several processes, and nothing is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from ftplan.launcher.data.findings import Finding, Tallies, finding, tally_of
@@ -19,6 +20,12 @@ _BATCH_CHARACTERS = 1 << 16
 _BATCH_ROWS = 512
 
 _SHORT_ANSWER = 100  # bytes; the language of a shorter one is judged with its prompt
+
+
+def row_language(prompt: str, answer: str) -> str:
+    """The language of one row, as TextChecks judges it."""
+    judged = answer if len(answer.encode()) >= _SHORT_ANSWER else f"{prompt} {answer}"
+    return language(judged[:SAMPLE_BYTES].encode()[:SAMPLE_BYTES].lower())
 
 
 class TextChecks:
@@ -54,6 +61,11 @@ class TextChecks:
         self._sample.merge(other._sample, offset)
         self._lengths.merge(other._lengths, offset)
         self._cuts.merge(other._cuts, offset)
+
+    def languages(self) -> Counter[str]:
+        """How many rows are plainly in which language."""
+        self._look_at_waiting()
+        return Counter({name: tally.count for name, tally in self._languages.items()})
 
     def findings(self) -> list[Finding]:
         """After all rows: warnings, then notes, the most frequent first."""

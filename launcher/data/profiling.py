@@ -13,6 +13,7 @@ from ftplan.launcher.data.split import MAX_EVAL_ROWS, Split, rows_of, split_grou
 from ftplan.launcher.data.survey import Place
 from ftplan.planner.data_profile import DataProfile, Problem
 from ftplan.planner.errors import InputError
+from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.overlong import refuse_overlong
 from ftplan.planner.policy import data_advice
 
@@ -52,6 +53,7 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
         duplicates=sum(p.count for p in problems if p.kind == _DUPLICATES),
         has_margins=data.survey.num_margins > 0,
         tasks=dict(data.survey.tasks.most_common()),
+        language=data.survey.language,
         rows_each=data.rows_each,
         overlong=data.rule.mode,
         limit=data.rule.limit,
@@ -189,11 +191,11 @@ def _warnings(data: DataFile, problems: tuple[Problem, ...]) -> tuple[str, ...]:
 
 
 def profile_to_dict(
-    profile: DataProfile, max_position_embeddings: int, max_length: int | None = None
+    profile: DataProfile, model: ModelSpec, max_length: int | None = None
 ) -> dict[str, Any]:
     """The object of `data --json` and of a run's data_profile.json. `max_length`: the one in force,
     if not the advised."""
-    advice = data_advice(profile, max_position_embeddings)
+    advice = data_advice(profile, model)
     max_length = max_length or int(advice["max_length"].value)
     return {
         "schema": 1,
@@ -215,9 +217,10 @@ def profile_to_dict(
         "max_length": max_length,
         "truncated_rows": round(profile.rows_each * profile.train_counts.num_cut),
         "overlong": profile.overlong_to_dict(max_length),
-        "by_max_length": cuts(profile, max_position_embeddings),
+        "by_max_length": cuts(profile, model.max_position_embeddings),
         "duplicates": profile.duplicates,
         "tasks": dict(profile.tasks),
+        "language": profile.language or None,
         "advice": [
             {"setting": setting, "value": item.value, "why": item.why}
             for setting, item in advice.items()

@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 from msgspec import structs
 
-from ftplan.launcher.data.checks import TextChecks
+from ftplan.launcher.data.checks import TextChecks, row_language
 from ftplan.launcher.data.overlong import Lengths, Pieces, Rule, text_pieces, turns_apart
 from ftplan.launcher.data.patterns import Segment
 from ftplan.launcher.data.records import FIRST_NUMBERS, Note, Record, merged
@@ -27,6 +27,10 @@ _CHARACTERS_PER_TOKEN = 4.0
 _TEMPLATE_TOKENS_PER_MESSAGE = 5
 
 _ROWS_AT_ONCE = 512
+
+# Without checks, rows whose language is judged: the first of each file, then one of so many.
+_FIRST_ROWS_JUDGED = 256
+_ROWS_FOR_ONE_JUDGED = 8
 _NUMBER_OF_SHAPE = {shape.name: number for number, shape in enumerate(SHAPES)}
 
 Place = tuple[int, int]
@@ -181,6 +185,7 @@ class Survey:
         self.tasks: Counter[str] = Counter()
         self.num_margins = 0
         self.checks = TextChecks() if checks else None
+        self._languages: Counter[str] = Counter()
         self.notes: tuple[Note, ...] = ()
         self._pending: list[Row] = []
 
@@ -210,6 +215,8 @@ class Survey:
         self.groups.append(_group(prompt, row.text))
         if self.checks is not None:
             self.checks.look(code_of(place), _joined(prompt), row.answer)
+        elif record.number <= _FIRST_ROWS_JUDGED or not self.groups[-1] % _ROWS_FOR_ONE_JUDGED:
+            self._languages[row_language(_joined(prompt), row.answer)] += 1
         self._pending.append(row)
         if len(self._pending) == _ROWS_AT_ONCE:
             self.measure(measure)
@@ -226,6 +233,13 @@ class Survey:
 
     def _trouble(self, kind: str, place: Place) -> None:
         self.troubles.setdefault(kind, Trouble()).add(place)
+
+    @property
+    def language(self) -> str:
+        """The language of most rows in which it is plain; empty where it is in none."""
+        found = self._languages if self.checks is None else self.checks.languages()
+        plain = {name: count for name, count in found.items() if name}
+        return max(plain, key=lambda name: (plain[name], name), default="")
 
     def places(self, shape: int) -> Iterator[Place]:
         """Where rows of a shape stand."""
@@ -244,6 +258,7 @@ class Survey:
         self.readings += later.readings
         self.tasks += later.tasks
         self.num_margins += later.num_margins
+        self._languages += later._languages
         self.notes = merged((*self.notes, *later.notes))
         if self.checks is not None and later.checks is not None:
             self.checks.merge(later.checks)
