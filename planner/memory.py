@@ -212,16 +212,16 @@ def context_bytes(device: Device | None) -> int:
     return device.context_bytes if device else ASSUMED_CUDA_CONTEXT_BYTES
 
 
-def needed_bytes(memory: MemoryEstimate) -> int:
+def needed_bytes(memory: MemoryEstimate, margin: float = MEMORY_MARGIN) -> int:
     """Free memory that a plan is given: what it requires, and the margin."""
-    return with_margin(memory.required_bytes)
+    return with_margin(memory.required_bytes, margin)
 
 
-def with_margin(required_bytes: int) -> int:
-    """What has to be free for a plan that requires so much (`MEMORY_MARGIN`)."""
-    return round(required_bytes * (1 + MEMORY_MARGIN))
+def with_margin(required_bytes: int, margin: float = MEMORY_MARGIN) -> int:
+    """What has to be free for a plan that requires so much; `margin`: a share of it."""
+    return round(required_bytes * (1 + margin))
 
 
-def fits(memory: MemoryEstimate, device: Device) -> bool:
+def fits(memory: MemoryEstimate, device: Device, margin: float = MEMORY_MARGIN) -> bool:
     """Whether what is free on the device is enough; `estimate` and `plan` both ask this."""
-    return needed_bytes(memory) <= device.free_bytes
+    return needed_bytes(memory, margin) <= device.free_bytes

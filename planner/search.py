@@ -18,7 +18,7 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.goals import GOALS, NO_LIMITS, Limits, ranked
 from ftplan.planner.hardware_spec import Device, Host
 from ftplan.planner.host_verdict import lacking_ram
-from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes
+from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes, with_margin
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.ranking import Evaluated, LeftOut, Ranking, Rejection
@@ -48,15 +48,17 @@ def choose_plan(
     limits: Limits = NO_LIMITS,
     host: Host | None = None,
     rows_per_step: int | None = None,
+    margin: float = MEMORY_MARGIN,
 ) -> Ranking:
     """The best plan for this data, `given` settings kept.
 
     `device`: one of which there are as many as `num_gpus` says, or the GPUs of a machine, any of
     which may train. `divides`: whether they may divide what the model holds. `goal`: one of GOALS,
     what the best is best at; `limits`: what a run may take at most; `host`: whose RAM it may take,
-    None for any; `rows_per_step`: in the place of the policy's. Deterministic: the same input gives
-    the same ranking. Raises InputError when the given settings are impossible with the method asked
-    for, or with the preferred one, and when no candidate can be estimated and run.
+    None for any; `rows_per_step`: in the place of the policy's; `margin`: a share of what is
+    required that is kept free. Deterministic: the same input gives the same ranking. Raises
+    InputError when the given settings are impossible with the method asked for, or with the
+    preferred one, and when no candidate can be estimated and run.
     """
     teams = teams_of(device, given.get("num_gpus"))
     fitting: list[Evaluated] = []
@@ -65,10 +67,10 @@ def choose_plan(
     left_out: list[LeftOut] = []
     refusals: list[InputError] = []
     beyond: list[str] = []
-    num_plans = num_evaluated = 0
+    num_plans = num_timed = num_evaluated = 0
     for number, method in enumerate(_candidate_methods(given)):
         space = Space(model, data, given, stack, divides=divides, rows_per_step=rows_per_step)
-        search = _MethodSearch(space, model, data, stack, goal, limits, host)
+        search = _MethodSearch(space, model, data, stack, goal, limits, host, margin)
         try:
             found = search.best(method, teams, thorough=not fitting)
         except InputError as error:
@@ -77,6 +79,7 @@ def choose_plan(
             rejected.append(Rejection(method=method, reason=error.message))
             continue
         num_plans += space.num_plans
+        num_timed += space.num_timed
         num_evaluated += space.num_evaluated
         refusals += space.refused
         if found is None and not (search.missed or search.beyond):
@@ -93,7 +96,7 @@ def choose_plan(
         smallest = search.smallest()
         missed.append(smallest)
         reason = "needs more memory than is free"
-        needs = needed_bytes(smallest.memory)
+        needs = needed_bytes(smallest.memory, margin)
         rejected.append(
             Rejection(method=method, reason=reason, needs_bytes=needs, team=smallest.team)
         )
@@ -106,8 +109,11 @@ def choose_plan(
         rejected=tuple(rejected),
         left_out=tuple(left_out),
         nearest=min(missed, key=lambda e: e.memory.required_bytes) if missed and not best else None,
+        by_policy=tuple(evaluated.plan.method for evaluated in fitting),
         goal=goal,
+        margin=margin,
         num_plans=num_plans,
+        num_timed=num_timed,
         num_evaluated=num_evaluated,
     )
 
@@ -148,10 +154,12 @@ class _MethodSearch:
         goal: str,
         limits: Limits,
         host: Host | None,
+        margin: float,
     ) -> None:
         self.space = space
         self._model, self._data, self._stack = model, data, stack
         self._goal, self._limits, self._host = goal, limits, host
+        self._margin = margin
         self.missed: list[Evaluated] = []
         self.beyond: list[str] = []
 
@@ -197,7 +205,7 @@ class _MethodSearch:
         if not found:
             return None
         smallest = self._smallest(found)
-        if fits(smallest.memory, smallest.device):
+        if fits(smallest.memory, smallest.device, self._margin):
             return _as_smallest(smallest)
         self.missed += found
         return None
@@ -231,7 +239,7 @@ class _MethodSearch:
         for evaluated in self._by_price(groups):
             if alike and self._price(evaluated) > _ALIKE * self._price(alike[0]):
                 break
-            if fits(evaluated.memory, evaluated.device):
+            if fits(evaluated.memory, evaluated.device, self._margin):
                 alike.append(evaluated)
         return self._best(alike) if alike else None
 
@@ -251,11 +259,11 @@ class _MethodSearch:
             chosen = self._best(possible)
             confirmed = self._replayed(chosen)
             too_large = chosen
-            if fits(confirmed.memory, chosen.device):
+            if fits(confirmed.memory, chosen.device, self._margin):
                 too_large = possible[0]
                 if too_large is chosen:
                     return confirmed
-                if fits(self._replayed(too_large).memory, too_large.device):
+                if fits(self._replayed(too_large).memory, too_large.device, self._margin):
                     return confirmed
             self.missed.append(too_large)
             possible = [evaluated for evaluated in possible if evaluated is not too_large]
@@ -269,7 +277,7 @@ class _MethodSearch:
             evaluated = self._evaluated(candidate)
             if evaluated is None or not self._host_holds(evaluated):
                 continue
-            if _may_fit(evaluated):
+            if _may_fit(evaluated, self._margin):
                 yield evaluated
             else:
                 self.missed.append(evaluated)
@@ -324,5 +332,5 @@ def _least_bytes(evaluated: Evaluated) -> int:
     return evaluated.memory.allocated_peak_bytes + context_bytes(evaluated.device)
 
 
-def _may_fit(evaluated: Evaluated) -> bool:
-    return _least_bytes(evaluated) * (1 + MEMORY_MARGIN) <= evaluated.device.free_bytes
+def _may_fit(evaluated: Evaluated, margin: float) -> bool:
+    return with_margin(_least_bytes(evaluated), margin) <= evaluated.device.free_bytes

@@ -102,7 +102,13 @@ class Space:
         self._tokens: dict[tuple[int, int], float] = {}
         self.refused: list[InputError] = []
         self.num_plans = 0
+        self._timed: set[tuple[TrainingPlan, int]] = set()
         self._memories: dict[tuple[TrainingPlan, int], MemoryEstimate] = {}
+
+    @property
+    def num_timed(self) -> int:
+        """Plans whose time was worked out."""
+        return len(self._timed)
 
     @property
     def num_evaluated(self) -> int:
@@ -248,6 +254,7 @@ class Space:
         device = group.team.device
         check_runs(self._model, reasoned.plan, device)
         step = time_of(self._work(reasoned.plan, group.team), device)
+        self._timed.add((reasoned.plan, id(group.team)))
         return Candidate(reasoned=reasoned, team=group.team, step=step)
 
     def candidates(self, groups: list[Group]) -> Iterator[Candidate]:
