@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from ftplan.launcher.cli import main
 from ftplan.launcher.past_runs import margin_of
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.families import spec_from_size
@@ -133,3 +134,27 @@ def test_what_is_missing_follows_the_margin(
     needs = [ranking.rejected[0].needs_bytes for ranking in (usual, less)]
     assert needs[0] and needs[1]
     assert needs[0] / needs[1] == pytest.approx(1.05 / 1.01)
+
+
+def test_a_plan_takes_the_margin_of_its_gpus_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ({"prompt": f"Why {n}?", "completion": "A reason."} for n in range(40))
+    data, runs = tmp_path / "rows.jsonl", tmp_path / "runs"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["plan", str(data), "--gpu", "l4", "--model", "qwen2.5-7b", "--runs-dir", str(runs)]
+    assert main([*words, "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    for number in range(7):
+        finished(runs, f"run-{number}", "L4", 1008, 1000)
+    assert main([*words, "--json"]) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert before["margin"] == {"share": MEMORY_MARGIN, "num_runs": 0}
+    assert after["margin"] == {"share": pytest.approx(0.018), "num_runs": 7}
+    required = after["estimate"]["per_gpu"]["required_bytes"]
+    fit = after["estimate"]["fits"]
+    assert fit["margin_bytes"] == fit["free_bytes"] - round(
+        required * (1 + after["margin"]["share"])
+    )
+    assert main(words) == 0
+    assert "margin 1.8 %: 7 runs on this GPU" in capsys.readouterr().out
