@@ -261,7 +261,7 @@ def _shown(value: Any) -> str:
 
 
 def alternatives_table(planned: Planned) -> Table:
-    """Methods that fit too."""
+    """Methods that fit too; with the time of a step where the chosen one's run is cut short."""
     others = planned.ranking.alternatives
     several = any(e.plan.num_gpus > 1 for e in (planned.chosen, *others))
     rows = []
@@ -272,11 +272,12 @@ def alternatives_table(planned: Planned) -> Table:
                 e.plan.method,
                 *([gpus_of(e.plan)] if several else []),
                 format_bytes(e.memory.required_bytes),
-                format_seconds(run.seconds),
+                format_seconds(e.step.step_seconds if planned.ends_early else run.seconds),
                 planned.why_not(e),
             ]
         )
-    heads = ("fits too", *(["GPUs"] if several else []), ">required", ">training", "why not")
+    time = ">a step" if planned.ends_early else ">training"
+    heads = ("fits too", *(["GPUs"] if several else []), ">required", time, "why not")
     return table("", heads, rows)
 
 
@@ -329,7 +330,7 @@ def front_parts(planned: Planned, front: Sequence[Evaluated]) -> list[Renderable
     parts: list[RenderableType] = [front_table(planned, shown)]
     if len(shown) < len(front):
         parts.append(Text(f"{len(shown)} of {len(front)}, evenly spaced", "dim"))
-    if planned.chosen.plan.max_steps != best.plan.max_steps:
+    if planned.ends_early:
         parts.append(Text("training without the time budget", "dim"))
     return parts
 

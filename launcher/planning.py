@@ -72,6 +72,11 @@ class Planned(Struct, frozen=True, kw_only=True):
         return self.closed_form is not None
 
     @property
+    def ends_early(self) -> bool:
+        """Whether a processor's time budget ends the run."""
+        return self.chosen.reasoned.reasons["max_steps"].origin == "derived"
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
         return optimizer_steps(self.chosen.plan, self.profile.num_train_rows)
