@@ -48,22 +48,29 @@ def _is_worth_it(planned: Planned) -> bool:
 
 def _confirmed(ui: Ui, planned: Planned, runner: DryRunner) -> Planned:
     tried: list[Evaluated] = []
+    margin = planned.offer.margin.share
+
+    def needs(evaluated: Evaluated) -> str:
+        return format_bytes(needed_bytes(evaluated.memory, margin))
+
     waiting = [planned.chosen, *planned.ranking.alternatives]
     while waiting:
         candidate = waiting.pop(0)
         exact = _with_exact_memory(planned, candidate, runner)
-        if fits(exact.memory, candidate.device):
-            return structs.replace(planned, chosen=exact, device=candidate.device, confirmed=True)
+        if fits(exact.memory, candidate.device, margin):
+            return structs.replace(
+                planned, chosen=exact, device=candidate.device, closed_form=candidate.memory
+            )
         ui.say(
-            f"{candidate.plan.method} needs {format_bytes(needed_bytes(exact.memory))} by dry run, "
-            f"not {format_bytes(needed_bytes(candidate.memory))}: it does not fit"
+            f"{candidate.plan.method} needs {needs(exact)} by dry run, not {needs(candidate)}: it "
+            "does not fit"
         )
         tried.append(exact)
         smaller = _smaller(planned, candidate, exact)
         if smaller is not None and len(tried) < _MOST_TRIED:
             waiting.insert(0, smaller)
-    nearest = min(tried, key=lambda one: needed_bytes(one.memory) - one.device.free_bytes)
-    missing = needed_bytes(nearest.memory) - nearest.device.free_bytes
+    nearest = min(tried, key=lambda one: needed_bytes(one.memory, margin) - one.device.free_bytes)
+    missing = needed_bytes(nearest.memory, margin) - nearest.device.free_bytes
     raise DoesNotFitError(
         f"by dry run no plan fits {nearest.device.name}: {format_bytes(missing)} are missing",
         "cut rows with a smaller `--max-length`, add `--gradient-checkpointing`, or take a "

@@ -10,7 +10,7 @@ from ftplan.launcher.own_stack import installed_stack
 from ftplan.planner.closed_form import unmodelled
 from ftplan.planner.combination import Caution
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate, fits, needed_bytes
+from ftplan.planner.memory import MEMORY_MARGIN, MemoryEstimate, fits, needed_bytes
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
@@ -30,11 +30,13 @@ def estimate_to_dict(
     step: StepTime | None = None,
     dry_run: DryRunSummary | None = None,
     confirmed: bool = False,
+    margin: float = MEMORY_MARGIN,
 ) -> dict[str, Any]:
     """The object of `estimate --json`.
 
     `step`: of what is trained on; None where that is not known, so that rows are full.
     `confirmed`: `memory` is from a dry run; `dry_run`: that dry run, where it is to be told.
+    `margin`: the share of what is required that is kept free.
     """
     num_parameters, num_trainable = parameter_counts(model, reasoned.plan, dry_run)
     return {
@@ -51,7 +53,7 @@ def estimate_to_dict(
         "disk_bytes": memory.disk_bytes,
         "step": _step(step or full_step(model, reasoned.plan, device), device),
         "rule_of_thumb": rule_to_dict(num_parameters),
-        "fits": _fits(memory, device),
+        "fits": _fits(memory, device, margin),
         "estimated_by": "dry-run" if dry_run or confirmed else "closed-form",
         **({"dry_run": _dry_run(dry_run)} if dry_run else {}),
         "warnings": [caution.to_dict() for caution in (*_stand_in(model), *warnings)],
@@ -109,12 +111,12 @@ def _step(step: StepTime | None, device: Device | None) -> dict[str, Any]:
     return {**step.to_dict(), "usd_per_million_tokens": usd_per_million_tokens(device, step)}
 
 
-def _fits(memory: MemoryEstimate, device: Device | None) -> dict[str, Any] | None:
+def _fits(memory: MemoryEstimate, device: Device | None, margin: float) -> dict[str, Any] | None:
     if device is None:
         return None
     return {
         "gpu": device.name,
         "free_bytes": device.free_bytes,
-        "verdict": "fits" if fits(memory, device) else "does not fit",
-        "margin_bytes": device.free_bytes - needed_bytes(memory),
+        "verdict": "fits" if fits(memory, device, margin) else "does not fit",
+        "margin_bytes": device.free_bytes - needed_bytes(memory, margin),
     }

@@ -166,6 +166,7 @@ def plan_to_dict(planned: Planned) -> dict[str, Any]:
             plan_cautions(planned),
             planned.chosen.step,
             confirmed=planned.confirmed,
+            margin=planned.ranking.margin,
         ),
     }
 
@@ -177,6 +178,7 @@ def predicted(planned: Planned) -> dict[str, Any]:
         "allocated_bytes": memory.allocated_peak_bytes,
         "reserved_bytes": memory.reserved_peak_bytes,
         "device_bytes": memory.device_peak_bytes,
+        "closed_form_device_bytes": planned.closed_form and planned.closed_form.device_peak_bytes,
         "step_seconds": step.step_seconds,
         "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
         "train_seconds": planned.steps * step.step_seconds,

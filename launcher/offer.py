@@ -13,8 +13,9 @@ from ftplan.planner.base_models import Available
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.goals import Limits, Wanted
 from ftplan.planner.hardware_spec import Device, Host
+from ftplan.planner.margin import ASSUMED_MARGIN, Margin
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.ranking import Ranking
+from ftplan.planner.ranking import Evaluated, Ranking
 from ftplan.planner.search import choose_plan
 from ftplan.profiles import lowest_prices
 
@@ -23,14 +24,17 @@ class Offer(Struct, frozen=True, kw_only=True):
     """Devices to choose of, and what is asked of a plan on them.
 
     `devices`: one, of which there are as many as asked for, or the GPUs of a machine. `divides`:
-    whether they may divide what a model holds. `host`: the machine around them, if it is known.
+    whether they may divide what a model holds; `has_liger`: whether Liger's kernels are there.
+    `host`: the machine around them, if it is known. `margin`: what is kept free on each of them.
     """
 
     devices: Device | Sequence[Device]
     given: Mapping[str, Any]
     wanted: Wanted
     divides: bool
+    has_liger: bool = False
     host: Host | None = None
+    margin: Margin = ASSUMED_MARGIN
 
     @property
     def device(self) -> Device:
@@ -58,12 +62,31 @@ class Offer(Struct, frozen=True, kw_only=True):
             {**self.given, **more},
             installed_stack(self.device),
             divides=self.divides,
+            has_liger=self.has_liger,
             goal=self.wanted.goal,
             limits=self.limits,
+            margin=self.margin.share,
         )
         ranking = rank(host=self.host)
         # That the host lacks RAM is better told of the best plan than as a reason against all.
         return rank() if ranking.best is None and self.host else ranking
+
+    def front(self, model: ModelSpec, profile: DataProfile, ranking: Ranking) -> list[Evaluated]:
+        """The plans of a ranking's methods that no other is better than in everything."""
+        from ftplan.planner.front import front_of
+
+        return front_of(
+            ranking,
+            model,
+            profile,
+            self.devices,
+            self.given,
+            installed_stack(self.device),
+            divides=self.divides,
+            has_liger=self.has_liger,
+            limits=self.limits,
+            host=self.host,
+        )
 
     def with_less_memory(self, times: float) -> Offer:
         """The devices with so many times less memory free."""

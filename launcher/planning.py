@@ -24,6 +24,7 @@ from ftplan.launcher.model_source import (
     find_source,
 )
 from ftplan.launcher.offer import Offer
+from ftplan.launcher.past_runs import margin_of
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.refusal import refusal
 from ftplan.launcher.training.config import checked_objective
@@ -35,6 +36,8 @@ from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.goals import ANY_PLAN, Wanted, why_not
 from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.host_verdict import lacking_disk, lacking_ram
+from ftplan.planner.margin import Margin
+from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS
 from ftplan.planner.ranking import Evaluated, Ranking
@@ -62,8 +65,19 @@ class Planned(Struct, frozen=True, kw_only=True):
     offer: Offer
     ranking: Ranking
     chosen: Evaluated
-    confirmed: bool = False
-    """Whether the memory of `chosen` is a dry run's."""
+    closed_form: MemoryEstimate | None = None
+    """What was estimated of `chosen` before its memory became a dry run's; None where it has not.
+    """
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the memory of `chosen` is a dry run's."""
+        return self.closed_form is not None
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether a processor's time budget ends the run."""
+        return self.chosen.reasoned.reasons["max_steps"].origin == "derived"
 
     @property
     def steps(self) -> int:
@@ -119,12 +133,15 @@ def make_plan(
     asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
     machine = None if named_device else _probe(ui, runs_dir)
+    devices = named_device or _offered(machine, given)
     offer = Offer(
-        devices=named_device or _offered(machine, given),
+        devices=devices,
         given=given,
         wanted=wanted,
         divides=not for_launch,
+        has_liger=named_device is None and importlib.util.find_spec("liger_kernel") is not None,
         host=machine.host if machine else None,
+        margin=_margin(devices, runs_dir),
     )
     choice: ModelChoice | None = None
     if source is None:
@@ -214,6 +231,14 @@ def _offered(machine: Machine | None, given: Mapping[str, Any]) -> Device | Sequ
             "leave it out; `ftplan plan DATA --gpu NAME` plans for GPUs that are elsewhere",
         )
     return machine.gpus or machine.cpu
+
+
+def _margin(devices: Device | Sequence[Device], runs_dir: Path) -> Margin:
+    """Of unlike GPUs the largest."""
+    several = [devices] if isinstance(devices, Device) else devices
+    kinds = {device.name: device for device in several}
+    margins = (margin_of(device, runs_dir) for device in kinds.values())
+    return max(margins, key=lambda margin: margin.share)
 
 
 def _uses_chat_template(tokenizer: RowTokenizer | None, data: DataFile) -> bool:

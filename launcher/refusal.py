@@ -33,7 +33,7 @@ def refusal(
             return _over_budget(source, profile, offer, unlimited)
     assert ranking.nearest is not None, "what cannot be estimated at all is an error of its own"
     rungs = rungs_of(source, profile, offer, ranking)
-    error = does_not_fit(source, ranking.nearest, rungs)
+    error = does_not_fit(source, ranking.nearest, rungs, ranking.margin)
     if rungs and not ui.as_json:
         from ftplan.launcher import views
 
@@ -44,7 +44,7 @@ def refusal(
             "plan": None,
             "nearest": {
                 "plan": ranking.nearest.reasoned.to_dict(),
-                "needs_bytes": needed_bytes(ranking.nearest.memory),
+                "needs_bytes": needed_bytes(ranking.nearest.memory, ranking.margin),
                 "free_bytes": ranking.nearest.device.free_bytes,
             },
             "ladder": [structs.asdict(rung) for rung in rungs],
@@ -54,10 +54,12 @@ def refusal(
     return error
 
 
-def does_not_fit(source: ModelSource, nearest: Evaluated, rungs: Sequence[Rung]) -> DoesNotFitError:
+def does_not_fit(
+    source: ModelSource, nearest: Evaluated, rungs: Sequence[Rung], margin: float
+) -> DoesNotFitError:
     """By how much it misses, and what would fit."""
     device, number = nearest.device, nearest.plan.num_gpus
-    needed = needed_bytes(nearest.memory)
+    needed = needed_bytes(nearest.memory, margin)
     on = f"{number} GPUs of {device.name}" if number > 1 else device.name
     return DoesNotFitError(
         f"{source.spec.name} does not fit on {on}: {nearest.plan.method} with the "

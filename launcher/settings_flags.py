@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -67,3 +69,29 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         for item in dataclasses.fields(TrainingPlan)
         if (text := getattr(arguments, item.name)) is not None
     }
+
+
+def command_line(
+    verb: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    arguments: argparse.Namespace,
+    settled: Mapping[str, str | None],
+    leave_out: Sequence[str] = (),
+) -> str:
+    """What to type to get the same again, for a shell: all that was given, defaults left out.
+
+    `settled`: what a person was asked, in the place of what was given.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    words, flags = ["ftplan", verb], []
+    for action in parser._actions:
+        value = settled.get(action.dest) or getattr(arguments, action.dest)
+        if action.dest in leave_out or value == action.default:
+            continue
+        given = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+        if not action.option_strings:
+            words += given
+        else:
+            flags += [action.option_strings[0], *(given if action.nargs != 0 else ())]
+    return shlex.join(words + flags)

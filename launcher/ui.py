@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -188,6 +188,46 @@ def table(
     for row in rows:
         result.add_row(*row)
     return result
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> Table:
+    """Lines with a label each; what does not go into one is folded beside its label."""
+    result = Table.grid(padding=(0, 2, 0, 0))
+    result.add_column(style="dim", no_wrap=True)
+    result.add_column(overflow="fold")
+    for label, text in rows:
+        result.add_row(label, text)
+    return result
+
+
+class StackedBar:
+    """A bar as wide as there is room, divided in the ratio of `sizes`; the last part is what is
+    left over. Each part has a colour and a pattern, which tell them apart without colours too."""
+
+    _PARTS = (
+        ("█", "cyan"), ("▓", "magenta"), ("▒", "yellow"), ("░", "green"),
+        ("▚", "blue"), ("▤", "white"), ("+", "red"),
+    )  # fmt: skip
+    _LEFT = ("·", "dim")
+
+    def __init__(self, sizes: Sequence[float]) -> None:
+        self._sizes = sizes
+
+    def key(self, number: int) -> Text:
+        """The cell that stands for a part, for a legend."""
+        is_last = number == len(self._sizes) - 1
+        return Text(*(self._LEFT if is_last else self._PARTS[number]))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width, total = options.max_width, sum(self._sizes)
+        line, done, filled = Text(), 0.0, 0
+        for number, size in enumerate(self._sizes):
+            done += size
+            cells = round(width * done / total) - filled
+            filled += cells
+            cell = self.key(number)
+            line.append(cell.plain * cells, cell.style)
+        yield line
 
 
 def bar(share: float, style: str = "cyan") -> Text:

@@ -12,15 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ftplan.launcher.costs import usd_per_million_tokens
-from ftplan.launcher.data import views as data_views
 from ftplan.launcher.ui import bar, table
 from ftplan.planner import rules_of_thumb
 from ftplan.planner.achieved import SHARE_OF_POWER
-from ftplan.planner.base_models import RunnerUp
 from ftplan.planner.memory import MEMORY_MARGIN, MemoryEstimate, fits, needed_bytes
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
-from ftplan.planner.run_time import RunTime
-from ftplan.planner.sharding import ZERO
 from ftplan.planner.units import (
     format_bytes,
     format_count,
@@ -32,11 +28,10 @@ from ftplan.profiles import lowest_prices
 
 if TYPE_CHECKING:
     from ftplan.launcher.commands.estimate import ComparedMethod
-    from ftplan.launcher.planning import Planned
     from ftplan.planner.explain import Term
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.ladder import Rung
-    from ftplan.planner.plan import ReasonedPlan, TrainingPlan
+    from ftplan.planner.plan import TrainingPlan
     from ftplan.planner.ranking import Rejection
     from ftplan.planner.step_time import StepTime
 
@@ -79,8 +74,8 @@ def _capability(gpu: Device) -> str:
     return f", compute capability {major}.{minor}"
 
 
-def memory_table(memory: MemoryEstimate, device: Device | None, num_gpus: int = 1) -> Group:
-    """Components of the peak of each GPU with a bar each, then the totals."""
+def memory_table(memory: MemoryEstimate, device: Device | None) -> Group:
+    """Components of the peak with a bar each, then the totals."""
     phase = memory.peak_phase
     peak = memory.allocated_peak_bytes
     rows: list[list[RenderableType]] = [
@@ -88,8 +83,7 @@ def memory_table(memory: MemoryEstimate, device: Device | None, num_gpus: int = 
         for name, size in sorted(phase.components.items(), key=lambda item: -item[1])
         if size
     ]
-    each = f" of each of {num_gpus} GPUs" if num_gpus > 1 else ""
-    title = f"Memory at the peak{each} ({phase.name})"
+    title = f"Memory at the peak ({phase.name})"
     components = table(title, ("component", ">size", ">share", ""), rows)
     return Group(components, Text(""), totals_table(memory, device))
 
@@ -108,7 +102,9 @@ def phases_table(phases: Sequence[Phase]) -> Table:
     return table("The peak of each phase", ("phase", ">allocated", ""), rows)
 
 
-def totals_table(memory: MemoryEstimate, device: Device | None) -> Table:
+def totals_table(
+    memory: MemoryEstimate, device: Device | None, margin: float = MEMORY_MARGIN
+) -> Table:
     """Allocated, reserved, device, required, and what that leaves of the free memory."""
     on_cpu = device is not None and device.kind == "cpu"
     rows: list[list[RenderableType]] = [
@@ -127,7 +123,7 @@ def totals_table(memory: MemoryEstimate, device: Device | None) -> Table:
         ["required", format_bytes(memory.required_bytes), "free memory the run needs to survive"]
     )
     if device is not None:
-        rows += _verdict_rows(memory, device)
+        rows += _verdict_rows(memory, device, margin)
     host, disk = memory.host, memory.disk
     if not on_cpu:
         unmapped = f"all processes, {host.peak_phase.name}"
@@ -145,22 +141,24 @@ def totals_table(memory: MemoryEstimate, device: Device | None) -> Table:
     return table("Totals", ("", ">size", "meaning"), rows)
 
 
-def _verdict_rows(memory: MemoryEstimate, device: Device) -> list[list[RenderableType]]:
+def _verdict_rows(
+    memory: MemoryEstimate, device: Device, margin: float
+) -> list[list[RenderableType]]:
     """What is kept free besides, and what is left of the device's free memory then."""
-    needed = needed_bytes(memory)
-    margin = device.free_bytes - needed
-    enough = fits(memory, device)
+    needed = needed_bytes(memory, margin)
+    left = device.free_bytes - needed
+    enough = fits(memory, device, margin)
     verdict = Text("fits", "green") if enough else Text("does not fit", "red")
     told = f": {format_bytes(device.free_bytes)} is free on {device.name}"
     return [
         [
             "kept free",
             format_bytes(needed - memory.required_bytes),
-            f"{100 * MEMORY_MARGIN:.0f} % of that, for the estimate's own error",
+            f"{100 * margin:.2g} % of that, for the estimate's own error",
         ],
         [
             "left over" if enough else "missing",
-            format_bytes(abs(margin)),
+            format_bytes(abs(left)),
             Text.assemble(verdict, told),
         ],
     ]
@@ -298,47 +296,6 @@ def methods_table(rows: Iterable[tuple[str, int, int, str]]) -> Table:
     )
 
 
-# Settings that a person wants to see on one screen, in this order; all are in plan.yaml.
-_SHOWN_SETTINGS = (
-    "method", "quantization", "lora_rank", "target_modules", "dtype", "mixed_precision",
-    "num_gpus", "sharding",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "overlong",
-    "gradient_checkpointing", "every_n_layers", "optim", "loss", "learning_rate",
-    "num_train_epochs", "max_steps",
-)  # fmt: skip
-
-
-def choices_table(
-    reasoned: ReasonedPlan, model: tuple[str, str], runner_up: RunnerUp | None = None
-) -> Table:
-    """The model (name and why), the one that was next, and the settings with a reason each."""
-    rows: list[list[RenderableType]] = [["model", Text(model[0], "bold"), model[1]]]
-    if runner_up is not None:
-        rows.append(["runner-up", runner_up.name, runner_up.why_not])
-    adapter = reasoned.plan.resolved_method.adapter
-    for name in _SHOWN_SETTINGS:
-        value = getattr(reasoned.plan, name)
-        if value is None or value == "none":
-            continue
-        if name in ("every_n_layers", "num_gpus") and value == 1:
-            continue
-        if name == "overlong" and reasoned.reasons[name].origin != "given":
-            continue
-        if name in ("lora_rank", "target_modules") and not adapter:
-            continue
-        reason = reasoned.reasons[name]
-        rows.append([name, Text(_shown(value), "bold"), f"{reason.why}"])
-    return table("Choices", ("setting", "value", "why"), rows)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def step_table(plan: TrainingPlan, step: StepTime, device: Device) -> Table:
     """Speed of a GPU, energy and cost, with full rows."""
     rows = plan.gradient_accumulation_steps * plan.per_device_train_batch_size
@@ -350,14 +307,15 @@ def step_table(plan: TrainingPlan, step: StepTime, device: Device) -> Table:
         f"Time on {device.name}",
         ("", ">expected", ""),
         [
-            ["a step", format_seconds(step.step_seconds), f"{_bounds(step)}; {full}"],
+            ["a step", format_seconds(step.step_seconds), f"{bounds(step)}; {full}"],
             ["tokens/s", speed, f"{whose}bound by {step.bound_by}"],
             *_efficiency_rows(plan, step, device),
         ],
     )
 
 
-def _bounds(step: StepTime) -> str:
+def bounds(step: StepTime) -> str:
+    """The least and the most that a step takes."""
     least, most = step.least_step_seconds, step.most_step_seconds
     return f"{format_seconds(least)} to {format_seconds(most)}"
 
@@ -377,44 +335,24 @@ def _efficiency_rows(
         rows.append(["energy", energy, f"a million tokens; {drawn}"])
     costs = usd_per_million_tokens(device, step)
     if any(costs.values()):
-        rows.append(["cost", *_cost_cells(costs, device, "a million tokens")])
+        rows.append(["cost", *_million(costs, device)])
     return rows
 
 
-def _cost_cells(costs: Mapping[str, float | None], device: Device, of: str) -> list[str]:
+def _million(costs: Mapping[str, float | None], device: Device) -> list[str]:
+    cost, words = cost_cells(costs, device)
+    return [cost, f"a million tokens; {words}"]
+
+
+def cost_cells(costs: Mapping[str, float | None], device: Device) -> tuple[str, str]:
     """The cost on demand, or spot where nothing else is known, and the other beside it."""
     known = lowest_prices(device.name)
     (billing, cost), *others = [(name, usd) for name, usd in costs.items() if usd is not None]
     price = known[billing]
-    words = f"{of}; {billing} at {price.provider}, {price.date}"
+    words = f"{billing} at {price.provider}, {price.date}"
     for other, usd in others:
         words += f"; {other} {usd:.2g} USD at {known[other].provider}"
-    return [f"{cost:.2g} USD", words]
-
-
-def time_table(planned: Planned) -> Table:
-    """Expected time of a step and of the run, its energy and cost."""
-    plan, step, device = planned.chosen.plan, planned.chosen.step, planned.device
-    run = planned.run_time
-    rows: list[list[RenderableType]] = [
-        ["optimizer steps", f"{run.steps:,}", f"{plan.effective_batch_size} rows each"],
-        ["a step", format_seconds(step.step_seconds),
-         f"{_bounds(step)}; {step.tokens_per_second_per_gpu:,.0f} tokens/s; "
-         f"bound by {step.bound_by}"],
-    ]  # fmt: skip
-    if plan.max_steps is None and plan.num_train_epochs > 1:
-        rows.append(["an epoch", format_seconds(run.epoch_seconds), ""])
-    rates = f"rates of {device.name}: {device.rates_source}"
-    bounds = f"{format_seconds(run.least_seconds)} to {format_seconds(run.most_seconds)}"
-    rows.append(["training", format_seconds(run.seconds), f"{bounds}; {rates}"])
-    if step.mfu is not None:
-        rows.append(["MFU", f"{100 * step.mfu:.0f} %", "recomputation not counted"])
-    if run.joules is not None and device.power_watts is not None:
-        drawn = f"{100 * SHARE_OF_POWER:.0f} % of {device.power_watts:,.0f} W"
-        rows.append(["energy", format_energy(run.joules), f"{drawn} a GPU"])
-    if any(planned.usd.values()):
-        rows.append(["cost", *_cost_cells(planned.usd, device, "for that time")])
-    return table("Time", ("", ">expected", ""), rows)
+    return f"{cost:.2g} USD", words
 
 
 def rejected_table(rejected: Iterable[Rejection]) -> Table:
@@ -430,26 +368,6 @@ def rejected_table(rejected: Iterable[Rejection]) -> Table:
     return table("Not possible here", ("method", "why"), rows)
 
 
-def alternatives_table(planned: Planned) -> Table:
-    """Methods that fit too."""
-    others = planned.ranking.alternatives
-    several = any(e.plan.num_gpus > 1 for e in (planned.chosen, *others))
-    rows = []
-    for e in others:
-        run = RunTime.of(e.plan, e.step, planned.profile.num_train_rows)
-        rows.append(
-            [
-                e.plan.method,
-                *([gpus_of(e.plan)] if several else []),
-                format_bytes(e.memory.required_bytes),
-                format_seconds(run.seconds),
-                e.plan.resolved_method.trains,
-            ]
-        )
-    heads = ("method", *(["GPUs"] if several else []), ">required", ">training", "trains")
-    return table("Would fit too", heads, rows)
-
-
 def ladder_table(rungs: Iterable[Rung], device: Device) -> Table:
     """What to give up so that something fits."""
     rows: list[list[RenderableType]] = []
@@ -462,39 +380,6 @@ def ladder_table(rungs: Iterable[Rung], device: Device) -> Table:
         rows.append([f"{then}{rung.gives_up}", format_bytes(rung.needed_bytes), fitting, training])
     heads = ("giving up", ">needs", "", ">training")
     return table("Nothing fits as asked for: what would", heads, rows)
-
-
-def gpus_of(plan: TrainingPlan) -> str:
-    """How many GPUs, and what they divide."""
-    names = {"none": "DDP", "fsdp": "FSDP", **{name: f"ZeRO-{name[-1]}" for name in ZERO}}
-    divides = plan.num_gpus > 1 or plan.sharding != "none"
-    return f"{plan.num_gpus}, {names[plan.sharding]}" if divides else str(plan.num_gpus)
-
-
-def plan_parts(planned: Planned) -> list[RenderableType]:
-    """All that a plan shows, in the order in which it was found out."""
-    chosen, device = planned.chosen, planned.device
-    parts: list[RenderableType] = []
-    if planned.machine is not None:
-        parts += [hardware_table(planned.machine), Text("")]
-    parts += [
-        data_views.data_table(planned.profile, planned.template),
-        Text(""),
-        memory_table(chosen.memory, device, chosen.plan.num_gpus),
-        Text(""),
-        choices_table(
-            chosen.reasoned,
-            model=(planned.source.spec.name, planned.model_why),
-            runner_up=planned.runner_up,
-        ),
-        Text(""),
-        time_table(planned),
-    ]
-    if planned.ranking.alternatives:
-        parts += [Text(""), alternatives_table(planned)]
-    if planned.ranking.rejected:
-        parts += [Text(""), rejected_table(planned.ranking.rejected)]
-    return parts
 
 
 def report(record: Mapping[str, Any]) -> Group:

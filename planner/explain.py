@@ -17,7 +17,7 @@ from ftplan.planner.objectives import trained_part
 from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import OWN_STACK, Stack
-from ftplan.planner.step_settings import model_rows, trained_widths
+from ftplan.planner.step_settings import model_rows, row_length, trained_widths
 from ftplan.planner.step_trace import GENERATION_PHASE
 from ftplan.planner.tape import Form, value
 from ftplan.planner.tensor_parallel import one_rank
@@ -65,12 +65,14 @@ def explain(
     plan: TrainingPlan,
     device: Device | None = None,
     stack: Stack = OWN_STACK,
+    longest_row: int | None = None,
 ) -> list[Term]:
     """The terms of the peak, the largest component first; they sum to the allocated peak.
 
+    `longest_row`: the longest row of the data, where known; rows are cut at `max_length`.
     Raises InputError for what the closed form does not model.
     """
-    rows, length = model_rows(plan, plan.max_length)
+    rows, length = model_rows(plan, row_length(plan, longest_row))
     step = compiled_step(model, plan, rows, length, device, stack)
     phase, held, moment = step.peak(rows, length)
     passing = _PASSING_EQUATIONS.get(phase, STEP_EQUATION)

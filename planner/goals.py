@@ -110,8 +110,8 @@ def why_not(other: Evaluated, chosen: Evaluated, goal: str) -> str:
         return f"needs {format_bytes(more)} more"
     if other.plan.resolved_method.quantized_base:
         if times < 1:
-            return "the unquantized base fits; a 4-bit one, though faster, costs some quality"
-        return "the unquantized base fits, and a 4-bit one costs time and some quality"
+            return "faster, but a 4-bit base costs some quality"
+        return "a 4-bit base costs time and some quality"
     if chosen.plan.resolved_method.quantized_base and other.plan.resolved_method.adapter:
         return f"takes {times:.2g} times as long: what fits beside the unquantized base is no use"
     if chosen.plan.method == "full":

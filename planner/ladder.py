@@ -106,7 +106,7 @@ def _rung(rank: Rank, gives_up: str, changed: Mapping[str, Any], data: DataProfi
     return Rung(
         gives_up=gives_up,
         flags=tuple(f"{flag_name(name)} {_spelled(value)}" for name, value in changed.items()),
-        needed_bytes=needed_bytes(best.memory),
+        needed_bytes=needed_bytes(best.memory, ranking.margin),
         fits=fits,
         seconds=run.seconds if fits else None,
     )

@@ -67,11 +67,15 @@ class Ranking(Struct, frozen=True, kw_only=True):
     left_out: tuple[LeftOut, ...]
     nearest: Evaluated | None
     """What misses by least; None when something fits."""
+    by_policy: tuple[str, ...]
+    """The methods that fit, in the policy's order."""
     goal: str
     """What the best is best at."""
+    margin: float
+    """Of what is required the share that was kept free."""
     num_plans: int
     """Of how many plans it was chosen."""
     num_timed: int
-    """Of how many of them the time was worked out: the others' is bounded by these."""
+    """Of how many of them the time was worked out: that of the others is bounded."""
     num_evaluated: int
-    """At how many of them memory was looked at: what the others need and take is bounded."""
+    """At how many of them memory was looked at."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ftplan.planner import policy
+from ftplan.planner.default_reasons import WHY_DEFAULT
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import Method, resolve_method
@@ -45,8 +46,6 @@ _ADAPTED = ("target_modules", "modules_to_save", "peft_config")
 # How a method that needs a quantized base holds it.
 DEFAULT_QUANTIZATION = "nf4"
 
-# Defaults that leave something out, and so are told.
-_WHY_DEFAULT = {"overlong": "what comes first is kept; or `drop`, `split`, `refuse`"}
 
 Derived = dict[str, tuple[Any, str]]
 
@@ -63,7 +62,7 @@ def resolve(given: Mapping[str, Any], derived: Mapping[str, tuple[Any, str]]) ->
             values[name], why = derived[name]
             reasons[name] = Reason(origin="derived", why=why)
         else:
-            why = _WHY_DEFAULT.get(name, "ftplan's default")
+            why = WHY_DEFAULT.get(name, "ftplan's default")
             reasons[name] = Reason(origin="default", why=why)
     return ReasonedPlan(plan=TrainingPlan(**values), reasons=reasons)
 

@@ -19,14 +19,14 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.goals import GOALS, NO_LIMITS, Limits, ranked
 from ftplan.planner.hardware_spec import Device, Host
 from ftplan.planner.host_verdict import lacking_ram
-from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes
+from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes, with_margin
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.policy import preferred_methods
 from ftplan.planner.ranking import Evaluated, LeftOut, Ranking, Rejection
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.space import Batches, Candidate, Group, Space, price
+from ftplan.planner.space import Batches, Candidate, Group, Pricing, Space
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_time import StepTime
 from ftplan.planner.teams import Team, teams_of
@@ -53,15 +53,17 @@ def choose_plan(
     limits: Limits = NO_LIMITS,
     host: Host | None = None,
     rows_per_step: int | None = None,
+    margin: float = MEMORY_MARGIN,
 ) -> Ranking:
     """The best plan for this data, `given` settings kept.
 
     `device`: one of which there are as many as `num_gpus` says, or the GPUs of a machine, any of
     which may train. `divides`: whether they may divide what the model holds. `goal`: one of GOALS,
     what the best is best at; `limits`: what a run may take at most; `host`: whose RAM it may take,
-    None for any; `rows_per_step`: in the place of the policy's. Deterministic: the same input gives
-    the same ranking. Raises InputError when the given settings are impossible with the method asked
-    for, or with the preferred one, and when no candidate can be estimated and run.
+    None for any; `rows_per_step`: in the place of the policy's; `margin`: a share of what is
+    required that is kept free. Deterministic: the same input gives the same ranking. Raises
+    InputError when the given settings are impossible with the method asked for, or with the
+    preferred one, and when no candidate can be estimated and run.
     """
     teams = teams_of(device, given.get("num_gpus"))
     batches = Batches(data)
@@ -83,7 +85,7 @@ def choose_plan(
             rows_per_step=rows_per_step,
             batches=batches,
         )
-        search = _MethodSearch(space, model, data, stack, goal, limits, host)
+        search = _MethodSearch(space, model, data, stack, goal, limits, host, margin)
         try:
             found = search.best(method, teams, thorough=not fitting)
         except InputError as error:
@@ -109,7 +111,7 @@ def choose_plan(
         missed += search.missed
         smallest = min(search.missed, key=_required_bytes)
         reason = "needs more memory than is free"
-        needs = needed_bytes(smallest.memory)
+        needs = needed_bytes(smallest.memory, margin)
         rejected.append(
             Rejection(method=method, reason=reason, needs_bytes=needs, team=smallest.team)
         )
@@ -126,7 +128,9 @@ def choose_plan(
         rejected=tuple(rejected),
         left_out=tuple(left_out),
         nearest=nearest,
+        by_policy=tuple(evaluated.plan.method for evaluated in fitting),
         goal=goal,
+        margin=margin,
         num_plans=num_plans,
         num_timed=num_timed,
         num_evaluated=num_evaluated,
@@ -191,10 +195,13 @@ class _MethodSearch:
         goal: str,
         limits: Limits,
         host: Host | None,
+        margin: float,
     ) -> None:
         self.space = space
         self._model, self._data, self._stack = model, data, stack
         self._goal, self._limits, self._host = goal, limits, host
+        self._margin = margin
+        self._pricing = Pricing(of_all_gpus=goal == "cheapest")
         self.missed: list[Evaluated] = []
         self.beyond: list[str] = []
 
@@ -267,7 +274,7 @@ class _MethodSearch:
             return True
         small = [self._sized(group, size) for size in group.smallest]
         known = [evaluated for evaluated in small if evaluated is not None]
-        if not known or any(map(_may_fit, known)):
+        if not known or any(_may_fit(evaluated, self._margin) for evaluated in known):
             return True
         self.missed += known
         return False
@@ -289,7 +296,7 @@ class _MethodSearch:
         if not found:
             return None
         smallest = self._smallest(found)
-        if fits(smallest.memory, smallest.device):
+        if fits(smallest.memory, smallest.device, self._margin):
             return _as_smallest(smallest)
         self.missed += found
         return None
@@ -320,7 +327,7 @@ class _MethodSearch:
         return lacking is None
 
     def _price(self, evaluated: Evaluated) -> float:
-        return price(evaluated.plan, evaluated.step, of_all_gpus=self._goal == "cheapest")
+        return self._pricing.of(evaluated.plan, evaluated.step)
 
     def _first(self, groups: list[Group]) -> Evaluated | None:
         """The best of those that fit by the closed form."""
@@ -328,7 +335,7 @@ class _MethodSearch:
         for evaluated in self._by_price(groups):
             if alike and self._price(evaluated) > _ALIKE * self._price(alike[0]):
                 break
-            if fits(evaluated.memory, evaluated.device):
+            if fits(evaluated.memory, evaluated.device, self._margin):
                 alike.append(evaluated)
         return self._best(alike) if alike else None
 
@@ -348,28 +355,26 @@ class _MethodSearch:
             chosen = self._best(possible)
             confirmed = self._replayed(chosen)
             too_large, replayed = chosen, confirmed
-            if fits(confirmed.memory, chosen.device):
+            if fits(confirmed.memory, chosen.device, self._margin):
                 too_large = possible[0]
                 if too_large is chosen:
                     return confirmed
                 replayed = self._replayed(too_large)
-                if fits(replayed.memory, too_large.device):
+                if fits(replayed.memory, too_large.device, self._margin):
                     return confirmed
             self.missed.append(replayed)
             possible = [evaluated for evaluated in possible if evaluated is not too_large]
 
     def _by_price(self, groups: list[Group]) -> Iterator[Evaluated]:
         """Plans that may fit, the best first; the others are noted as missed."""
-        stream = self.space.by_time(
-            groups, of_all_gpus=self._goal == "cheapest", possible=self._may_do
-        )
+        stream = self.space.by_price(groups, self._pricing, possible=self._may_do)
         for group, candidate in stream:
             if not self._keeps(candidate.reasoned.plan, candidate.step):
                 continue
             evaluated = self._evaluated(candidate)
             if evaluated is None or not self._host_holds(evaluated):
                 continue
-            if _may_fit(evaluated):
+            if _may_fit(evaluated, self._margin):
                 yield evaluated
             else:
                 self.missed.append(evaluated)
@@ -432,5 +437,5 @@ def _least_bytes(evaluated: Evaluated) -> int:
     return evaluated.memory.allocated_peak_bytes + context_bytes(evaluated.device)
 
 
-def _may_fit(evaluated: Evaluated) -> bool:
-    return _least_bytes(evaluated) * (1 + MEMORY_MARGIN) <= evaluated.device.free_bytes
+def _may_fit(evaluated: Evaluated, margin: float) -> bool:
+    return with_margin(_least_bytes(evaluated), margin) <= evaluated.device.free_bytes

@@ -73,6 +73,10 @@ class Candidate(Struct, frozen=True, kw_only=True):
     team: Team
     step: StepTime
 
+    @property
+    def seconds_per_row(self) -> float:
+        return self.step.step_seconds / self.reasoned.plan.effective_batch_size
+
 
 class Group(Struct, frozen=True, kw_only=True):
     """Plans that differ in their micro-batch, one of `sizes`."""
@@ -88,12 +92,22 @@ class Group(Struct, frozen=True, kw_only=True):
         return tuple(dict.fromkeys((self.sizes[0], self.sizes[-1])))
 
 
-def price(plan: TrainingPlan, step: StepTime, *, of_all_gpus: bool) -> float:
-    """What plans of a method are compared by: seconds a row, or those of all GPUs together."""
-    seconds = step.step_seconds / plan.effective_batch_size
-    if of_all_gpus:
-        seconds *= plan.num_gpus
-    return seconds * (WORTH_DIVIDING if plan.sharding != "none" else 1.0)
+class Pricing(Struct, frozen=True, kw_only=True):
+    """What plans of a method are compared by: seconds a row, or those of all GPUs together; of GPUs
+    that divide state so many times as much."""
+
+    of_all_gpus: bool = False
+    dividing: float = WORTH_DIVIDING
+
+    def of(self, plan: TrainingPlan, step: StepTime) -> float:
+        seconds = step.step_seconds / plan.effective_batch_size
+        if self.of_all_gpus:
+            seconds *= plan.num_gpus
+        return seconds * (self.dividing if plan.sharding != "none" else 1.0)
+
+
+# By time alone.
+SECONDS_PER_ROW = Pricing(dividing=1.0)
 
 
 class Batches:
@@ -140,10 +154,16 @@ class Space:
         self._divides = divides
         self._batches = batches or Batches(data)
         self.refused: list[InputError] = []
-        self.num_plans = self.num_timed = 0
+        self.num_plans = 0
+        self._timed: set[tuple[TrainingPlan, int]] = set()
         self._recipes: dict[tuple[str, int], ReasonedPlan] = {}
         self._held: dict[tuple[object, ...], tuple[int, int]] = {}
         self._memories: dict[tuple[TrainingPlan, int], MemoryEstimate] = {}
+
+    @property
+    def num_timed(self) -> int:
+        """Plans whose time was worked out."""
+        return len(self._timed)
 
     @property
     def num_evaluated(self) -> int:
@@ -270,12 +290,12 @@ class Space:
             return
         for sharding in _SHARDINGS_OF_ADAPTERS if method.adapter else _SHARDINGS:
             why = f"one GPU cannot hold all state; {team.num_gpus} divide it"
-            divided = partial(base.replace, "derived", why, sharding=sharding)
-            yield from self._made(lambda made=divided: self._with_divisible_states(made()))
+            yield from self._made(partial(self._divided, base, why, sharding))
 
-    def _with_divisible_states(self, reasoned: ReasonedPlan) -> ReasonedPlan:
+    def _divided(self, base: ReasonedPlan, why: str, sharding: str) -> ReasonedPlan:
         """bitsandbytes' optimizers fail on parameters that FSDP2 divides (bitsandbytes issue 1633,
         torchtune issue 1856): there states stay as they were, divided."""
+        reasoned = base.replace("derived", why, sharding=sharding)
         plan = reasoned.plan
         if plan.sharding != "fsdp" or plan.optim != SMALL_OPTIMIZER or "optim" in self._given:
             return reasoned
@@ -333,19 +353,19 @@ class Space:
 
     # --- in the order of their times
 
-    def by_time(
+    def by_price(
         self,
         groups: list[Group],
+        pricing: Pricing,
         *,
-        of_all_gpus: bool = False,
         possible: Callable[[Group], bool] = lambda group: True,
     ) -> Stream:
-        """The groups' plans, the fastest first, or those that take the least time of all GPUs
-        together; those of equal time in the groups' order.
+        """The groups' plans, that of the least price first; those of equal price in the groups'
+        order.
 
         `possible`: asked of a group before its plans' times are worked out, whether any may do.
         """
-        return Stream(self, groups, of_all_gpus=of_all_gpus, possible=possible)
+        return Stream(self, groups, pricing, possible)
 
     def refuse(self, make: Callable[[], Candidate]) -> Candidate | None:
         """What is made; None where it cannot be, which is noted."""
@@ -359,11 +379,11 @@ class Space:
 
     def candidate(self, group: Group, size: int) -> Candidate:
         """A group's plan with this micro-batch. Raises InputError where it cannot be."""
-        self.num_timed += 1
         reasoned = self._with_batch(group.base, size)
         device = group.team.device
         check_runs(self._model, reasoned.plan, device)
         step = time_of(self._work(reasoned.plan, group.team), device)
+        self._timed.add((reasoned.plan, id(group.team)))
         return Candidate(reasoned=reasoned, team=group.team, step=step)
 
     def candidates(self, groups: list[Group]) -> Iterator[Candidate]:
@@ -402,7 +422,7 @@ class Space:
             return []
 
     def least_price(
-        self, group: Group, kept: list[tuple[TrainingPlan, StepWork]], *, of_all_gpus: bool
+        self, group: Group, kept: list[tuple[TrainingPlan, StepWork]], pricing: Pricing
     ) -> float:
         """A bound for all plans of a group, from those of one like it that keeps everything."""
         plan = group.base.plan
@@ -416,7 +436,7 @@ class Space:
                 layers = max(0.0, work.forward_flops - self._head_flops(work))
                 flops = work.flops + _LEAST_RECOMPUTED * share * layers
                 work = structs.replace(work, flops=flops, hooked=hooked)
-            prices.append(price(other, time_of(work, group.team.device), of_all_gpus=of_all_gpus))
+            prices.append(pricing.of(other, time_of(work, group.team.device)))
         return min(prices, default=0.0)
 
     def _head_flops(self, work: StepWork) -> float:
@@ -455,11 +475,10 @@ class Stream:
         self,
         space: Space,
         groups: list[Group],
-        *,
-        of_all_gpus: bool,
+        pricing: Pricing,
         possible: Callable[[Group], bool],
     ) -> None:
-        self._space, self._of_all_gpus, self._possible = space, of_all_gpus, possible
+        self._space, self._pricing, self._possible = space, pricing, possible
         self._heap: list[tuple[float, int, Group, Candidate | None]] = []
         self._serial = count()
         self._too_large: dict[int, int] = {}
@@ -469,7 +488,7 @@ class Stream:
             key = (id(group.team), plan.loss, plan.sharding)
             if key not in kept:
                 kept[key] = space.kept(group)
-            self._push(space.least_price(group, kept[key], of_all_gpus=of_all_gpus), group, None)
+            self._push(space.least_price(group, kept[key], pricing), group, None)
 
     def _push(self, least: float, group: Group, candidate: Candidate | None) -> None:
         heapq.heappush(self._heap, (least, next(self._serial), group, candidate))
@@ -499,7 +518,7 @@ class Stream:
             made = self._space.refuse(partial(self._space.candidate, group, size))
             if made is not None:
                 plan = made.reasoned.plan
-                self._push(price(plan, made.step, of_all_gpus=self._of_all_gpus), group, made)
+                self._push(self._pricing.of(plan, made.step), group, made)
 
     @staticmethod
     def _size(candidate: Candidate) -> int:

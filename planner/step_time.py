@@ -88,6 +88,18 @@ class StepWork(Struct, frozen=True, kw_only=True):
     hooked: bool
 
 
+class StepParts(Struct, frozen=True, kw_only=True):
+    """Seconds that each part of an optimizer step takes by itself: Eq. (T1)."""
+
+    arithmetic: float
+    traffic: float
+    optimizer: float
+    sending: float
+    copying: float
+    on_host: float
+    launching: float
+
+
 class StepTime(Struct, frozen=True, kw_only=True):
     """Time of one optimizer step (all its micro-batches) on one device, which of the tokens of GPUs
     that divide layers or rows has its part.
@@ -224,27 +236,44 @@ def _seconds(work: StepWork, device: Device, achieved: Achieved) -> tuple[float,
     adapters beside a 16-bit base without autocast, or of the hidden states that k-bit preparation
     makes fp32. A GPU computes beside the host that launches its kernels; a processor is the host.
     """
-    bandwidth = device.memory_bandwidth_bytes_per_second * achieved.bandwidth[device.kind]
-    of_float32 = work.float32_flops / achieved_flops_per_second("float32", device, achieved)
-    others = work.flops - work.float32_flops
-    arithmetic = of_float32 + others / achieved_flops_per_second(work.dtype, device, achieved)
-    moving = work.moved_bytes / bandwidth
+    parts = step_parts(work, device, achieved)
+    arithmetic, moving, sending = parts.arithmetic, parts.traffic, parts.sending
     both = max(arithmetic, moving) if achieved.overlaps_traffic else arithmetic + moving
-    computing = both + work.optimizer_bytes / bandwidth
-    link = device.link_bytes_per_second
-    sending = work.exchanged_bytes / link if link else 0.0
-    to_host = device.host_link_bytes_per_second or ASSUMED_HOST_LINK_BYTES_PER_SECOND
-    copying = work.copied_bytes / to_host
+    computing = both + parts.optimizer
+    copying = parts.copying
     beside = max(sending, copying)
     together = max(computing, beside) if achieved.overlaps_links else computing + sending + copying
-    together += work.host_bytes / achieved.host_bandwidth
-    launching = achieved.host * host_seconds(work)
+    together += parts.on_host
+    launching = parts.launching
     bound: Bound = "arithmetic" if arithmetic >= moving else "memory bandwidth"
     if beside > computing:
         bound = "links between GPUs" if sending >= copying else "links to the host"
     if device.kind == "cpu":
         return together + launching, bound if launching < computing else "launching kernels"
     return max(together, launching), bound if launching < together else "launching kernels"
+
+
+def step_parts(work: StepWork, device: Device, achieved: Achieved = ESTIMATE) -> StepParts:
+    """What each part of a step takes."""
+    bandwidth = achieved_bytes_per_second(device, achieved)
+    of_float32 = work.float32_flops / achieved_flops_per_second("float32", device, achieved)
+    others = work.flops - work.float32_flops
+    link = device.link_bytes_per_second
+    to_host = device.host_link_bytes_per_second or ASSUMED_HOST_LINK_BYTES_PER_SECOND
+    return StepParts(
+        arithmetic=of_float32 + others / achieved_flops_per_second(work.dtype, device, achieved),
+        traffic=work.moved_bytes / bandwidth,
+        optimizer=work.optimizer_bytes / bandwidth,
+        sending=work.exchanged_bytes / link if link else 0.0,
+        copying=work.copied_bytes / to_host,
+        on_host=work.host_bytes / achieved.host_bandwidth,
+        launching=achieved.host * host_seconds(work),
+    )
+
+
+def achieved_bytes_per_second(device: Device, achieved: Achieved = ESTIMATE) -> float:
+    """Bytes a second that kernels move on the device."""
+    return device.memory_bandwidth_bytes_per_second * achieved.bandwidth[device.kind]
 
 
 def host_seconds(work: StepWork) -> float:

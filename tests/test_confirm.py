@@ -16,12 +16,14 @@ from ftplan.launcher import confirm as confirm_module
 from ftplan.launcher.confirm import confirm
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.dry_run.case import DryRunCase
+from ftplan.launcher.launching import predicted
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.ui import Ui
 from ftplan.planner.allocator import AllocatorPeaks
 from ftplan.planner.dry_run_summary import DryRunSummary
 from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.margin import Margin
 from ftplan.planner.phases import COMPONENTS, Phase
 from ftplan.planner.units import GIB
 from ftplan.profiles import find_gpu
@@ -127,6 +129,32 @@ def test_a_plan_that_fits_takes_the_dry_runs_memory(
     assert after.chosen.reasoned == before.chosen.reasoned
     assert runner.cases[0].row_length == before.profile.longest
     assert not runner.cases[0].padded, "all rows have one length"
+
+
+def test_what_was_estimated_before_is_kept_for_the_record(
+    ui: Ui, rows: Path, answering: Callable[..., Runner]
+) -> None:
+    before = planned(ui, rows, L4)
+    answering(17 * GIB)
+    after = confirm(ui, before)
+    closed_form = before.chosen.memory
+    assert after.closed_form == closed_form
+    figures = predicted(after)
+    assert figures["closed_form_device_bytes"] == closed_form.device_peak_bytes
+    assert figures["device_bytes"] == after.chosen.memory.device_peak_bytes
+    assert predicted(before)["closed_form_device_bytes"] is None
+
+
+@pytest.mark.parametrize(("share", "confirmed"), [(0.01, True), (0.05, False)])
+def test_runs_on_the_card_decide_what_a_dry_run_leaves_free(
+    share: float, confirmed: bool, ui: Ui, rows: Path, answering: Callable[..., Runner]
+) -> None:
+    before = planned(ui, rows, L4)
+    offer = structs.replace(before.offer, margin=Margin(share=share, num_runs=3))
+    most = round(L4.free_bytes / 1.03) - L4.context_bytes
+    answering(most, 8 * GIB)
+    after = confirm(ui, structs.replace(before, offer=offer))
+    assert (after.chosen.plan == before.chosen.plan) is confirmed
 
 
 def test_the_next_plan_is_tried_when_the_dry_run_needs_too_much(

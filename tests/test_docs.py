@@ -35,6 +35,7 @@ from ftplan.planner.achieved import (
 from ftplan.planner.combinations import COMBINATIONS
 from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.default_reasons import WHY_DEFAULT
 from ftplan.planner.disk import CHECKPOINTS_KEPT
 from ftplan.planner.families import spec_from_size
 from ftplan.planner.hardware_spec import (
@@ -404,6 +405,13 @@ def test_the_policy_page_has_every_other_default() -> None:
     assert derived | set(defaults) == set(SETTING_NAMES) and not derived & set(defaults)
     for name, shown in defaults.items():
         assert shown == str(getattr(TrainingPlan(), name)), name
+
+
+def test_the_policy_page_gives_the_reasons_that_are_shown() -> None:
+    shown = {codes(row[0])[0]: row[2] for row in table("policy.md", "Defaults")}
+    assert set(WHY_DEFAULT) >= set(shown)
+    for name, reason in shown.items():
+        assert reason.startswith(WHY_DEFAULT[name]), name
 
 
 def row_counts(cell: str) -> list[int]:

@@ -30,7 +30,7 @@ from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
 from ftplan.planner.search import choose_plan
-from ftplan.planner.space import Candidate, Space, price
+from ftplan.planner.space import Candidate, Pricing, Space
 from ftplan.planner.stack import OWN_STACK
 from ftplan.planner.teams import teams_of
 from ftplan.planner.units import GIB
@@ -354,7 +354,7 @@ def test_the_search_finds_what_looking_at_every_plan_finds(
     assert (best is None) == (not fitting)
     if best is None:
         return
-    prices = {id(one): price(one.plan, one.step, of_all_gpus=False) for one in fitting}
+    prices = {id(one): Pricing().of(one.plan, one.step) for one in fitting}
     alike = [one for one in fitting if prices[id(one)] <= 1.02 * min(prices.values())]
     least = min(alike, key=lambda one: (one.memory.required_bytes, prices[id(one)]))
     assert best.plan == least.plan
@@ -930,10 +930,10 @@ def test_no_plan_is_faster_than_its_groups_bound(
     for group in groups:
         plan = group.base.plan
         kept = keeping[id(group.team), plan.loss, plan.sharding]
-        bound = space.least_price(group, kept, of_all_gpus=False)
+        bound = space.least_price(group, kept, Pricing())
         for size in group.sizes:
             made = space.candidate(group, size)
-            assert price(made.reasoned.plan, made.step, of_all_gpus=False) >= bound > 0
+            assert Pricing().of(made.reasoned.plan, made.step) >= bound > 0
 
 
 def needs_least(model: ModelSpec, data: DataProfile, device: Device, given: dict[str, Any]) -> int:

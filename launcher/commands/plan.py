@@ -5,22 +5,26 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
 from ftplan.launcher.amounts import parse_seconds, parse_usd
 from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.data.asked import DataAsked, checked_share, read_columns
+from ftplan.launcher.data.readings import said_columns
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.plan_file import write_plan_file
 from ftplan.launcher.planning import Planned, make_plan
-from ftplan.launcher.settings_flags import add_setting_flags, given_settings
+from ftplan.launcher.settings_flags import add_setting_flags, command_line, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.combination import Caution
 from ftplan.planner.goals import GOALS, Wanted
 from ftplan.planner.ranking import Evaluated
+
+if TYPE_CHECKING:
+    from ftplan.launcher.plan_explained import Explained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="write the plan for `ftplan launch FILE`"
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="every setting, the formulas of memory and time, and what else could be chosen",
     )
     add_setting_flags(parser)
 
@@ -122,22 +131,30 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     )
     if arguments.out is not None:
         write_plan_file(planned, arguments.out)
-    ui.json(planned_to_dict(planned))
-    show_plan(ui, planned)
+    said = _explained(planned) if arguments.explain else None
+    ui.json({**planned_to_dict(planned), **(said.to_dict(planned) if said else {})})
+    show_plan(ui, planned, said)
+    settled = {"columns": said_columns(planned.asked.columns) or None}
+    again = command_line("plan", add_arguments, arguments, settled, leave_out=("out", "explain"))
+    ui.show_lines([f"\nagain: {again}"])
     if arguments.out is not None:
         ui.say(f"written to {arguments.out}; carry it out with `ftplan launch {arguments.out}`")
     return 0
 
 
-def show_plan(ui: Ui, planned: Planned) -> None:
+def _explained(planned: Planned) -> Explained:
+    from ftplan.launcher.plan_explained import explained
+
+    return explained(planned)
+
+
+def show_plan(ui: Ui, planned: Planned, explained: Explained | None = None) -> None:
     """The tables of a plan, and what is to be noted about it."""
     if ui.as_json:
         return
-    from ftplan.launcher import views
+    from ftplan.launcher import plan_views
 
-    ui.show(*views.plan_parts(planned))
-    if planned.confirmed:
-        ui.say("memory by a dry run of the training step on the longest batch")
+    ui.show(*plan_views.plan_parts(planned, explained))
     for note in planned.machine.notes if planned.machine else ():
         ui.say(note)
     for caution in plan_cautions(planned):
@@ -172,6 +189,12 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
             {"method": r.method, "reason": r.reason, "needs_bytes": r.needs_bytes}
             for r in planned.ranking.rejected
         ],
+        "search": {
+            "num_plans": planned.ranking.num_plans,
+            "num_timed": planned.ranking.num_timed,
+            "num_evaluated": planned.ranking.num_evaluated,
+        },
+        "margin": structs.asdict(planned.offer.margin),
         "left_out": [structs.asdict(left) for left in planned.ranking.left_out],
         "warnings": [caution.to_dict() for caution in warnings],
     }
@@ -188,4 +211,5 @@ def _estimate(
         warnings,
         evaluated.step,
         confirmed=planned.confirmed and evaluated is planned.chosen,
+        margin=planned.ranking.margin,
     )

@@ -268,6 +268,7 @@ def make_record(
         "schema": 1,
         "name": session.run.root.name,
         "model": plan["model"],
+        "device": plan["device"]["name"],
         "method": config.method,
         "num_trainable_parameters": count_trainable(trainer.model),
         "steps": trainer.state.global_step,

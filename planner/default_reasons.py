@@ -1,0 +1,43 @@
+"""Why settings have the value that they have where neither a person nor the data decides.
+
+The same words stand in docs/policy.md with their sources, where a test compares them.
+"""
+
+WHY_DEFAULT = {
+    "quantization": "the base stays in its dtype",
+    "sharding": "each GPU holds everything",
+    "num_gpus": "one device",
+    "num_trainable_layers": "for `freeze` alone",
+    "lora_rank": "for adapters alone",
+    "lora_alpha": "for adapters alone",
+    "every_n_layers": "each layer, where layers are checkpointed at all",
+    "max_steps": "the epochs decide",
+    "double_quant": "saves 0.37 bits a weight at no measured loss",
+    "lora_dropout": "dropout keeps a mask and a copy of each input",
+    "target_modules": "adapters on all linear layers match full tuning",
+    "modules_to_save": "adapters alone",
+    "peft_config": "PEFT's own defaults",
+    "trainable_modules": "`freeze` trains whole layers",
+    "autocast_adapter_dtype": "PEFT's default",
+    "optim": "AdamW without the list of temporaries of the `foreach` version",
+    "overlong": "what comes first is kept; or `drop`, `split`, `refuse`",
+    "packing": "runs are launched unpacked",
+    "use_reentrant": "what torch advises, and TRL's default",
+    "trainer": "the stack that the launcher trains with",
+    "objective": "plain fine-tuning",
+    "precompute_ref_log_probs": "TRL's default",
+    "num_generations": "TRL's default for GRPO",
+    "max_completion_length": "TRL's default",
+    "steps_per_generation": "TRL's default",
+    "beta": "TRL's default",
+    "tp_size": "GPUs that divide each layer's matrices",
+    "cp_size": "GPUs that divide each row",
+    "dp_replicate_size": "one copy of the model",
+    "offload": "what a sharded run keeps in the host's memory",
+    "lr_scheduler_type": "as in Llama 2's fine-tuning",
+    "warmup_ratio": "as in Stanford Alpaca's published command",
+    "weight_decay": "as in Stanford Alpaca's published command",
+    "max_grad_norm": "transformers' default",
+    "save_steps": "little is lost when a run is interrupted",
+    "seed": "any fixed number",
+}
