@@ -121,7 +121,7 @@ def choose_plan(
     nearest = None
     if missed and not best:
         nearest = _nearest(missed, partial(_replayed, model, data, stack))
-        rejected = [_exactly(rejection, nearest) for rejection in rejected]
+        rejected = [_exactly(rejection, nearest, margin) for rejection in rejected]
     return Ranking(
         best=best[0] if best else None,
         alternatives=tuple(best[1:]),
@@ -150,11 +150,11 @@ def _nearest(missed: Sequence[Evaluated], replayed: Callable[[Evaluated], Evalua
     return nearest
 
 
-def _exactly(rejection: Rejection, nearest: Evaluated) -> Rejection:
+def _exactly(rejection: Rejection, nearest: Evaluated, margin: float) -> Rejection:
     """With what the nearest plan needs, if it is the method's."""
     if rejection.method != nearest.plan.method:
         return rejection
-    return structs.replace(rejection, needs_bytes=needed_bytes(nearest.memory))
+    return structs.replace(rejection, needs_bytes=needed_bytes(nearest.memory, margin))
 
 
 def _candidate_methods(

@@ -112,7 +112,14 @@ def test_with_a_smaller_margin_more_fits(
 ) -> None:
     """A plan that needs a little less than there is fits by the smaller margin alone."""
     model, given = spec_from_size(17 * 10**8, "1.7B"), {"method": "lora"}
-    small = {**given, "per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    small = {
+        **given,
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": True,
+        "loss": "trl-fused",
+        "lora_rank": 16,
+        "optim": "adamw_torch_fused",
+    }
     gpu = devices["RTX 4090"]
     best = choose_plan(model, few_short_rows, gpu, small).best
     assert best is not None
