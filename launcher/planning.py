@@ -28,6 +28,7 @@ from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.refusal import refusal
 from ftplan.launcher.training.config import checked_objective
 from ftplan.launcher.ui import Ui
+from ftplan.launcher.would_do import Refused, refused_methods
 from ftplan.planner.closed_form import check_modelled_method
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
@@ -58,6 +59,8 @@ class Planned(Struct, frozen=True, kw_only=True):
     model_why: str
     offer: Offer
     ranking: Ranking
+    refused: tuple[Refused, ...]
+    """The ranking's rejected methods, with what would do for each."""
     chosen: Evaluated
     confirmed: bool = False
     """Whether the memory of `chosen` is a dry run's."""
@@ -161,6 +164,7 @@ def make_plan(
         model_why=model_why,
         offer=offer,
         ranking=ranking,
+        refused=refused_methods(source.spec, profile, offer, ranking.rejected),
         chosen=chosen,
     )
 

@@ -162,10 +162,7 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
             }
             for other in planned.ranking.alternatives
         ],
-        "rejected": [
-            {"method": r.method, "reason": r.reason, "needs_bytes": r.needs_bytes}
-            for r in planned.ranking.rejected
-        ],
+        "rejected": [one.to_dict() for one in planned.refused],
         "left_out": [structs.asdict(left) for left in planned.ranking.left_out],
         "warnings": [caution.to_dict() for caution in warnings],
     }
