@@ -43,20 +43,21 @@ def refusal(
         unlimited = structs.replace(offer, wanted=ANY_PLAN).ranking(source.spec, profile)
         if unlimited.best is not None:
             return _over_budget(source, profile, offer, unlimited)
-    assert ranking.nearest is not None, "what cannot be estimated at all is an error of its own"
+        ranking = unlimited
     refused = refused_methods(source.spec, profile, offer, ranking.rejected)
-    rungs = rungs_of(source, profile, offer, ranking)
-    error = does_not_fit(source, ranking.nearest, rungs, launches=not offer.divides)
+    nearest = _nearest(refused)
+    rungs = rungs_of(source, profile, offer, nearest)
+    error = does_not_fit(source, nearest, rungs, launches=not offer.divides)
     if not ui.as_json:
-        _show(ui, refused, rungs, ranking.nearest.device)
+        _show(ui, refused, rungs, nearest.device)
     ui.json(
         {
             "schema": 1,
             "plan": None,
             "nearest": {
-                "plan": ranking.nearest.reasoned.to_dict(),
-                "needs_bytes": needed_bytes(ranking.nearest.memory),
-                "free_bytes": ranking.nearest.device.free_bytes,
+                "plan": nearest.reasoned.to_dict(),
+                "needs_bytes": needed_bytes(nearest.memory),
+                "free_bytes": nearest.device.free_bytes,
             },
             "rejected": [one.to_dict() for one in refused],
             "ladder": [structs.asdict(rung) for rung in rungs],
@@ -64,6 +65,13 @@ def refusal(
         }
     )
     return error
+
+
+def _nearest(refused: Sequence[Refused]) -> Evaluated:
+    """What requires least of all that does not fit."""
+    missed = [one.rejection.nearest for one in refused if one.rejection.nearest]
+    assert missed, "what cannot be estimated at all is an error of its own"
+    return min(missed, key=lambda e: e.memory.required_bytes)
 
 
 def _show(ui: Ui, refused: Sequence[Refused], rungs: Sequence[Rung], device: Device) -> None:
@@ -99,11 +107,9 @@ def _in_words(rung: Rung, *, launches: bool) -> str:
 
 
 def rungs_of(
-    source: ModelSource, profile: DataProfile, offer: Offer, ranking: Ranking
+    source: ModelSource, profile: DataProfile, offer: Offer, nearest: Evaluated
 ) -> list[Rung]:
     """What to give up so that it fits; a smaller model; other GPUs, the cheapest run first."""
-    nearest = ranking.nearest
-    assert nearest is not None
     rank = partial(_ranked_with, source, profile, offer)
     rungs = ladder(rank, nearest, profile, offer.given)
     smaller = _smaller_model(source, profile, offer)
@@ -113,27 +119,31 @@ def rungs_of(
     wish = Wish(model=source.spec, data=profile, given=given)
     remedies = (more_alike(wish, offer), larger(wish, offer))
     elsewhere = [_on_others(source, profile, offer, one) for one in remedies if one is not None]
-    return rungs + sorted(elsewhere, key=lambda rung: (rung.usd is None, rung.usd or 0.0))
+    known = [rung for rung in elsewhere if rung is not None]
+    return rungs + sorted(known, key=lambda rung: (rung.usd is None, rung.usd or 0.0))
 
 
-def _on_others(source: ModelSource, profile: DataProfile, offer: Offer, remedy: Remedy) -> Rung:
-    """The run on other GPUs. How fast several machines are together is not modelled."""
-    flags = flags_for(remedy, offer)
-    gives_up = named(remedy)
-    if remedy.num_gpus <= MOST_OF_A_MACHINE:
-        there = structs.replace(offer, devices=remedy.device, host=None)
-        changed = {"num_gpus": remedy.num_gpus, "sharding": remedy.sharding}
-        ranking = _ranked_with(source, profile, there, changed)
-        if ranking.best is not None:
-            return _with_cost(rung_of(ranking, gives_up, flags, profile, alone=True), remedy.device)
-    return Rung(
-        gives_up=gives_up,
-        flags=flags,
-        needed_bytes=remedy.needed_bytes,
-        fits=True,
-        num_gpus=remedy.num_gpus,
-        alone=True,
-    )
+def _on_others(
+    source: ModelSource, profile: DataProfile, offer: Offer, remedy: Remedy
+) -> Rung | None:
+    """The run on other GPUs; None where it is over the budget. How fast several machines are
+    together is not modelled."""
+    flags, gives_up = flags_for(remedy, offer), named(remedy)
+    if remedy.num_gpus > MOST_OF_A_MACHINE:
+        return Rung(
+            gives_up=gives_up,
+            flags=flags,
+            needed_bytes=remedy.needed_bytes,
+            fits=True,
+            num_gpus=remedy.num_gpus,
+            alone=True,
+        )
+    there = structs.replace(offer, devices=remedy.device, host=None)
+    changed = {"num_gpus": remedy.num_gpus, "sharding": remedy.sharding}
+    ranking = _ranked_with(source, profile, there, changed)
+    if ranking.best is None:
+        return None
+    return _with_cost(rung_of(ranking, gives_up, flags, profile, alone=True), remedy.device)
 
 
 def _with_cost(rung: Rung, device: Device) -> Rung:

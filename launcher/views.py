@@ -417,12 +417,13 @@ def rejected_table(refused: Iterable[Refused]) -> Table:
     """Methods that were not taken, what stopped each, and what would do."""
     rows: list[list[RenderableType]] = []
     for one in refused:
-        item = one.rejection
+        item, nearest = one.rejection, one.rejection.nearest
         why = item.reason
-        if item.needs_bytes is not None and item.team is not None:
-            free = format_bytes(item.team.device.free_bytes)
-            each = f" on each of {item.team.num_gpus} GPUs" if item.team.num_gpus > 1 else ""
-            why = f"needs {format_bytes(item.needs_bytes)}{each}, {free} is free"
+        if nearest is not None:
+            needs, free = needed_bytes(nearest.memory), nearest.device.free_bytes
+            number = nearest.plan.num_gpus
+            each = f" on each of {number} GPUs" if number > 1 else ""
+            why = f"needs {format_bytes(needs)}{each}, {format_bytes(free)} is free"
         if one.would_do:
             why += "; would do: " + ", or ".join(map(_offered, one.would_do))
         rows.append([item.method, why])

@@ -3,11 +3,11 @@ those at hand, and what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.launcher.cards import cards_by_memory, usd_per_hour
 from ftplan.launcher.offer import Offer
@@ -15,9 +15,11 @@ from ftplan.launcher.own_stack import installed_stack
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.ladder import flags_of
+from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.ranking import Rejection
 from ftplan.planner.remedies import MOST_OF_A_MACHINE, Remedy, Wish, fewest_of, smallest_of
+from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.sharding import SHARDING_TITLES
 from ftplan.planner.units import format_bytes
 
@@ -51,13 +53,13 @@ class Refused(Struct, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """As `rejected[]` of `plan --json`."""
-        item = self.rejection
+        item, nearest = self.rejection, self.rejection.nearest
         return {
             "method": item.method,
             "reason": item.reason,
             "needs_bytes": item.needs_bytes,
-            "free_bytes": item.team.device.free_bytes if item.team else None,
-            "num_gpus": item.team.num_gpus if item.team else None,
+            "free_bytes": nearest.device.free_bytes if nearest else None,
+            "num_gpus": nearest.plan.num_gpus if nearest else None,
             "would_do": [offered.to_dict() for offered in self.would_do],
         }
 
@@ -65,24 +67,42 @@ class Refused(Struct, frozen=True, kw_only=True):
 def refused_methods(
     model: ModelSpec, profile: DataProfile, offer: Offer, rejected: Iterable[Rejection]
 ) -> tuple[Refused, ...]:
-    """Each rejected method with what would do. It takes some 50 ms for each."""
+    """Each rejected method with what would do, and what it needs replayed. It takes some 100 ms for
+    each, so it is for what is shown."""
     return tuple(
-        Refused(rejection=item, would_do=_would_do(model, profile, offer, item))
+        Refused(
+            rejection=_exact(model, profile, item),
+            would_do=_would_do(model, profile, offer, item),
+        )
         for item in rejected
     )
+
+
+def _exact(model: ModelSpec, profile: DataProfile, rejection: Rejection) -> Rejection:
+    """The search does without a replay of what is far from fitting. Beside what would do its figure
+    has to be as good as theirs."""
+    nearest = rejection.nearest
+    if nearest is None:
+        return rejection
+    device, longest, stack = nearest.device, profile.longest_in_run, installed_stack(nearest.device)
+
+    def looked(look: Callable[..., MemoryEstimate]) -> MemoryEstimate:
+        return look(model, nearest.plan, device=device, longest_row=longest, stack=stack)
+
+    if nearest.memory != looked(estimate_memory):
+        return rejection
+    memory = looked(replayed_memory)
+    return structs.replace(rejection, nearest=structs.replace(nearest, memory=memory))
 
 
 def _would_do(
     model: ModelSpec, profile: DataProfile, offer: Offer, rejection: Rejection
 ) -> tuple[Offered, ...]:
-    if rejection.team is None:  # not for want of memory
+    if rejection.nearest is None:  # not for want of memory
         return ()
     method = {"method": rejection.method}
     wish = Wish(model=model, data=profile, given={**offer.given, **method})
-    found = (
-        more_alike(wish, offer),
-        larger(wish, offer),
-    )
+    found = (more_alike(wish, offer), larger(wish, offer))
     kept = {} if "method" in offer.given else method
     return by_price(_offered(remedy, offer, kept) for remedy in found if remedy is not None)
 

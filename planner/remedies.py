@@ -24,6 +24,7 @@ from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.recipe import data_recipe
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.stack import OWN_STACK, Stack
+from ftplan.planner.weights import weight_bytes_on_each
 
 # GPUs of a machine, at most. More are several machines.
 MOST_OF_A_MACHINE = 8
@@ -85,7 +86,10 @@ class _Trial:
     def may_hold(self) -> bool:
         """False only where it cannot, which takes no replay."""
         try:
-            return may_fit(self._memory(estimate_memory, self._plan()), self._device)
+            plan = self._plan()
+            if weight_bytes_on_each(self._wish.model, plan) > self._device.free_bytes:
+                return False
+            return may_fit(self._memory(estimate_memory, plan), self._device)
         except InputError:
             return False
 

@@ -22,7 +22,6 @@ from ftplan.planner.memory import (
     fits,
     least_required_bytes,
     may_fit,
-    needed_bytes,
     with_margin,
 )
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
@@ -103,10 +102,7 @@ def choose_plan(
         smallest = search.smallest()
         missed.append(smallest)
         reason = "needs more memory than is free"
-        needs = needed_bytes(smallest.memory)
-        rejected.append(
-            Rejection(method=method, reason=reason, needs_bytes=needs, team=smallest.team)
-        )
+        rejected.append(Rejection(method=method, reason=reason, nearest=smallest))
     if not (fitting or missed or beyond):
         raise refusals[0]
     best = ranked(fitting, goal)

@@ -31,7 +31,7 @@ from ftplan.planner.recipe import data_recipe
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_time import StepTime, StepWork, step_work, time_of
 from ftplan.planner.teams import Team
-from ftplan.planner.weights import weight_memory_bytes
+from ftplan.planner.weights import weight_bytes_on_each
 
 # Micro-batches tried where the accumulation is given; else those that divide a step's rows.
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -140,16 +140,11 @@ class Space:
 
     def _worth_a_look(self, groups: list[Group]) -> list[Group]:
         """Without those whose weights alone do not fit; of these the smallest, where all are."""
-        weights = [self._weight_bytes(group) for group in groups]
+        weights = [weight_bytes_on_each(self._model, group.base.plan) for group in groups]
         free = [group.team.device.free_bytes for group in groups]
         possible = [g for g, held, most in zip(groups, weights, free, strict=True) if held <= most]
         least = min(weights, default=0)
         return possible or [g for g, held in zip(groups, weights, strict=True) if held == least]
-
-    def _weight_bytes(self, group: Group) -> int:
-        plan = group.base.plan
-        parts = plan.dp_shard_size if plan.shards_parameters else plan.tp_size
-        return weight_memory_bytes(self._model, plan) // parts
 
     def _base(self, method: Method, team: Team) -> ReasonedPlan:
         given = self._given
