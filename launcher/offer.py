@@ -51,6 +51,17 @@ class Offer(Struct, frozen=True, kw_only=True):
             gpus = [gpus] * self.given.get("num_gpus", 1)
         return Available(gpus=gpus, given=self.given, divides=self.divides)
 
+    @property
+    def is_named(self) -> bool:
+        """Whether it is one device, as many of which are thought of as are asked for."""
+        return isinstance(self.devices, Device)
+
+    @property
+    def num_gpus(self) -> int:
+        """As many as train together at most."""
+        there = 1 if isinstance(self.devices, Device) else len(self.devices)
+        return int(self.given.get("num_gpus", there))
+
     def ranking(self, model: ModelSpec, profile: DataProfile, **more: Any) -> Ranking:
         """Plans on the devices; `more`: settings beside the given ones. Raises InputError as
         `choose_plan` does."""

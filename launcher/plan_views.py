@@ -20,7 +20,7 @@ from ftplan.planner.overlong import said_counts
 from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.run_time import RunTime
-from ftplan.planner.sharding import ZERO
+from ftplan.planner.sharding import SHARDING_TITLES
 from ftplan.planner.units import (
     format_bytes,
     format_count,
@@ -52,8 +52,8 @@ def plan_parts(planned: Planned, explained: Explained | None = None) -> list[Ren
     ]
     if planned.ranking.alternatives:
         parts += [Text(""), alternatives_table(planned)]
-    if planned.ranking.rejected:
-        parts += [Text(""), views.rejected_table(planned.ranking.rejected)]
+    if planned.refused:
+        parts += [Text(""), views.rejected_table(planned.refused)]
     return parts + (_explained_parts(planned, explained) if explained else [])
 
 
@@ -285,9 +285,8 @@ def alternatives_table(planned: Planned) -> Table:
 
 def gpus_of(plan: TrainingPlan) -> str:
     """How many GPUs, and what they divide."""
-    names = {"none": "DDP", "fsdp": "FSDP", **{name: f"ZeRO-{name[-1]}" for name in ZERO}}
     divides = plan.num_gpus > 1 or plan.sharding != "none"
-    return f"{plan.num_gpus}, {names[plan.sharding]}" if divides else str(plan.num_gpus)
+    return f"{plan.num_gpus}, {SHARDING_TITLES[plan.sharding]}" if divides else str(plan.num_gpus)
 
 
 # --- with --explain

@@ -29,6 +29,7 @@ from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.refusal import refusal
 from ftplan.launcher.training.config import checked_objective
 from ftplan.launcher.ui import Ui
+from ftplan.launcher.would_do import Refused, refused_methods
 from ftplan.planner.base_models import ModelChoice, RunnerUp
 from ftplan.planner.closed_form import check_modelled_method
 from ftplan.planner.data_profile import DataProfile
@@ -64,6 +65,8 @@ class Planned(Struct, frozen=True, kw_only=True):
     """The model that would have been next, where none was named."""
     offer: Offer
     ranking: Ranking
+    refused: tuple[Refused, ...]
+    """The ranking's rejected methods, with what would do for each."""
     chosen: Evaluated
     closed_form: MemoryEstimate | None = None
     """What was estimated of `chosen` before its memory became a dry run's; None where it has not.
@@ -182,6 +185,7 @@ def make_plan(
         runner_up=choice.runner_up if choice else None,
         offer=offer,
         ranking=ranking,
+        refused=refused_methods(source.spec, profile, offer, ranking.rejected),
         chosen=chosen,
     )
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ftplan.launcher.costs import usd_per_million_tokens
 from ftplan.launcher.ui import bar, table
+from ftplan.launcher.would_do import named
 from ftplan.planner import rules_of_thumb
 from ftplan.planner.achieved import SHARE_OF_POWER
 from ftplan.planner.memory import MEMORY_MARGIN, MemoryEstimate, fits, needed_bytes
@@ -28,11 +29,11 @@ from ftplan.profiles import lowest_prices
 
 if TYPE_CHECKING:
     from ftplan.launcher.commands.estimate import ComparedMethod
+    from ftplan.launcher.would_do import Offered, Refused
     from ftplan.planner.explain import Term
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.ladder import Rung
     from ftplan.planner.plan import TrainingPlan
-    from ftplan.planner.ranking import Rejection
     from ftplan.planner.step_time import StepTime
 
 
@@ -355,31 +356,48 @@ def cost_cells(costs: Mapping[str, float | None], device: Device) -> tuple[str, 
     return f"{cost:.2g} USD", words
 
 
-def rejected_table(rejected: Iterable[Rejection]) -> Table:
-    """Methods that were not taken, and what stopped each."""
-    rows = []
-    for item in rejected:
-        reason = item.reason
-        if item.needs_bytes is not None and item.team is not None:
-            free = format_bytes(item.team.device.free_bytes)
-            each = f" on each of {item.team.num_gpus} GPUs" if item.team.num_gpus > 1 else ""
-            reason = f"needs {format_bytes(item.needs_bytes)}{each}, {free} is free"
-        rows.append([item.method, reason])
+def rejected_table(refused: Iterable[Refused]) -> Table:
+    """Methods that were not taken, what stopped each, and what would do."""
+    rows: list[list[RenderableType]] = []
+    for one in refused:
+        item, nearest = one.rejection, one.rejection.nearest
+        why = item.reason
+        if nearest is not None:
+            needs, free = item.needs_bytes or 0, nearest.device.free_bytes
+            number = nearest.plan.num_gpus
+            each = f" on each of {number} GPUs" if number > 1 else ""
+            why = f"needs {format_bytes(needs)}{each}, {format_bytes(free)} is free"
+        if one.would_do:
+            why += "; would do: " + ", or ".join(map(_offered, one.would_do))
+        rows.append([item.method, why])
     return table("Not possible here", ("method", "why"), rows)
+
+
+def _offered(offered: Offered) -> str:
+    usd = offered.usd_per_hour
+    price = f" at {usd:.2f} USD/h" if usd is not None else ""
+    return f"{named(offered.remedy)}{price}"
 
 
 def ladder_table(rungs: Iterable[Rung], device: Device) -> Table:
     """What to give up so that something fits."""
     rows: list[list[RenderableType]] = []
     for rung in rungs:
-        fitting = (
-            "fits" if rung.fits else f"misses {format_bytes(rung.needed_bytes - device.free_bytes)}"
-        )
-        training = format_seconds(rung.seconds) if rung.seconds is not None else ""
+        lacks = f"misses {format_bytes(rung.needed_bytes - device.free_bytes)}"
         then = ("or " if rung.alone else "and ") if rows else ""
-        rows.append([f"{then}{rung.gives_up}", format_bytes(rung.needed_bytes), fitting, training])
-    heads = ("giving up", ">needs", "", ">training")
-    return table("Nothing fits as asked for: what would", heads, rows)
+        rows.append(
+            [
+                f"{then}{rung.gives_up}",
+                format_bytes(rung.needed_bytes),
+                "fits" if rung.fits else lacks,
+                format_seconds(rung.seconds) if rung.seconds is not None else "",
+                f"{rung.usd:.2g}" if rung.usd is not None else "",
+            ]
+        )
+    heads = ("giving up", ">needs", "", ">training", ">USD")
+    result = table("Nothing fits as asked for: what would", heads, rows)
+    result.columns[0].no_wrap = False  # it has the words
+    return result
 
 
 def report(record: Mapping[str, Any]) -> Group:

@@ -224,3 +224,14 @@ def with_margin(required_bytes: int, margin: float = MEMORY_MARGIN) -> int:
 def fits(memory: MemoryEstimate, device: Device, margin: float = MEMORY_MARGIN) -> bool:
     """Whether what is free on the device is enough; `estimate` and `plan` both ask this."""
     return needed_bytes(memory, margin) <= device.free_bytes
+
+
+def least_required_bytes(memory: MemoryEstimate, device: Device) -> int:
+    """What a plan would require if the allocator held nothing beyond tensors."""
+    return memory.allocated_peak_bytes + context_bytes(device)
+
+
+def may_fit(memory: MemoryEstimate, device: Device, margin: float = MEMORY_MARGIN) -> bool:
+    """Whether it fits if the allocator holds nothing beyond tensors: where not, no replay is
+    needed to know that it does not."""
+    return with_margin(least_required_bytes(memory, device), margin) <= device.free_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate
+from ftplan.planner.memory import MEMORY_MARGIN, MemoryEstimate, needed_bytes
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.step_time import StepTime
 from ftplan.planner.teams import Team
@@ -40,12 +40,18 @@ class Evaluated(Struct, frozen=True, kw_only=True):
 
 
 class Rejection(Struct, frozen=True, kw_only=True):
-    """A method that was not taken, and what stopped it: `needs_bytes` on each of a team's GPUs."""
+    """A method that was not taken, and what stopped it; for want of memory `nearest`, its plan that
+    misses by least, of which `margin` was to be kept free."""
 
     method: str
     reason: str
-    needs_bytes: int | None = None
-    team: Team | None = None
+    nearest: Evaluated | None = None
+    margin: float = MEMORY_MARGIN
+
+    @property
+    def needs_bytes(self) -> int | None:
+        """What the nearest plan needs on each GPU, with the margin."""
+        return needed_bytes(self.nearest.memory, self.margin) if self.nearest else None
 
 
 class LeftOut(Struct, frozen=True, kw_only=True):

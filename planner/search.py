@@ -19,7 +19,7 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.goals import GOALS, NO_LIMITS, Limits, ranked
 from ftplan.planner.hardware_spec import Device, Host
 from ftplan.planner.host_verdict import lacking_ram
-from ftplan.planner.memory import MEMORY_MARGIN, context_bytes, fits, needed_bytes, with_margin
+from ftplan.planner.memory import MEMORY_MARGIN, fits, least_required_bytes, may_fit
 from ftplan.planner.methods import COMPARED_METHODS, METHODS, Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
@@ -111,17 +111,14 @@ def choose_plan(
         missed += search.missed
         smallest = min(search.missed, key=_required_bytes)
         reason = "needs more memory than is free"
-        needs = needed_bytes(smallest.memory, margin)
-        rejected.append(
-            Rejection(method=method, reason=reason, needs_bytes=needs, team=smallest.team)
-        )
+        rejected.append(Rejection(method=method, reason=reason, nearest=smallest, margin=margin))
     if not (fitting or missed or beyond):
         raise refusals[0]
     best = ranked(fitting, goal)
     nearest = None
     if missed and not best:
         nearest = _nearest(missed, partial(_replayed, model, data, stack))
-        rejected = [_exactly(rejection, nearest, margin) for rejection in rejected]
+        rejected = [_exactly(rejection, nearest) for rejection in rejected]
     return Ranking(
         best=best[0] if best else None,
         alternatives=tuple(best[1:]),
@@ -150,11 +147,11 @@ def _nearest(missed: Sequence[Evaluated], replayed: Callable[[Evaluated], Evalua
     return nearest
 
 
-def _exactly(rejection: Rejection, nearest: Evaluated, margin: float) -> Rejection:
-    """With what the nearest plan needs, if it is the method's."""
-    if rejection.method != nearest.plan.method:
+def _exactly(rejection: Rejection, nearest: Evaluated) -> Rejection:
+    """With the nearest plan of all, if it is the method's."""
+    if rejection.nearest is None or rejection.method != nearest.plan.method:
         return rejection
-    return structs.replace(rejection, needs_bytes=needed_bytes(nearest.memory, margin))
+    return structs.replace(rejection, nearest=nearest)
 
 
 def _candidate_methods(
@@ -293,7 +290,8 @@ class _MethodSearch:
                     continue
                 if self._host_holds(evaluated):
                     found.append(evaluated)
-        if not found:
+        if not any(_may_fit(evaluated, self._margin) for evaluated in found):
+            self.missed += found
             return None
         smallest = self._smallest(found)
         if fits(smallest.memory, smallest.device, self._margin):
@@ -433,9 +431,8 @@ def _required_bytes(evaluated: Evaluated) -> int:
 
 
 def _least_bytes(evaluated: Evaluated) -> int:
-    """What it would require if the allocator held nothing beyond tensors."""
-    return evaluated.memory.allocated_peak_bytes + context_bytes(evaluated.device)
+    return least_required_bytes(evaluated.memory, evaluated.device)
 
 
 def _may_fit(evaluated: Evaluated, margin: float) -> bool:
-    return with_margin(_least_bytes(evaluated), margin) <= evaluated.device.free_bytes
+    return may_fit(evaluated.memory, evaluated.device, margin)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 # `none` on several GPUs is DDP; `fsdp` is FSDP2; ZeRO's stages are DeepSpeed's.
 SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp")
 ZERO = ("zero1", "zero2", "zero3")
+
+# What people call each way for GPUs to divide state.
+SHARDING_TITLES = {"none": "DDP", "fsdp": "FSDP", **{name: f"ZeRO-{name[-1]}" for name in ZERO}}
 PARAMETERS_SHARDED = ("zero3", "fsdp")
 # Elements up to which ZeRO-3 divides no parameter: DeepSpeed's default (zero/config.py), which
 # accelerate's plugin leaves alone unless it is given a configuration file.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, structs
 
+from ftplan.launcher.cards import smallest_card
 from ftplan.launcher.estimate_json import estimate_to_dict, full_step, parameter_counts
 from ftplan.launcher.host import read_host
 from ftplan.launcher.model_source import find_source
@@ -28,8 +29,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.stack import FLASH_CAPABILITY
-from ftplan.planner.units import format_bytes, format_count, parse_bytes
+from ftplan.planner.units import format_count, parse_bytes
 
 if TYPE_CHECKING:
     from ftplan.planner.dry_run_summary import DryRunSummary
@@ -315,20 +315,3 @@ def _other_method(
         return []
     card = smallest_card(needed_bytes(memory))
     return [(name, trained.num_trainable_parameters, memory.required_bytes, card)]
-
-
-def smallest_card(free_bytes: int) -> str:
-    """The catalogued GPU with the least memory of those that have so much, and how much it has: of
-    NVIDIA's desktop and server cards that compute in bf16, as the estimate takes for granted."""
-    from ftplan.profiles import gpu_catalog
-
-    meant = [
-        g
-        for g in gpu_catalog().values()
-        if (g.compute_capability or (0, 0)) >= FLASH_CAPABILITY and "Laptop" not in g.name
-    ]
-    enough = [g for g in meant if g.memory_bytes >= free_bytes]
-    if not enough:
-        return "no single GPU of the catalog"
-    smallest = min(enough, key=lambda g: (g.memory_bytes, g.name))
-    return f"{smallest.name} ({format_bytes(smallest.memory_bytes)}) and larger"

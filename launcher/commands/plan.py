@@ -185,10 +185,7 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
             }
             for other in planned.ranking.alternatives
         ],
-        "rejected": [
-            {"method": r.method, "reason": r.reason, "needs_bytes": r.needs_bytes}
-            for r in planned.ranking.rejected
-        ],
+        "rejected": [one.to_dict() for one in planned.refused],
         "search": {
             "num_plans": planned.ranking.num_plans,
             "num_timed": planned.ranking.num_timed,

@@ -1,0 +1,137 @@
+"""What would hold a method that does not fit: more GPUs that divide the model, or a larger one.
+
+Each answer is the plan of a method that needs least, one row at once and every layer checkpointed,
+looked at in closed form. Its allocations are replayed only where that leaves it open.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
+from typing import Any
+
+from msgspec import Struct
+
+from ftplan.planner.combinations import check_runs
+from ftplan.planner.data_profile import DataProfile
+from ftplan.planner.errors import InputError
+from ftplan.planner.hardware_spec import Device
+from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, may_fit, needed_bytes
+from ftplan.planner.methods import resolve_method
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.recipe import data_recipe
+from ftplan.planner.replayed import replayed_memory
+from ftplan.planner.stack import OWN_STACK, Stack
+from ftplan.planner.weights import weight_bytes_on_each
+
+# GPUs of a machine, at most. More are several machines.
+MOST_OF_A_MACHINE = 8
+
+# Numbers of GPUs that are offered.
+NUMBERS_OF_GPUS = (*range(2, MOST_OF_A_MACHINE + 1), 16, 32, 64)
+
+
+class Wish(Struct, frozen=True, kw_only=True):
+    """A model to train on data; the `given` settings name a method."""
+
+    model: ModelSpec
+    data: DataProfile
+    given: Mapping[str, Any]
+
+
+class Remedy(Struct, frozen=True, kw_only=True):
+    """`num_gpus` of a device hold a plan of which each has to have `needed_bytes` free, the margin
+    included; `sharding` says what they divide."""
+
+    device: Device
+    num_gpus: int
+    sharding: str
+    needed_bytes: int
+
+
+def fewest_of(
+    wish: Wish, device: Device, stack: Stack = OWN_STACK, *, more_than: int = 1
+) -> Remedy | None:
+    """The least of NUMBERS_OF_GPUS that hold it where they divide the parameters (FSDP, unless a
+    sharding is given); None where none does. What each of them needs falls with their number."""
+    numbers = [number for number in NUMBERS_OF_GPUS if number > more_than]
+    return _first([_Trial(wish, device, stack, number) for number in numbers])
+
+
+def smallest_of(
+    wish: Wish,
+    devices: Sequence[Device],
+    stack_on: Callable[[Device], Stack] = lambda device: OWN_STACK,
+) -> Remedy | None:
+    """The first of the devices, given in the order of their memory, that holds it alone."""
+    return _first([_Trial(wish, device, stack_on(device), 1) for device in devices])
+
+
+def held_by(wish: Wish, device: Device, num_gpus: int, stack: Stack = OWN_STACK) -> bool:
+    """Whether so many of the device hold it, divided where they are several."""
+    trial = _Trial(wish, device, stack, num_gpus)
+    return trial.may_hold() and trial.remedy() is not None
+
+
+class _Trial:
+    """The plan that needs least on so many of a device."""
+
+    def __init__(self, wish: Wish, device: Device, stack: Stack, num_gpus: int) -> None:
+        self._wish, self._device, self._stack = wish, device, stack
+        sharding = wish.given.get("sharding", "fsdp") if num_gpus > 1 else "none"
+        self._given = {**wish.given, "num_gpus": num_gpus, "sharding": sharding}
+
+    def may_hold(self) -> bool:
+        """False only where it cannot, which takes no replay."""
+        try:
+            plan = self._plan()
+            if weight_bytes_on_each(self._wish.model, plan) > self._device.free_bytes:
+                return False
+            return may_fit(self._memory(estimate_memory, plan), self._device)
+        except InputError:
+            return False
+
+    def remedy(self) -> Remedy | None:
+        """None where it does not fit."""
+        try:
+            plan = self._plan()
+            memory = self._memory(estimate_memory, plan)
+            if not fits(memory, self._device):
+                memory = self._memory(replayed_memory, plan)
+        except InputError:
+            return None
+        if not fits(memory, self._device):
+            return None
+        return Remedy(
+            device=self._device,
+            num_gpus=plan.num_gpus,
+            sharding=plan.sharding,
+            needed_bytes=needed_bytes(memory),
+        )
+
+    def _plan(self) -> TrainingPlan:
+        """The recipe's own micro-batch and checkpointing are those that need least."""
+        wish, method = self._wish, resolve_method(str(self._given["method"]))
+        plan = data_recipe(wish.model, wish.data, self._device, method, self._given).plan
+        check_runs(wish.model, plan, self._device)
+        return plan
+
+    def _memory(self, look: Callable[..., MemoryEstimate], plan: TrainingPlan) -> MemoryEstimate:
+        wish = self._wish
+        return look(
+            wish.model,
+            plan,
+            device=self._device,
+            longest_row=wish.data.longest_in_run,
+            stack=self._stack,
+        )
+
+
+def _first(trials: Sequence[_Trial]) -> Remedy | None:
+    """The first that fits, of trials in such an order that whatever follows one that may fit may
+    fit too."""
+    start = bisect_left(trials, True, key=methodcaller("may_hold"))
+    remedies = (trial.remedy() for trial in trials[start:])
+    return next((remedy for remedy in remedies if remedy is not None), None)
