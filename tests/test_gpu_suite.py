@@ -291,3 +291,22 @@ def test_a_gpus_meter_keeps_the_peak_of_each_phase(monkeypatch: pytest.MonkeyPat
         "peak_optimizer_bytes": 400,
     }
     assert allocator.waits == 2 and len(meter.step_seconds(warm_up=1)) == 1
+
+
+def test_what_an_earlier_profile_left_is_not_seen_to_go() -> None:
+    """torch tells of a tensor that goes, though it came before the profile, where an earlier one
+    saw another come at its address."""
+    torch = pytest.importorskip("torch")
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks.gpu.meters import phase_peaks
+
+    settings = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+    with profile(**settings):
+        earlier = [torch.ones(64 * 64) for _ in range(20)]
+    del earlier
+    before = [torch.ones(64 * 32) for _ in range(40)]
+    with profile(**settings) as profiler:
+        before.clear()
+        new = torch.ones(1000)
+    assert phase_peaks(profiler, 0) == {"load": new.nbytes}

@@ -10,6 +10,7 @@ import gc
 import itertools
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -159,16 +160,50 @@ def mark(phase: str) -> None:
 
 def phase_peaks(profiler: Any, level: int) -> dict[str, int]:
     """The highest level of each phase in a profile that begins at `level`, in bytes."""
-    peaks: dict[str, int] = {}
     phase = "load"
-    events = profiler.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            level += event.nbytes()
-        elif event.name().startswith(_MARK):
-            phase = event.name().removeprefix(_MARK)
+    peaks = {phase: level}
+    results = profiler.profiler.kineto_results
+    marks = [
+        (event.start_ns(), event.name().removeprefix(_MARK))
+        for event in results.events()
+        if event.name().startswith(_MARK)
+    ]
+    for _, change in sorted([*_changes(results.experimental_event_tree()), *marks], key=_when):
+        if isinstance(change, str):
+            phase = change
+        else:
+            level += change
         peaks[phase] = max(peaks.get(phase, 0), level)
     return peaks
+
+
+def _when(change: tuple[int, int | str]) -> int:
+    return change[0]
+
+
+def _changes(events: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """When so many bytes came or went. What goes without having come is not told of, unless an
+    earlier profile saw something at its address come and not go: then with the size of that, which
+    says nothing."""
+    there: set[int] = set()
+    found = [event for event in _all_of(events) if event.tag.name == "Allocation"]
+    for event in sorted(found, key=lambda event: event.start_time_ns):
+        fields = event.extra_fields
+        if fields.alloc_size > 0:
+            there.add(fields.ptr)
+        elif fields.ptr not in there:
+            continue
+        else:
+            there.remove(fields.ptr)
+        yield event.start_time_ns, fields.alloc_size
+
+
+def _all_of(events: Sequence[Any]) -> Iterator[Any]:
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        yield event
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -30,13 +30,14 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
 from ftplan.planner.overlong import OVERLONG
+from ftplan.profiles import require_model
 from tests.fuzz.corpus import NAMES
 from tests.fuzz.inputs import Input, Options
 from tests.launcher_fixtures import CHATML, tiny_tokenizer
 
 TEMPLATES = {"": None, "plain": None, "chat": CHATML}
 OBJECTIVES = ("sft", "dpo", "kto", "reward", "grpo")
-_MAX_POSITION_EMBEDDINGS = 2048
+_MODEL = "smollm2-135m-instruct"
 _MAX_LENGTH = 64
 _DIGITS = re.compile(r"[0-9]+|`[^`]*`|0x[0-9a-f]+")
 
@@ -176,7 +177,7 @@ def _troubles(data: DataFile) -> dict[str, tuple[int, list[tuple[int, int]]]]:
 
 
 def _check_profile(data: DataFile, profile: DataProfile, options: Options) -> None:
-    described = profile_to_dict(profile, _MAX_POSITION_EMBEDDINGS)
+    described = profile_to_dict(profile, require_model(_MODEL).spec)
     assert json.loads(json.dumps(described, allow_nan=False)) is not None
     if options.sample is None:
         parts = profile.num_train_rows + profile.num_eval_rows + profile.num_test_rows
