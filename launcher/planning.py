@@ -102,12 +102,14 @@ class Planned(Struct, frozen=True, kw_only=True):
         return why_not(other, self.chosen, self.ranking.goal)
 
 
-def check_settings(given: Mapping[str, Any]) -> None:
+def check_settings(given: Mapping[str, Any], *, for_launch: bool = True) -> None:
     """Raises before anything slow is done for values that no planned run can have."""
     for name, value in given.items():
         check_setting(name, value)
     checked_objective(given.get("objective", TrainingPlan().objective))
-    check_launched(given)
+    # GPUs that divide state are planned for, and a caution says that they are not launched.
+    kept = {name: value for name, value in given.items() if for_launch or name != "sharding"}
+    check_launched(kept)
     check_modelled_method(given.get("method", TrainingPlan().method))
 
 
@@ -128,7 +130,7 @@ def make_plan(
     input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
     or disk for what is to be launched.
     """
-    check_settings(given)
+    check_settings(given, for_launch=for_launch)
     asked = structs.replace(
         asked, objective=given.get("objective"), rule=overlong_rule(given, given.get("max_length"))
     )

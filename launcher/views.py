@@ -366,16 +366,16 @@ def rejected_table(refused: Iterable[Refused]) -> Table:
             needs, free = item.needs_bytes or 0, nearest.device.free_bytes
             number = nearest.plan.num_gpus
             each = f" on each of {number} GPUs" if number > 1 else ""
-            why = f"needs {format_bytes(needs)}{each}, {format_bytes(free)} is free"
+            why = f"needs {format_bytes(needs)}{each}, {format_bytes(free)} free"
         if one.would_do:
-            why += "; would do: " + ", or ".join(map(_offered, one.would_do))
+            why += "; would do: " + "; ".join(map(_offered, one.would_do))
         rows.append([item.method, why])
     return table("Not possible here", ("method", "why"), rows)
 
 
 def _offered(offered: Offered) -> str:
     usd = offered.usd_per_hour
-    price = f" at {usd:.2f} USD/h" if usd is not None else ""
+    price = f", {usd:.2f} USD/h" if usd is not None else ""
     return f"{named(offered.remedy)}{price}"
 
 

@@ -316,7 +316,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         name="every-process-loads",
         outcome="warned",
-        applies=lambda a: a.plan.sharding == "fsdp",
+        applies=lambda a: a.plan.sharding == "fsdp" and a.plan.num_gpus > 1,
         text=lambda a: (
             f"each of the {a.plan.num_gpus} processes loads the whole model into the "
             "host's memory, "

@@ -274,7 +274,7 @@ def _precision(device: Device | None, adapter: bool) -> Derived:
         who = device.name if device else "a GPU of compute capability 8.0 or above"
         autocast = ("bf16", f"{who} computes bf16 natively")
         if adapter:
-            frozen = "the frozen base needs no more than bf16"
+            frozen = "the frozen base needs no more"
             return {"dtype": ("bfloat16", frozen), "mixed_precision": autocast}
         why = "trained weights are kept in fp32, so that small updates are not lost"
         return {"dtype": ("float32", why), "mixed_precision": autocast}
