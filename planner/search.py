@@ -66,14 +66,7 @@ def choose_plan(
     preferred one, and when no candidate can be estimated and run.
     """
     teams = teams_of(device, given.get("num_gpus"))
-    batches = Batches(data)
-    fitting: list[Evaluated] = []
-    rejected: list[Rejection] = []
-    missed: list[Evaluated] = []
-    left_out: list[LeftOut] = []
-    refusals: list[InputError] = []
-    beyond: list[str] = []
-    num_plans = num_timed = num_evaluated = 0
+    batches, tried = Batches(data), _Tried(margin)
     for number, method in enumerate(_candidate_methods(model, data, teams[0].device, given)):
         space = Space(
             model,
@@ -87,51 +80,79 @@ def choose_plan(
         )
         search = _MethodSearch(space, model, data, stack, goal, limits, host, margin)
         try:
-            found = search.best(method, teams, thorough=not fitting)
+            found = search.best(method, teams, thorough=not tried.fitting)
         except InputError as error:
             if number == 0 or isinstance(error, UnknownNameError):
                 raise
-            rejected.append(Rejection(method=method, reason=error.message))
-            continue
-        num_plans += space.num_plans
-        num_timed += space.num_timed
-        num_evaluated += space.num_evaluated
-        refusals += space.refused
-        if found is None and not (search.missed or search.beyond):
-            rejected.append(Rejection(method=method, reason=space.refused[0].message))
-            continue
-        left_out += _left_out(method, space.refused)
-        if found is not None:
-            fitting.append(found)
-            continue
-        if not search.missed:
-            rejected.append(Rejection(method=method, reason=search.beyond[0]))
-            beyond.append(search.beyond[0])
-            continue
-        missed += search.missed
-        smallest = min(search.missed, key=_required_bytes)
-        reason = "needs more memory than is free"
-        rejected.append(Rejection(method=method, reason=reason, nearest=smallest, margin=margin))
-    if not (fitting or missed or beyond):
-        raise refusals[0]
-    best = ranked(fitting, goal)
-    nearest = None
-    if missed and not best:
-        nearest = _nearest(missed, partial(_replayed, model, data, stack))
-        rejected = [_exactly(rejection, nearest) for rejection in rejected]
+            tried.rejected.append(Rejection(method=method, reason=error.message))
+        else:
+            tried.take(method, search, found)
+    best = ranked(tried.fitting, goal)
+    if not best:
+        tried.look_closer(partial(_replayed, model, data, stack))
     return Ranking(
         best=best[0] if best else None,
         alternatives=tuple(best[1:]),
-        rejected=tuple(rejected),
-        left_out=tuple(left_out),
-        nearest=nearest,
-        by_policy=tuple(evaluated.plan.method for evaluated in fitting),
+        rejected=tuple(tried.rejected),
+        left_out=tuple(tried.left_out),
+        nearest=tried.nearest,
+        by_policy=tuple(evaluated.plan.method for evaluated in tried.fitting),
         goal=goal,
         margin=margin,
-        num_plans=num_plans,
-        num_timed=num_timed,
-        num_evaluated=num_evaluated,
+        num_plans=tried.num_plans,
+        num_timed=tried.num_timed,
+        num_evaluated=tried.num_evaluated,
     )
+
+
+class _Tried:
+    """What has become of the methods: plans that fit, and what stopped the others."""
+
+    def __init__(self, margin: float) -> None:
+        self._margin = margin
+        self.fitting: list[Evaluated] = []
+        self.rejected: list[Rejection] = []
+        self.left_out: list[LeftOut] = []
+        self.nearest: Evaluated | None = None
+        self._missed: list[Evaluated] = []
+        self._refused: list[InputError] = []
+        self._is_beyond = False
+        self.num_plans = self.num_timed = self.num_evaluated = 0
+
+    def take(self, method: str, search: _MethodSearch, found: Evaluated | None) -> None:
+        """A method's best plan, or why there is none."""
+        space = search.space
+        self.num_plans += space.num_plans
+        self.num_timed += space.num_timed
+        self.num_evaluated += space.num_evaluated
+        self._refused += space.refused
+        if found is None and not (search.missed or search.beyond):
+            self.rejected.append(Rejection(method=method, reason=space.refused[0].message))
+            return
+        self.left_out += _left_out(method, space.refused)
+        if found is not None:
+            self.fitting.append(found)
+        elif search.missed:
+            self._missed += search.missed
+            self.rejected.append(
+                Rejection(
+                    method=method,
+                    reason="needs more memory than is free",
+                    nearest=min(search.missed, key=_required_bytes),
+                    margin=self._margin,
+                )
+            )
+        else:
+            self._is_beyond = True
+            self.rejected.append(Rejection(method=method, reason=search.beyond[0]))
+
+    def look_closer(self, replayed: Callable[[Evaluated], Evaluated]) -> None:
+        """Where nothing fits: what misses by least. Raises InputError where nothing could be."""
+        if self._missed:
+            self.nearest = nearest = _nearest(self._missed, replayed)
+            self.rejected = [_exactly(rejection, nearest) for rejection in self.rejected]
+        elif not self._is_beyond:
+            raise self._refused[0]
 
 
 def _nearest(missed: Sequence[Evaluated], replayed: Callable[[Evaluated], Evaluated]) -> Evaluated:
