@@ -109,10 +109,11 @@ def _would_do(
 
 def more_alike(wish: Wish, offer: Offer) -> Remedy | None:
     """More of the GPUs at hand, where they may divide the model."""
-    if offer.device.kind != "cuda" or not offer.divides:
+    device = offer.device
+    joins = device.kind == "cuda" and device.vendor != "apple"
+    if not joins or not offer.divides:
         return None
-    stack = installed_stack(offer.device)
-    return fewest_of(wish, offer.device, stack, more_than=offer.num_gpus)
+    return fewest_of(wish, device, installed_stack(device), more_than=offer.num_gpus)
 
 
 def larger(wish: Wish, offer: Offer) -> Remedy | None:

@@ -1,13 +1,13 @@
 """What would hold a method that does not fit: more GPUs that divide the model, or a larger one.
 
-Each answer is the plan of a method that needs least, one row at once and every layer checkpointed,
-looked at in closed form. Its allocations are replayed only where that leaves it open.
+Where to look is told by the plan that needs least, in closed form; what is found there is one of
+the plans that a search compares. Allocations are replayed only where that leaves it open.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import methodcaller
 from typing import Any
 
@@ -21,9 +21,12 @@ from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, may_fit
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.ranking import Evaluated
 from ftplan.planner.recipe import data_recipe
 from ftplan.planner.replayed import replayed_memory
+from ftplan.planner.space import Group, Space
 from ftplan.planner.stack import OWN_STACK, Stack
+from ftplan.planner.teams import Team
 from ftplan.planner.weights import weight_bytes_on_each
 
 # GPUs of a machine, at most. More are several machines.
@@ -76,57 +79,78 @@ def held_by(wish: Wish, device: Device, num_gpus: int, stack: Stack = OWN_STACK)
 
 
 class _Trial:
-    """The plan that needs least on so many of a device."""
+    """Plans of a method on so many of a device."""
 
     def __init__(self, wish: Wish, device: Device, stack: Stack, num_gpus: int) -> None:
-        self._wish, self._device, self._stack = wish, device, stack
+        self._wish, self._stack, self._team = wish, stack, Team(device, num_gpus)
         sharding = wish.given.get("sharding", "fsdp") if num_gpus > 1 else "none"
         self._given = {**wish.given, "num_gpus": num_gpus, "sharding": sharding}
+        self._method = resolve_method(str(wish.given["method"]))
 
     def may_hold(self) -> bool:
-        """False only where it cannot, which takes no replay."""
+        """False only where they cannot. The recipe's own micro-batch, checkpointing and
+        accumulation need no more than others."""
+        model, data, device = self._wish.model, self._wish.data, self._team.device
         try:
-            plan = self._plan()
-            if weight_bytes_on_each(self._wish.model, plan) > self._device.free_bytes:
+            plan = data_recipe(model, data, device, self._method, self._given).plan
+            check_runs(model, plan, device)
+            if weight_bytes_on_each(model, plan) > device.free_bytes:
                 return False
-            return may_fit(self._memory(estimate_memory, plan), self._device)
+            return may_fit(self._memory(estimate_memory, plan), device)
         except InputError:
             return False
 
     def remedy(self) -> Remedy | None:
-        """None where it does not fit."""
-        try:
-            plan = self._plan()
-            memory = self._memory(estimate_memory, plan)
-            if not fits(memory, self._device):
-                memory = self._memory(replayed_memory, plan)
-        except InputError:
-            return None
-        if not fits(memory, self._device):
-            return None
-        return Remedy(
-            device=self._device,
-            num_gpus=plan.num_gpus,
-            sharding=plan.sharding,
-            needed_bytes=needed_bytes(memory),
-        )
+        """One of the plans that a search finds there; None where it finds none."""
+        near: list[Evaluated] = []
+        for evaluated in self._plans():
+            if fits(evaluated.memory, evaluated.device):
+                return _remedy(evaluated.plan, evaluated.memory, evaluated.device)
+            if may_fit(evaluated.memory, evaluated.device):
+                near.append(evaluated)
+        for evaluated in sorted(near, key=lambda e: e.memory.allocated_peak_bytes):
+            memory = self._memory(replayed_memory, evaluated.plan)
+            if fits(memory, evaluated.device):
+                return _remedy(evaluated.plan, memory, evaluated.device)
+        return None
 
-    def _plan(self) -> TrainingPlan:
-        """The recipe's own micro-batch and checkpointing are those that need least."""
-        wish, method = self._wish, resolve_method(str(self._given["method"]))
-        plan = data_recipe(wish.model, wish.data, self._device, method, self._given).plan
-        check_runs(wish.model, plan, self._device)
-        return plan
+    def _plans(self) -> Iterator[Evaluated]:
+        """Those with every layer checkpointed first."""
+        wish = self._wish
+        space = Space(wish.model, wish.data, self._given, self._stack)
+        try:
+            groups = space.groups(self._method, [self._team])
+        except InputError:
+            return
+        for candidate in space.candidates(sorted(groups, key=_keeps_activations)):
+            try:
+                yield space.evaluate(candidate)
+            except InputError:
+                continue  # not modelled
 
     def _memory(self, look: Callable[..., MemoryEstimate], plan: TrainingPlan) -> MemoryEstimate:
         wish = self._wish
         return look(
             wish.model,
             plan,
-            device=self._device,
+            device=self._team.device,
             longest_row=wish.data.longest_in_run,
             stack=self._stack,
         )
+
+
+def _keeps_activations(group: Group) -> tuple[bool, int]:
+    plan = group.base.plan
+    return not plan.gradient_checkpointing, plan.every_n_layers
+
+
+def _remedy(plan: TrainingPlan, memory: MemoryEstimate, device: Device) -> Remedy:
+    return Remedy(
+        device=device,
+        num_gpus=plan.num_gpus,
+        sharding=plan.sharding,
+        needed_bytes=needed_bytes(memory),
+    )
 
 
 def _first(trials: Sequence[_Trial]) -> Remedy | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -12,10 +11,11 @@ from msgspec import structs
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.families import spec_from_size
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.ladder import Rank, ladder, more_gpus
+from ftplan.planner.ladder import Rank, ladder
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.ranking import Ranking
 from ftplan.planner.search import choose_plan
+from ftplan.planner.units import GIB
 
 Devices = dict[str, Device]
 
@@ -83,26 +83,27 @@ def test_where_no_step_is_enough_the_last_is_the_nearest(
     assert needs == sorted(needs, reverse=True)
 
 
-def test_more_of_the_gpus_hold_it_together(
-    model: ModelSpec, devices: Devices, few_short_rows: DataProfile
+def test_rows_are_cut_by_no_more_than_it_takes(
+    model: ModelSpec, devices: Devices, make_data: Callable[[Iterable[int]], DataProfile]
 ) -> None:
-    card = structs.replace(devices["RTX 4090"], link_bytes_per_second=2e10)
-    given = {"method": "full"}
-    rank = partial(_on_several, model, few_short_rows, card, given)
-    rung = more_gpus(rank, card, few_short_rows, 1)
-    assert rung is not None and rung.fits and rung.alone
-    (flag,) = rung.flags
-    number = int(flag.split()[1])
-    assert number in (2, 4, 8) and f"{number} of" in rung.gives_up
-    assert rank({"num_gpus": number // 2}).best is None or number == 2
-    assert more_gpus(rank, structs.replace(card, free_bytes=10**9), few_short_rows, 8) is None
+    data = make_data(range(64, 8192, 64))
+    given = {"method": "lora", "loss": "stock", "gradient_checkpointing": True}
+    given |= {"per_device_train_batch_size": 1, "quantization": "none", "lora_rank": 8}
+    device = structs.replace(devices["A100"], free_bytes=20 * GIB)
+    rank, ranking = rank_on(device, model, data, given)
+    assert ranking.nearest is not None
+    *_, last = ladder(rank, ranking.nearest, data, {name: given[name] for name in ("lora_rank",)})
+    assert last.fits and last.gives_up.startswith("the ends of ")
+    (flag,) = last.flags
+    length = value_of(flag)
+    assert rank({"max_length": length}).best is not None
+    assert rank({"max_length": 2 * length}).best is None
 
 
-def _on_several(
-    model: ModelSpec,
-    data: DataProfile,
-    card: Device,
-    given: Mapping[str, Any],
-    changed: Mapping[str, Any],
-) -> Ranking:
-    return choose_plan(model, data, card, {**given, **changed})
+def test_no_row_is_cut_where_weights_alone_are_too_much(
+    devices: Devices, make_data: Callable[[Iterable[int]], DataProfile]
+) -> None:
+    huge, data = spec_from_size(70 * 10**9, "70B"), make_data(range(64, 4096, 64))
+    rank, ranking = rank_on(devices["T4"], huge, data, {})
+    assert ranking.nearest is not None and ranking.nearest.plan.max_length >= 2048
+    assert ladder(rank, ranking.nearest, data, {}) == []

@@ -158,11 +158,15 @@ def test_when_something_fits_there_is_no_nearest_miss(
 def test_needed_memory_is_enough_and_one_byte_less_is_not(
     method: str, sized: dict[str, ModelSpec], devices: Devices, few_short_rows: DataProfile
 ) -> None:
-    """`needs_bytes` of a rejection, taken at its word."""
+    """`needs_bytes` of a rejection, taken at its word where little is missing; where much is, it
+    is too high by no more than 4 %."""
     model, given = sized["1.7B"], {"method": method}
     none_free = choose_plan(model, few_short_rows, with_free(devices["A100"], 0), given)
-    needs = none_free.rejected[0].needs_bytes
-    assert needs is not None
+    about = none_free.rejected[0].needs_bytes
+    assert about is not None
+    little_free = with_free(devices["A100"], int(0.94 * about))
+    needs = choose_plan(model, few_short_rows, little_free, given).rejected[0].needs_bytes
+    assert needs is not None and 0.96 * about <= needs <= about
     enough = choose_plan(model, few_short_rows, with_free(devices["A100"], needs), given)
     assert enough.best is not None
     short = choose_plan(model, few_short_rows, with_free(devices["A100"], needs - 1), given)
