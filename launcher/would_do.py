@@ -3,7 +3,7 @@ those at hand, and what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from ftplan.planner.ranking import Rejection
 from ftplan.planner.remedies import MOST_OF_A_MACHINE, Remedy, Wish, fewest_of, smallest_of
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.sharding import SHARDING_TITLES
-from ftplan.planner.units import format_bytes
+from ftplan.planner.units import MIB, format_bytes
 
 
 class Offered(Struct, frozen=True, kw_only=True):
@@ -146,8 +146,16 @@ def flags_for(remedy: Remedy, offer: Offer) -> tuple[str, ...]:
         settings["num_gpus"] = remedy.num_gpus
     if offer.given.get("sharding", remedy.sharding) != remedy.sharding:
         settings["sharding"] = remedy.sharding
-    named = remedy.device is offer.device and offer.is_named
-    return (*(() if named else (f'--gpu "{remedy.device.name}"',)), *flags_of(settings))
+    return (*_gpu_flags(remedy.device, offer), *flags_of(settings))
+
+
+def _gpu_flags(device: Device, offer: Offer) -> Iterator[str]:
+    here = offer.device
+    if offer.is_named and device is here:
+        return
+    yield f'--gpu "{device.name}"'
+    if offer.is_named and here.free_bytes < here.total_bytes:  # that was said of the named one
+        yield f"--free-memory {device.free_bytes // MIB}MiB"
 
 
 def named(remedy: Remedy) -> str:

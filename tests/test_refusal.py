@@ -12,7 +12,8 @@ import pytest
 
 from ftplan.launcher import cli
 from ftplan.launcher.cards import cards_by_memory, smallest_card
-from ftplan.launcher.refusal import _how_far
+from ftplan.launcher.refusal import _how_far, _in_words
+from ftplan.planner.ladder import Rung
 
 Plan = Callable[..., tuple[int, str, str]]
 
@@ -83,7 +84,7 @@ def test_what_the_device_cannot_do_has_no_remedy(plan: Plan) -> None:
     "words",
     [
         ["--model", "llama-3.1-8b", "--gpu", "RTX 4090", "--method", "full"],
-        ["--model", "llama-3.1-70b", "--gpu", "T4"],
+        ["--model", "llama-3.1-70b", "--gpu", "T4", "--free-memory", "14GiB"],
         ["--model", "deepseek-v3", "--gpu", "H100 SXM", "--num-gpus", "8"],
     ],
     ids=lambda words: f"{words[1]} on {words[3]}",
@@ -165,3 +166,18 @@ def test_the_smallest_card_has_the_memory() -> None:
     for card in cards:
         assert "and larger" in smallest_card(card.memory_bytes)
     assert smallest_card(sizes[-1] + 1) == "no single GPU of the catalog"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told_to_launch"),
+    [
+        (("--method lora",), "`--method lora`"),
+        (('--gpu "L40S"', "--num-gpus 1"), "L40S (45.0 GiB)"),  # `auto` has no `--gpu`
+    ],
+)
+def test_flags_are_told_to_the_command_that_has_them(
+    flags: tuple[str, ...], told_to_launch: str
+) -> None:
+    rung = Rung(gives_up="L40S (45.0 GiB)", flags=flags, needed_bytes=1, fits=True)
+    assert _in_words(rung, launches=False) == f"`{' '.join(flags)}`"
+    assert _in_words(rung, launches=True) == told_to_launch
