@@ -53,8 +53,8 @@ class Offer(Struct, frozen=True, kw_only=True):
 
     @property
     def is_named(self) -> bool:
-        """Whether it is one device, as many of which are thought of as are asked for."""
-        return isinstance(self.devices, Device)
+        """Whether it is one GPU, as many of which are thought of as are asked for."""
+        return isinstance(self.devices, Device) and self.devices.kind != "cpu"
 
     @property
     def num_gpus(self) -> int:

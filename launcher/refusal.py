@@ -148,10 +148,12 @@ def _offloaded(
 def _on_others(
     source: ModelSource, profile: DataProfile, offer: Offer, remedy: Remedy
 ) -> Rung | None:
-    """The run on other GPUs; None where it is over the budget. How fast several machines are
-    together is not modelled."""
+    """The run on other GPUs; None where it does not keep the budget, as far as is known: how fast
+    several machines are together is not modelled."""
     flags, gives_up = flags_for(remedy, offer), named(remedy)
     if remedy.num_gpus > MOST_OF_A_MACHINE:
+        if offer.wanted.limits_a_run:
+            return None
         return Rung(
             gives_up=gives_up,
             flags=flags,

@@ -3,7 +3,7 @@ those at hand, and what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.ranking import Rejection
 from ftplan.planner.remedies import MOST_OF_A_MACHINE, Remedy, Wish, fewest_of, smallest_of
 from ftplan.planner.sharding import SHARDING_TITLES
-from ftplan.planner.units import format_bytes
+from ftplan.planner.units import MIB, format_bytes
 
 
 class Offered(Struct, frozen=True, kw_only=True):
@@ -86,10 +86,11 @@ def _would_do(
 
 def more_alike(wish: Wish, offer: Offer) -> Remedy | None:
     """More of the GPUs at hand, where they may divide the model."""
-    if offer.device.kind != "cuda" or not offer.divides:
+    device = offer.device
+    joins = device.kind == "cuda" and device.vendor != "apple"
+    if not joins or not offer.divides:
         return None
-    stack = installed_stack(offer.device)
-    return fewest_of(wish, offer.device, stack, more_than=offer.num_gpus)
+    return fewest_of(wish, device, installed_stack(device), more_than=offer.num_gpus)
 
 
 def larger(wish: Wish, offer: Offer) -> Remedy | None:
@@ -122,8 +123,16 @@ def flags_for(remedy: Remedy, offer: Offer) -> tuple[str, ...]:
         settings["num_gpus"] = remedy.num_gpus
     if offer.given.get("sharding", remedy.sharding) != remedy.sharding:
         settings["sharding"] = remedy.sharding
-    named = remedy.device is offer.device and offer.is_named
-    return (*(() if named else (f'--gpu "{remedy.device.name}"',)), *flags_of(settings))
+    return (*_gpu_flags(remedy.device, offer), *flags_of(settings))
+
+
+def _gpu_flags(device: Device, offer: Offer) -> Iterator[str]:
+    here = offer.device
+    if offer.is_named and device is here:
+        return
+    yield f'--gpu "{device.name}"'
+    if offer.is_named and here.free_bytes < here.total_bytes:  # that was said of the named one
+        yield f"--free-memory {device.free_bytes // MIB}MiB"
 
 
 def named(remedy: Remedy) -> str:

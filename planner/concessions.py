@@ -22,7 +22,7 @@ Settings = Mapping[str, tuple[Any, str]]
 
 def concessions(plan: TrainingPlan, device: Device, given: Mapping[str, Any]) -> list[Settings]:
     """The first gives up nothing, each further one all that those before it do. Given settings
-    stay."""
+    stay; states that FSDP divides are not put into 8 bits (`Space`)."""
     found: list[Settings] = [{}]
     for step in _steps(plan, device, given):
         found.append({**found[-1], **step})
@@ -30,7 +30,8 @@ def concessions(plan: TrainingPlan, device: Device, given: Mapping[str, Any]) ->
 
 
 def _steps(plan: TrainingPlan, device: Device, given: Mapping[str, Any]) -> Iterator[Settings]:
-    if device.supports_quantization("int8") and device.kind == "cuda" and "optim" not in given:
+    quantizes = device.kind == "cuda" and device.supports_quantization("int8")
+    if quantizes and "optim" not in given and plan.sharding != "fsdp":
         yield {"optim": (SMALL_OPTIMIZER, _WHY_SMALL_OPTIMIZER)}
     if not plan.resolved_method.adapter or "lora_rank" in given:
         return

@@ -1,30 +1,32 @@
 """What would hold a method that does not fit: more GPUs that divide the model, or a larger one.
 
-Each answer is the plan of a method that needs least, one row at once and every layer checkpointed,
-looked at in closed form. Its allocations are replayed only where that leaves it open.
+Where to look is told by the plan that needs least, in closed form; what is found there is one of
+the plans that a search compares. Allocations are replayed only where that leaves it open.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from operator import methodcaller
 from typing import Any
 
 from msgspec import Struct
 
-from ftplan.planner.combinations import check_runs
+from ftplan.planner.concessions import Settings
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, may_fit, needed_bytes
+from ftplan.planner.memory import MemoryEstimate, fits, may_fit, needed_bytes
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
-from ftplan.planner.recipe import data_recipe
+from ftplan.planner.ranking import Evaluated
 from ftplan.planner.replayed import replayed_memory
+from ftplan.planner.space import Group, Space
 from ftplan.planner.stack import OWN_STACK, Stack
-from ftplan.planner.weights import weight_bytes_on_each
+from ftplan.planner.teams import Team
 
 # GPUs of a machine, at most. More are several machines.
 MOST_OF_A_MACHINE = 8
@@ -76,57 +78,86 @@ def held_by(wish: Wish, device: Device, num_gpus: int, stack: Stack = OWN_STACK)
 
 
 class _Trial:
-    """The plan that needs least on so many of a device."""
+    """Plans of a method on so many of a device."""
 
     def __init__(self, wish: Wish, device: Device, stack: Stack, num_gpus: int) -> None:
-        self._wish, self._device, self._stack = wish, device, stack
+        self._wish, self._stack, self._team = wish, stack, Team(device, num_gpus)
         sharding = wish.given.get("sharding", "fsdp") if num_gpus > 1 else "none"
         self._given = {**wish.given, "num_gpus": num_gpus, "sharding": sharding}
+        self._method = resolve_method(str(wish.given["method"]))
+        self._space = Space(wish.model, wish.data, self._given, stack)
+        first, *others = self._space.concessions(self._method, [self._team])
+        self._concessions = [first, *others[-1:]]
 
     def may_hold(self) -> bool:
-        """False only where it cannot, which takes no replay."""
-        try:
-            plan = self._plan()
-            if weight_bytes_on_each(self._wish.model, plan) > self._device.free_bytes:
-                return False
-            return may_fit(self._memory(estimate_memory, plan), self._device)
-        except InputError:
+        """False only where they cannot: the smallest of those that give up most."""
+        *_, conceded = self._concessions
+        groups = self._groups(conceded)
+        most = min(map(_keeps_activations, groups), default=None)
+        smallest = [group for group in groups if _keeps_activations(group) == most]
+        if all(self._space.least_bytes(g) > self._team.device.free_bytes for g in smallest):
             return False
-
-    def remedy(self) -> Remedy | None:
-        """None where it does not fit."""
-        try:
-            plan = self._plan()
-            memory = self._memory(estimate_memory, plan)
-            if not fits(memory, self._device):
-                memory = self._memory(replayed_memory, plan)
-        except InputError:
-            return None
-        if not fits(memory, self._device):
-            return None
-        return Remedy(
-            device=self._device,
-            num_gpus=plan.num_gpus,
-            sharding=plan.sharding,
-            needed_bytes=needed_bytes(memory),
+        return any(
+            may_fit(evaluated.memory, evaluated.device)
+            for group in smallest
+            for size in group.smallest
+            for evaluated in self._evaluated(group, size)
         )
 
-    def _plan(self) -> TrainingPlan:
-        """The recipe's own micro-batch and checkpointing are those that need least."""
-        wish, method = self._wish, resolve_method(str(self._given["method"]))
-        plan = data_recipe(wish.model, wish.data, self._device, method, self._given).plan
-        check_runs(wish.model, plan, self._device)
-        return plan
+    def remedy(self) -> Remedy | None:
+        """One of the plans that a search finds there; None where it finds none."""
+        near: list[Evaluated] = []
+        for evaluated in self._plans():
+            if fits(evaluated.memory, evaluated.device):
+                return _remedy(evaluated.plan, evaluated.memory, evaluated.device)
+            if may_fit(evaluated.memory, evaluated.device):
+                near.append(evaluated)
+        for evaluated in sorted(near, key=lambda e: e.memory.allocated_peak_bytes):
+            memory = self._memory(replayed_memory, evaluated.plan)
+            if fits(memory, evaluated.device):
+                return _remedy(evaluated.plan, memory, evaluated.device)
+        return None
+
+    def _plans(self) -> Iterator[Evaluated]:
+        """Those that give up nothing first, of these those with every layer checkpointed."""
+        for conceded in self._concessions:
+            for group in sorted(self._groups(conceded), key=_keeps_activations):
+                for size in group.sizes:
+                    yield from self._evaluated(group, size)
+
+    def _groups(self, conceded: Settings) -> list[Group]:
+        with suppress(InputError):
+            return self._space.groups(self._method, [self._team], conceded)
+        return []
+
+    def _evaluated(self, group: Group, size: int) -> Iterator[Evaluated]:
+        """The plan, if there can be one and it is modelled."""
+        with suppress(InputError):
+            yield self._space.evaluate(self._space.candidate(group, size))
 
     def _memory(self, look: Callable[..., MemoryEstimate], plan: TrainingPlan) -> MemoryEstimate:
         wish = self._wish
         return look(
             wish.model,
             plan,
-            device=self._device,
+            device=self._team.device,
             longest_row=wish.data.longest_in_run,
             stack=self._stack,
         )
+
+
+def _keeps_activations(group: Group) -> tuple[bool, int]:
+    plan = group.base.plan
+    return not plan.gradient_checkpointing, plan.every_n_layers
+
+
+def _remedy(plan: TrainingPlan, memory: MemoryEstimate, device: Device) -> Remedy:
+    return Remedy(
+        device=device,
+        num_gpus=plan.num_gpus,
+        sharding=plan.sharding,
+        needed_bytes=needed_bytes(memory),
+    )
 
 
 def _first(trials: Sequence[_Trial]) -> Remedy | None:

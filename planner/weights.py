@@ -49,12 +49,6 @@ def weight_memory_bytes(
     return round(quantized * quantized_bytes_per_weight(plan)) + rest_bytes
 
 
-def weight_bytes_on_each(model: ModelSpec, plan: TrainingPlan) -> int:
-    """Bytes of the loaded model that each of a plan's GPUs holds."""
-    parts = plan.dp_shard_size if plan.shards_parameters else plan.tp_size
-    return weight_memory_bytes(model, plan) // parts
-
-
 def quantized_storages(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> Iterator[int]:
     """Bytes of each tensor that quantized matrices are held in: numbers, and scales."""
     for count, linear in _quantized_linears(model, stack):

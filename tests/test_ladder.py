@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from ftplan.planner.concessions import SMALL_OPTIMIZER
 from ftplan.planner.data_profile import DataProfile
@@ -15,6 +16,7 @@ from ftplan.planner.ladder import Rank, ladder
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.ranking import Ranking
 from ftplan.planner.search import choose_plan
+from ftplan.planner.units import GIB
 
 Devices = dict[str, Device]
 
@@ -95,3 +97,29 @@ def test_a_given_optimizer_may_be_given_up(
     assert ranking.nearest is not None and ranking.nearest.plan.optim == SMALL_OPTIMIZER
     rungs = ladder(rank, ranking.nearest, few_short_rows, {"method": "lora"})
     assert not any("--optim" in flag for rung in rungs for flag in rung.flags)
+
+
+def test_rows_are_cut_by_no_more_than_it_takes(
+    model: ModelSpec, devices: Devices, make_data: Callable[[Iterable[int]], DataProfile]
+) -> None:
+    data = make_data(range(64, 8192, 64))
+    given = {"method": "lora", "loss": "stock", "gradient_checkpointing": True}
+    given |= {"per_device_train_batch_size": 1, "quantization": "none", "lora_rank": 8}
+    device = structs.replace(devices["A100"], free_bytes=20 * GIB)
+    rank, ranking = rank_on(device, model, data, given)
+    assert ranking.nearest is not None
+    *_, last = ladder(rank, ranking.nearest, data, {name: given[name] for name in ("lora_rank",)})
+    assert last.fits and last.gives_up.startswith("the ends of ")
+    (flag,) = last.flags
+    length = value_of(flag)
+    assert rank({"max_length": length}).best is not None
+    assert rank({"max_length": 2 * length}).best is None
+
+
+def test_no_row_is_cut_where_weights_alone_are_too_much(
+    devices: Devices, make_data: Callable[[Iterable[int]], DataProfile]
+) -> None:
+    huge, data = spec_from_size(70 * 10**9, "70B"), make_data(range(64, 4096, 64))
+    rank, ranking = rank_on(devices["T4"], huge, data, {})
+    assert ranking.nearest is not None and ranking.nearest.plan.max_length >= 2048
+    assert ladder(rank, ranking.nearest, data, {}) == []
