@@ -18,11 +18,10 @@ from ftplan.planner.concessions import Settings
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate, fits, may_fit, needed_bytes
+from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, may_fit, needed_bytes
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
-from ftplan.planner.ranking import Evaluated
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.space import Group, Space
 from ftplan.planner.stack import OWN_STACK, Stack
@@ -30,6 +29,9 @@ from ftplan.planner.teams import Team
 
 # GPUs of a machine, at most. More are several machines.
 MOST_OF_A_MACHINE = 8
+
+# Of plans that need as much, those whose allocations are replayed.
+_MOST_REPLAYED = 4
 
 # Numbers of GPUs that are offered.
 NUMBERS_OF_GPUS = (*range(2, MOST_OF_A_MACHINE + 1), 16, 32, 64)
@@ -91,49 +93,54 @@ class _Trial:
 
     def may_hold(self) -> bool:
         """False only where they cannot: the smallest of those that give up most."""
-        *_, conceded = self._concessions
-        groups = self._groups(conceded)
-        most = min(map(_keeps_activations, groups), default=None)
-        smallest = [group for group in groups if _keeps_activations(group) == most]
-        if all(self._space.least_bytes(g) > self._team.device.free_bytes for g in smallest):
-            return False
-        return any(
-            may_fit(evaluated.memory, evaluated.device)
-            for group in smallest
-            for size in group.smallest
-            for evaluated in self._evaluated(group, size)
-        )
+        return any(may_fit(memory, self._team.device) for _, memory in self._least(-1))
 
     def remedy(self) -> Remedy | None:
         """One of the plans that a search finds there; None where it finds none."""
-        near: list[Evaluated] = []
-        for evaluated in self._plans():
-            if fits(evaluated.memory, evaluated.device):
-                return _remedy(evaluated.plan, evaluated.memory, evaluated.device)
-            if may_fit(evaluated.memory, evaluated.device):
-                near.append(evaluated)
-        for evaluated in sorted(near, key=lambda e: e.memory.allocated_peak_bytes):
-            memory = self._memory(replayed_memory, evaluated.plan)
-            if fits(memory, evaluated.device):
-                return _remedy(evaluated.plan, memory, evaluated.device)
+        for place in range(len(self._concessions)):
+            found = self._found(place)
+            if found is not None:
+                return found
         return None
 
-    def _plans(self) -> Iterator[Evaluated]:
-        """Those that give up nothing first, of these those with every layer checkpointed."""
-        for conceded in self._concessions:
-            for group in sorted(self._groups(conceded), key=_keeps_activations):
-                for size in group.sizes:
-                    yield from self._evaluated(group, size)
+    def _found(self, place: int) -> Remedy | None:
+        device = self._team.device
+        least = list(self._least(place))
+        for plan, memory in least:
+            if fits(memory, device):
+                return _remedy(plan, memory, device)
+        if not any(may_fit(memory, device) for _, memory in least):
+            return None
+        # It is close: what the allocator makes of plans that need as much differs by some percent.
+        every = [one for one in self._least(place, all_of_them=True) if may_fit(one[1], device)]
+        every.sort(key=lambda one: one[1].allocated_peak_bytes)
+        for plan, _ in every[:_MOST_REPLAYED]:
+            memory = self._memory(replayed_memory, plan)
+            if fits(memory, device):
+                return _remedy(plan, memory, device)
+        return None
+
+    def _least(
+        self, place: int, *, all_of_them: bool = False
+    ) -> Iterator[tuple[TrainingPlan, MemoryEstimate]]:
+        """Of plans that give up so much, one row at once or all that a step takes; with as many
+        layers checkpointed as may be, or with any number: one of them needs least."""
+        groups = self._groups(self._concessions[place])
+        most = min(map(_keeps_activations, groups), default=None)
+        for group in groups:
+            held = self._space.least_bytes(group)
+            keeps_more = _keeps_activations(group) != most and not all_of_them
+            if keeps_more or held > self._team.device.free_bytes:
+                continue
+            for size in group.smallest:
+                with suppress(InputError):  # there is none, or it is not modelled
+                    plan = self._space.plan(group, size).plan
+                    yield plan, self._memory(estimate_memory, plan)
 
     def _groups(self, conceded: Settings) -> list[Group]:
         with suppress(InputError):
             return self._space.groups(self._method, [self._team], conceded)
         return []
-
-    def _evaluated(self, group: Group, size: int) -> Iterator[Evaluated]:
-        """The plan, if there can be one and it is modelled."""
-        with suppress(InputError):
-            yield self._space.evaluate(self._space.candidate(group, size))
 
     def _memory(self, look: Callable[..., MemoryEstimate], plan: TrainingPlan) -> MemoryEstimate:
         wish = self._wish

@@ -377,13 +377,17 @@ class Space:
             self.refused.append(error)
             return None
 
-    def candidate(self, group: Group, size: int) -> Candidate:
+    def plan(self, group: Group, size: int) -> ReasonedPlan:
         """A group's plan with this micro-batch. Raises InputError where it cannot be."""
         reasoned = self._with_batch(group.base, size)
-        device = group.team.device
-        check_runs(self._model, reasoned.plan, device)
-        step = time_of(self._work(reasoned.plan, group.team), device)
+        check_runs(self._model, reasoned.plan, group.team.device)
+        return reasoned
+
+    def candidate(self, group: Group, size: int) -> Candidate:
+        """A group's plan with this micro-batch, timed. Raises InputError where it cannot be."""
+        reasoned = self.plan(group, size)
         self._timed.add((reasoned.plan, id(group.team)))
+        step = time_of(self._work(reasoned.plan, group.team), group.team.device)
         return Candidate(reasoned=reasoned, team=group.team, step=step)
 
     def candidates(self, groups: list[Group]) -> Iterator[Candidate]:
