@@ -61,57 +61,39 @@ def explain_time(
 
 
 def _terms(work: StepWork, device: Device) -> Iterator[TimeTerm]:
-    parts = step_parts(work, device)
-    speed = f"{format_bytes(round(achieved_bytes_per_second(device)))} a second"
+    parts, bandwidth = step_parts(work, device), achieved_bytes_per_second(device)
     yield TimeTerm(
         part="arithmetic",
         equation="T2",
         formula=" + ".join(_products(work, device)),
         seconds=parts.arithmetic,
     )
-    moved, updated = round(work.moved_bytes), round(work.optimizer_bytes)
-    yield TimeTerm(
-        part="memory traffic",
-        equation="T4",
-        formula=f"{format_bytes(moved)} at {speed}",
-        seconds=parts.traffic,
-    )
-    yield TimeTerm(
-        part="optimizer step",
-        equation="T1",
-        formula=f"{format_bytes(updated)} at {speed}",
-        seconds=parts.optimizer,
-    )
+    yield _moving("memory traffic", "T4", work.moved_bytes, bandwidth, parts.traffic)
+    yield _moving("optimizer step", "T1", work.optimizer_bytes, bandwidth, parts.optimizer)
     link = device.link_bytes_per_second
     if work.exchanged_bytes and link:
-        sent = format_bytes(round(work.exchanged_bytes))
-        yield TimeTerm(
-            part="exchange between GPUs",
-            equation="T5",
-            formula=f"{sent} at {format_bytes(round(link))} a second",
-            seconds=parts.sending,
-        )
+        yield _moving("exchange between GPUs", "T5", work.exchanged_bytes, link, parts.sending)
     if work.copied_bytes:
-        rate = format_bytes(round(work.copied_bytes / parts.copying))
-        yield TimeTerm(
-            part="copies from and to the host",
-            equation="T5",
-            formula=f"{format_bytes(round(work.copied_bytes))} at {rate} a second",
-            seconds=parts.copying,
+        to_host = work.copied_bytes / parts.copying
+        yield _moving(
+            "copies from and to the host", "T5", work.copied_bytes, to_host, parts.copying
         )
-        rate = format_bytes(round(ESTIMATE.host_bandwidth))
-        yield TimeTerm(
-            part="optimizer step on the host",
-            equation="T5",
-            formula=f"{format_bytes(round(work.host_bytes))} at {rate} a second",
-            seconds=parts.on_host,
-        )
+        on_host = ESTIMATE.host_bandwidth
+        yield _moving("optimizer step on the host", "T5", work.host_bytes, on_host, parts.on_host)
     yield TimeTerm(
         part="launching kernels",
         equation="T6",
         formula=f"{work.kernels:,} of micro-batches, {work.optimizer_kernels:,} of the optimizer",
         seconds=parts.launching,
     )
+
+
+def _moving(
+    part: str, equation: str, num_bytes: float, bytes_per_second: float, seconds: float
+) -> TimeTerm:
+    rate = format_bytes(round(bytes_per_second))
+    formula = f"{format_bytes(round(num_bytes))} at {rate} a second"
+    return TimeTerm(part=part, equation=equation, formula=formula, seconds=seconds)
 
 
 def _products(work: StepWork, device: Device) -> Iterator[str]:

@@ -46,7 +46,6 @@ _ADAPTED = ("target_modules", "modules_to_save", "peft_config")
 # How a method that needs a quantized base holds it.
 DEFAULT_QUANTIZATION = "nf4"
 
-
 Derived = dict[str, tuple[Any, str]]
 
 
