@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "what keeps this machine from training, and how to mend it",
     "hardware": "which GPUs, how many, how long, how much",
     "models": "the models ftplan knows by name",
+    "methods": "the ways to fine-tune, and when to take which",
 }
 
 # Python looks for cycles of objects each 700 new ones, which takes 15 % of the processor time of

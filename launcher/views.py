@@ -28,7 +28,7 @@ from ftplan.planner.units import (
 from ftplan.profiles import lowest_prices
 
 if TYPE_CHECKING:
-    from ftplan.launcher.commands.estimate import ComparedMethod
+    from ftplan.launcher.compared import ComparedMethod
     from ftplan.launcher.would_do import Offered, Refused
     from ftplan.planner.explain import Term
     from ftplan.planner.hardware_spec import Device, Machine

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, structs
+from msgspec import structs
 
-from ftplan.launcher.cards import smallest_card
+from ftplan.launcher.compared import METHOD_BOUND, ComparedMethod, compared
 from ftplan.launcher.estimate_json import estimate_to_dict, full_step, parameter_counts
 from ftplan.launcher.host import read_host
 from ftplan.launcher.model_source import find_source
@@ -23,7 +23,7 @@ from ftplan.planner.explain import Term, explain
 from ftplan.planner.explain_host import explain_host
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.host_verdict import lacking_disk, lacking_ram
-from ftplan.planner.memory import MemoryEstimate, estimate_memory, fits, needed_bytes
+from ftplan.planner.memory import MemoryEstimate, fits
 from ftplan.planner.methods import COMPARED_METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
@@ -33,9 +33,6 @@ from ftplan.planner.units import format_count, parse_bytes
 
 if TYPE_CHECKING:
     from ftplan.planner.dry_run_summary import DryRunSummary
-
-# Settings that make sense for one method only; left out when others are compared.
-_METHOD_BOUND = ("method", "quantization", "dtype", "mixed_precision")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,46 +210,16 @@ def _model_line(model: ModelSpec, num_parameters: int) -> str:
     return f"{model.name}: {format_count(num_parameters)} parameters{what}"
 
 
-class ComparedMethod(Struct, frozen=True, kw_only=True):
-    """A method beside others on the same model: its memory, and what it trains."""
-
-    method: str
-    plan: TrainingPlan
-    num_trainable_parameters: int
-    memory: MemoryEstimate
-    card: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "num_trainable_parameters": self.num_trainable_parameters,
-            "per_gpu": self.memory.to_dict(),
-        }
-
-
 def _compared(
     methods: str, model: ModelSpec, device: Device | None, given: Mapping[str, Any]
 ) -> list[ComparedMethod]:
     """Each method of a comma-separated list, all other given settings kept."""
-    kept = {key: value for key, value in given.items() if key not in _METHOD_BOUND}
-    rows = []
-    for name in dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()):
-        method = resolve_method(name)
-        plan = estimate_recipe(model, device, {**kept, "method": method.name}).plan
-        memory = replayed_memory(model, plan, device=device, stack=installed_stack(device))
-        trained = method.count(model, plan.method_settings)
-        rows.append(
-            ComparedMethod(
-                method=method.name,
-                plan=plan,
-                num_trainable_parameters=trained.num_trainable_parameters,
-                memory=memory,
-                card=smallest_card(needed_bytes(memory)),
-            )
-        )
-    if not rows:
+    kept = {key: value for key, value in given.items() if key not in METHOD_BOUND}
+    names = dict.fromkeys(part.strip() for part in methods.split(",") if part.strip())
+    if not names:
         raise InputError("`--compare` names no method", "for example `--compare full,lora,qlora`")
-    return rows
+    stack = installed_stack(device)
+    return [compared(resolve_method(name), model, device, kept, stack) for name in names]
 
 
 def _configuration(reasoned: ReasonedPlan) -> str:
@@ -305,13 +272,10 @@ def _other_method(
 ) -> list[tuple[str, int, int, str]]:
     """(method, trained parameters, required bytes, cards it fits on) of the model by another
     method; nothing where the given settings are not for it."""
-    kept = {key: value for key, value in given.items() if key not in _METHOD_BOUND}
+    kept = {key: value for key, value in given.items() if key not in METHOD_BOUND}
+    stack = installed_stack(device)
     try:
-        plan = estimate_recipe(model, device, {**kept, "method": name}).plan
-        check_together(model, plan)
-        trained = plan.resolved_method.count(model, plan.method_settings)
-        memory = estimate_memory(model, plan, device=device, stack=installed_stack(device))
+        row = compared(resolve_method(name), model, device, kept, stack, exactly=False)
     except InputError:
         return []
-    card = smallest_card(needed_bytes(memory))
-    return [(name, trained.num_trainable_parameters, memory.required_bytes, card)]
+    return [(name, row.num_trainable_parameters, row.memory.required_bytes, row.card)]
