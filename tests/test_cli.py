@@ -187,7 +187,7 @@ class TestMistakes:
                 "did you mean `estimate`? See `ftplan --help`.",
             ),
             (["--hlep"], "unknown command `--hlep`", None),
-            (["Models"], "unknown command `Models`", "did you mean `models`? See `ftplan --help`."),
+            (["Gpus"], "unknown command `Gpus`", "did you mean `gpus`? See `ftplan --help`."),
             ([""], "unknown command ``", None),
             (
                 ["estimate", "7B", "--lora-rnk", "8"],
