@@ -131,6 +131,7 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "autocast_adapter_dtype": plan.autocast_adapter_dtype,
         "num_trainable_layers": plan.num_trainable_layers,
         "trainable_modules": list(plan.trainable_modules),
+        "trains_biases": plan.method == "bitfit",
     }
 
 

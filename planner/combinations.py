@@ -67,6 +67,11 @@ def _flash_attention_cannot_run(asked: Asked) -> bool:
     return capability < _FLASH_ATTENTION_CAPABILITY
 
 
+QUANTIZED_ON_PROCESSOR = (
+    "4- and 8-bit bases are for GPUs: on a processor they save RAM and take far longer"
+)
+
+
 def _quantizes_on_processor(asked: Asked) -> bool:
     on_cpu = asked.device is not None and asked.device.kind == "cpu"
     return on_cpu and asked.plan.quantization != "none"
@@ -160,12 +165,10 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     Combination(
         name="quantized-on-processor",
-        outcome="not run",
+        outcome="warned",
         applies=_quantizes_on_processor,
-        text=lambda a: (
-            "4- and 8-bit bases are for GPUs: on a processor they save little and run slowly"
-        ),
-        way_out=lambda a: "use `--method lora`",
+        text=lambda a: QUANTIZED_ON_PROCESSOR,
+        way_out=lambda a: "use `--method lora` if the RAM is there",
         source="bitsandbytes' installation guide",
     ),
     Combination(

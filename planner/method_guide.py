@@ -280,7 +280,7 @@ GUIDE: dict[str, Guide] = {
     ),
     "bitfit": Guide(
         family="own-weights",
-        when="the model has biases (GPT-2, Qwen 2) and rows are few",
+        when="rows are few and the model has biases (GPT-2, Qwen 2) or a switch for them (Llama)",
     ),
     "ln-tuning": Guide(
         family="own-weights",

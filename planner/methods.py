@@ -162,7 +162,7 @@ _BASE_METHODS = (
     Method(
         name="bitfit",
         title="BitFit",
-        trains="the biases; models that have some only",
+        trains="the biases: those there are, or those that the architecture can have",
         source="Ben Zaken et al. 2021, arXiv 2106.10199",
         counted_by=bitfit_count,
     ),

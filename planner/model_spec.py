@@ -419,6 +419,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True, eq=False, dict=True):
     `scores`: a score a token stands in the place of the output projection.
     `vocabulary_parts`: GPUs that divide the rows of embeddings and output projection; their
     parameters are then those of one of them, and `vocab_size` is still the whole.
+    `biased`: the same model with the biases that its config can switch on and has off, which
+    `bias_switches` names; None where there is nothing to switch on.
     `approximate`: why the shape is a stand-in (a bare size was given); None for a real model.
     """
 
@@ -453,6 +455,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True, eq=False, dict=True):
     scores: bool = False
     vocabulary_parts: int = 1
     native_dtype: str = "bfloat16"
+    biased: ModelSpec | None = None
+    bias_switches: tuple[str, ...] = ()
     approximate: str | None = None
 
     def __post_init__(self) -> None:
@@ -470,6 +474,12 @@ class ModelSpec(Struct, frozen=True, kw_only=True, eq=False, dict=True):
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def has_biases(self) -> bool:
+        """Whether anything in it has a bias."""
+        inside = (p for layer in self.layer_counts for p in layer.parameters())
+        return any(p.name.endswith("bias") for p in (*self.outer_parameters, *inside))
 
     @cached_property
     def _known(self) -> dict[Hashable, Any]:

@@ -12,7 +12,7 @@ from msgspec import Struct, structs
 
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import Layer, ModelSpec, Parameter
-from ftplan.planner.trained import MethodSettings, Trained
+from ftplan.planner.trained import MethodSettings, Trained, with_biases
 
 if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan
@@ -136,6 +136,8 @@ def with_score(model: ModelSpec) -> ModelSpec:
 def trained_model(model: ModelSpec, plan: TrainingPlan) -> ModelSpec:
     """The model that the plan's objective trains."""
     objective = plan.resolved_objective
+    if plan.method == "bitfit":
+        model = with_biases(model)
     if objective.scores and not model.scores:
         model = model.remembered("with score", partial(with_score, model))
     if objective.has_dropout:

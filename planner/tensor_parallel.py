@@ -126,7 +126,10 @@ def _one_rank(model: ModelSpec, tp_size: int) -> ModelSpec:
     check_divides(model, tp_size)
     divided = {id(layer): _divided_layer(layer, tp_size) for layer in model.layers}
     return structs.replace(
-        model, layers=tuple(divided[id(layer)] for layer in model.layers), vocabulary_parts=tp_size
+        model,
+        layers=tuple(divided[id(layer)] for layer in model.layers),
+        vocabulary_parts=tp_size,
+        biased=model.biased and _one_rank(model.biased, tp_size),
     )
 
 

@@ -277,14 +277,21 @@ def full_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions)
     return _own(model, model.num_hidden_layers, lambda _: True, outer)
 
 
+def with_biases(model: ModelSpec) -> ModelSpec:
+    """The model as BitFit trains it: of one that has no bias, with those that its config can switch
+    on, which begin at zero."""
+    return model.biased or model
+
+
 def bitfit_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
     """Every bias: Ben Zaken et al. 2021 (arXiv 2106.10199), section 3."""
+    model = with_biases(model)
     outer = {p.name for p in model.outer_parameters if p.name.endswith("bias")}
     trained = _own(model, model.num_hidden_layers, lambda name: name.endswith("bias"), outer)
     if not trained.own:
         raise InputError(
-            f"method `bitfit` trains biases, and {model.name} has none",
-            "use `--method ln-tuning`, which trains the norms, or `--method lora`",
+            f"method `bitfit` trains biases, and {model.name} neither has nor can have any",
+            "use `--method beft`, which adds some, `--method ln-tuning` or `--method lora`",
         )
     return trained
 

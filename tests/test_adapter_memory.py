@@ -92,6 +92,7 @@ def test_on_a_quantized_base(name: str) -> None:
         ),
         pytest.param({"config": WIDE_QWEN2, "peft_config": ("bias=all",)}, id="all biases"),
         pytest.param({"config": WIDE_QWEN2, "method": "bitfit"}, id="biases alone"),
+        pytest.param({"method": "bitfit"}, id="biases that are switched on"),
     ],
 )
 def test_options_of_lora(settings: dict[str, Any]) -> None:

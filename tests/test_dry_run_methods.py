@@ -41,6 +41,7 @@ SMALL = {
     "vera": ("r=16",),
     "waveft": ("n_frequency=64",),
 }
+MISTRAL = {**LLAMA, "model_type": "mistral"}
 DEEP_LLAMA = {**LLAMA, "num_hidden_layers": 6}
 PEFT_METHODS = [name for name, method in METHODS.items() if method.peft_type and method.has_trainer]
 ADAPTERS: dict[str, Any] = {
@@ -83,6 +84,7 @@ def test_a_method_takes_what_it_takes_for_real(name: str, tmp_path: Path) -> Non
         ),
         pytest.param({"method": "oft", "quantization": "nf4"}, id="OFT on nf4"),
         pytest.param({"method": "bitfit", "config": GPT2}, id="biases alone"),
+        pytest.param({"method": "bitfit"}, id="biases that are switched on"),
         pytest.param(
             {"method": "freeze", "trainable_modules": ("q_proj", "lm_head")}, id="named modules"
         ),
@@ -135,7 +137,7 @@ def test_options_that_peft_does_not_have(settings: dict[str, Any], message: str)
     [
         ({"method": "c3a"}, "PEFT refuses method `c3a` here: The block size should be a factor"),
         ({"method": "hra", "target_modules": ("norm",)}, "PEFT refuses method `hra` here"),
-        ({"method": "bitfit"}, "this model has none"),
+        ({"method": "bitfit", "config": MISTRAL}, "neither has nor can have any"),
     ],
 )
 def test_what_peft_refuses_is_told(settings: dict[str, Any], message: str) -> None:

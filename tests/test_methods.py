@@ -99,8 +99,9 @@ def built_by_peft(
     pytest.importorskip("trl", reason="needs the `train` extra")
     from peft import get_peft_model
 
-    from ftplan.launcher.training.build import apply_method
+    from ftplan.launcher.training.build import apply_method, switched_on
 
+    config = {**config, **switched_on(config, {"trains_biases": method == "bitfit"})}
     given = MethodSettings(**settings)
     targets = target_names(spec_from_config(config, "tiny"), given.target_modules)
     torch = pytest.importorskip("torch")
@@ -775,7 +776,7 @@ def test_bitfit_trains_the_real_biases(
     with suppress(InputError):
         theirs = built_by_peft("bitfit", tiny_config(family))
     if theirs is None:
-        with pytest.raises(InputError, match="has none"):
+        with pytest.raises(InputError, match="neither has nor can have any"):
             count("bitfit", tiny_spec(family))
     else:
         assert_counted(count("bitfit", tiny_spec(family)), theirs)
@@ -785,8 +786,19 @@ def test_bitfit_is_for_models_with_biases(tiny_spec: MakeSpec) -> None:
     assert {p.name for p in count("bitfit", tiny_spec("qwen2")).own} == {
         *("q_proj.bias", "k_proj.bias", "v_proj.bias")
     }
-    with pytest.raises(InputError, match="has none"):
-        count("bitfit", tiny_spec("llama"))
+    with pytest.raises(InputError, match="neither has nor can have any"):
+        count("bitfit", tiny_spec("mistral"))
+
+
+def test_bitfit_adds_the_biases_that_a_config_can_switch_on(tiny_spec: MakeSpec) -> None:
+    """Llama has a switch for attention's and one for the feed-forward's, Qwen 3 has the first."""
+    attention = {f"{name}_proj.bias" for name in "qkvo"}
+    feed_forward = {f"{name}_proj.bias" for name in ("gate", "up", "down")}
+    names = {p.name for p in count("bitfit", tiny_spec("llama")).own}
+    assert names == attention | feed_forward
+    assert {p.name for p in count("bitfit", tiny_spec("qwen3")).own} == attention
+    on = tiny_spec("llama", attention_bias=True)
+    assert on.biased is None and {p.name for p in count("bitfit", on).own} == attention
 
 
 @pytest.mark.train

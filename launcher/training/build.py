@@ -16,6 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 from ftplan.launcher.training.adapters import peft_config_of
 from ftplan.launcher.training.model_classes import MODEL_CLASSES, check_model_class
 from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.families import spec_from_config
 from ftplan.planner.methods import resolve_method
 
 Settings = Mapping[str, Any]
@@ -26,6 +27,7 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, settings["dtype"]),
         "attn_implementation": settings["attn_implementation"],
+        **switched_on(AutoConfig.from_pretrained(model).to_dict(), settings),
     }
     quantization = quantization_config(settings)
     if quantization is not None:
@@ -34,7 +36,29 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     model_class = MODEL_CLASSES[settings["objective"]]
     arguments.update(model_class.settings)
-    return model_class.auto.from_pretrained(model, use_safetensors=True, **arguments)
+    loaded = model_class.auto.from_pretrained(model, use_safetensors=True, **arguments)
+    if quantization is not None and device_type == "cpu":
+        _keep_differentiable(loaded)
+    return loaded
+
+
+def switched_on(config: Mapping[str, Any], settings: Settings) -> dict[str, bool]:
+    """What of the config is switched on to train biases; transformers makes them zero."""
+    if not settings["trains_biases"]:
+        return {}
+    try:
+        return dict.fromkeys(spec_from_config(config, "the model").bias_switches, True)
+    except InputError:  # no closed form, so no planned biases either
+        return {}
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit weights as they were loaded. On processors with AVX512-BF16 bitsandbytes (0.49)
+    packs them anew when it first evaluates, and computes with those without a backward pass, in
+    training, too: whatever is below such a module would learn nothing, without a word."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel:
@@ -47,7 +71,8 @@ def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel
     build_with = "eager" if attention == "flash_attention_2" else attention
     model_class = MODEL_CLASSES[settings["objective"]]
     try:
-        model_config = AutoConfig.for_model(**{**config, **model_class.settings})
+        switched = switched_on(config, settings)
+        model_config = AutoConfig.for_model(**{**config, **switched, **model_class.settings})
         check_model_class(settings["objective"], model_config)
         with torch.device("meta"):
             model = model_class.auto.from_config(
@@ -103,8 +128,8 @@ def train_biases_only(model: nn.Module) -> None:
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
     if not biases:
         raise InputError(
-            "method `bitfit` trains biases, and this model has none",
-            "use `--method ln-tuning`, which trains the norms, or `--method lora`",
+            "method `bitfit` trains biases, and this model neither has nor can have any",
+            "use `--method beft`, which adds some, `--method ln-tuning` or `--method lora`",
         )
     model.requires_grad_(False)
     for bias in biases:

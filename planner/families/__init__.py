@@ -71,9 +71,25 @@ def spec_from_config(config: Config, name: str) -> ModelSpec:
     if reader is None:
         raise UnknownNameError("architecture", model_type, FAMILIES, EXACT_ADVICE)
     try:
-        return reader(with_defaults(config), name)
+        return _with_biased(reader, with_defaults(config), name)
     except FieldError as error:
         raise InputError(f"model `{name}`: config.json {error}") from None
+
+
+# Flags of configs that give linear modules a bias, where they are there.
+_BIAS_SWITCHES = ("attention_bias", "mlp_bias")
+
+
+def _with_biased(reader: Reader, config: Config, name: str) -> ModelSpec:
+    """The model, and beside it the one with the biases that it has not but could have."""
+    spec = reader(config, name)
+    switches = tuple(switch for switch in _BIAS_SWITCHES if config.get(switch) is False)
+    if not switches or spec.has_biases:
+        return spec
+    biased = reader({**config, **dict.fromkeys(switches, True)}, name)
+    if not biased.has_biases:
+        return spec
+    return structs.replace(spec, biased=biased, bias_switches=switches)
 
 
 EXACT_ADVICE = "`ftplan estimate --exact` takes any decoder that transformers builds."
