@@ -103,6 +103,11 @@ def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
             "beta": plan.beta,
         }
     arguments: dict[str, Any] = {"max_length": plan.max_length}
+    if plan.resolved_method.fills_cache and not plan.resolved_objective.scores:
+        # A mixture's loss for balanced experts takes the mask of a row for that of its tokens, and
+        # fails where keys stand in front (transformers 5.23, `load_balancing_loss_func`). What it
+        # is for, the router, is frozen.
+        arguments["router_aux_loss_coef"] = 0.0
     if plan.objective == "sft":
         arguments["packing"] = plan.packing
     elif plan.resolved_objective.has_reference:

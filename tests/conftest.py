@@ -157,6 +157,20 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-matrix", action="store_true", help="train every method on every architecture"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--whole-matrix"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("whole_matrix")]
+    items[:] = [item for item in items if not item.get_closest_marker("whole_matrix")]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., dict[str, Any]]:
     """`tiny_config("qwen2", vocab_size=256)`: a config.json of a very small model."""

@@ -28,7 +28,7 @@ from ftplan.launcher.launching import write_run
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training import loop
-from ftplan.launcher.training.build import quantization_config
+from ftplan.launcher.training.build import keep_differentiable, quantization_config
 from ftplan.launcher.ui import Ui
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.units import GIB
@@ -108,6 +108,15 @@ def compared() -> list[dict[str, Any]]:
     ]
 
 
+def labelled() -> list[dict[str, Any]]:
+    """Questions with answers that are good or bad."""
+    rows = []
+    for row in compared():
+        rows.append({"prompt": row["prompt"], "completion": row["chosen"], "label": True})
+        rows.append({"prompt": row["prompt"], "completion": row["rejected"], "label": False})
+    return rows
+
+
 def write_rows(rows: list[dict[str, Any]], path: Path) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -128,9 +137,9 @@ class Done(Struct):
         return [row["loss"] for row in self.run.metric_rows() if "loss" in row]
 
 
-def carry_out(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> Done:
-    """Plan and train, in this process."""
-    plan = make_plan(
+def plan_of(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> Planned:
+    """A plan that is to be launched."""
+    return make_plan(
         Ui(as_json=True),
         asked=DataAsked(paths=(str(data),)),
         model_name=str(model),
@@ -139,6 +148,11 @@ def carry_out(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> 
         runs_dir=runs,
         for_launch=True,
     )
+
+
+def carry_out(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> Done:
+    """Plan and train, in this process; without a sample answer and a plot, which take longer."""
+    plan = plan_of(model, data, runs, given)
     run = write_run(plan, None, runs)
     seen: list[torch.Tensor] = []
     saved: Callable[..., str] = loop.save
@@ -147,7 +161,12 @@ def carry_out(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> 
         seen.append(logits_of(trainer.accelerator.unwrap_model(trainer.model)))
         return saved(session, trainer)
 
-    with mock.patch.object(loop, "save", save), mock.patch("signal.signal"):
+    with (
+        mock.patch.object(loop, "save", save),
+        mock.patch.object(loop, "generate_answer", lambda *args: ""),
+        mock.patch("ftplan.launcher.training.plot.plot_loss", lambda run: None),
+        mock.patch("signal.signal"),
+    ):
         assert loop.train(run, resume=False) == 0
     return Done(plan, run, seen[0])
 
@@ -173,7 +192,9 @@ def reloaded(done: Done) -> PreTrainedModel:
         more: dict[str, Any] = {"num_labels": 1} if scores else {}
         if plan.quantization != "none":
             more["quantization_config"] = quantization_config(method_settings(plan))
-        return kind.from_pretrained(output, **more)
+        model = kind.from_pretrained(output, **more)
+        keep_differentiable(model)  # else bitsandbytes answers from weights in fewer bits
+        return model
     return (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
         output
     )

@@ -38,7 +38,7 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
     arguments.update(model_class.settings)
     loaded = model_class.auto.from_pretrained(model, use_safetensors=True, **arguments)
     if quantization is not None and device_type == "cpu":
-        _keep_differentiable(loaded)
+        keep_differentiable(loaded)
     return loaded
 
 
@@ -52,7 +52,7 @@ def switched_on(config: Mapping[str, Any], settings: Settings) -> dict[str, bool
         return {}
 
 
-def _keep_differentiable(model: nn.Module) -> None:
+def keep_differentiable(model: nn.Module) -> None:
     """Keep 4-bit weights as they were loaded. On processors with AVX512-BF16 bitsandbytes (0.49)
     packs them anew when it first evaluates, and computes with those without a backward pass, in
     training, too: whatever is below such a module would learn nothing, without a word."""
