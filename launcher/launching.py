@@ -198,11 +198,13 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
         run_to_end(run, emit.launch_command(run, resume), environment, live.update)
     record = run.read_record()
-    if not ui.as_json:
-        from ftplan.launcher import views
+    from ftplan.launcher import views
 
+    if not ui.as_json:
         ui.show("", views.report(record), "")
         ui.show_lines(result_lines(run, record))
+    if said := views.said_forgetting(record):
+        ui.warn(said)
     return record
 
 
