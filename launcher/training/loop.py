@@ -18,6 +18,7 @@ from msgspec import Struct, field
 from transformers import set_seed
 
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
+from ftplan.launcher.model_card import write_card
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
@@ -138,6 +139,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started
         record = make_record(session, trainer, rows, before, after, memory, seconds, output)
+        write_card(run, record, run.root / output)
         write_json(run.record, record)
         session.say("finished")
     return 0
