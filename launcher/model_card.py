@@ -26,6 +26,8 @@ _SHOWN_SETTINGS = (
     *("packing", "loss", "beta", "num_train_epochs", "max_steps", "seed"),
 )
 
+_NOTHING = (None, "", [], (), "none", "no", False)  # 0 too
+
 _OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 
 # Labels of record.json's figures.
@@ -116,7 +118,10 @@ def _opening(
         f"{trained} parameters were trained in {record['steps']} steps. "
     )
     if merged is not None:
-        text += f"The adapter is merged into the base's weights, in {merged['dtype']}. "
+        text += f"The adapter is merged into the base's weights, in {merged['dtype']}"
+        if merged["check"]:
+            text += f"; logits differ from unmerged ones by {merged['check']['difference']:.2%}"
+        text += ". "
     return text + "The base model's licence applies."
 
 
@@ -172,13 +177,15 @@ def _forgetting(record: Mapping[str, Any]) -> list[str]:
 
 
 def _settings_table(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    method = resolve_method(record["method"])
+    method, objective = resolve_method(record["method"]), OBJECTIVES[settings["objective"]]
     without = () if method.has_rank else _OF_ADAPTERS
+    without += () if method.name == "freeze" else ("num_trainable_layers",)
+    without += () if objective.generates else ("beta",)
     rows = [("method", record["method"]), ("objective", settings["objective"])]
     rows += [
         (name, _said(settings[name]))
         for name in _SHOWN_SETTINGS
-        if name not in without and settings.get(name) not in (None, "", [], (), "none")
+        if name not in without and settings.get(name) not in _NOTHING
     ]
     return _table(("setting", "value"), rows)
 

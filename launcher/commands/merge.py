@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +20,15 @@ from ftplan.planner.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from ftplan.launcher.merging.check import Check
+    from ftplan.launcher.merging.gguf import GgufTools
     from ftplan.launcher.merging.merge import Merger, Unit
     from ftplan.launcher.merging.request import MergeRequest
 
 DTYPES = ("bfloat16", "float16", "float32")
 _DEFAULT_GGUF = "f16"
+
+# Room for the weights, a GGUF file of 16 bits, and one made from it.
+WITH_GGUF = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    from ftplan.launcher.merging.gguf import find_tools
     from ftplan.launcher.merging.request import merge_request
 
     request = merge_request(arguments.run, arguments.out)
+    tools = find_tools(arguments.gguf) if arguments.gguf else None
     require_training()
     _quiet_libraries()
     began = time.monotonic()
-    merged = _merge(ui, request, arguments.dtype, arguments.gguf)
+    merged = _merge(ui, request, arguments.dtype, tools)
     merged["seconds"] = time.monotonic() - began
     ui.json({"schema": 1, "run_dir": str(request.run.root), **merged})
     _show(ui, request, merged)
@@ -58,26 +66,28 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
 
 def _quiet_libraries() -> None:
     """No bars and notes of libraries between ours."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
 
 
-def _merge(ui: Ui, request: MergeRequest, dtype: str | None, gguf: str | None) -> dict[str, Any]:
+def _merge(
+    ui: Ui, request: MergeRequest, dtype: str | None, tools: GgufTools | None
+) -> dict[str, Any]:
     """The merged folder, whole or not at all: written beside its place and renamed."""
     import torch
 
-    from ftplan.launcher.merging.gguf import find_tools
     from ftplan.launcher.merging.merge import Merger
     from ftplan.launcher.merging.request import check_room
 
-    tools = find_tools(gguf) if gguf else None
     ui.say("reading the adapter and the base model's files ...")
     merger = Merger(request, getattr(torch, dtype) if dtype else None)
     num_bytes = merger.num_bytes()
-    check_room(request.out, num_bytes * (3 if gguf else 1))
+    check_room(request.out, num_bytes * (1 if tools is None else WITH_GGUF))
     beside = request.out.with_name(f".{request.out.name}.{os.getpid()}.tmp")
     try:
         beside.mkdir(parents=True)
@@ -92,7 +102,7 @@ def _merge(ui: Ui, request: MergeRequest, dtype: str | None, gguf: str | None) -
             "gguf": None,
         }
         if tools is not None:
-            merged["gguf"] = _write_gguf(ui, request, beside, tools, gguf)
+            merged["gguf"] = _write_gguf(ui, request, beside, tools)
         _write_card(request, merged, beside)
         if os.path.lexists(request.out):
             raise InputError(f"`{request.out}` has appeared meanwhile", "name another with `--out`")
@@ -134,19 +144,16 @@ def _checked(ui: Ui, request: MergeRequest, merger: Merger, folder: Path) -> dic
     return found
 
 
-def _write_gguf(
-    ui: Ui, request: MergeRequest, folder: Path, tools: Any, kind: str | None
-) -> dict[str, Any]:
+def _write_gguf(ui: Ui, request: MergeRequest, folder: Path, tools: GgufTools) -> dict[str, Any]:
     from ftplan.launcher.data.tokens import load_tokenizer
     from ftplan.launcher.merging.gguf import write_gguf
     from ftplan.launcher.merging.modelfile import modelfile
 
-    assert kind is not None
-    ui.say(f"writing {kind} as GGUF ...")
-    file = write_gguf(tools, folder, kind)
+    ui.say(f"writing {tools.kind} as GGUF ...")
+    file = write_gguf(tools, folder)
     text = modelfile(file.name, load_tokenizer(request.adapter))
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return {"file": file.name, "type": kind, "bytes": file.stat().st_size}
+    return {"file": file.name, "type": tools.kind, "bytes": file.stat().st_size}
 
 
 def _write_card(request: MergeRequest, merged: dict[str, Any], folder: Path) -> None:

@@ -28,8 +28,9 @@ _LAST_LINES = 3
 
 
 class GgufTools(Struct, frozen=True):
-    """Paths of llama.cpp's programs."""
+    """The type that is wanted, and the paths of llama.cpp's programs."""
 
+    kind: str
     convert: str
     quantize: str | None
 
@@ -53,11 +54,12 @@ def find_tools(kind: str, environ: Mapping[str, str] = os.environ) -> GgufTools:
             f"build llama.cpp or install a release of it; or take `--gguf {CONVERTED[-1]}`, which "
             f"`{CONVERT}` writes alone",
         )
-    return GgufTools(convert, quantize)
+    return GgufTools(kind, convert, quantize)
 
 
-def write_gguf(tools: GgufTools, folder: Path, kind: str) -> Path:
+def write_gguf(tools: GgufTools, folder: Path) -> Path:
     """`model-TYPE.gguf` in the model's folder. Raises RunFailedError with what the tool said."""
+    kind = tools.kind
     target = folder / f"model-{kind}.gguf"
     if kind in CONVERTED:
         _converted(tools, folder, target, kind)
