@@ -182,7 +182,7 @@ def test_a_merge_from_files_is_pefts_merge_to_the_bit(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["lora", "vera", "ln-tuning"])
+@pytest.mark.parametrize("method", ["lora", "vera", "adalora"])
 def test_every_architecture_is_merged_as_peft_does(
     method: str, architecture: str, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -511,7 +511,7 @@ def test_a_modelfile_has_the_template_and_the_stop_tokens() -> None:
     twice = CHATML.replace("{{ message.content }}", "{{ message.content }}{{ message.content }}")
     assert go_template(RowTokenizer(tiny_tokenizer(twice))) is None
     plain = go_template(RowTokenizer(tiny_tokenizer()))
-    assert plain is not None and "### Instruction:\n{{ .Prompt }}" in plain
+    assert plain is not None and "### Instruction:\n{{ end }}{{ .Prompt }}" in plain
 
 
 if __name__ == "__main__":

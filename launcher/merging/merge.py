@@ -223,7 +223,7 @@ class Merger:
 
 class WholeWeights:
     """Parameters of the base that stand in the adapter's file whole, as embeddings with new tokens
-    do: their shapes by their names."""
+    do: their shapes by their names. `vocab_size`: where it is another one than the base's."""
 
     def __init__(self, adapter: Path, skeleton: PreTrainedModel) -> None:
         self.path = adapter / _ADAPTER_WEIGHTS
@@ -237,9 +237,9 @@ class WholeWeights:
                     self._keys[name] = key
                     self.names[name] = tuple(opened.get_slice(key).get_shape())
         embeddings = skeleton.get_input_embeddings().weight
-        shapes = [self.names[n] for n, t in known.items() if t is embeddings and n in self.names]
-        rows = shapes[0][0] if shapes else len(embeddings)
-        self.vocab_size = rows if rows != len(embeddings) else None
+        every = skeleton.named_parameters(remove_duplicate=False)
+        rows = [self.names[n][0] for n, p in every if p is embeddings and n in self.names]
+        self.vocab_size = next((n for n in rows if n != len(embeddings)), None)
 
     def read(self, name: str) -> torch.Tensor:
         with safe_open(str(self.path), framework="pt") as opened:

@@ -133,20 +133,18 @@ def _empty(model: nn.Module, whole: Mapping[str, tuple[int, ...]]) -> dict[int, 
     """Give every parameter a shape without memory; the names of each, by its object's id. PEFT
     writes into those of `whole`, which have memory."""
     made: dict[int, nn.Parameter] = {}
-    names: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    names = _parameter_names(model)
+    for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(old) not in made:
                 data = _nothing(old.shape, torch.float32)
-                if (f"{path}.{name}" if path else name) in whole:
+                if any(same in whole for same in names[id(old)]):
                     data = data.clone()
                 made[id(old)] = nn.Parameter(data, requires_grad=False)
-            new = made[id(old)]
-            setattr(module, name, new)
-            names.setdefault(id(new), []).append(f"{path}.{name}" if path else name)
+            setattr(module, name, made[id(old)])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, _nothing(buffer.shape, buffer.dtype))
-    return names
+    return {id(made[old]): same for old, same in names.items()}
 
 
 def _parameter_names(model: nn.Module) -> dict[int, list[str]]:
