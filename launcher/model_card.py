@@ -26,7 +26,7 @@ _SHOWN_SETTINGS = (
     *("packing", "loss", "beta", "num_train_epochs", "max_steps", "seed"),
 )
 
-_NOTHING = (None, "", [], (), "none", "no", False)  # 0 too
+_NOTHING: tuple[Any, ...] = (None, "", [], (), "none", "no", False)  # 0 too
 
 _OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 
@@ -178,9 +178,9 @@ def _forgetting(record: Mapping[str, Any]) -> list[str]:
 
 def _settings_table(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     method, objective = resolve_method(record["method"]), OBJECTIVES[settings["objective"]]
-    without = () if method.has_rank else _OF_ADAPTERS
-    without += () if method.name == "freeze" else ("num_trainable_layers",)
-    without += () if objective.generates else ("beta",)
+    without = {*(() if method.has_rank else _OF_ADAPTERS)}
+    without |= set() if method.name == "freeze" else {"num_trainable_layers"}
+    without |= set() if objective.generates else {"beta"}
     rows = [("method", record["method"]), ("objective", settings["objective"])]
     rows += [
         (name, _said(settings[name]))

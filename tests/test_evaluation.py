@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ftplan.launcher import views
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.tokens import RowTokenizer
+from ftplan.launcher.merging.check import CHECKED_TOKENS, TOLERATED_EPSILONS
 from ftplan.launcher.model_card import card
 from ftplan.launcher.training.answer_scores import (
     MAX_LABELS,
+    SHORT_ANSWER_TOKENS,
     are_short,
     normalized,
     score,
@@ -30,6 +33,8 @@ from ftplan.launcher.training.answer_scores import (
 )
 from ftplan.launcher.training.answering import answers, stop_tokens
 from ftplan.launcher.training.evaluation import (
+    MOST_SCORED_TOKENS,
+    SCORING_SECONDS,
     SHOWN_ROWS,
     Evaluator,
     asked_rows,
@@ -37,7 +42,13 @@ from ftplan.launcher.training.evaluation import (
     forgetting_record,
     samples_record,
 )
-from ftplan.launcher.training.general_text import PIECE_TOKENS, general_loss, text_pieces
+from ftplan.launcher.training.general_text import (
+    LEAST_PIECES,
+    MOST_SECONDS,
+    PIECE_TOKENS,
+    general_loss,
+    text_pieces,
+)
 from ftplan.launcher.training.rows import ASKED_ROWS, _Asked
 from ftplan.launcher.ui import Ui
 from ftplan.planner.forgetting import PERPLEXITY_RISE, has_forgotten, what_helps
@@ -318,3 +329,19 @@ def test_warnings_of_forgetting_go_beside_the_data(capsys: pytest.CaptureFixture
     Ui(as_json=True).warn(views.said_forgetting(record()) or "")
     captured = capsys.readouterr()
     assert captured.out == "" and "has forgotten" in captured.err
+
+
+def test_the_page_states_the_constants() -> None:
+    text = " ".join((Path(__file__).parents[1] / "docs/after-training.md").read_text().split())
+    for said in (
+        f"median is at most {SHORT_ANSWER_TOKENS} tokens",
+        f"at most {MAX_LABELS} different ones",
+        f"at most {ASKED_ROWS} held-out questions",
+        f"at most 4 tokens more than the longest in the data, and {MOST_SCORED_TOKENS} at most",
+        f"after {SCORING_SECONDS:g} seconds before training",
+        f"in pieces of {PIECE_TOKENS} tokens",
+        f"begun after {MOST_SECONDS:g} seconds, though {LEAST_PIECES} there are",
+        f"read {CHECKED_TOKENS} tokens in float32",
+        f"more than {TOLERATED_EPSILONS} epsilons".replace("more", "More"),
+    ):
+        assert said in text, said

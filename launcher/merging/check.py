@@ -45,7 +45,7 @@ class Check(Struct, frozen=True, kw_only=True):
 
     @property
     def passed(self) -> bool:
-        return bool(self.difference <= self.tolerance)
+        return self.difference <= self.tolerance
 
     @property
     def drowned(self) -> bool:
@@ -56,7 +56,7 @@ class Check(Struct, frozen=True, kw_only=True):
 def can_check(num_parameters: int) -> bool:
     """Whether a model of so many parameters fits into the free RAM."""
     _, available = ram_bytes()
-    return num_parameters * _COMPUTED_IN.itemsize * _ROOM < available
+    return bool(num_parameters * _COMPUTED_IN.itemsize * _ROOM < available)
 
 
 def check_merged(request: MergeRequest, merged: Path, dtype: torch.dtype) -> Check:
