@@ -38,6 +38,7 @@ from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.default_reasons import WHY_DEFAULT
 from ftplan.planner.disk import CHECKPOINTS_KEPT
 from ftplan.planner.families import spec_from_size
+from ftplan.planner.forgetting import PERPLEXITY_RISE
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -47,7 +48,6 @@ from ftplan.planner.hardware_spec import (
     QUANTIZATION_CAPABILITY,
     Device,
 )
-from ftplan.planner.forgetting import PERPLEXITY_RISE
 from ftplan.planner.host_memory import SAVED_AT_ONCE_BYTES
 from ftplan.planner.memory import MEMORY_MARGIN, RESERVED_OVER_ALLOCATED, estimate_memory
 from ftplan.planner.methods import COMPARED_METHODS, METHODS

@@ -474,6 +474,8 @@ def test_data_of_every_format_trains(name: str, model_folder: Path, tmp_path: Pa
     assert record["steps"] == 2 and record["data_sha256"] == plan.data.sha256
     assert record["evaluation"]["num_rows"] == plan.profile.num_eval_rows == 2
     assert record["measured"]["allocated_bytes"] > 0
+    accuracy = record["evaluation"]["accuracy"]
+    assert (accuracy is not None) == (objective in ("dpo", "reward"))
     assert (record["samples"] == []) == (name == "text" or objective == "reward")
 
 

@@ -146,11 +146,10 @@ def evaluation_record(
     objective: str, before: Mapping[str, Any], after: Mapping[str, Any], num_rows: int
 ) -> dict[str, Any]:
     """`evaluation` of record.json: the loss, and the other measures side by side."""
-    losses = before["eval_loss"], after["eval_loss"]
+    losses: tuple[Any, Any] = (before["eval_loss"], after["eval_loss"])
+    plain = objective == "sft" and all(loss is not None for loss in losses)
     measures = {
-        "perplexity": tuple(loss and perplexity(loss) for loss in losses)
-        if objective == "sft"
-        else (None, None),
+        "perplexity": tuple(map(perplexity, losses)) if plain else (None, None),
         "accuracy": (before["accuracy"], after["accuracy"]),
         "reward": (before["reward"], after["reward"]),
     }

@@ -203,7 +203,8 @@ def _evaluate(
 
 def _earlier_evaluation(run: RunDir) -> dict[str, Any] | None:
     """The evaluation before training of the attempt that is being resumed."""
-    return next((row for row in run.metric_rows() if row.get("when") == "before"), None)
+    rows = (row for row in run.metric_rows() if row.get("when") == "before" and "shown" in row)
+    return next(rows, None)
 
 
 def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
