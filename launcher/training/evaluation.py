@@ -148,7 +148,7 @@ def evaluation_record(
     """`evaluation` of record.json: the loss, and the other measures side by side."""
     losses: tuple[Any, Any] = (before["eval_loss"], after["eval_loss"])
     plain = objective == "sft" and all(loss is not None for loss in losses)
-    measures = {
+    measures: dict[str, tuple[Any, ...]] = {
         "perplexity": tuple(map(perplexity, losses)) if plain else (None, None),
         "accuracy": (before["accuracy"], after["accuracy"]),
         "reward": (before["reward"], after["reward"]),
