@@ -33,6 +33,7 @@ from ftplan.launcher.ui import Ui
 from ftplan.launcher.version import version
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.methods import resolve_method
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.teams import roomiest
 from ftplan.planner.trained import target_names
@@ -198,11 +199,13 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
         run_to_end(run, emit.launch_command(run, resume), environment, live.update)
     record = run.read_record()
-    if not ui.as_json:
-        from ftplan.launcher import views
+    from ftplan.launcher import views
 
+    if not ui.as_json:
         ui.show("", views.report(record), "")
         ui.show_lines(result_lines(run, record))
+    if said := views.said_forgetting(record):
+        ui.warn(said)
     return record
 
 
@@ -249,11 +252,13 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     loader = "AutoPeftModelForCausalLM" if record["output"] == "adapter" else "AutoModelForCausalLM"
     package = "peft" if record["output"] == "adapter" else "transformers"
+    merges = record["output"] == "adapter" and resolve_method(record["method"]).has_rank
     return [
         f"{record['output']:<10}  {folder} ({format_bytes(size)})",
         f"loss curve  {run.loss_plot}",
         f"figures     {run.record}",
         f"again       ftplan launch {run.root}",
+        *([f"one model   ftplan merge {run.root}"] if merges else []),
         "use it",
         f"    from {package} import {loader}",
         f"    model = {loader}.from_pretrained(",

@@ -110,6 +110,11 @@ class RunDir(Struct, frozen=True):
         return self.root / "model"
 
     @property
+    def merged(self) -> Path:
+        """Where `ftplan merge` puts the merged model."""
+        return self.root / "merged"
+
+    @property
     def record(self) -> Path:
         return self.root / "record.json"
 

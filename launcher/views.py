@@ -401,27 +401,67 @@ def ladder_table(rungs: Iterable[Rung], device: Device) -> Table:
 
 
 def report(record: Mapping[str, Any]) -> Group:
-    """Predicted beside measured, held-out loss, a sample answer."""
-    parts: list[RenderableType] = [comparison_table(record), Text("")]
-    evaluation = record["evaluation"]
-    parts += [
-        table(
-            "Loss on held-out rows",
-            ("", ">before", ">after", ">change", ""),
-            [
-                [
-                    f"{evaluation['num_rows']} rows",
-                    f"{evaluation['before']:.3f}",
-                    f"{evaluation['after']:.3f}",
-                    format_percent(evaluation["after"] / evaluation["before"] - 1),
-                    "lower is better",
-                ]
-            ],
-        ),
-        Text(""),
-        sample_view(record["sample"]),
-    ]
-    return Group(*parts)
+    """Predicted beside measured, what the model could do before and after, some answers."""
+    parts: list[RenderableType] = [comparison_table(record), Text(""), evaluation_table(record)]
+    return Group(*parts, Text(""), samples_view(record.get("samples") or []))
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+# Measures of record.json's `evaluation`: label, form, and which way is better.
+_MEASURES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
+    ("perplexity", "perplexity", "{:.2f}".format, "lower is better"),
+    ("accuracy", "chosen over rejected", _share, "higher is better"),
+    ("reward", "reward", "{:.3f}".format, "higher is better"),
+    ("exact_match", "exact match", _share, "higher is better"),
+    ("f1", "F1 of words", _share, "higher is better"),
+    ("macro_f1", "F1 of labels, mean", _share, "higher is better"),
+)
+
+
+def evaluation_table(record: Mapping[str, Any]) -> Table:
+    """What was measured on the held-out rows, and the perplexity of general text."""
+    evaluation, forgetting = record["evaluation"], record.get("forgetting")
+    num_scored = evaluation.get("num_scored") or 0
+    rows: list[list[RenderableType]] = []
+    if evaluation["before"] is not None and evaluation["after"] is not None:
+        name = f"loss, {evaluation['num_rows']} rows"
+        rows.append(_before_and_after(name, evaluation, "{:.3f}".format, "lower is better"))
+    for key, label, form, better in _MEASURES:
+        if values := evaluation.get(key):
+            name = f"{label}, {num_scored} answers" if key == "exact_match" else label
+            rows.append(_before_and_after(name, values, form, better))
+    if forgetting:
+        name = "perplexity of general text"
+        rows.append(_before_and_after(name, forgetting, "{:.2f}".format, "a rise is forgetting"))
+    return table("On held-out rows", ("", ">before", ">after", ">change", ""), rows)
+
+
+def _before_and_after(
+    label: str, values: Mapping[str, Any], form: Callable[[float], str], better: str
+) -> list[RenderableType]:
+    before, after = values["before"], values["after"]
+    is_share = form is _share
+    if is_share:
+        change = f"{100 * (after - before):+.0f} points"
+    else:
+        change = format_percent(after / before - 1) if before > 0 else f"{after - before:+.3f}"
+    return [label, form(before), form(after), change, better]
+
+
+def said_forgetting(record: Mapping[str, Any]) -> str | None:
+    """What was forgotten and what helps; None where little was."""
+    forgetting = record.get("forgetting")
+    if not forgetting or not forgetting["forgotten"]:
+        return None
+    rise = format_percent(forgetting["after"] / forgetting["before"] - 1).lstrip("+")
+    helps = "; ".join(forgetting["what_helps"])
+    return (
+        f"the model has forgotten: the perplexity of general text rose by {rise}, more than "
+        f"{_share(forgetting['threshold'])}. What helps: {helps}"
+    )
 
 
 def comparison_table(record: Mapping[str, Any]) -> Table:
@@ -441,22 +481,26 @@ def comparison_table(record: Mapping[str, Any]) -> Table:
     return table("Predicted and measured", ("", ">predicted", ">measured", ">off by"), rows)
 
 
-def sample_view(sample: Mapping[str, Any]) -> RenderableType:
-    """One held-out question with the answers before and after training."""
-    if not sample.get("prompt"):
-        return Text("")
+def samples_view(samples: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Held-out questions with the answers before and after training."""
     lines: list[RenderableType] = []
-    for label, key in (
-        ("question", "prompt"),
-        ("before", "before"),
-        ("after", "after"),
-        ("reference", "reference"),
-    ):
-        lines.append(Text.assemble((f"{label}: ", "dim"), _clipped(sample[key] or "")))
-    return Panel(Group(*lines), title="A held-out question", title_align="left", border_style="dim")
+    for sample in samples:
+        if lines:
+            lines.append(Text(""))
+        for label, key in (
+            ("question", "prompt"),
+            ("before", "before"),
+            ("after", "after"),
+            ("reference", "reference"),
+        ):
+            lines.append(Text.assemble((f"{label}: ", "dim"), _clipped(sample[key] or "")))
+    if not lines:
+        return Text("")
+    title = "A held-out question" if len(samples) == 1 else "Held-out questions"
+    return Panel(Group(*lines), title=title, title_align="left", border_style="dim")
 
 
-def _clipped(text: str, limit: int = 400) -> str:
+def _clipped(text: str, limit: int = 240) -> str:
     """Printable, of bounded length: a model's output may hold anything."""
     clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in text).strip()
     return clean if len(clean) <= limit else clean[:limit].rstrip() + " ..."

@@ -1,4 +1,5 @@
-"""Facts about text: words of languages, keys' forms, chat tokens, numbers of banks and phones.
+"""Facts about text: words of languages, keys' forms, chat tokens, numbers of banks and phones,
+general passages.
 
 JSON files beside this one, each with its sources; read once, when data are looked at.
 """
@@ -107,6 +108,24 @@ class PersonalData(Struct, frozen=True, forbid_unknown_fields=True):
     phones: Phones
     email_domains: EmailDomains
     email_roles: EmailRoles
+
+
+class GeneralPassage(Struct, frozen=True, forbid_unknown_fields=True):
+    kind: str
+    text: str
+
+
+class GeneralText(Struct, frozen=True, forbid_unknown_fields=True):
+    """Passages of several kinds in turn, that no data for tuning are about: on them is measured
+    what tuning has made a model forget."""
+
+    source: str
+    texts: tuple[GeneralPassage, ...]
+
+
+@cache
+def general_text() -> GeneralText:
+    return _read("general_text.json", GeneralText)
 
 
 @cache

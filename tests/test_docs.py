@@ -38,6 +38,7 @@ from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.default_reasons import WHY_DEFAULT
 from ftplan.planner.disk import CHECKPOINTS_KEPT
 from ftplan.planner.families import spec_from_size
+from ftplan.planner.forgetting import PERPLEXITY_RISE
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
     CPU_HEAP_HOLES,
@@ -63,6 +64,7 @@ from ftplan.planner.teams import teams_of
 from ftplan.planner.trained import MethodSettings
 from ftplan.planner.units import GIB, MIB, format_bytes, format_count
 from ftplan.profiles import require_model
+from ftplan.profiles.text_facts import general_text
 from tests.test_measured import ROWS
 from tests.test_measured import error as error_of
 
@@ -509,6 +511,8 @@ def test_the_pages_state_the_constants() -> None:
         ("memory-model.md", "On a processor", f"= {1 + CPU_HEAP_HOLES:g} x allocated"),
         ("memory-model.md", "On a processor", f"= {1 + CPU_WORST_HEAP_HOLES:g} x allocated + "),
         ("data.md", "Split", f"{100 * policy.EVAL_SHARE:g} % of the usable rows"),
+        ("after-training.md", "Forgetting", f"more than **{100 * PERPLEXITY_RISE:g} %**"),
+        ("after-training.md", "Forgetting", f"{len(general_text().texts)} passages"),
     ):  # fmt: skip
         assert said in section(page(name), heading), (name, said)
 

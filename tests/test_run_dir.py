@@ -82,6 +82,7 @@ class TestNames:
             "tokens": "tokens",
             "adapter": "adapter",
             "model": "model",
+            "merged": "merged",
             "record": "record.json",
             "previous": "previous",
         }

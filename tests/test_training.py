@@ -154,6 +154,43 @@ def test_the_run_directory_holds_what_the_design_names(finished: SimpleNamespace
     assert not list(finished.run.adapter.rglob("*.bin")), "safetensors only"
 
 
+def test_what_auto_made_has_a_model_card_of_its_own(finished: SimpleNamespace) -> None:
+    """Not PEFT's, which names the folder of the base model."""
+    card = (finished.run.adapter / "README.md").read_text()
+    assert "## How it was trained" in card and "More Information Needed" not in card
+    assert str(finished.cwd) not in card and "tiny-llama" in card
+    assert "Where is the" not in card, "a row of the data"
+
+
+def test_auto_measures_what_the_model_can_do_before_and_after(finished: SimpleNamespace) -> None:
+    record = finished.run.read_record()
+    perplexity = record["evaluation"]["perplexity"]
+    assert perplexity["after"] < perplexity["before"]
+    assert len(record["samples"]) == 3
+    assert all(one["before"] != one["after"] for one in record["samples"])
+    assert record["forgetting"]["num_tokens"] > 1000
+    assert ("has forgotten" in finished.err) == record["forgetting"]["forgotten"]
+
+
+def test_a_run_is_merged_into_a_model_that_answers_as_its_adapter(
+    finished: SimpleNamespace, model_folder: Path
+) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    out = finished.cwd / "merged"
+    done = ftplan("merge", finished.run.root, "--out", out, "--dtype", "float32", cwd=finished.cwd)
+    assert done.returncode == 0, done.stderr
+    assert "logits of 32 tokens differ by 0.00%" in done.stdout
+    assert "Warning" not in done.stderr and "torchao" not in done.stderr
+    tokens = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(out)(tokens).logits
+        tuned = AutoPeftModelForCausalLM.from_pretrained(finished.run.adapter)(tokens).logits
+    assert torch.allclose(merged, tuned, atol=1e-3)
+
+
 def test_no_warning_of_a_library_reaches_the_terminal(finished: SimpleNamespace) -> None:
     assert "Warning" not in finished.err
     assert "bitsandbytes" not in finished.err
@@ -437,7 +474,9 @@ def test_data_of_every_format_trains(name: str, model_folder: Path, tmp_path: Pa
     assert record["steps"] == 2 and record["data_sha256"] == plan.data.sha256
     assert record["evaluation"]["num_rows"] == plan.profile.num_eval_rows == 2
     assert record["measured"]["allocated_bytes"] > 0
-    assert (record["sample"]["after"] is None) == (name == "text" or objective == "reward")
+    accuracy = record["evaluation"]["accuracy"]
+    assert (accuracy is not None) == (objective in ("dpo", "reward"))
+    assert (record["samples"] == []) == (name == "text" or objective == "reward")
 
 
 @pytest.mark.parametrize("mode", ["truncate", "drop", "split"])

@@ -220,9 +220,9 @@ def test_a_split_text_loses_no_token(template: str, tmp_path: Path) -> None:
     for mode, limit in (("truncate", 4000), ("split", 70)):
         _, config = planned(path, tokenizer, "sft", mode, limit)
         dataset = read_rows(config, tokenizer, tmp_path / "tokens").train.dataset
-        first = len(tokenizer._first_token)
+        first = len(tokenizer.first_token)
         texts.append([token for ids in dataset["input_ids"] for token in ids[first:]])
-        assert all(ids[:first] == tokenizer._first_token for ids in dataset["input_ids"])
+        assert all(ids[:first] == tokenizer.first_token for ids in dataset["input_ids"])
     assert texts[0] == texts[1]
 
 

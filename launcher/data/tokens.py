@@ -36,6 +36,10 @@ _OTHER_TEMPLATE = (
 )
 
 
+# Any conversation: only what the template puts around it is looked at.
+_SHORT_TALK = (Message("user", "Hello"), Message("assistant", "Farewell"))
+
+
 class TokenRow(Struct, frozen=True):
     """A row as training sees it: `completion_mask` is 1 where a token carries loss."""
 
@@ -160,7 +164,7 @@ class RowTokenizer:
     def _opening(self, messages: Sequence[Message], ids: list[int]) -> list[int]:
         """What belongs before the tokens: nothing where template or text has brought its own."""
         templated = messages and self.has_chat_template
-        return [] if templated or ids[:1] == self._first_token else self._first_token
+        return [] if templated or ids[:1] == self.first_token else self.first_token
 
     def opening_tokens(self, row: Row, segments: Sequence[Segment]) -> int:
         """How many tokens `_opening` puts before the row."""
@@ -168,7 +172,7 @@ class RowTokenizer:
             return 0
         first = next((segment.text for segment in segments if segment.text), "")
         bos = self._bos
-        return 0 if bos and first.startswith(bos) else len(self._first_token)
+        return 0 if bos and first.startswith(bos) else len(self.first_token)
 
     @cached_property
     def _end(self) -> str:
@@ -180,10 +184,23 @@ class RowTokenizer:
         return self.tokenizer.bos_token or ""
 
     @cached_property
-    def _first_token(self) -> list[int]:
+    def first_token(self) -> list[int]:
         """The token that the tokenizer puts before every text; empty where it puts none."""
         first, bos = self.tokenizer("a")["input_ids"][:1], self.tokenizer.bos_token_id
         return first if first == [bos] else []
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """What training teaches to say at an answer's end: the tokenizer's end token, and the
+        special token with which the chat template goes on after an answer."""
+        ends = [self.tokenizer.eos_token_id]
+        if self.has_chat_template:
+            *_, answer = self.segments(Row(number=1, messages=_SHORT_TALK))
+            after = answer.text.partition(_SHORT_TALK[-1].content)[2].strip()
+            (ids,) = self.ids([after])
+            added = self.tokenizer.added_tokens_decoder
+            ends += [token for token in ids[:1] if token in added and added[token].special]
+        return list(dict.fromkeys(token for token in ends if token is not None))
 
     def segments(self, row: Row) -> list[Segment]:
         """The row's text cut where loss begins and ends; its end token is trained.

@@ -17,12 +17,19 @@ import torch
 from msgspec import Struct, field
 from transformers import set_seed
 
-from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
+from ftplan.launcher.model_card import write_card
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.config import TrainConfig, read_train_config
+from ftplan.launcher.training.evaluation import (
+    Evaluator,
+    asked_rows,
+    evaluation_record,
+    forgetting_record,
+    samples_record,
+)
 from ftplan.launcher.training.measure import (
     CpuAllocationRecorder,
     mean_step_seconds,
@@ -33,8 +40,6 @@ from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remo
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.overlong import overlong_to_dict
-
-SAMPLE_NEW_TOKENS = 64
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 
@@ -104,13 +109,15 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     rows = read_rows(config, session.tokenizer, run.tokens, session.tell_rows)
     session.say("loading the model")
     trainer = build_trainer(session, rows.train, rows.held_out)
+    asked = asked_rows(config, session.tokenizer, rows.asked)
+    evaluator = Evaluator(trainer, session.tokenizer, config, asked, session.say)
     loaded = time.time()
     checkpoint = run.last_checkpoint() if resume else None
     if checkpoint:
         forget_steps_after(run, checkpoint)
     before = _earlier_evaluation(run) if checkpoint else None
     if before is None:
-        before = _evaluate(session, trainer, "before", rows.sample)
+        before = _evaluate(session, evaluator, "before")
     write_json(run.environment, environment())
     session.say("training", step=trainer.state.global_step)
     began = time.time()
@@ -122,7 +129,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return session.stop_status
     memory = measured_memory(session.recorder)
-    after = _evaluate(session, trainer, "after", rows.sample)
+    after = _evaluate(session, evaluator, "after", before)
     session.say("saving")
     output = save(session, trainer)
     if trainer.is_world_process_zero():
@@ -132,6 +139,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started
         record = make_record(session, trainer, rows, before, after, memory, seconds, output)
+        write_card(run, record, run.root / output)
         write_json(run.record, record)
         session.say("finished")
     return 0
@@ -184,30 +192,19 @@ def sft_arguments(training_arguments: Mapping[str, Any], output_dir: str, **more
 
 
 def _evaluate(
-    session: _Session, trainer: PlannedTrainer, when: str, row: Row | None
+    session: _Session, evaluator: Evaluator, when: str, before: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Loss on the held-out rows, and a sample answer; kept in metrics.jsonl for a resume."""
-    session.say(f"evaluating {when} training")
-    loss = trainer.evaluate()["eval_loss"]
-    session.say(f"answering a held-out question {when} training")
-    speaks = session.config.objective != "reward"  # that model gives a number
-    answer = generate_answer(trainer, session.tokenizer, row) if row and speaks else None
-    result = {
-        "event": "evaluation",
-        "when": when,
-        "eval_loss": float(loss),
-        "prompt": row.prompt[-1].content if row else None,
-        "reference": row.answer if row else None,
-        "answer": answer,
-    }
-    if trainer.is_world_process_zero():
+    """What the model can do now; kept in metrics.jsonl for a resume."""
+    result = evaluator.evaluate(when, before)
+    if evaluator.trainer.is_world_process_zero():
         append_metric(session.run, result)
     return result
 
 
 def _earlier_evaluation(run: RunDir) -> dict[str, Any] | None:
     """The evaluation before training of the attempt that is being resumed."""
-    return next((row for row in run.metric_rows() if row.get("when") == "before"), None)
+    rows = (row for row in run.metric_rows() if row.get("when") == "before" and "shown" in row)
+    return next(rows, None)
 
 
 def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
@@ -215,25 +212,6 @@ def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
     last = int(checkpoint.name.removeprefix("checkpoint-"))
     kept = [row for row in run.metric_rows() if row.get("step", 0) <= last]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def generate_answer(trainer: PlannedTrainer, tokenizer: RowTokenizer, row: Row) -> str:
-    """The model's greedy answer to the row's prompt, at most SAMPLE_NEW_TOKENS tokens."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    prompt = torch.tensor([tokenizer.prompt_ids(row.prompt)], device=trainer.args.device)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), trainer.autocast_smart_context_manager():
-        tokens = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=SAMPLE_NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.tokenizer.pad_token_id,
-        )
-    model.train(was_training)
-    new = tokens[0][prompt.shape[1] :]
-    return str(tokenizer.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
 def save(session: _Session, trainer: PlannedTrainer) -> str:
@@ -280,17 +258,9 @@ def make_record(
             "train_seconds": spent,
             "seconds": seconds,
         },
-        "evaluation": {
-            "before": before["eval_loss"],
-            "after": after["eval_loss"],
-            "num_rows": len(trainer.eval_dataset),
-        },
-        "sample": {
-            "prompt": after["prompt"],
-            "reference": after["reference"],
-            "before": before["answer"],
-            "after": after["answer"],
-        },
+        "evaluation": evaluation_record(config.objective, before, after, len(trainer.eval_dataset)),
+        "forgetting": forgetting_record(config, before, after),
+        "samples": samples_record(before, after),
         "overlong": overlong_to_dict(
             config.overlong, config.max_length, rows.train.counts, rows.held_out.counts
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -35,6 +36,9 @@ from ftplan.planner.overlong import RowCounts, refuse_overlong
 # Rows that are put into tokens at once.
 _ROWS_AT_ONCE = 256
 
+# Held-out rows that the model is asked, at most.
+ASKED_ROWS = 64
+
 _NO_LOSS = -100  # the label of a token without loss: torch's `ignore_index`
 
 
@@ -47,12 +51,12 @@ class TrainingRows(Struct, frozen=True):
 
 
 class RunRows(Struct, frozen=True):
-    """Rows to train on, rows that are evaluated before and after, and the one that is shown: the
-    shortest question with its answer, None for plain text."""
+    """Rows to train on, rows that are evaluated before and after, and some of these to put to the
+    model as questions; none for plain text."""
 
     train: TrainingRows
     held_out: TrainingRows
-    sample: Row | None
+    asked: Sequence[Row]
     hashes: RowHashes
 
 
@@ -79,24 +83,24 @@ def read_rows(
         _Side(config, tokenizer, folder / f"{side}-{_rank()}.arrow")
         for side in ("train", "held-out")
     )
-    shown = _Shortest()
+    asked = _Asked()
     with train.file, held_out.file, _all_cores():
         num_rows = len(data.groups())
         for done, row in enumerate(_rows(data, split), start=1):
             if group_of(row) in split.held_out:
-                shown.take(row)
+                asked.take(row)
                 held_out.take(row)
             else:
                 train.take(row)
             if done % _ROWS_AT_ONCE == 0:
                 progress(done, num_rows)
         for row in islice(eval_data.rows(), MAX_EVAL_ROWS) if eval_data else ():
-            shown.take(row)
+            asked.take(row)
             held_out.take(row)
         train.flush()
         held_out.flush()
     return RunRows(
-        train.finished(shuffled=True), held_out.finished(shuffled=False), shown.row, hashes
+        train.finished(shuffled=True), held_out.finished(shuffled=False), asked.rows, hashes
     )
 
 
@@ -135,17 +139,25 @@ def _all_cores() -> Iterator[None]:
             os.environ[name] = before
 
 
-class _Shortest:
-    """The conversation whose question and answer are shortest together."""
+class _Asked:
+    """Questions, with a wanted answer or alone: each as likely to be kept as any other (Vitter
+    1985, algorithm R), the same ones each time."""
 
     def __init__(self) -> None:
-        self.row: Row | None = None
-        self._length = 0
+        self.rows: list[Row] = []
+        self._seen = 0
+        self._random = random.Random(0)
 
     def take(self, row: Row) -> None:
-        length = sum(map(len, row.texts))
-        if row.messages and (self.row is None or length < self._length):
-            self.row, self._length = row, length
+        if not row.messages or not (row.answer or row.is_prompt) or row.label is False:
+            return
+        self._seen += 1
+        if len(self.rows) < ASKED_ROWS:
+            self.rows.append(row)
+            return
+        place = self._random.randrange(self._seen)
+        if place < ASKED_ROWS:
+            self.rows[place] = row
 
 
 class _Side:

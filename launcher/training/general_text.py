@@ -1,0 +1,88 @@
+"""Perplexity of general text that ftplan brings: what a model forgets shows there."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from msgspec import Struct
+from torch.nn import functional
+
+from ftplan.launcher.data.tokens import RowTokenizer
+from ftplan.launcher.training.answering import asked
+from ftplan.profiles.text_facts import general_text
+
+# Tokens of a piece; each is computed alone, so that its logits take less than a training step's.
+PIECE_TOKENS = 128
+
+# On a slow machine there are fewer pieces, though some of each kind of text.
+LEAST_PIECES = 8
+MOST_SECONDS = 15.0
+
+
+class GeneralLoss(Struct, frozen=True, kw_only=True):
+    """`loss`: mean over the tokens, in nats."""
+
+    loss: float
+    num_pieces: int
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats."""
+    return math.exp(min(loss, 700.0))  # beyond, a float overflows
+
+
+def general_loss(
+    trainer: Any,
+    tokenizer: RowTokenizer,
+    *,
+    num_pieces: int | None = None,
+    most_seconds: float = MOST_SECONDS,
+) -> GeneralLoss:
+    """The trained model's loss on the general text, without a chat template.
+
+    `num_pieces`: as many as were taken before training; None takes what there is time for.
+    """
+    pieces = text_pieces(tokenizer)[:num_pieces]
+    opening, began = tokenizer.first_token, time.monotonic()
+    losses: list[float] = []
+    with asked(trainer) as model:
+        for piece in pieces:
+            late = time.monotonic() - began > most_seconds
+            if num_pieces is None and late and len(losses) >= LEAST_PIECES:
+                break
+            losses.append(_piece_loss(model, opening, piece, trainer.args.device))
+    tokens = sum(_num_predicted(opening, piece) for piece in pieces[: len(losses)])
+    return GeneralLoss(loss=sum(losses) / max(tokens, 1), num_pieces=len(losses), num_tokens=tokens)
+
+
+def text_pieces(tokenizer: RowTokenizer) -> list[list[int]]:
+    """The text in pieces of equal length, in its order; what is left at the end is dropped."""
+    whole = "\n\n".join(passage.text for passage in general_text().texts)
+    (ids,) = tokenizer.ids([whole])
+    ends = range(PIECE_TOKENS, len(ids) + 1, PIECE_TOKENS)
+    return [ids[end - PIECE_TOKENS : end] for end in ends]
+
+
+def _num_predicted(opening: list[int], piece: list[int]) -> int:
+    """Tokens that have another one before them."""
+    return len(piece) - (not opening)
+
+
+def _piece_loss(model: Any, opening: list[int], piece: list[int], device: torch.device) -> float:
+    """The sum over the piece's tokens."""
+    tokens = torch.tensor([opening + piece], device=device)
+    output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    # Learned prompts stand before the tokens, and have logits too.
+    logits = output.logits[0, -tokens.shape[1] :]
+    predicted = _num_predicted(opening, piece)
+    wanted = tokens[0, -predicted:]
+    loss = functional.cross_entropy(logits[-predicted - 1 : -1].float(), wanted, reduction="sum")
+    return float(loss)
