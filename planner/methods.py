@@ -11,7 +11,6 @@ from typing import Any
 from msgspec import Struct
 
 from ftplan.planner.adapter_counts import (
-    adalora_count,
     adapter_count,
     beft_count,
     check_quantization,
@@ -316,7 +315,6 @@ _PEFT_METHODS = (
         "low-rank adapters, whose ranks shrink where they matter least",
         "Zhang et al. 2023, arXiv 2303.10512",
         {**_LORA_BESIDE_RANK, "target_r": "lora_rank"},
-        counted_by=adalora_count,
     ),
     _peft(
         "LOHA",

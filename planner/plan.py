@@ -191,14 +191,7 @@ class TrainingPlan:
             num_trainable_layers=self.num_trainable_layers,
             trainable_modules=self.trainable_modules,
             quantization=self.quantization,
-            casts_adapters=self._casts_adapters,
         )
-
-    @property
-    def _casts_adapters(self) -> bool:
-        if self.quantization == "none":
-            return self.dtype != "float32"
-        return self.quantization != "int8" and self.autocast
 
     @property
     def weight_bytes(self) -> int:

@@ -84,6 +84,7 @@ def settle_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
     if not isinstance(model, PeftModel):
         return
     _name_the_task(model)
+    _keep_rank_numbers(model)
     if not settings["autocast_adapter_dtype"]:
         _hold_adapters_as_base(model, getattr(torch, settings["dtype"]))
 
@@ -99,6 +100,15 @@ def _name_the_task(model: PeftModel) -> None:
         return args, {**kwargs, "task_ids": task_ids}
 
     model.register_forward_pre_hook(with_task, with_kwargs=True)
+
+
+def _keep_rank_numbers(model: PeftModel) -> None:
+    """AdaLoRA's numbers of ranks as they are: PEFT's cast to fp32 makes parameters of them that
+    would be trained, and no file of an adapter holds them."""
+    if model.active_peft_config.peft_type is PeftType.ADALORA:
+        for name, parameter in model.named_parameters():
+            if ".ranknum." in name:
+                parameter.requires_grad_(False)
 
 
 def _hold_adapters_as_base(model: PeftModel, dtype: torch.dtype) -> None:

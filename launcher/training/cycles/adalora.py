@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from peft import AdaLoraModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training.cycles.cycle import ADAPTER, Cycle, read_state, read_tensors
@@ -16,6 +17,33 @@ from ftplan.planner.peft_options import read_options
 
 # What PEFT's RankAllocator remembers of each parameter.
 _REMEMBERED = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+class ImportanceAlone(TrainerCallback):
+    """What AdaLoRA does after each step before it takes ranks away: a step that is to be measured,
+    or has no data, needs no more."""
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **parts: Any,
+    ) -> None:
+        model.base_model.rankallocator.update_ipt(model.base_model.model)
+
+
+def is_adalora(model: Any) -> bool:
+    """Whether PEFT's AdaLoRA has been put around the model."""
+    return isinstance(getattr(model, "base_model", None), AdaLoraModel)
+
+
+def importance(model: Any) -> Iterator[torch.Tensor]:
+    """What is remembered of an AdaLoRA model; nothing of others."""
+    if is_adalora(model):
+        for remembered in _REMEMBERED:
+            yield from getattr(model.base_model.rankallocator, remembered).values()
 
 
 class RankSchedule(Cycle):

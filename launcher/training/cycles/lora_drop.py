@@ -100,9 +100,12 @@ def score(
     steps = scoring_steps(_planned_steps(trainer))
     rate = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     changes = {"max_steps": steps, "save_strategy": "no", **rate}
-    with _changed(arguments, **changes), _only(trainer, recorder):
-        with _outputs(trainer.model, modules) as sums:
-            trainer.train()
+    with (
+        _changed(arguments, **changes),
+        _only(trainer, recorder),
+        _outputs(trainer.model, modules) as sums,
+    ):
+        trainer.train()
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.model_wrapped = trainer.model
     together = torch.stack([sums[module.name] for module in modules]).to(arguments.device)

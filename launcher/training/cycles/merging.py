@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -116,11 +115,3 @@ def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
         name = name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
         weights[name] = value
     return weights
-
-
-def update_rank(before: torch.Tensor, after: torch.Tensor) -> int:
-    """The numerical rank of what has become of a weight, (n, m): singular values above the noise
-    that adding matrices in its dtype leaves."""
-    values = torch.linalg.svdvals((after - before).double())
-    noise = torch.finfo(before.dtype).eps * float(before.abs().max()) * math.sqrt(max(before.shape))
-    return int((values > 4 * noise).sum())
