@@ -328,6 +328,14 @@ def test_a_merge_changes_nothing_of_the_function_and_takes_little_memory(
     torch.testing.assert_close(module.layer(inputs), before)
 
 
+def test_momentum_merges_a_share_of_the_update() -> None:
+    model = adapted()
+    (module, *_) = adapted_modules(model)
+    before, (first, second) = module.weight.clone(), module.parameters
+    merging.merge([module], merging.matrices([module]), 0.75)
+    torch.testing.assert_close(module.weight - before, 0.75 * 2.0 * second @ first)
+
+
 def test_adapters_begin_anew_alike_on_every_rank() -> None:
     model = adapted()
     modules = adapted_modules(model)
