@@ -10,6 +10,7 @@ from typing import Any
 
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
+from ftplan.planner.cycles import CYCLE_SETTINGS
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
@@ -131,6 +132,7 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "autocast_adapter_dtype": plan.autocast_adapter_dtype,
         "num_trainable_layers": plan.num_trainable_layers,
         "trainable_modules": list(plan.trainable_modules),
+        **{name: getattr(plan, name) for name in CYCLE_SETTINGS},
     }
 
 

@@ -32,6 +32,7 @@ from ftplan.launcher.ui import Ui
 from ftplan.launcher.would_do import Refused, refused_methods
 from ftplan.planner.base_models import ModelChoice, RunnerUp
 from ftplan.planner.closed_form import check_modelled_method
+from ftplan.planner.cycles import check_steps, num_restarts, restart_steps
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.goals import ANY_PLAN, Wanted, why_not
@@ -169,6 +170,9 @@ def make_plan(
     device = chosen.device
     if device.kind == "cpu":
         chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
+    steps = optimizer_steps(chosen.plan, profile.num_train_rows)
+    check_steps(chosen.plan, steps)
+    chosen = with_cycles(chosen, steps)
     if machine is not None and for_launch:
         for lack, hint in host_lacks(chosen, machine.host, device, profile):
             raise DoesNotFitError(lack, hint)
@@ -190,6 +194,17 @@ def make_plan(
         refused=refused_methods(source.spec, profile, offer, ranking.rejected),
         chosen=chosen,
     )
+
+
+def with_cycles(chosen: Evaluated, steps: int) -> Evaluated:
+    """The plan with the cycles of its method written out, which follow from the run's steps."""
+    plan = chosen.plan
+    if not plan.resolved_method.merges or plan.jagged_restart_steps is not None:
+        return chosen
+    every = restart_steps(plan, steps)
+    why = f"{num_restarts(steps, every) + 1} cycles in {steps:,} steps"
+    reasoned = chosen.reasoned.replace("derived", why, jagged_restart_steps=every)
+    return structs.replace(chosen, reasoned=reasoned)
 
 
 def overlong_rule(given: Mapping[str, Any], longest: int | None) -> Rule:

@@ -126,15 +126,11 @@ def _pair(first: str, second: str, linear: Linear, rank: int) -> dict[str, Shape
 
 
 def _adalora(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
-    """As it begins, before ranks shrink: Zhang et al. 2023 (arXiv 2303.10512)."""
+    """As it begins, before ranks shrink: Zhang et al. 2023 (arXiv 2303.10512). PEFT's cast of
+    adapters to fp32 would train the rank's number too, which no file holds: training does not
+    (`launcher/training/adapters.py`)."""
     trained = _pair("lora_A", "lora_B", linear, rank)
     return Tensors(trained={**trained, "lora_E": (rank, 1)}, frozen={"ranknum": (1,)})
-
-
-def _adalora_cast(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
-    """PEFT's cast to fp32 makes a parameter of the rank's number anew, one that is trained."""
-    made = _adalora(linear, o, rank)
-    return Tensors(trained={**made.trained, **made.frozen})
 
 
 def _loha(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
@@ -614,10 +610,6 @@ def check_quantization(quantization: str, options: PeftOptions) -> None:
 def lora_fa_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
     check_quantization(settings.quantization, options)
     return _count(model, options, _lora_fa)
-
-
-def adalora_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
-    return _count(model, options, _adalora_cast if settings.casts_adapters else _adalora)
 
 
 def ia3_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:

@@ -5,6 +5,7 @@ way out. What contradicts itself within a plan is refused in `plan.py`, `objecti
 from __future__ import annotations
 
 from ftplan.planner.combination import Asked, Caution, Combination, Outcome, spelled
+from ftplan.planner.cycles import LORA_DROP_KEPT_SHARE
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 from ftplan.planner.model_spec import ModelSpec
@@ -18,6 +19,9 @@ _FLASH_ATTENTION_CAPABILITY = (8, 0)
 
 # Architectures whose classes in transformers 5.23 have no `_supports_flash_attn`.
 WITHOUT_FLASH_ATTENTION = frozenset(("bloom", "codegen", "llama4", "llama4_text", "mpt"))
+
+# The least change of a number, as a share of it, that is not rounded away: half of the last bit.
+_LEAST_CHANGES = {"bfloat16": 512, "float16": 4096}
 
 # `TrainingArguments.per_device_eval_batch_size` of transformers.
 _DEFAULT_EVAL_ROWS = 8
@@ -345,13 +349,47 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         name="relora-sharded",
         outcome="refused",
-        applies=lambda a: a.plan.method == "relora" and a.plan.sharding != "none",
+        applies=lambda a: a.plan.resolved_method.merges and a.plan.sharding != "none",
         text=lambda a: (
-            "ReLoRA merges adapters and resets optimizer states as it goes, which is "
-            f"not done on state divided by `--sharding {a.plan.sharding}`"
+            f"{a.plan.resolved_method.title} merges adapters and resets optimizer states as it "
+            f"goes, which is not done on state divided by `--sharding {a.plan.sharding}`"
         ),
         way_out=lambda a: "leave out `--sharding`, or use `--method lora`",
         source="axolotl's validation: neither FSDP nor DeepSpeed with ReLoRA",
+    ),
+    Combination(
+        name="merged-in-16-bits",
+        outcome="warned",
+        applies=lambda a: a.plan.resolved_method.merges and a.plan.dtype != "float32",
+        text=lambda a: (
+            f"each of {a.plan.resolved_method.title}'s merges rounds the base to {a.plan.dtype}, "
+            f"and what changes a weight by less than 1/{_LEAST_CHANGES[a.plan.dtype]} is lost"
+        ),
+        way_out=lambda a: "`--dtype float32` keeps it, at 4 bytes a weight",
+        source="significands of 8 and 11 bits, rounded to the nearest",
+    ),
+    Combination(
+        name="lora-drop-bound",
+        outcome="warned",
+        applies=lambda a: a.plan.method == "lora-drop",
+        text=lambda a: (
+            "memory and trained parameters are those of LoRA-drop's first steps, with an adapter "
+            f"in each layer; once layers share one, about {LORA_DROP_KEPT_SHARE:.0%} of the "
+            "parameters are left"
+        ),
+        way_out=lambda a: "`--lora-drop-threshold` says how many are",
+        source="LoRA-drop, abstract: 50 % on average at its threshold of 0.9",
+    ),
+    Combination(
+        name="adalora-fused-loss",
+        outcome="warned",
+        applies=lambda a: a.peft_type == "ADALORA" and a.plan.loss == "trl-fused",
+        text=lambda a: (
+            "PEFT adds AdaLoRA's orthogonality term to a loss that the model computes, and "
+            "`--loss trl-fused` is computed outside of it: ranks are taken away without that term"
+        ),
+        way_out=lambda a: "use `--loss stock`",
+        source="peft, tuners/adalora/model.py `AdaLoraModel.forward`",
     ),
     *REFUSED_STEPS,
 )

@@ -11,13 +11,13 @@ from typing import Any
 from msgspec import Struct
 
 from ftplan.planner.adapter_counts import (
-    adalora_count,
     adapter_count,
     beft_count,
     check_quantization,
     ia3_count,
     lora_fa_count,
 )
+from ftplan.planner.cycles import RESTARTING, adalora_first_rank
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.peft_options import CACHE_FILLING, PeftOptions, read_options, resolve_options
@@ -70,6 +70,11 @@ class Method(Struct, frozen=True, kw_only=True):
     takes: Mapping[str, str] = {}
 
     @property
+    def merges(self) -> bool:
+        """Whether the adapters are merged into the base: what is saved is a whole model."""
+        return self.name in RESTARTING
+
+    @property
     def fills_cache(self) -> bool:
         """Layers are given what it trains by their cache of keys and values. Checkpointed ones are
         given no cache (`GradientCheckpointingLayer` of transformers 5)."""
@@ -113,13 +118,24 @@ class Method(Struct, frozen=True, kw_only=True):
             if setting in _SETTLED
         }
         given = read_options(settings.peft_config)
+        settled |= derived_options(self.peft_type, settings.lora_rank, given)
         if settings.modules_to_save:
             given = {"modules_to_save": list(settings.modules_to_save), **given}
         return resolve_options(self.name, self.peft_type, {**settled, **self.peft_options}, given)
 
 
+def derived_options(
+    peft_type: str | None, lora_rank: int, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options of PEFT that follow from a setting which is none of its own."""
+    if peft_type != "ADALORA":
+        return {}
+    return {"init_r": adalora_first_rank(given.get("target_r", lora_rank))}
+
+
 _TARGETS = {"target_modules": "target_modules"}
-_LORA = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", **_TARGETS}
+_LORA_BESIDE_RANK = {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", **_TARGETS}
+_LORA = {"r": "lora_rank", **_LORA_BESIDE_RANK}
 _RANK = {"r": "lora_rank", **_TARGETS}
 _RANK_ALPHA = {"alpha": "lora_alpha", **_RANK}
 
@@ -276,7 +292,6 @@ _PEFT_METHODS = (
         "Lialin et al. 2023, arXiv 2307.05695",
         _LORA,
         name="relora",
-        has_trainer=False,
     ),
     _peft(
         "LORA",
@@ -285,24 +300,21 @@ _PEFT_METHODS = (
         "Meng et al. 2024, arXiv 2402.16141",
         _LORA,
         name="plora",
-        has_trainer=False,
     ),
     _peft(
         "LORA",
         "LoRA-drop",
-        "low-rank adapters; after a first stage, counted here, lesser layers share one",
+        "low-rank adapters; once the layers are known that matter, the others share one",
         "Zhou et al. 2024, arXiv 2402.07721",
         _LORA,
         name="lora-drop",
-        has_trainer=False,
     ),
     _peft(
         "ADALORA",
         "AdaLoRA",
         "low-rank adapters, whose ranks shrink where they matter least",
         "Zhang et al. 2023, arXiv 2303.10512",
-        {**_LORA, "target_r": "lora_rank"},
-        counted_by=adalora_count,
+        {**_LORA_BESIDE_RANK, "target_r": "lora_rank"},
     ),
     _peft(
         "LOHA",

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from msgspec import Struct
 
 from ftplan.planner.context_parallel import check_context_parallel
+from ftplan.planner.cycles import PRUNE_METHODS, check_cycles
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
@@ -81,6 +82,28 @@ class TrainingPlan:
     trainable_modules: tuple[str, ...] = _setting(
         (), "what `freeze` trains in place of whole layers, in these and outside: `q_proj,lm_head`"
     )
+    jagged_restart_steps: int | None = _setting(
+        None,
+        "optimizer steps until adapters are merged and begun anew (relora, plora)",
+        recipe=True,
+    )
+    jagged_restart_warmup_steps: int | None = _setting(
+        None, "steps that warm up after it (relora)", recipe=True
+    )
+    relora_prune_ratio: float = _setting(
+        0.99, "share of the optimizer's states that is set to 0 then (relora)", recipe=True
+    )
+    relora_prune_method: str = _setting(
+        "magnitude", "which of them (relora)", choices=PRUNE_METHODS, recipe=True
+    )
+    plora_momentum: float = _setting(
+        0.0, "share of a stage's update that is not merged into the base (plora)", recipe=True
+    )
+    lora_drop_threshold: float = _setting(
+        0.9,
+        "importance together of the layers that keep their own adapter (lora-drop)",
+        recipe=True,
+    )
     optim: str = _setting("adamw_torch_fused", "optimizer", choices=tuple(OPTIMIZERS))
     per_device_train_batch_size: int = _setting(1, "rows a GPU holds at once")
     gradient_accumulation_steps: int = _setting(1, "micro-batches before an optimizer step")
@@ -144,6 +167,7 @@ class TrainingPlan:
         check_sharding(self)
         check_tensor_parallel(self)
         check_context_parallel(self)
+        check_cycles(self)
 
     @property
     def resolved_method(self) -> Method:
@@ -167,14 +191,7 @@ class TrainingPlan:
             num_trainable_layers=self.num_trainable_layers,
             trainable_modules=self.trainable_modules,
             quantization=self.quantization,
-            casts_adapters=self._casts_adapters,
         )
-
-    @property
-    def _casts_adapters(self) -> bool:
-        if self.quantization == "none":
-            return self.dtype != "float32"
-        return self.quantization != "int8" and self.autocast
 
     @property
     def weight_bytes(self) -> int:
@@ -260,11 +277,18 @@ _POSITIVE_SETTINGS = (
     "num_train_epochs",
     "max_steps",
     "save_steps",
+    "jagged_restart_steps",
+    "jagged_restart_warmup_steps",
 )
-_SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay")
+_SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay", "plora_momentum")
+# Shares that may be all.
+_FULL_SHARE_SETTINGS = ("relora_prune_ratio", "lora_drop_threshold")
 
 # Whole numbers that may be absent.
-_OPTIONAL_COUNTS = ("max_steps", "steps_per_generation")
+_OPTIONAL_COUNTS = (
+    *("max_steps", "steps_per_generation"),
+    *("jagged_restart_steps", "jagged_restart_warmup_steps"),
+)
 
 # A comma that stands in no bracket: options of PEFT may be lists.
 _OUTER_COMMA = re.compile(r",(?![^\[\](){}]*[\])}])")
@@ -285,6 +309,8 @@ def check_setting(name: str, value: Any) -> None:
         raise InputError(f"`{flag_name(name)} {value}` must be a finite number above 0")
     if name in _SHARE_SETTINGS and not 0 <= value < 1:
         raise InputError(f"`{flag_name(name)} {value}` must be at least 0 and below 1")
+    if name in _FULL_SHARE_SETTINGS and not 0 <= value <= 1:
+        raise InputError(f"`{flag_name(name)} {value}` must be from 0 to 1")
     if name == "beta" and not 0 <= value < math.inf:
         raise InputError(f"`--beta {value}` must be a finite number, 0 or above")
     if name == "seed" and value not in _SEEDS:

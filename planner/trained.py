@@ -129,8 +129,6 @@ class MethodSettings(Struct, frozen=True, kw_only=True):
 
     `peft_config` holds the options as they are written (`use_dora=true`); `trainable_modules`:
     what `freeze` trains instead of whole layers. `quantization`: how the frozen base is held.
-    `casts_adapters`: adapters are made in the 16 bits that the base is held or, of 4 bits,
-    multiplied in, and PEFT then turns them into fp32.
     """
 
     lora_rank: int = 16
@@ -140,7 +138,6 @@ class MethodSettings(Struct, frozen=True, kw_only=True):
     num_trainable_layers: int = 2
     trainable_modules: tuple[str, ...] = ()
     quantization: str = "none"
-    casts_adapters: bool = False
 
 
 CountedBy = Callable[[ModelSpec, MethodSettings, PeftOptions], Trained]

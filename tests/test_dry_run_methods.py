@@ -14,6 +14,7 @@ from ftplan.launcher.dry_run.step import dry_run
 from ftplan.launcher.emit import method_settings
 from ftplan.launcher.training.adapters import peft_config_of, settle_adapters
 from ftplan.launcher.training.build import count_trainable, meta_model
+from ftplan.launcher.training.cycles.adalora import ImportanceAlone, is_adalora
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import METHODS, resolve_method
 from tests.dry_runs import (
@@ -53,6 +54,8 @@ def compare(dry_case: Any, folder: Path) -> int:
     """Assert that each phase's peak is the real one within 1 %; how many layers were traced."""
     trainer = real_trainer(dry_case, folder)
     settle_adapters(trainer.model, method_settings(dry_case.plan))
+    if is_adalora(trainer.model):
+        trainer.add_callback(ImportanceAlone())
     measured = measured_peaks(trainer)
     done = dry_run(dry_case)
     assert done.num_trainable_parameters == count_trainable(trainer.model)

@@ -20,6 +20,7 @@ from ftplan.launcher import emit
 from ftplan.launcher.data.hashes import RowHashes
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_yaml
 from ftplan.launcher.training.config import read_train_config
+from ftplan.planner.cycles import CYCLE_SETTINGS
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.objectives import GENERATION_SETTINGS
@@ -186,6 +187,9 @@ class TestTrainConfig:
             "num_generations": 4,
             "steps_per_generation": 2,
             "beta": 0.1,
+            "jagged_restart_steps": 9,
+            "jagged_restart_warmup_steps": 3,
+            "relora_prune_method": "random",
         }
         generates = ON_CPU.replace(
             objective="grpo", loss="trl-fused", per_device_train_batch_size=8, max_length=1024
@@ -199,6 +203,7 @@ class TestTrainConfig:
             "precompute_ref_log_probs": ON_CPU.replace(objective="dpo"),
             "trainable_modules": ON_CPU.replace(method="freeze"),
             **dict.fromkeys(GENERATION_SETTINGS, generates),
+            **{name: ON_CPU.replace(method=m[0]) for name, m in CYCLE_SETTINGS.items()},
         }
         # Such plans are not launched (test_sharding).
         refused = ("sharding", "dp_replicate_size", "offload", "packing", "tp_size", "cp_size")

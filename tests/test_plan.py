@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftplan.planner.cycles import PRUNE_METHODS
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import METHODS
 from ftplan.planner.optimizers import OPTIMIZERS
@@ -45,6 +46,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "offload": OFFLOADS,
     "lr_scheduler_type": SCHEDULES,
     "overlong": OVERLONG,
+    "relora_prune_method": PRUNE_METHODS,
     "objective": ("sft", "dpo", "kto", "reward", "grpo"),
 }
 

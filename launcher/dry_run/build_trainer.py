@@ -21,6 +21,7 @@ from ftplan.launcher.dry_run.trainers import (
 )
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.adapters import refused, settle_adapters
+from ftplan.launcher.training.cycles.adalora import ImportanceAlone, is_adalora
 from ftplan.launcher.training.loop import sft_arguments
 from ftplan.launcher.training.objectives import trainer_arguments
 from ftplan.launcher.training.stacks import (
@@ -51,6 +52,8 @@ def build_trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) 
     except Exception as error:
         raise refused(case.plan.resolved_method, error) from error
     settle_adapters(trainer.model, method_settings(case.plan))
+    if is_adalora(trainer.model) and case.plan.trainer != "loop":
+        trainer.add_callback(ImportanceAlone())
     return trainer
 
 

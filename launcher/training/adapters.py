@@ -13,7 +13,7 @@ from torch import nn
 
 from ftplan.launcher.training.model_classes import MODEL_CLASSES
 from ftplan.planner.errors import InputError, UnknownNameError
-from ftplan.planner.methods import Method
+from ftplan.planner.methods import Method, derived_options
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.prompt_counts import ADAPTION_PROMPT_LAYERS
 from ftplan.planner.trained import ALL_LINEAR
@@ -21,9 +21,9 @@ from ftplan.planner.trained import ALL_LINEAR
 # Tuners that ask which task a row belongs to. Rows here have no tasks: all are of the first.
 _MULTI_TASK = (PeftType.MULTITASK_PROMPT_TUNING, PeftType.POLY)
 
-# AdaLoRA plans its ranks over the steps of a run. How many decides nothing about its memory, and a
-# run of it is not launched yet; PEFT asks for some number.
-_ADALORA_STEPS = 1000
+# AdaLoRA takes ranks away over the steps of a run, which are known when it begins
+# (`cycles/adalora.py`); PEFT asks for some number before, larger than any `tinit` and `tfinal`.
+_ADALORA_STEPS = 2**31
 
 
 def peft_config_of(
@@ -37,6 +37,7 @@ def peft_config_of(
         return None
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[method.peft_type]]
     known = {item.name for item in dataclasses.fields(config_class)}
+    given = read_options(settings["peft_config"])
     options = {name: settings[setting] for name, setting in method.takes.items()}
     if options.get("target_modules") == [ALL_LINEAR]:
         options["target_modules"] = ALL_LINEAR
@@ -44,8 +45,9 @@ def peft_config_of(
         options["modules_to_save"] = list(settings["modules_to_save"])
     options |= {
         **_derived(method, model),
+        **derived_options(method.peft_type, settings["lora_rank"], given),
         **method.peft_options,
-        **read_options(settings["peft_config"]),
+        **given,
     }
     for name in options:
         if name not in known:
@@ -82,6 +84,7 @@ def settle_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
     if not isinstance(model, PeftModel):
         return
     _name_the_task(model)
+    _keep_rank_numbers(model)
     if not settings["autocast_adapter_dtype"]:
         _hold_adapters_as_base(model, getattr(torch, settings["dtype"]))
 
@@ -97,6 +100,15 @@ def _name_the_task(model: PeftModel) -> None:
         return args, {**kwargs, "task_ids": task_ids}
 
     model.register_forward_pre_hook(with_task, with_kwargs=True)
+
+
+def _keep_rank_numbers(model: PeftModel) -> None:
+    """AdaLoRA's numbers of ranks as they are: PEFT's cast to fp32 makes parameters of them that
+    would be trained, and no file of an adapter holds them."""
+    if model.active_peft_config.peft_type is PeftType.ADALORA:
+        for name, parameter in model.named_parameters():
+            if ".ranknum." in name:
+                parameter.requires_grad_(False)
 
 
 def _hold_adapters_as_base(model: PeftModel, dtype: torch.dtype) -> None:

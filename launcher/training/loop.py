@@ -23,6 +23,9 @@ from ftplan.launcher.run_dir import RunDir, write_json, write_text
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.config import TrainConfig, read_train_config
+from ftplan.launcher.training.cycles.choice import add_cycle
+from ftplan.launcher.training.cycles.cycle import Cycle
+from ftplan.launcher.training.cycles.restarts import Restarts
 from ftplan.launcher.training.evaluation import (
     Evaluator,
     asked_rows,
@@ -62,6 +65,7 @@ class _Session(Struct):
     recorder: CpuAllocationRecorder
     stop_status: int | None = None
     training: bool = False
+    cycle: Cycle | None = None
     told: float = field(default_factory=time.monotonic)
 
     def say(self, stage: str, **details: Any) -> None:
@@ -119,6 +123,9 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     if before is None:
         before = _evaluate(session, evaluator, "before")
     write_json(run.environment, environment())
+    if session.cycle is not None:
+        session.say("preparing the adapters")
+        session.cycle.prepare(trainer, checkpoint)
     session.say("training", step=trainer.state.global_step)
     began = time.time()
     session.training = True
@@ -171,6 +178,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     )
     settle_adapters(trainer.model, config.method_settings)
     session.reporter.trainer = trainer
+    session.cycle = add_cycle(trainer, run, config, session.recorder)
     return trainer
 
 
@@ -217,9 +225,12 @@ def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
 def save(session: _Session, trainer: PlannedTrainer) -> str:
     """The trained weights, as safetensors, with the tokenizer; returns the folder's name."""
     run = session.run
-    adapter = resolve_method(session.config.method).adapter
-    folder = run.adapter if adapter else run.model
-    trainer.save_model(str(folder))
+    method, cycle = resolve_method(session.config.method), session.cycle
+    folder = run.adapter if method.adapter and not method.merges else run.model
+    if isinstance(cycle, Restarts):
+        cycle.save(trainer, folder)
+    else:
+        trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         session.tokenizer.tokenizer.save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; plan.yaml says it all
