@@ -14,7 +14,6 @@ from ftplan.planner.families import spec_from_config
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.methods import METHODS
 from ftplan.planner.trained import target_names
-from tests.bottlenecks import insert_bottlenecks
 from tests.dry_runs import GPT2, LLAMA, cuda_case
 from tests.test_dry_run_methods import SMALL
 
@@ -153,9 +152,7 @@ def test_methods_with_ways_of_their_own(settings: dict[str, Any]) -> None:
         pytest.param({"config": WIDE_GPT2}, id="GPT-2"),
     ],
 )
-def test_bottlenecks(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No trainer builds them: they are put into the model that the dry run traces."""
-    monkeypatch.setattr("ftplan.launcher.dry_run.step.apply_method", insert_bottlenecks)
+def test_bottlenecks(settings: dict[str, Any]) -> None:
     given = {"method": "bottleneck", **settings}
     config = given.pop("config", WIDE_LLAMA)
     assert abs(relative_error(config, **given)) < 0.002

@@ -71,6 +71,8 @@ MET: dict[str, tuple[str, ...]] = {
     "relora-sharded": (SMALL, "--method", "relora", "--sharding", "zero1", "--num-gpus", "2"),
     "flash-attention-alibi": ("falcon-rw-1b", *FLASH),
     "misnamed-decoder": (LLAMA_4, "--loss", "trl-fused"),
+    "muon-no-matrix": (SMALL, "--method", "ln-tuning", "--optim", "muon"),
+    "low-rank-no-linear": ("gpt2", "--method", "full", "--optim", "galore_adamw"),
     "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo", *FP16),
     "poly-checkpointed": (SMALL, "--method", "poly", *CHECKPOINTED),
     "every-n-layers-reference": (SMALL, "--objective", "dpo", *EVERY_SECOND),
@@ -110,6 +112,8 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "relora-sharded": (SMALL, "--method", "relora", "--num-gpus", "2"),
     "flash-attention-alibi": ("falcon-7b", *FLASH),
     "misnamed-decoder": (LLAMA_4,),
+    "muon-no-matrix": (SMALL, "--method", "lora", "--optim", "muon"),
+    "low-rank-no-linear": (SMALL, "--method", "full", "--optim", "galore_adamw"),
     "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo"),
     "poly-checkpointed": (SMALL, "--method", "poly"),
     "every-n-layers-reference": (
@@ -180,14 +184,16 @@ def test_every_combination_is_met_here() -> None:
     assert set(MET) == set(NOT_MET) == set(names)
 
 
+@pytest.mark.usefixtures("on_a_processor")
 @pytest.mark.parametrize("combination", known("warned"))
 def test_what_disappoints_is_warned_about(combination: Combination, ftplan: Ftplan) -> None:
-    answer = ftplan("estimate", *MET[combination.name])
+    asked = ("estimate", *MET[combination.name])
+    if combination.name == "quantized-on-processor":  # an estimate is of a GPU
+        model, *settings = MET[combination.name]
+        asked = ("plan", str(DATA), "--model", model, *settings)
+    answer = ftplan(*asked)
     assert answer.status in (0, 1) and f"[{combination.name}]" in answer.said
-    warnings = {
-        w["name"]: w
-        for w in json.loads(ftplan("estimate", *MET[combination.name], "--json").out)["warnings"]
-    }
+    warnings = {w["name"]: w for w in json.loads(ftplan(*asked, "--json").out)["warnings"]}
     told = warnings[combination.name]
     assert set(told) == {"name", "text", "way_out"} and told["text"] and told["way_out"]
     assert f"warning: {told['text']}; {told['way_out']} [{combination.name}]" in answer.said
@@ -342,11 +348,12 @@ def test_more_gpus_than_there_are_is_refused(ftplan: Ftplan) -> None:
 
 
 @pytest.mark.usefixtures("on_a_processor")
-def test_a_method_that_is_not_for_a_processor_is_passed_over(ftplan: Ftplan) -> None:
+def test_a_4_bit_base_on_a_processor_is_offered_behind_a_whole_one(ftplan: Ftplan) -> None:
     answer = ftplan("plan", str(DATA), "--model", SMALL, "--json")
     assert answer.status == 0
-    reasons = {item["method"]: item["reason"] for item in json.loads(answer.out)["rejected"]}
-    assert "are for GPUs" in reasons["qlora"]
+    planned = json.loads(answer.out)
+    assert planned["plan"]["method"]["value"] == "lora"
+    assert "qlora" not in [item["method"] for item in planned["rejected"]]
 
 
 def test_the_hint_names_what_the_card_can_do(
