@@ -1,9 +1,9 @@
 """LoftQ: adapters that begin as what 4 bits took from the weights.
 
-Li et al. 2023 (arXiv 2310.08659), algorithm 1 with one iteration: the base is quantized as ever, and
-the difference from the model's own weights is decomposed. So the saved adapter goes with the model
-as bitsandbytes quantizes it anywhere. PEFT's `replace_lora_weights_loftq` does the same for adapters
-that are not scaled, on CUDA.
+Li et al. 2023 (arXiv 2310.08659), algorithm 1 with one iteration: the base is quantized as ever,
+and the difference from the model's own weights is decomposed. So the saved adapter goes with the
+model as bitsandbytes quantizes it anywhere. PEFT's `replace_lora_weights_loftq` does the same on
+CUDA, for adapters that are not scaled.
 """
 
 from __future__ import annotations
