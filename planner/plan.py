@@ -276,8 +276,8 @@ _SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay")
 # Whole numbers that may be absent.
 _OPTIONAL_COUNTS = ("max_steps", "steps_per_generation")
 
-# A comma that stands in no bracket: options of PEFT may be lists.
-_OUTER_COMMA = re.compile(r",(?![^\[\](){}]*[\])}])")
+# What commas do not divide: options of PEFT may be lists, and texts in double quotes.
+_OUTER_PART = re.compile(r"""(?:"[^"]*"|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[^,])+""")
 
 # NumPy's generator, which transformers seeds too, takes no other.
 _SEEDS = range(2**32)
@@ -520,7 +520,7 @@ def parse_setting(name: str, text: str) -> Any:
         if isinstance(default, bool):
             return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
         if isinstance(default, tuple):
-            return tuple(part.strip() for part in _OUTER_COMMA.split(text) if part.strip())
+            return tuple(part.strip() for part in _OUTER_PART.findall(text) if part.strip())
         if isinstance(default, float):
             return float(text)
         if isinstance(default, int) or name in _OPTIONAL_COUNTS:

@@ -63,12 +63,12 @@ CONFIGS = {
 }
 NF4: dict[str, Any] = {"quantization": "nf4"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "bottleneck": {"method": "bottleneck"},
+    "bottleneck": {"method": "bottleneck", "learning_rate": 5e-2},
     "loftq": {"method": "loftq", **NF4},
     "lora-plus": {"method": "lora-plus"},
     "lora-fa": {"method": "lora-fa"},
     "muon": {"method": "full", "optim": "muon"},
-    "muon on adapters": {"method": "lora", "optim": "muon"},
+    "muon on adapters": {"method": "lora", "optim": "muon", "learning_rate": 5e-2},
 }
 LENGTH, ROWS, STEPS = 24, 8, 12
 
@@ -165,7 +165,9 @@ def test_a_variant_learns_and_is_loaded_again(name: str, family: str, tmp_path: 
     trainer.save_model(str(tmp_path / "adapter"))
     after = logits(trainer.model)
     assert not torch.allclose(before, after)
-    torch.testing.assert_close(logits(loaded(plan, config, tmp_path)), after, atol=2e-3, rtol=1e-2)
+    # Beside a quantized base TRL holds adapters in bf16, and PEFT loads them in fp32.
+    near = {"atol": 5e-2, "rtol": 2e-2} if "quantization" in VARIANTS[name] else {}
+    torch.testing.assert_close(logits(loaded(plan, config, tmp_path)), after, **near)
 
 
 # --- memory
@@ -348,7 +350,7 @@ def test_bottlenecks_begin_near_the_identity(tmp_path: Path) -> None:
 
 
 def test_a_run_with_bottlenecks_goes_on_from_a_checkpoint_of_them_alone(tmp_path: Path) -> None:
-    plan = planned(LLAMA, method="bottleneck", save_steps=6, lr_scheduler_type="constant")
+    plan = planned(CONFIGS["llama"], method="bottleneck", save_steps=6, lr_scheduler_type="constant")
     whole = trainer_of(LLAMA, plan, tmp_path)
     whole.train()
     (checkpoint,) = (p for p in (tmp_path / "checkpoints").iterdir() if p.name.endswith("-6"))
