@@ -30,10 +30,11 @@ from ftplan.launcher.training.loftq import begin_with_what_is_lost
 from ftplan.launcher.training.loop import planned_arguments
 from ftplan.launcher.training.optimizers import MuonWithAdamW, settle_optimizer
 from ftplan.launcher.training.trainer import PlannedTrainer
+from ftplan.planner.combinations import CUDA_OPTIMIZERS
 from ftplan.planner.errors import InputError
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.optimizers import OPTIMIZERS
-from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.plan import TrainingPlan, parse_setting
 from ftplan.planner.trained import target_names
 from tests.dry_runs import (
     GPT2,
@@ -288,6 +289,37 @@ def test_a_4_bit_base_gives_gradients_after_an_evaluation(tmp_path: Path) -> Non
     torch.testing.assert_close(gradient(), before)
 
 
+# --- optimizers of transformers
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        *("adafactor", "adamw_8bit", "apollo_adamw", "apollo_adamw_layerwise", "galore_adafactor"),
+        *("galore_adamw", "galore_adamw_layerwise", "lion_32bit", "lion_8bit", "lomo"),
+        *("paged_adamw_8bit", "schedule_free_adamw", "stable_adamw"),
+    ],
+)
+def test_an_optimizer_takes_steps_on_the_processor(optim: str, tmp_path: Path) -> None:
+    if OPTIMIZERS[optim].module:
+        pytest.importorskip(OPTIMIZERS[optim].module or "")
+    config = CONFIGS["llama"]
+    trainer = trainer_of(config, planned(config, method="full", optim=optim), tmp_path)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert sum(losses(trainer)[-3:]) < 0.97 * sum(losses(trainer)[:3])
+    assert not any(map(torch.equal, before, trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("optim", sorted(CUDA_OPTIMIZERS))
+def test_an_optimizer_that_calls_cuda_does_not(optim: str, tmp_path: Path) -> None:
+    pytest.importorskip(OPTIMIZERS[optim].module or "")
+    config = CONFIGS["llama"]
+    trainer = trainer_of(config, planned(config, method="full", optim=optim), tmp_path)
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+        trainer.train()
+
+
 # --- Muon
 
 
@@ -350,7 +382,9 @@ def test_bottlenecks_begin_near_the_identity(tmp_path: Path) -> None:
 
 
 def test_a_run_with_bottlenecks_goes_on_from_a_checkpoint_of_them_alone(tmp_path: Path) -> None:
-    plan = planned(CONFIGS["llama"], method="bottleneck", save_steps=6, lr_scheduler_type="constant")
+    plan = planned(
+        CONFIGS["llama"], method="bottleneck", save_steps=6, lr_scheduler_type="constant"
+    )
     whole = trainer_of(LLAMA, plan, tmp_path)
     whole.train()
     (checkpoint,) = (p for p in (tmp_path / "checkpoints").iterdir() if p.name.endswith("-6"))
@@ -381,3 +415,40 @@ def test_a_saved_adapter_names_its_base(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "adapter"))
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(again), logits(trainer.model))
+
+
+# --- prompts
+
+TEXT = 'prompt_tuning_init=TEXT,prompt_tuning_init_text="A question, then"'
+PROMPTS: dict[str, tuple[str, str]] = {
+    "random": ("prompt-tuning", "prompt_tuning_init=RANDOM"),
+    "vocabulary": ("prompt-tuning", "prompt_tuning_init=SAMPLE_VOCAB"),
+    "text": ("prompt-tuning", TEXT),
+    "MLP": ("p-tuning", "encoder_hidden_size=32"),
+    "LSTM": ("p-tuning", "encoder_reparameterization_type=LSTM,encoder_hidden_size=32"),
+    "deep prompts": ("p-tuning-v2", ""),
+    "deep prompts by a network": ("prefix-tuning", "prefix_projection=true"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_learns_and_is_loaded_again(name: str, tmp_path: Path) -> None:
+    config, (method, options) = CONFIGS["llama"], PROMPTS[name]
+    given = parse_setting("peft_config", options)
+    plan = planned(config, method=method, peft_config=given, learning_rate=5e-2)
+    tokenizer = tiny_tokenizer(CHATML, pad_token="<|bos|>")
+    base_model(config, plan, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trainer = trainer_of(config, plan, tmp_path)
+    counted = plan.resolved_method.count(spec_from_config(config, "tiny"), plan.method_settings)
+    assert count_trainable(trainer.model) == counted.num_trainable_parameters
+    if name == "text":
+        words = tokenizer("A question, then")["input_ids"]
+        begun = trainer.model.prompt_encoder["default"].embedding.weight[: len(words)]
+        rows_of_words = trainer.model.get_base_model().get_input_embeddings().weight[words]
+        torch.testing.assert_close(begun, rows_of_words[: len(begun)])
+    trainer.train()
+    assert sum(losses(trainer)[-3:]) < sum(losses(trainer)[:3])
+    trainer.save_model(str(tmp_path / "adapter"))
+    after = logits(trainer.model)
+    torch.testing.assert_close(logits(loaded(plan, config, tmp_path)), after)
