@@ -95,7 +95,7 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "no-flash-attention-class": (SMALL, *FLASH),
     "quantized-on-processor": (SMALL, "--method", "qlora", "--gpu", "t4"),
     "no-quantization-kernels": (SMALL, "--gpu", "t4", "--quantization", "int8"),
-    "optimizer-on-processor": (SMALL, "--method", "full", "--optim", "adalomo", "--gpu", "t4"),
+    "optimizer-on-processor": (SMALL, "--method", "full", "--optim", "adalomo", "--gpu", "l4"),
     "apollo-zero-start": (SMALL, "--method", "full", "--optim", "apollo_adamw"),
     "fp16-overflow": (SMALL, *PURE_FLOAT32),
     "beyond-positions": (SMALL, "--max-length", "8192"),

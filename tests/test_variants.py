@@ -316,7 +316,7 @@ def test_an_optimizer_that_calls_cuda_does_not(optim: str, tmp_path: Path) -> No
     pytest.importorskip(OPTIMIZERS[optim].module or "")
     config = CONFIGS["llama"]
     trainer = trainer_of(config, planned(config, method="full", optim=optim), tmp_path)
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         trainer.train()
 
 
