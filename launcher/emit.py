@@ -126,6 +126,7 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "lora_rank": plan.lora_rank,
         "lora_alpha": plan.lora_alpha,
         "lora_dropout": plan.lora_dropout,
+        "loraplus_lr_ratio": plan.loraplus_lr_ratio,
         "target_modules": list(plan.target_modules),
         "modules_to_save": list(plan.modules_to_save),
         "peft_config": list(plan.peft_config),

@@ -250,9 +250,8 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
     """What was made, where it is, and how to use it: lines to be copied."""
     folder = run.root / record["output"]
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    loader = "AutoPeftModelForCausalLM" if record["output"] == "adapter" else "AutoModelForCausalLM"
-    package = "peft" if record["output"] == "adapter" else "transformers"
-    merges = record["output"] == "adapter" and resolve_method(record["method"]).has_rank
+    method = resolve_method(record["method"])
+    merges = record["output"] == "adapter" and method.has_rank and method.peft_type is not None
     return [
         f"{record['output']:<10}  {folder} ({format_bytes(size)})",
         f"loss curve  {run.loss_plot}",
@@ -260,8 +259,18 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
         f"again       ftplan launch {run.root}",
         *([f"one model   ftplan merge {run.root}"] if merges else []),
         "use it",
-        f"    from {package} import {loader}",
-        f"    model = {loader}.from_pretrained(",
-        f'        "{folder}"',
-        "    )",
+        *(f"    {line}" for line in _loading_lines(record, folder)),
     ]
+
+
+def _loading_lines(record: Mapping[str, Any], folder: Path) -> list[str]:
+    """Python that loads what was trained."""
+    if record["method"] == "bottleneck":
+        imported, call = "from ftplan.launcher.training import bottlenecks", "bottlenecks.load("
+    elif record["output"] == "adapter":
+        imported = "from peft import AutoPeftModelForCausalLM"
+        call = "AutoPeftModelForCausalLM.from_pretrained("
+    else:
+        imported = "from transformers import AutoModelForCausalLM"
+        call = "AutoModelForCausalLM.from_pretrained("
+    return [imported, f"model = {call}", f'    "{folder}"', ")"]

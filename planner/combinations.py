@@ -9,6 +9,7 @@ from ftplan.planner.cycles import LORA_DROP_KEPT_SHARE
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.refused_steps import REFUSED_STEPS
 from ftplan.planner.trained import LM_HEAD, routers_taken_for_linear
@@ -25,6 +26,12 @@ _LEAST_CHANGES = {"bfloat16": 512, "float16": 4096}
 
 # `TrainingArguments.per_device_eval_batch_size` of transformers.
 _DEFAULT_EVAL_ROWS = 8
+
+
+# Optimizers whose code calls CUDA by name (galore-torch 1.0, adamw8bit.py; lomo-optim 0.1.1,
+# adalomo.py); and those that let a gradient's norm grow by 1 % a step.
+CUDA_OPTIMIZERS = frozenset(("adalomo", "galore_adamw_8bit", "galore_adamw_8bit_layerwise"))
+_LIMITED_OPTIMIZERS = frozenset(("apollo_adamw", "apollo_adamw_layerwise"))
 
 
 def cautions(model: ModelSpec, plan: TrainingPlan, device: Device | None) -> list[Caution]:
@@ -164,13 +171,14 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     Combination(
         name="quantized-on-processor",
-        outcome="not run",
+        outcome="warned",
         applies=_quantizes_on_processor,
         text=lambda a: (
-            "4- and 8-bit bases are for GPUs: on a processor they save little and run slowly"
+            "a processor expands the weights of a 4- or 8-bit base for each product: that saves "
+            "memory, not time"
         ),
-        way_out=lambda a: "use `--method lora`",
-        source="bitsandbytes' installation guide",
+        way_out=lambda a: "use `--method lora` where its memory fits",
+        source="bitsandbytes 0.50, backends/cpu/ops.py",
     ),
     Combination(
         name="no-quantization-kernels",
@@ -179,6 +187,31 @@ COMBINATIONS: tuple[Combination, ...] = (
         text=_lack_of_quantization,
         way_out=_other_than_quantized,
         source="bitsandbytes' installation guide; Triton's README",
+    ),
+    Combination(
+        name="optimizer-on-processor",
+        outcome="not run",
+        applies=lambda a: (
+            a.device is not None and a.device.kind == "cpu" and a.plan.optim in CUDA_OPTIMIZERS
+        ),
+        text=lambda a: f"`--optim {a.plan.optim}` calls CUDA by name, whatever it runs on",
+        way_out=lambda a: "use `--optim adamw_torch_fused`",
+        source="galore-torch 1.0, adamw8bit.py; lomo-optim 0.1.1, adalomo.py",
+    ),
+    Combination(
+        name="apollo-zero-start",
+        outcome="warned",
+        applies=lambda a: (
+            a.plan.optim in _LIMITED_OPTIMIZERS
+            and a.peft_type == "LORA"
+            and read_options(a.plan.peft_config).get("init_lora_weights", True) is True
+        ),
+        text=lambda a: (
+            f"`--optim {a.plan.optim}` lets a gradient's norm grow by 1 % a step, and LoRA's first "
+            "matrix begins with a gradient of 0: it hardly moves"
+        ),
+        way_out=lambda a: "use `--optim adamw_torch_fused`",
+        source="apollo-torch 1.0.3, apollo.py: the norm-growth limiter",
     ),
     Combination(
         name="fp16-overflow",

@@ -305,7 +305,7 @@ def _step_moments(
 ) -> tuple[Moment, ...]:
     by_trainer = plan.trainer != "loop"
     return model.remembered(
-        ("step", plan.optim, tuple(updated), kind, by_trainer),
+        ("step", plan.method, plan.optim, tuple(updated), kind, by_trainer),
         partial(plan.optimizer.step_moments, updated, kind, by_trainer=by_trainer),
     )
 

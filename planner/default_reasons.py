@@ -14,6 +14,7 @@ WHY_DEFAULT = {
     "max_steps": "the epochs decide",
     "double_quant": "saves 0.37 bits a weight at no measured loss",
     "lora_dropout": "dropout keeps a mask and a copy of each input",
+    "loraplus_lr_ratio": "for `lora-plus` alone: 2^4, the rule of thumb of LoRA+",
     "target_modules": "adapters on all linear layers match full tuning",
     "modules_to_save": "adapters alone",
     "peft_config": "PEFT's own defaults",

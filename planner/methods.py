@@ -188,7 +188,6 @@ _BASE_METHODS = (
         trains="small networks behind attention and feed-forward of each layer",
         source="Houlsby et al. 2019, arXiv 1902.00751",
         counted_by=bottleneck_count,
-        has_trainer=False,
         adapter=True,
     ),
 )
@@ -207,6 +206,7 @@ def _peft(
     name: str | None = None,
     counted_by: CountedBy = adapter_count,
     has_trainer: bool = True,
+    quantized_base: bool = False,
     **options: Any,
 ) -> Method:
     """A method of PEFT that is known by its options."""
@@ -218,6 +218,7 @@ def _peft(
         counted_by=counted_by,
         has_trainer=has_trainer,
         adapter=True,
+        quantized_base=quantized_base,
         peft_type=peft_type,
         peft_options=options,
         takes=takes,
@@ -263,8 +264,7 @@ _PEFT_METHODS = (
         "Li et al. 2023, arXiv 2310.08659",
         _LORA,
         name="loftq",
-        has_trainer=False,
-        init_lora_weights="loftq",
+        quantized_base=True,
     ),
     _peft(
         "LORA",
@@ -273,7 +273,6 @@ _PEFT_METHODS = (
         "Hayou et al. 2024, arXiv 2402.12354",
         _LORA,
         name="lora-plus",
-        has_trainer=False,
     ),
     _peft(
         "LORA",
@@ -283,7 +282,6 @@ _PEFT_METHODS = (
         _LORA,
         name="lora-fa",
         counted_by=lora_fa_count,
-        has_trainer=False,
     ),
     _peft(
         "LORA",

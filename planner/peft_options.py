@@ -88,6 +88,7 @@ COUNTED: dict[str, dict[str, Any]] = {
         **_PROMPT,
         "encoder_reparameterization_type": "MLP",
         "encoder_hidden_size": None,
+        "encoder_num_layers": 2,
     },
     "MULTITASK_PROMPT_TUNING": {**_PROMPT, "num_ranks": 1, "num_tasks": 1},
     "PREFIX_TUNING": {**_PROMPT, "prefix_projection": False, "encoder_hidden_size": None},

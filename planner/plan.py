@@ -18,9 +18,11 @@ from msgspec import Struct
 from ftplan.planner.context_parallel import check_context_parallel
 from ftplan.planner.cycles import PRUNE_METHODS, check_cycles
 from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.lora_optimizers import optimizer_of
+from ftplan.planner.method_checks import check_method_settings
 from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
-from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
+from ftplan.planner.optimizers import OPTIMIZERS, Optimizer
 from ftplan.planner.overlong import OVERLONG
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
@@ -68,6 +70,11 @@ class TrainingPlan:
     lora_rank: int = _setting(16, "rank of the adapters")
     lora_alpha: int = _setting(32, "scale of the adapters: alpha / rank", recipe=True)
     lora_dropout: float = _setting(0.0, "dropout before the adapters")
+    loraplus_lr_ratio: float = _setting(
+        16.0,
+        "learning rate of LoRA's second matrix, as a multiple of the first's (lora-plus)",
+        recipe=True,
+    )
     target_modules: tuple[str, ...] = _setting(
         (ALL_LINEAR,), "linear modules that carry adapters, comma-separated, or `all-linear`"
     )
@@ -160,6 +167,7 @@ class TrainingPlan:
         _check_precision(self)
         _check_loss(self)
         _check_method(self)
+        check_method_settings(self)
         _check_packing(self)
         _check_every_n_layers(self)
         check_objective(self)
@@ -179,7 +187,8 @@ class TrainingPlan:
 
     @property
     def optimizer(self) -> Optimizer:
-        return resolve_optimizer(self.optim)
+        """As the method uses it: LoRA-FA has one of its own."""
+        return optimizer_of(self.method, self.optim)
 
     @property
     def method_settings(self) -> MethodSettings:
@@ -260,6 +269,7 @@ class TrainingPlan:
 _POSITIVE_SETTINGS = (
     "lora_rank",
     "lora_alpha",
+    "loraplus_lr_ratio",
     "num_trainable_layers",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -290,8 +300,8 @@ _OPTIONAL_COUNTS = (
     *("jagged_restart_steps", "jagged_restart_warmup_steps"),
 )
 
-# A comma that stands in no bracket: options of PEFT may be lists.
-_OUTER_COMMA = re.compile(r",(?![^\[\](){}]*[\])}])")
+# What commas do not divide: options of PEFT may be lists, and texts in double quotes.
+_OUTER_PART = re.compile(r"""(?:"[^"]*"|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[^,])+""")
 
 # NumPy's generator, which transformers seeds too, takes no other.
 _SEEDS = range(2**32)
@@ -536,7 +546,7 @@ def parse_setting(name: str, text: str) -> Any:
         if isinstance(default, bool):
             return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
         if isinstance(default, tuple):
-            return tuple(part.strip() for part in _OUTER_COMMA.split(text) if part.strip())
+            return tuple(part.strip() for part in _OUTER_PART.findall(text) if part.strip())
         if isinstance(default, float):
             return float(text)
         if isinstance(default, int) or name in _OPTIONAL_COUNTS:

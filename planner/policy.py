@@ -44,6 +44,9 @@ class Advice(Struct, frozen=True, kw_only=True):
 
 def learning_rate(method: Method, model: ModelSpec) -> Advice:
     """Peak learning rate by method and size."""
+    if method.name == "lora-plus":
+        rate = 1e-4 if model.num_parameters < 30e9 else 5e-5
+        return Advice(value=rate, why="half of LoRA's: B has `loraplus_lr_ratio` times as much")
     if method.adapter:
         rate = 2e-4 if model.num_parameters < 30e9 else 1e-4
         return Advice(value=rate, why="QLoRA's rate: 2e-4 up to 13B, 1e-4 from 33B (table 9)")

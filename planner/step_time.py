@@ -190,12 +190,13 @@ def step_work(
     updated = updated_parameters(share, plan, trained)
     on_host = plan.offload != "none"
     optimizer_bytes = _optimizer_bytes(plan, updated)
+    optimizer_flops = plan.optimizer.flops(updated)
     return StepWork(
         kind=device.kind,
         dtype=plan.compute_dtype,
         tokens=micro_batches * tokens / plan.tp_size,
         forward_flops=micro_batches * forward,
-        flops=micro_batches * flops,
+        flops=micro_batches * flops + optimizer_flops,
         model_flops=micro_batches * (flops - value(trace.recomputed_flops, rows, length)),
         float32_flops=micro_batches * value(trace.float32_flops, rows, length),
         moved_bytes=micro_batches * moved,

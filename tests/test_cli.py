@@ -46,6 +46,7 @@ SETTING_FLAGS = [
     "--lora-rank",
     "--lora-alpha",
     "--lora-dropout",
+    "--loraplus-lr-ratio",
     "--target-modules",
     "--modules-to-save",
     "--peft-config",

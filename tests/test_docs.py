@@ -445,9 +445,9 @@ def test_what_ranks_hold_is_the_policys() -> None:
 
 def test_the_learning_rates_are_the_policys() -> None:
     rates = [float(row[2]) for row in table("policy.md", "Learning rate")]
-    sizes = ("29B", "34B", "0.9B", "1.1B")
+    sizes = ("29B", "34B", "29B", "34B", "0.9B", "1.1B")
     models = [spec_from_size(round(float(size[:-1]) * 1e9), size) for size in sizes]
-    methods = [METHODS[name] for name in ("lora", "lora", "full", "full")]
+    methods = [METHODS[name] for name in (*2 * ("lora",), *2 * ("lora-plus",), *2 * ("full",))]
     advised = [policy.learning_rate(m, s).value for m, s in zip(methods, models, strict=True)]
     assert rates == advised
 

@@ -23,7 +23,7 @@ import pyarrow
 from pyarrow import parquet
 
 from ftplan.launcher.data.asked import DataAsked
-from ftplan.launcher.launching import write_run
+from ftplan.launcher.launching import result_lines, write_run
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training import loop
@@ -386,6 +386,36 @@ def test_what_is_planned_is_what_trains(
     assert record["output"] == ("adapter" if method == "lora" else "model")
     measured = record["measured"]["allocated_bytes"]
     assert record["predicted"]["allocated_bytes"] == pytest.approx(measured, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({"method": "bottleneck"}, id="bottleneck"),
+        pytest.param({"method": "loftq"}, id="loftq"),
+        pytest.param({"method": "lora-plus"}, id="lora-plus"),
+        pytest.param({"method": "lora-fa"}, id="lora-fa"),
+        pytest.param({"method": "full", "optim": "muon"}, id="muon"),
+    ],
+)
+@pytest.mark.usefixtures("kept_signals")
+def test_a_variant_trains_as_planned_and_says_how_it_is_loaded(
+    given: dict[str, Any], model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    plan = planned(model_folder, data_file, tmp_path, per_device_train_batch_size=4, **given)
+    run = write_run(plan, None, tmp_path)
+    assert loop.train(run, resume=False) == 0
+    record, chosen = run.read_record(), plan.chosen.plan
+    trained = chosen.resolved_method.count(plan.source.spec, chosen.method_settings)
+    assert record["num_trainable_parameters"] == trained.num_trainable_parameters
+    measured = record["measured"]["allocated_bytes"]
+    assert record["predicted"]["allocated_bytes"] == pytest.approx(measured, rel=0.12)
+    lines = result_lines(run, record)
+    code = "\n".join(line.removeprefix("    ") for line in lines[lines.index("use it") + 1 :])
+    if given["method"] != "loftq":  # whose base a person quantizes as the run did
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert names["model"].config.hidden_size == 64
 
 
 def formats(folder: Path) -> dict[str, Path]:

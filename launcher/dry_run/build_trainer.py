@@ -24,6 +24,7 @@ from ftplan.launcher.training.adapters import refused, settle_adapters
 from ftplan.launcher.training.cycles.adalora import ImportanceAlone, is_adalora
 from ftplan.launcher.training.loop import sft_arguments
 from ftplan.launcher.training.objectives import trainer_arguments
+from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.stacks import (
     PlainLoop,
     blank_tokenizer,
@@ -41,6 +42,13 @@ def build_trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) 
 
     Raises InputError where PEFT refuses them.
     """
+    trainer = _built(case, model, peft_config)
+    plan = case.plan
+    settle_optimizer(trainer, plan.method, plan.optim, method_settings(plan))
+    return trainer
+
+
+def _built(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -> Any:
     if peft_config is None:
         return _trainer(case, model, None)
     choose_without_weights(peft_config)

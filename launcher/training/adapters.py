@@ -44,7 +44,7 @@ def peft_config_of(
     if settings["modules_to_save"]:
         options["modules_to_save"] = list(settings["modules_to_save"])
     options |= {
-        **_derived(method, model),
+        **_derived(method, model, {**method.peft_options, **given}),
         **derived_options(method.peft_type, settings["lora_rank"], given),
         **method.peft_options,
         **given,
@@ -59,14 +59,23 @@ def peft_config_of(
         raise refused(method, error) from error
 
 
-def _derived(method: Method, model: nn.Module) -> dict[str, Any]:
-    """Options that PEFT has no default for, which follow from the model."""
+def _derived(method: Method, model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that PEFT has no default for, which follow from the model and the `given` ones."""
+    if given.get("prompt_tuning_init") == "TEXT":
+        return {"tokenizer_name_or_path": _folder_of(model)}
     if method.peft_type == "ADALORA":
         return {"total_step": _ADALORA_STEPS}
     if method.peft_type == "ADAPTION_PROMPT":
         config: Any = model.config
         return {"adapter_layers": min(ADAPTION_PROMPT_LAYERS, config.num_hidden_layers)}
     return {}
+
+
+def _folder_of(model: nn.Module) -> str:
+    """Where the model was loaded from, with its tokenizer; a model without weights is from
+    nowhere, and needs no text either."""
+    config: Any = model.config
+    return str(config.name_or_path) or "."
 
 
 def refused(method: Method, error: Exception) -> InputError:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from ftplan.launcher.training.adapters import peft_config_of
+from ftplan.launcher.training.bottlenecks import insert_bottlenecks
 from ftplan.launcher.training.model_classes import MODEL_CLASSES, check_model_class
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.methods import resolve_method
@@ -34,7 +35,19 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     model_class = MODEL_CLASSES[settings["objective"]]
     arguments.update(model_class.settings)
-    return model_class.auto.from_pretrained(model, use_safetensors=True, **arguments)
+    loaded = model_class.auto.from_pretrained(model, use_safetensors=True, **arguments)
+    if quantization is not None:
+        keep_differentiable(loaded)
+    return loaded
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit weights as they are. In evaluation mode on a processor it packs
+    them for a kernel through which no gradient goes, in training either (0.50, nn/modules.py
+    `Linear4bit.forward`)."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def meta_model(config: Mapping[str, Any], settings: Settings) -> PreTrainedModel:
@@ -95,6 +108,9 @@ def apply_method(model: PreTrainedModel, method: str, settings: Settings) -> Pef
         freeze_all_but_last(model, settings["num_trainable_layers"], settings["trainable_modules"])
     if method == "bitfit":
         train_biases_only(model)
+    if method == "bottleneck":
+        quantized = settings["quantization"] != "none"
+        insert_bottlenecks(model, settings["lora_rank"], quantized=quantized)
     return peft_config_of(resolve_method(method), settings, model)
 
 

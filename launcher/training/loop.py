@@ -33,12 +33,14 @@ from ftplan.launcher.training.evaluation import (
     forgetting_record,
     samples_record,
 )
+from ftplan.launcher.training.loftq import begin_with_what_is_lost
 from ftplan.launcher.training.measure import (
     CpuAllocationRecorder,
     mean_step_seconds,
     measured_memory,
 )
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
+from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.methods import resolve_method
@@ -177,6 +179,10 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         else own(**common)
     )
     settle_adapters(trainer.model, config.method_settings)
+    if config.method == "loftq":
+        begin_with_what_is_lost(trainer.model, config.model)
+    optim = config.training_arguments["optim"]
+    settle_optimizer(trainer, config.method, optim, config.method_settings)
     session.reporter.trainer = trainer
     session.cycle = add_cycle(trainer, run, config, session.recorder)
     return trainer
