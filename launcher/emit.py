@@ -12,6 +12,7 @@ from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device, DeviceKind
+from ftplan.planner.objectives import LOSS_SETTINGS, beta_of
 from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
 from ftplan.planner.trained import ALL_LINEAR
@@ -100,14 +101,15 @@ def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
             "num_generations": plan.num_generations,
             "max_completion_length": plan.max_completion_length,
             "steps_per_generation": plan.steps_per_generation,
-            "beta": plan.beta,
+            "beta": beta_of(plan),
         }
     arguments: dict[str, Any] = {"max_length": plan.max_length}
     if plan.objective == "sft":
         arguments["packing"] = plan.packing
     elif plan.resolved_objective.has_reference:
         arguments["precompute_ref_log_probs"] = plan.precompute_ref_log_probs
-    return arguments
+    given = {name: getattr(plan, name) for name in LOSS_SETTINGS}
+    return arguments | {name: value for name, value in given.items() if value is not None}
 
 
 def method_settings(plan: TrainingPlan) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.methods import METHODS, Method
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import Objective
 from ftplan.planner.trained import MethodSettings
 from ftplan.planner.units import format_count
 
@@ -42,8 +43,18 @@ class Advice(Struct, frozen=True, kw_only=True):
     why: str
 
 
-def learning_rate(method: Method, model: ModelSpec) -> Advice:
-    """Peak learning rate by method and size."""
+# The best rates of adapters beside those of full tuning ("LoRA Without Regret").
+ADAPTER_RATE_FACTOR = 10
+
+
+def learning_rate(method: Method, model: ModelSpec, objective: Objective | None = None) -> Advice:
+    """Peak learning rate by objective; of plain fine-tuning by method and size."""
+    if objective is not None and objective.learning_rate is not None:
+        rate, source = objective.learning_rate, objective.learning_rate_source
+        if not method.adapter:
+            return Advice(value=rate, why=source)
+        why = f"adapters: {ADAPTER_RATE_FACTOR} times {rate:g}, {source}"
+        return Advice(value=ADAPTER_RATE_FACTOR * rate, why=why)
     if method.adapter:
         rate = 2e-4 if model.num_parameters < 30e9 else 1e-4
         return Advice(value=rate, why="QLoRA's rate: 2e-4 up to 13B, 1e-4 from 33B (table 9)")

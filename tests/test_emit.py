@@ -22,7 +22,7 @@ from ftplan.launcher.run_dir import RunDir, read_mapping, write_yaml
 from ftplan.launcher.training.config import read_train_config
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.objectives import GENERATION_SETTINGS
+from ftplan.planner.objective_checks import GENERATION_SETTINGS
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.plan import SCHEDULES, TrainingPlan
 
@@ -185,18 +185,25 @@ class TestTrainConfig:
             "max_steps": 7,
             "num_generations": 4,
             "steps_per_generation": 2,
-            "beta": 0.1,
+            "beta": 0.2,
+            "gamma_beta_ratio": 0.2,
+            "loss_type": "ipo",
         }
         generates = ON_CPU.replace(
             objective="grpo", loss="trl-fused", per_device_train_batch_size=8, max_length=1024
         )
+
+        pairs = ON_CPU.replace(objective="dpo")
 
         def files(plan: TrainingPlan) -> str:
             config = emit.train_config(plan, GPU, **FILES)
             return json.dumps([config, emit.accelerate_config(plan, GPU)])
 
         bases = {
-            "precompute_ref_log_probs": ON_CPU.replace(objective="dpo"),
+            "precompute_ref_log_probs": pairs,
+            "beta": pairs,
+            "loss_type": pairs,
+            "gamma_beta_ratio": pairs.replace(objective="simpo"),
             "trainable_modules": ON_CPU.replace(method="freeze"),
             **dict.fromkeys(GENERATION_SETTINGS, generates),
         }

@@ -210,7 +210,7 @@ def test_rows_make_whole_groups() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "sft", "loss": "trl-fused", "beta": 0.1}, "is for `--objective grpo`"),
+        ({"objective": "sft", "loss": "trl-fused", "beta": 0.1}, "is for `--objective` `dpo`"),
         ({**GRPO, "num_generations": 1}, "compared with the others"),
         ({**GRPO, "num_generations": 3}, "no whole groups"),
         ({**GRPO, "max_completion_length": 512, "max_length": 512}, "leaves no token"),

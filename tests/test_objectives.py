@@ -16,6 +16,8 @@ from ftplan.planner.recipe import estimate_recipe
 SMALLEST: dict[str, dict[str, Any]] = {
     "sft": {},
     "dpo": {},
+    "orpo": {},
+    "simpo": {},
     "kto": {"per_device_train_batch_size": 2},
     "reward": {"loss": "stock"},
     "grpo": {"per_device_train_batch_size": 8},
@@ -37,6 +39,14 @@ def plan(objective: str, **settings: Any) -> TrainingPlan:
         ("sft", {"precompute_ref_log_probs": True}, "has no reference"),
         ("reward", {"precompute_ref_log_probs": True}, "has no reference"),
         ("kto", {"per_device_train_batch_size": 1}, "2 or more"),
+        ("orpo", {"precompute_ref_log_probs": True}, "has no reference"),
+        ("sft", {"beta": 0.1}, "`--beta` is for `--objective` `dpo`"),
+        ("dpo", {"beta": 0.0}, "nothing to learn from"),
+        ("dpo", {"gamma_beta_ratio": 0.5}, "is for `--objective` `simpo`"),
+        ("simpo", {"loss_type": "ipo"}, "is for `--objective` `dpo`, and this is `simpo`"),
+        ("dpo", {"loss_type": "aot"}, "micro-batch"),
+        ("dpo", {"loss_type": "robust"}, "label_smoothing"),
+        ("dpo", {"loss_type": "ippo"}, "unknown loss type `ippo`"),
         (
             "reward",
             {

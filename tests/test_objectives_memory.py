@@ -33,6 +33,8 @@ WIDE: dict[str, Any] = {
 }
 CUDA: dict[str, Any] = {**BF16, "kind": "cuda"}
 DPO: dict[str, Any] = {"objective": "dpo", "loss": "trl-fused"}
+ORPO: dict[str, Any] = {"objective": "orpo", "loss": "trl-fused"}
+SIMPO: dict[str, Any] = {"objective": "simpo", "loss": "trl-fused"}
 KTO: dict[str, Any] = {"objective": "kto", "loss": "trl-fused"}
 REWARD: dict[str, Any] = {"objective": "reward"}
 HEAD: dict[str, Any] = {"modules_to_save": ("lm_head",)}
@@ -122,6 +124,10 @@ def _joined(peaks: dict[str, int]) -> dict[str, int]:
                 },
             ),
             ("dpo, qlora", WIDE_LLAMA, {**CUDA, **DPO, **QLORA}),
+            ("orpo, full", WIDE_LLAMA, {**CUDA, **ORPO, **FULL}),
+            ("orpo, lora, checkpointing", WIDE_QWEN3, {**CUDA, **ORPO, **CHECKPOINTING}),
+            ("simpo, qlora", WIDE_LLAMA, {**CUDA, **SIMPO, **QLORA}),
+            ("cpu, simpo", WIDE_PHI, {**SIMPO, **FULL}),
             ("kto, full", WIDE_LLAMA, {**CUDA, **KTO, **FULL}),
             ("kto, lora, checkpointing", WIDE_QWEN3, {**CUDA, **KTO, **CHECKPOINTING}),
             ("kto, qlora", WIDE_PHI3, {**CUDA, **KTO, **QLORA}),

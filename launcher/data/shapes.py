@@ -52,7 +52,7 @@ TRAINS: Mapping[str, tuple[str, ...]] = {
     "supervised": ("sft",),
     "multi-task": ("sft",),
     "pretraining": ("sft",),
-    "preference": ("dpo", "reward", "sft"),
+    "preference": ("dpo", "orpo", "simpo", "reward", "sft"),
     "kto": ("kto",),
     "online": ("grpo",),
 }

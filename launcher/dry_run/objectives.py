@@ -19,6 +19,7 @@ from ftplan.launcher.training.objectives import (
     PlannedKTOTrainer,
     PlannedRewardTrainer,
 )
+from ftplan.launcher.training.reference_free import PlannedORPOTrainer, PlannedSimPOTrainer
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.step_trace import REFERENCE_PHASE
 
@@ -64,12 +65,22 @@ class DryKTOTrainer(_DryPreference, PlannedKTOTrainer):
     reference_columns = ("ref_logps", "ref_KL_logps")
 
 
+class DryORPOTrainer(Dry, PlannedORPOTrainer):
+    """ftplan's, on pairs."""
+
+
+class DrySimPOTrainer(Dry, PlannedSimPOTrainer):
+    """ftplan's, on pairs."""
+
+
 class DryRewardTrainer(Dry, PlannedRewardTrainer):
     """TRL's, on pairs."""
 
 
 DRY_TRAINERS: dict[str, type[Any]] = {
     "dpo": DryDPOTrainer,
+    "orpo": DryORPOTrainer,
+    "simpo": DrySimPOTrainer,
     "kto": DryKTOTrainer,
     "reward": DryRewardTrainer,
     "grpo": DryGRPOTrainer,
@@ -79,8 +90,9 @@ DRY_TRAINERS: dict[str, type[Any]] = {
 def preference_rows(objective: str, count: int, length: int) -> Dataset:
     """Rows of so many tokens, prompt and completion together, all but one of them answer."""
     prompt, answer = [1], [1] * (length - 1)
+    pair = {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer}
     row: dict[str, Any] = {
-        "dpo": {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer},
+        **dict.fromkeys(("dpo", "orpo", "simpo"), pair),
         "kto": {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": answer},
         "reward": {"chosen_ids": prompt + answer, "rejected_ids": prompt + answer},
     }[objective]

@@ -30,6 +30,8 @@ _CAUSAL = ModelClass()
 MODEL_CLASSES: dict[str, ModelClass] = {
     "sft": _CAUSAL,
     "dpo": _CAUSAL,
+    "orpo": _CAUSAL,
+    "simpo": _CAUSAL,
     "kto": _CAUSAL,
     "reward": ModelClass(
         auto=AutoModelForSequenceClassification,

@@ -1,4 +1,4 @@
-"""TRL's configurations and trainers: one of each for an entry of
+"""Configurations and trainers, TRL's or on it: one of each for an entry of
 `planner.objectives.OBJECTIVES`."""
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ from trl import (
 
 from ftplan.launcher.training.arguments import launched_arguments
 from ftplan.launcher.training.order import PlannedOrder
+from ftplan.launcher.training.reference_free import (
+    ORPOConfig,
+    PlannedORPOTrainer,
+    PlannedSimPOTrainer,
+    SimPOConfig,
+)
 
 
 class TokenizedRows(PlannedOrder):
@@ -62,6 +68,8 @@ class Training(Struct, frozen=True, kw_only=True):
 TRAININGS: dict[str, Training] = {
     "sft": Training(arguments=SFTConfig),
     "dpo": Training(arguments=DPOConfig, trainer=PlannedDPOTrainer),
+    "orpo": Training(arguments=ORPOConfig, trainer=PlannedORPOTrainer),
+    "simpo": Training(arguments=SimPOConfig, trainer=PlannedSimPOTrainer),
     "kto": Training(arguments=KTOConfig, trainer=PlannedKTOTrainer),
     "reward": Training(arguments=RewardConfig, trainer=PlannedRewardTrainer),
     "grpo": Training(arguments=GRPOConfig, trainer=PlannedGRPOTrainer),

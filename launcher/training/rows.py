@@ -310,6 +310,8 @@ class _Labelled(_Compared):
 MAKERS: dict[str, type[_Maker]] = {
     "sft": _Answered,
     "dpo": _Compared,
+    "orpo": _Compared,
+    "simpo": _Compared,
     "reward": _Scored,
     "kto": _Labelled,
 }
