@@ -102,6 +102,7 @@ def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
             "max_completion_length": plan.max_completion_length,
             "steps_per_generation": plan.steps_per_generation,
             "beta": beta_of(plan),
+            "num_generations_eval": 1,
         }
     arguments: dict[str, Any] = {"max_length": plan.max_length}
     if plan.objective == "sft":
@@ -145,6 +146,7 @@ def train_config(
     eval_data: Mapping[str, Any] | None,
     hashes: Mapping[str, str],
     test_share: float = 0.0,
+    reward_model: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """train.yaml: all that the training process reads. Relative paths are within the run."""
     return {
@@ -159,6 +161,19 @@ def train_config(
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),
+        "rewards": rewards(plan, reward_model) if plan.resolved_objective.generates else None,
+    }
+
+
+def rewards(plan: TrainingPlan, reward_model: Mapping[str, str | None] | None) -> dict[str, Any]:
+    """What judges completions. `reward_model`: its folders, `model` and `adapter`."""
+    return {
+        "rules": list(plan.reward),
+        **(reward_model or {"model": None, "adapter": None}),
+        "dtype": plan.compute_dtype,
+        "attn_implementation": plan.attn_implementation,
+        "rows": plan.per_device_train_batch_size,
+        "max_length": plan.max_length,
     }
 
 

@@ -404,17 +404,18 @@ def report(record: Mapping[str, Any]) -> Group:
     """Predicted beside measured, held-out loss, a sample answer."""
     parts: list[RenderableType] = [comparison_table(record), Text("")]
     evaluation = record["evaluation"]
+    rewarded = evaluation.get("measure") == "reward"
     parts += [
         table(
-            "Loss on held-out rows",
+            f"{'Reward' if rewarded else 'Loss'} on held-out rows",
             ("", ">before", ">after", ">change", ""),
             [
                 [
                     f"{evaluation['num_rows']} rows",
                     f"{evaluation['before']:.3f}",
                     f"{evaluation['after']:.3f}",
-                    format_percent(evaluation["after"] / evaluation["before"] - 1),
-                    "lower is better",
+                    _change(evaluation["before"], evaluation["after"]),
+                    "higher is better" if rewarded else "lower is better",
                 ]
             ],
         ),
@@ -422,6 +423,11 @@ def report(record: Mapping[str, Any]) -> Group:
         sample_view(record["sample"]),
     ]
     return Group(*parts)
+
+
+def _change(before: float, after: float) -> str:
+    """A share of what was; a difference where that was not above 0, as rewards may be."""
+    return format_percent(after / before - 1) if before > 0 else f"{after - before:+.3f}"
 
 
 def comparison_table(record: Mapping[str, Any]) -> Table:
@@ -452,6 +458,8 @@ def sample_view(sample: Mapping[str, Any]) -> RenderableType:
         ("after", "after"),
         ("reference", "reference"),
     ):
+        if key == "reference" and not sample[key]:
+            continue
         lines.append(Text.assemble((f"{label}: ", "dim"), _clipped(sample[key] or "")))
     return Panel(Group(*lines), title="A held-out question", title_align="left", border_style="dim")
 

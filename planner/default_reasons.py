@@ -32,6 +32,8 @@ WHY_DEFAULT = {
     "beta": "plain fine-tuning has none",
     "loss_type": "plain fine-tuning has one",
     "gamma_beta_ratio": "for `simpo` alone",
+    "reward_model": "rules alone, or nothing that is generated",
+    "reward": "a reward model alone, or nothing that is generated",
     "tp_size": "GPUs that divide each layer's matrices",
     "cp_size": "GPUs that divide each row",
     "dp_replicate_size": "one copy of the model",

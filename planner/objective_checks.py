@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.objectives import LOSS_SETTINGS, OBJECTIVES, Objective
+from ftplan.planner.rewards import RULE_REWARDS
 
 if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan
@@ -48,7 +49,10 @@ def check_objective(plan: TrainingPlan) -> None:
 
 
 # Settings that only an objective that generates has.
-GENERATION_SETTINGS = ("num_generations", "max_completion_length", "steps_per_generation")
+GENERATION_SETTINGS = (
+    *("num_generations", "max_completion_length", "steps_per_generation"),
+    *("reward_model", "reward"),
+)
 
 
 def _check_loss_settings(plan: TrainingPlan) -> None:
@@ -99,10 +103,14 @@ def _check_generation(plan: TrainingPlan) -> None:
             if getattr(plan, name) != type(plan).__dataclass_fields__[name].default:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(
-                    f"`{flag}` is for `--objective grpo`, and this is `{plan.objective}`",
+                    f"`{flag}` is for `--objective grpo` and `rloo`, and this is "
+                    f"`{plan.objective}`",
                     f"leave `{flag}` out, or use `--objective grpo`",
                 )
         return
+    for name in plan.reward:
+        if name not in RULE_REWARDS:
+            raise UnknownNameError("reward", name, RULE_REWARDS)
     if plan.num_generations < 2:
         raise InputError(
             f"`--num-generations {plan.num_generations}`: each completion is compared with the "
@@ -122,7 +130,7 @@ def _check_groups(plan: TrainingPlan) -> None:
     """Raises InputError where a group of completions of one prompt would be torn apart."""
     if plan.num_gpus > 1:
         raise InputError(
-            "`--objective grpo` on several GPUs is not modelled",
+            f"`--objective {plan.objective}` on several GPUs is not modelled",
             "leave `--num-gpus` out: under DDP each GPU generates and trains for itself",
         )
     if plan.generated_rows % plan.num_generations:

@@ -32,16 +32,17 @@ class Objective(Struct, frozen=True, kw_only=True):
     `sequences_per_row` how many of them go through the model together. `batch_numbers`: numbers of
     64 bits that a micro-batch has for each token of those, and that each generated row keeps until
     others are generated. `generates`: rows are prompts, whose completions the model makes while it
-    trains (`planner/generation.py`). `only_loss`: the one loss kernel that
-    its trainer has, for the reason `why_only_loss`; None: any. `has_reference`: the loss compares
-    with the model as it was before training. `pairs_rows`: prompts with other rows' completions
-    are read too, in passes of their own without gradients. `scores`: the model has one score a row
-    instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it reports how often the
-    target is the most probable token. `min_batch_size`: rows that a micro-batch must have.
-    `beta`: what the loss weighs with, where nobody says otherwise; None: it has no such weight.
-    `gamma_beta_ratio`: the margin that it asks for. `loss_types`: variants that need no other
-    memory, the usual first, and `other_loss_types`, why each of the trainer's others is refused.
-    `learning_rate`: for full tuning of a model of some billion parameters, by
+    trains (`planner/generation.py`); `scores_always`: it asks the policy for their
+    log-probabilities though no step has been made since, and keeps their sums. `only_loss`: the one
+    loss kernel that its trainer has, for the reason `why_only_loss`; None: any. `has_reference`:
+    the loss compares with the model as it was before training. `pairs_rows`: prompts with other
+    rows' completions are read too, in passes of their own without gradients. `scores`: the model
+    has one score a row instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it
+    reports how often the target is the most probable token. `min_batch_size`: rows that a
+    micro-batch must have. `beta`: what the loss weighs with, where nobody says otherwise; None: it
+    has no such weight. `gamma_beta_ratio`: the margin that it asks for. `loss_types`: variants that
+    need no other memory, the usual first, and `other_loss_types`, why each of the trainer's others
+    is refused. `learning_rate`: for full tuning of a model of some billion parameters, by
     `learning_rate_source`; None: as plain fine-tuning.
     """
 
@@ -60,6 +61,7 @@ class Objective(Struct, frozen=True, kw_only=True):
     finds_top1: bool = False
     min_batch_size: int = 1
     generates: bool = False
+    scores_always: bool = False
     beta: float | None = None
     gamma_beta_ratio: float | None = None
     loss_types: tuple[str, ...] = ()
@@ -180,6 +182,20 @@ OBJECTIVES: dict[str, Objective] = {
             beta=0.0,
             learning_rate=1e-6,
             learning_rate_source="TRL's default, as DeepSeekMath's (arXiv 2402.03300)",
+        ),
+        Objective(
+            name="rloo",
+            title="REINFORCE leave-one-out",
+            source="Ahmadian et al. 2024, arXiv 2402.14740; trl.RLOOTrainer",
+            batch_numbers=3,  # as GRPO
+            only_loss="trl-fused",
+            why_only_loss=_TILES,
+            has_dropout=True,
+            generates=True,
+            scores_always=True,
+            beta=0.05,
+            learning_rate=1e-6,
+            learning_rate_source="TRL's default",
         ),
     )
 }

@@ -23,6 +23,7 @@ from ftplan.planner.objectives import OBJECTIVES, Objective
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
 from ftplan.planner.overlong import OVERLONG
 from ftplan.planner.peft_options import read_options
+from ftplan.planner.rewards import RULE_REWARDS
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
 from ftplan.planner.tensor_parallel import check_tensor_parallel
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
@@ -100,12 +101,21 @@ class TrainingPlan:
     precompute_ref_log_probs: bool = _setting(
         False, "compute the reference's log-probabilities before training (dpo, kto)"
     )
-    num_generations: int = _setting(8, "completions of each prompt that are compared (grpo)")
+    num_generations: int = _setting(8, "completions of each prompt that are compared (grpo, rloo)")
     max_completion_length: int = _setting(
-        512, "tokens of `max_length` that are generated, the rest is the prompt (grpo)"
+        512, "tokens of `max_length` that are generated, the rest is the prompt (grpo, rloo)"
     )
     steps_per_generation: int | None = _setting(
-        None, "micro-batches generated at once, instead of those of an optimizer step (grpo)"
+        None, "micro-batches generated at once, instead of those of an optimizer step (grpo, rloo)"
+    )
+    reward_model: str | None = _setting(
+        None,
+        "what judges completions: a run of `--objective reward`, a folder or a Hub id (grpo, rloo)",
+    )
+    reward: tuple[str, ...] = _setting(
+        (),
+        "rules that reward completions: " + ", ".join(RULE_REWARDS) + " (grpo, rloo)",
+        recipe=True,
     )
     beta: float | None = _setting(
         None,
@@ -281,6 +291,7 @@ _OPTIONAL: Mapping[str, type] = {
     "beta": float,
     "gamma_beta_ratio": float,
     "loss_type": str,
+    "reward_model": str,
 }
 
 # A comma that stands in no bracket: options of PEFT may be lists.

@@ -73,6 +73,28 @@ def max_length(longest_row: int, max_position_embeddings: int) -> Advice:
     return Advice(value=min(rounded, max_position_embeddings), why=why)
 
 
+# Tokens of a completion: TRL's default, and what a processor makes in bearable time.
+COMPLETION_LENGTH = 512
+COMPLETION_LENGTH_ON_CPU = 64
+
+
+def max_completion_length(model: ModelSpec, kind: DeviceKind) -> Advice:
+    """Tokens that a model adds to a prompt while it trains. `kind`: of the device."""
+    length = COMPLETION_LENGTH_ON_CPU if kind == "cpu" else COMPLETION_LENGTH
+    why = "a processor makes tokens slowly" if kind == "cpu" else "TRL's default"
+    if length > model.max_position_embeddings // 2:
+        return Advice(value=max(1, model.max_position_embeddings // 2), why="half the positions")
+    return Advice(value=length, why=why)
+
+
+def completions_per_step(num_prompts: int, num_generations: int) -> Advice:
+    """Completions an optimizer step, in whole groups of a prompt's."""
+    rows: int = effective_batch_size(num_prompts).value
+    groups = -(-rows // num_generations)
+    why = f"{groups} prompts with {num_generations} completions each"
+    return Advice(value=groups * num_generations, why=why)
+
+
 def num_train_epochs(num_rows: int) -> Advice:
     """Passes over the data: few rows are seen more often."""
     if num_rows < 2_000:

@@ -116,6 +116,7 @@ def data_recipe(
         **_method_settings(method, model, device, given),
         **_sharding_settings(method, given),
         **_objective_of_data(data, given),
+        **_completions(model, device, {**given, "objective": data.trains}),
     }
     return resolve(given, derived)
 
@@ -218,6 +219,15 @@ def _generation_settings(given: Mapping[str, Any], length: int) -> Derived:
     if length <= setting["max_completion_length"]:
         derived["max_completion_length"] = (max(1, length // 2), "half of `max_length`")
     return derived
+
+
+def _completions(model: ModelSpec, device: Device, given: Mapping[str, Any]) -> Derived:
+    """What a run needs whose model completes prompts."""
+    if given["objective"] not in _GENERATING:
+        return {}
+    advice = policy.max_completion_length(model, device.kind)
+    derived = _generation_settings(given, model.max_position_embeddings)
+    return {**derived, "max_completion_length": _advised(advice)}
 
 
 def _sharding_settings(method: Method, given: Mapping[str, Any]) -> Derived:

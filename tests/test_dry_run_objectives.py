@@ -25,6 +25,7 @@ from ftplan.launcher.training.build import apply_method, count_trainable, load_m
 from ftplan.launcher.training.measure import live_bytes, storage_sizes
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
 from ftplan.launcher.training.stacks import blank_tokenizer
+from ftplan.launcher.training.trainer import models_beside
 from ftplan.planner.errors import InputError
 from ftplan.planner.step_trace import REFERENCE_PHASE
 from tests.dry_runs import (
@@ -117,9 +118,8 @@ def seed_model(case: DryRunCase, folder: Path) -> None:
 
 
 def measured(trainer: Any, **how: Any) -> dict[str, int]:
-    """As for plain fine-tuning; a reference model lives through all phases."""
-    reference = getattr(trainer, "ref_model", None)
-    held = live_bytes(reference, None) if reference is not None else 0
+    """As for plain fine-tuning; models beside the trained one live through all phases."""
+    held = sum(live_bytes(model, None) for model in models_beside(trainer))
     return {phase: peak + held for phase, peak in measured_peaks(trainer, **how).items()}
 
 

@@ -16,6 +16,7 @@ from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.phases import STEP_PHASES
+from ftplan.planner.rewards import with_reward_model
 from ftplan.planner.stack import Stack
 from ftplan.planner.trained import target_names
 from tests.dry_runs import BF16, FREEZE, GPT2, GPT2_MODULES, LLAMA, QLORA, QWEN3, REENTRANT, case
@@ -91,8 +92,11 @@ def _with_names(dry_case: DryRunCase) -> DryRunCase:
 def closed_peaks(dry_case: DryRunCase, card: Device | None = None) -> dict[str, int]:
     """The same in closed form, on a card or one of the default compute capability."""
     stack = Stack(**{name: getattr(dry_case, name) for name in Stack.__struct_fields__})
+    model = spec_from_config(dry_case.config, "")
+    if dry_case.reward_config is not None:
+        model = with_reward_model(model, spec_from_config(dry_case.reward_config, ""))
     memory = estimate_memory(
-        spec_from_config(dry_case.config, ""),
+        model,
         dry_case.plan,
         device=PROCESSOR if dry_case.kind == "cpu" else card,
         stack=stack,

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from ftplan.launcher.dry_run.cuda import autocast
-from ftplan.launcher.dry_run.generation import DryGRPOTrainer
+from ftplan.launcher.dry_run.generation import DryGRPOTrainer, DryRLOOTrainer
 from ftplan.launcher.dry_run.trainers import Dry
 from ftplan.launcher.training.objectives import (
     PlannedDPOTrainer,
@@ -28,6 +28,7 @@ _WITH_REFERENCE = (
     "trl.trainer.dpo_trainer",
     "trl.trainer.grpo_trainer",
     "trl.trainer.kto_trainer",
+    "trl.trainer.rloo_trainer",
 )
 
 
@@ -84,6 +85,7 @@ DRY_TRAINERS: dict[str, type[Any]] = {
     "kto": DryKTOTrainer,
     "reward": DryRewardTrainer,
     "grpo": DryGRPOTrainer,
+    "rloo": DryRLOOTrainer,
 }
 
 

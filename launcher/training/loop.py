@@ -29,6 +29,7 @@ from ftplan.launcher.training.measure import (
     measured_memory,
 )
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
+from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.methods import resolve_method
@@ -155,6 +156,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         "peft_config": peft_config,
         "callbacks": [session.reporter],
     }
+    if config.rewards:
+        common["reward_funcs"] = reward_functions(config.rewards, arguments.device)
     own = TRAININGS[objective].trainer
     trainer: Any = (
         PlannedTrainer(stock_loss=config.loss == "stock", **common)
@@ -188,14 +191,15 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Loss on the held-out rows, and a sample answer; kept in metrics.jsonl for a resume."""
     session.say(f"evaluating {when} training")
-    loss = trainer.evaluate()["eval_loss"]
+    found = trainer.evaluate()
     session.say(f"answering a held-out question {when} training")
     speaks = session.config.objective != "reward"  # that model gives a number
     answer = generate_answer(trainer, session.tokenizer, row) if row and speaks else None
     result = {
         "event": "evaluation",
         "when": when,
-        "eval_loss": float(loss),
+        "eval_loss": float(found["eval_loss"]),
+        **({"eval_reward": float(found["eval_reward"])} if session.config.rewards else {}),
         "prompt": row.prompt[-1].content if row else None,
         "reference": row.answer if row else None,
         "answer": answer,
@@ -261,6 +265,7 @@ def make_record(
     """record.json: predicted beside measured, evaluation before and after, what was made."""
     plan = session.run.read_plan()
     config = session.config
+    measure = "reward" if config.rewards else "loss"
     steps = [row for row in session.run.metric_rows() if "step" in row]
     tokens = sum(row["tokens"] for row in steps)
     spent = sum(row["seconds"] for row in steps)
@@ -281,8 +286,9 @@ def make_record(
             "seconds": seconds,
         },
         "evaluation": {
-            "before": before["eval_loss"],
-            "after": after["eval_loss"],
+            "measure": measure,
+            "before": before[f"eval_{measure}"],
+            "after": after[f"eval_{measure}"],
             "num_rows": len(trainer.eval_dataset),
         },
         "sample": {

@@ -39,6 +39,7 @@ MODEL_CLASSES: dict[str, ModelClass] = {
         task_type="SEQ_CLS",
     ),
     "grpo": _CAUSAL,
+    "rloo": _CAUSAL,
 }
 
 

@@ -13,15 +13,16 @@ from trl import (
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
-    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
     SFTConfig,
 )
 
 from ftplan.launcher.training.arguments import launched_arguments
+from ftplan.launcher.training.online import PlannedGRPOTrainer, PlannedRLOOTrainer
 from ftplan.launcher.training.order import PlannedOrder
 from ftplan.launcher.training.reference_free import (
     ORPOConfig,
@@ -54,10 +55,6 @@ class PlannedRewardTrainer(TokenizedRows, RewardTrainer):
     """Rows have `chosen_ids` and `rejected_ids`."""
 
 
-class PlannedGRPOTrainer(GRPOTrainer):
-    """Rows have `prompt`; it takes `reward_funcs` besides."""
-
-
 class Training(Struct, frozen=True, kw_only=True):
     """How an objective is trained. `trainer`: None for the one in `training.trainer`."""
 
@@ -73,6 +70,7 @@ TRAININGS: dict[str, Training] = {
     "kto": Training(arguments=KTOConfig, trainer=PlannedKTOTrainer),
     "reward": Training(arguments=RewardConfig, trainer=PlannedRewardTrainer),
     "grpo": Training(arguments=GRPOConfig, trainer=PlannedGRPOTrainer),
+    "rloo": Training(arguments=RLOOConfig, trainer=PlannedRLOOTrainer),
 }
 
 
