@@ -168,6 +168,7 @@ def train_config(
 def rewards(plan: TrainingPlan, reward_model: Mapping[str, str | None] | None) -> dict[str, Any]:
     """What judges completions. `reward_model`: its folders, `model` and `adapter`."""
     return {
+        "reward_model": plan.reward_model,
         "rules": list(plan.reward),
         **(reward_model or {"model": None, "adapter": None}),
         "dtype": plan.compute_dtype,

@@ -147,10 +147,18 @@ class TestTrainConfig:
         assert config.method_settings["target_modules"] == ["q_proj", "v_proj"]
         assert not config.is_quantized
 
-    def test_what_needs_a_reward_function_is_not_launched(self, run: RunDir) -> None:
-        grpo = ON_CPU.replace(objective="grpo", max_length=1024, per_device_train_batch_size=8)
-        with pytest.raises(InputError, match="`--objective grpo` is for estimates"):
-            read_train_config(written(run, grpo, CPU))
+    def test_what_judges_completions_is_told_with_its_folders(self) -> None:
+        plan = ON_CPU.replace(
+            **{"objective": "rloo", "loss": "trl-fused", "per_device_train_batch_size": 8},
+            **{"max_length": 1024, "reward_model": "runs/judge", "reward": ("exact-match",)},
+        )
+        folders = {"model": "/models/base", "adapter": "/runs/judge/adapter"}
+        told = emit.train_config(plan, GPU, **FILES, reward_model=folders)
+        assert told["rewards"] == {
+            **{"reward_model": "runs/judge", "rules": ["exact-match"], **folders},
+            **{"dtype": "float32", "attn_implementation": "sdpa", "rows": 8, "max_length": 1024},
+        }
+        assert emit.train_config(ON_CPU, GPU, **FILES)["rewards"] is None
 
     def test_a_file_outside_the_run_stays_where_it_is(self, run: RunDir) -> None:
         config = read_train_config(
@@ -188,6 +196,8 @@ class TestTrainConfig:
             "beta": 0.2,
             "gamma_beta_ratio": 0.2,
             "loss_type": "ipo",
+            "reward_model": "runs/first",
+            "reward": ("exact-match",),
         }
         generates = ON_CPU.replace(
             objective="grpo", loss="trl-fused", per_device_train_batch_size=8, max_length=1024

@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "offload": OFFLOADS,
     "lr_scheduler_type": SCHEDULES,
     "overlong": OVERLONG,
-    "objective": ("sft", "dpo", "orpo", "simpo", "kto", "reward", "grpo"),
+    "objective": ("sft", "dpo", "orpo", "simpo", "kto", "reward", "grpo", "rloo"),
 }
 
 

@@ -91,7 +91,7 @@ def read_train_config(run: RunDir) -> TrainConfig:
             method_settings=raw["method_settings"],
             loss=checked_loss(raw["loss"], raw["trainer"]),
             training_arguments=raw["training_arguments"],
-            rewards=raw.get("rewards") or {},
+            rewards=raw["rewards"] or {},
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error
