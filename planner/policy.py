@@ -91,7 +91,8 @@ def completions_per_step(num_prompts: int, num_generations: int) -> Advice:
     """Completions an optimizer step, in whole groups of a prompt's."""
     rows: int = effective_batch_size(num_prompts).value
     groups = -(-rows // num_generations)
-    why = f"{groups} prompts with {num_generations} completions each"
+    prompts = "1 prompt" if groups == 1 else f"{groups} prompts"
+    why = f"{prompts} with {num_generations} completions each"
     return Advice(value=groups * num_generations, why=why)
 
 

@@ -175,7 +175,7 @@ def judge(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDi
 def test_prompts_train_with_a_reward_model(
     objective: str,
     beta: float | None,
-    model_folder: Path,
+    model_folder: Path,  # noqa: F811
     judge: RunDir,
     tmp_path: Path,
 ) -> None:
