@@ -13,6 +13,7 @@ from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.cycles import CYCLE_SETTINGS
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device, DeviceKind
+from ftplan.planner.objectives import LOSS_SETTINGS, beta_of
 from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
 from ftplan.planner.trained import ALL_LINEAR
@@ -101,14 +102,16 @@ def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
             "num_generations": plan.num_generations,
             "max_completion_length": plan.max_completion_length,
             "steps_per_generation": plan.steps_per_generation,
-            "beta": plan.beta,
+            "beta": beta_of(plan),
+            "num_generations_eval": 1,
         }
     arguments: dict[str, Any] = {"max_length": plan.max_length}
     if plan.objective == "sft":
         arguments["packing"] = plan.packing
     elif plan.resolved_objective.has_reference:
         arguments["precompute_ref_log_probs"] = plan.precompute_ref_log_probs
-    return arguments
+    given = {name: getattr(plan, name) for name in LOSS_SETTINGS}
+    return arguments | {name: value for name, value in given.items() if value is not None}
 
 
 def method_settings(plan: TrainingPlan) -> dict[str, Any]:
@@ -146,6 +149,7 @@ def train_config(
     eval_data: Mapping[str, Any] | None,
     hashes: Mapping[str, str],
     test_share: float = 0.0,
+    reward_model: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """train.yaml: all that the training process reads. Relative paths are within the run."""
     return {
@@ -160,6 +164,20 @@ def train_config(
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),
+        "rewards": rewards(plan, reward_model) if plan.resolved_objective.generates else None,
+    }
+
+
+def rewards(plan: TrainingPlan, reward_model: Mapping[str, str | None] | None) -> dict[str, Any]:
+    """What judges completions. `reward_model`: its folders, `model` and `adapter`."""
+    return {
+        "reward_model": plan.reward_model,
+        "rules": list(plan.reward),
+        **(reward_model or {"model": None, "adapter": None}),
+        "dtype": plan.compute_dtype,
+        "attn_implementation": plan.attn_implementation,
+        "rows": plan.per_device_train_batch_size,
+        "max_length": plan.max_length,
     }
 
 

@@ -28,6 +28,7 @@ from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.process import run_to_end
+from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.version import version
@@ -77,6 +78,7 @@ def _write_files(run: RunDir, planned: Planned) -> None:
         eval_data=_data_config(run, planned.eval_data) if planned.eval_data else None,
         test_share=planned.asked.test_share,
         hashes=planned.hashes.to_dict(),
+        reward_model=folders(model.reward_model),
     )
     write_yaml(run.train, train, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))

@@ -46,6 +46,10 @@ class ModelSource(Struct, frozen=True, kw_only=True):
     folder: Path | None = None
     stand_in: bool = False
     """`spec` only stands for an architecture that the closed form does not know."""
+    adapter: Path | None = None
+    """What belongs on these weights, where that is asked for."""
+    reward_model: ModelSource | None = None
+    """What judges this model's completions (`launcher.reward_source`); `spec` knows it too."""
 
 
 def find_source(

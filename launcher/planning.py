@@ -27,7 +27,7 @@ from ftplan.launcher.offer import Offer
 from ftplan.launcher.past_runs import margin_of
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.refusal import refusal
-from ftplan.launcher.training.config import checked_objective
+from ftplan.launcher.reward_source import reward_source, rewarded_settings, with_judge
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.would_do import Refused, refused_methods
 from ftplan.planner.base_models import ModelChoice, RunnerUp
@@ -40,9 +40,12 @@ from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.host_verdict import lacking_disk, lacking_ram
 from ftplan.planner.margin import Margin
 from ftplan.planner.memory import MemoryEstimate
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import TrainingPlan, check_setting
-from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS
+from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, max_completion_length
 from ftplan.planner.ranking import Evaluated, Ranking
+from ftplan.planner.rewards import check_rewarded
 from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
 
 
@@ -107,7 +110,7 @@ def check_settings(given: Mapping[str, Any], *, for_launch: bool = True) -> None
     """Raises before anything slow is done for values that no planned run can have."""
     for name, value in given.items():
         check_setting(name, value)
-    checked_objective(given.get("objective", TrainingPlan().objective))
+    _check_rewarded(given, given.get("objective", TrainingPlan().objective))
     # GPUs that divide state are planned for, and a caution says that they are not launched.
     kept = {name: value for name, value in given.items() if for_launch or name != "sharding"}
     check_launched(kept)
@@ -131,11 +134,13 @@ def make_plan(
     input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
     or disk for what is to be launched.
     """
+    given = rewarded_settings(given)
     check_settings(given, for_launch=for_launch)
     asked = structs.replace(
         asked, objective=given.get("objective"), rule=overlong_rule(given, given.get("max_length"))
     )
     asked.check()
+    judge = reward_source(given)
     asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
     machine = None if named_device else _probe(ui, runs_dir)
@@ -154,12 +159,16 @@ def make_plan(
         source, choice = choose_model(asked, offer, here=named_device is None)
     if for_launch:
         source = with_weights(ui, source)
+        judge = judge and with_weights(ui, judge)
     tokenizer = tokenizer_of(ui, source)
+    source = with_judge(source, judge)
     # Unless told otherwise, no row is cut that the model can take (policy.max_length).
     longest = given.get("max_length", source.spec.max_position_embeddings)
-    asked = structs.replace(asked, rule=overlong_rule(given, longest))
+    rule = overlong_rule(given, longest)
+    asked = structs.replace(asked, rule=_completed(rule, source.spec, devices, given))
     data, eval_data = asked.read(ui, tokenizer)
-    checked_objective(data.objective)
+    _check_rewarded(given, data.objective)
+    _check_answers(data, given)
     split = make_split(data, eval_data, asked.test_share)
     check_lengths(data, split, eval_data, strict=asked.strict)
     profile = profile_data(data, split, eval_data)
@@ -205,6 +214,32 @@ def with_cycles(chosen: Evaluated, steps: int) -> Evaluated:
     why = f"{num_restarts(steps, every) + 1} cycles in {steps:,} steps"
     reasoned = chosen.reasoned.replace("derived", why, jagged_restart_steps=every)
     return structs.replace(chosen, reasoned=reasoned)
+
+
+def _check_rewarded(given: Mapping[str, Any], objective: str) -> None:
+    check_rewarded(objective, given.get("reward_model"), given.get("reward", ()))
+
+
+def _check_answers(data: DataFile, given: Mapping[str, Any]) -> None:
+    """Raises InputError where a rule compares with answers and rows have none."""
+    if data.kind == "online" and given.get("reward"):
+        raise InputError(
+            f"`--reward {','.join(given['reward'])}` compares with the rows' answers, and "
+            f"`{data.source.files[0].path}` has questions alone",
+            "add answers to the rows, or give `--reward-model`",
+        )
+
+
+def _completed(
+    rule: Rule, model: ModelSpec, devices: Device | Sequence[Device], given: Mapping[str, Any]
+) -> Rule:
+    """With what the model adds to each prompt, where it does."""
+    if not OBJECTIVES[given.get("objective", "sft")].generates:
+        return rule
+    device = devices if isinstance(devices, Device) else devices[0]
+    advised = max_completion_length(model, device.kind).value
+    length = given.get("max_completion_length", advised)
+    return structs.replace(rule, completion_length=length)
 
 
 def overlong_rule(given: Mapping[str, Any], longest: int | None) -> Rule:

@@ -464,6 +464,11 @@ def said_forgetting(record: Mapping[str, Any]) -> str | None:
     )
 
 
+def _change(before: float, after: float) -> str:
+    """A share of what was; a difference where that was not above 0, as rewards may be."""
+    return format_percent(after / before - 1) if before > 0 else f"{after - before:+.3f}"
+
+
 def comparison_table(record: Mapping[str, Any]) -> Table:
     """What was predicted, what was measured, and how far off it was."""
     predicted, measured = record["predicted"], record["measured"]

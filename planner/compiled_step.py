@@ -35,6 +35,7 @@ from ftplan.planner.optimizer_steps import Updated, in_place
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED
+from ftplan.planner.rewards import reward_bytes
 from ftplan.planner.stack import (
     FLASH_CAPABILITY,
     Stack,
@@ -388,7 +389,7 @@ def _standing(
     final = final_weight_bytes(trained_model(published, plan), plan, saved)
     return Standing(
         held=held,
-        spans=_spans(plan, held, settings, accumulates),
+        spans=_spans(plan, held, settings, accumulates, reward_bytes(model, plan)),
         host=host_memory(
             published,
             plan,
@@ -410,13 +411,14 @@ def _standing(
 
 
 def _spans(
-    plan: TrainingPlan, held: Held, settings: StepSettings, accumulates: bool
+    plan: TrainingPlan, held: Held, settings: StepSettings, accumulates: bool, judging: int
 ) -> Sequence[Span]:
-    """A run's, in order."""
+    """A run's, in order. `judging`: bytes of the reward model."""
     workspace = cublas_workspace_bytes(settings.capability) if settings.on_cuda else 0
     loaded = {
         "weights": held.weights,
         "reference_model": held.weights if keeps_reference(plan) else 0,
+        "reward_model": judging,
         "adapters": held.adapters,
     }
     resident = {

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from ftplan.planner.errors import InputError
+from ftplan.planner.objectives import asks_reference
 from ftplan.planner.peft_options import read_options
 
 if TYPE_CHECKING:
@@ -102,16 +103,14 @@ def _check_merges(plan: TrainingPlan) -> None:
             f"{plan.quantization} would round away most of what they have learned",
             "use `--quantization none`, or `--method qlora`",
         )
-    objective = plan.resolved_objective
-    asks = objective.has_reference or (objective.generates and plan.beta > 0)
-    if asks and not plan.precompute_ref_log_probs:
+    if asks_reference(plan) and not plan.precompute_ref_log_probs:
         raise InputError(
             f"`--objective {plan.objective}` compares with the model without its adapters, and "
             f"method `{plan.method}` merges them into it",
             "use `--method lora`"
             + (
                 ", or `--precompute-ref-log-probs true`"
-                if objective.has_reference
+                if plan.resolved_objective.has_reference
                 else " or `--beta 0`"
             ),
         )

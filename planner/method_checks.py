@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ftplan.planner.errors import InputError
 from ftplan.planner.lora_optimizers import LORA_FA_OPTIMIZERS
+from ftplan.planner.objectives import asks_reference
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.peft_options import read_options
 
@@ -81,8 +82,7 @@ def _check_loftq(plan: TrainingPlan) -> None:
 
 def _check_bottleneck(plan: TrainingPlan) -> None:
     objective = plan.resolved_objective
-    compares = objective.has_reference or (objective.generates and plan.beta > 0)
-    if compares:
+    if asks_reference(plan):
         raise InputError(
             f"`--objective {plan.objective}` compares with the model as it was, which TRL finds by "
             "switching adapters off, and it knows PEFT's only: not those of method `bottleneck`",

@@ -21,10 +21,12 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.lora_optimizers import optimizer_of
 from ftplan.planner.method_checks import check_method_settings
 from ftplan.planner.methods import METHODS, Method, resolve_method
-from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
+from ftplan.planner.objective_checks import check_objective
+from ftplan.planner.objectives import OBJECTIVES, Objective
 from ftplan.planner.optimizers import OPTIMIZERS, Optimizer
 from ftplan.planner.overlong import OVERLONG
 from ftplan.planner.peft_options import read_options
+from ftplan.planner.rewards import RULE_REWARDS
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
 from ftplan.planner.tensor_parallel import check_tensor_parallel
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
@@ -129,15 +131,33 @@ class TrainingPlan:
     precompute_ref_log_probs: bool = _setting(
         False, "compute the reference's log-probabilities before training (dpo, kto)"
     )
-    num_generations: int = _setting(8, "completions of each prompt that are compared (grpo)")
+    num_generations: int = _setting(8, "completions of each prompt that are compared (grpo, rloo)")
     max_completion_length: int = _setting(
-        512, "tokens of `max_length` that are generated, the rest is the prompt (grpo)"
+        512, "tokens of `max_length` that are generated, the rest is the prompt (grpo, rloo)"
     )
     steps_per_generation: int | None = _setting(
-        None, "micro-batches generated at once, instead of those of an optimizer step (grpo)"
+        None, "micro-batches generated at once, instead of those of an optimizer step (grpo, rloo)"
     )
-    beta: float = _setting(
-        0.0, "weight of the distance from the reference model, 0 for none (grpo)"
+    reward_model: str | None = _setting(
+        None,
+        "what judges completions: a run of `--objective reward`, a folder or a Hub id (grpo, rloo)",
+    )
+    reward: tuple[str, ...] = _setting(
+        (),
+        "rules that reward completions: " + ", ".join(RULE_REWARDS) + " (grpo, rloo)",
+        recipe=True,
+    )
+    beta: float | None = _setting(
+        None,
+        "what a preference weighs with; of completions: the distance from the reference model, "
+        "0 for none",
+        recipe=True,
+    )
+    loss_type: str | None = _setting(
+        None, "TRL's name of the preference loss: sigmoid, ipo, hinge, ... (dpo)", recipe=True
+    )
+    gamma_beta_ratio: float | None = _setting(
+        None, "by how much the chosen answer is to lead, as a share of beta (simpo)", recipe=True
     )
     num_gpus: int = _setting(1, "GPUs to use")
     sharding: str = _setting(
@@ -293,12 +313,19 @@ _POSITIVE_SETTINGS = (
 _SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay", "plora_momentum")
 # Shares that may be all.
 _FULL_SHARE_SETTINGS = ("relora_prune_ratio", "lora_drop_threshold")
+_LOSS_WEIGHTS = ("beta", "gamma_beta_ratio")
 
-# Whole numbers that may be absent.
-_OPTIONAL_COUNTS = (
-    *("max_steps", "steps_per_generation"),
-    *("jagged_restart_steps", "jagged_restart_warmup_steps"),
-)
+# Settings that may be absent, and what they are otherwise.
+_OPTIONAL: Mapping[str, type] = {
+    "max_steps": int,
+    "steps_per_generation": int,
+    "jagged_restart_steps": int,
+    "jagged_restart_warmup_steps": int,
+    "beta": float,
+    "gamma_beta_ratio": float,
+    "loss_type": str,
+    "reward_model": str,
+}
 
 # What commas do not divide: options of PEFT may be lists, and texts in double quotes.
 _OUTER_PART = re.compile(r"""(?:"[^"]*"|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[^,])+""")
@@ -321,8 +348,8 @@ def check_setting(name: str, value: Any) -> None:
         raise InputError(f"`{flag_name(name)} {value}` must be at least 0 and below 1")
     if name in _FULL_SHARE_SETTINGS and not 0 <= value <= 1:
         raise InputError(f"`{flag_name(name)} {value}` must be from 0 to 1")
-    if name == "beta" and not 0 <= value < math.inf:
-        raise InputError(f"`--beta {value}` must be a finite number, 0 or above")
+    if name in _LOSS_WEIGHTS and value is not None and not 0 <= value < math.inf:
+        raise InputError(f"`{flag_name(name)} {value}` must be a finite number, 0 or above")
     if name == "seed" and value not in _SEEDS:
         raise InputError(f"`--seed {value}` must be from 0 to {_SEEDS[-1]}")
     if name == "target_modules":
@@ -519,21 +546,23 @@ def _plain(value: Any) -> Any:
 
 def typed_setting(name: str, value: Any) -> Any:
     """A value read from a file, as the type of the setting; raises InputError."""
-    default = _DEFAULTS[name]
-    if name in _OPTIONAL_COUNTS:
-        expected: tuple[type, ...] = (int, type(None))
-    elif isinstance(default, tuple):
+    if value is None and name in _OPTIONAL:
+        return None
+    kind = setting_type(name)
+    if kind is tuple:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise InputError(f"plan setting `{name}` must be a list of names")
         return tuple(value)
-    elif isinstance(default, float):
-        expected = (float, int)
-    else:
-        expected = (type(default),)
+    expected = (float, int) if kind is float else (kind,)
     fits = isinstance(value, expected) and (bool in expected or not isinstance(value, bool))
     if not fits:
         raise InputError(f"plan setting `{name}` has a value of the wrong type: {value!r}")
-    return float(value) if isinstance(default, float) else value
+    return float(value) if kind is float else value
+
+
+def setting_type(name: str) -> type:
+    """What the setting's values are, where it has one."""
+    return _OPTIONAL.get(name) or type(_DEFAULTS[name])
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -541,18 +570,16 @@ def parse_setting(name: str, text: str) -> Any:
 
     Raises InputError when the text cannot be read as the setting's type.
     """
-    default = _DEFAULTS[name]
+    kind = setting_type(name)
     try:
-        if isinstance(default, bool):
+        if kind is bool:
             return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
-        if isinstance(default, tuple):
+        if kind is tuple:
             return tuple(part.strip() for part in _OUTER_PART.findall(text) if part.strip())
-        if isinstance(default, float):
-            return float(text)
-        if isinstance(default, int) or name in _OPTIONAL_COUNTS:
-            return int(text)
+        if kind in (float, int):
+            return kind(text)
     except (KeyError, ValueError):
         kinds: dict[type, str] = {bool: "true or false", float: "a number"}
-        kind = kinds.get(type(default), "a whole number")
-        raise InputError(f"`{flag_name(name)} {text}`: {kind} is expected") from None
+        expected = kinds.get(kind, "a whole number")
+        raise InputError(f"`{flag_name(name)} {text}`: {expected} is expected") from None
     return resolve_dtype(text) if name == "dtype" else text

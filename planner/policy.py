@@ -18,6 +18,7 @@ from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.methods import METHODS, Method
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import Objective
 from ftplan.planner.trained import MethodSettings
 from ftplan.planner.units import format_count
 
@@ -42,8 +43,18 @@ class Advice(Struct, frozen=True, kw_only=True):
     why: str
 
 
-def learning_rate(method: Method, model: ModelSpec) -> Advice:
-    """Peak learning rate by method and size."""
+# The best rates of adapters beside those of full tuning ("LoRA Without Regret").
+ADAPTER_RATE_FACTOR = 10
+
+
+def learning_rate(method: Method, model: ModelSpec, objective: Objective | None = None) -> Advice:
+    """Peak learning rate by objective; of plain fine-tuning by method and size."""
+    if objective is not None and objective.learning_rate is not None:
+        rate, source = objective.learning_rate, objective.learning_rate_source
+        if not method.adapter:
+            return Advice(value=rate, why=source)
+        why = f"adapters: {ADAPTER_RATE_FACTOR} times {rate:g}, {source}"
+        return Advice(value=ADAPTER_RATE_FACTOR * rate, why=why)
     if method.name == "lora-plus":
         rate = 1e-4 if model.num_parameters < 30e9 else 5e-5
         return Advice(value=rate, why="half of LoRA's: B has `loraplus_lr_ratio` times as much")
@@ -63,6 +74,29 @@ def max_length(longest_row: int, max_position_embeddings: int) -> Advice:
     rounded = -(-longest_row // _LENGTH_STEP) * _LENGTH_STEP
     why = f"the longest row has {longest_row:,} tokens"
     return Advice(value=min(rounded, max_position_embeddings), why=why)
+
+
+# Tokens of a completion: TRL's default, and what a processor makes in bearable time.
+COMPLETION_LENGTH = 512
+COMPLETION_LENGTH_ON_CPU = 64
+
+
+def max_completion_length(model: ModelSpec, kind: DeviceKind) -> Advice:
+    """Tokens that a model adds to a prompt while it trains. `kind`: of the device."""
+    length = COMPLETION_LENGTH_ON_CPU if kind == "cpu" else COMPLETION_LENGTH
+    why = "a processor makes tokens slowly" if kind == "cpu" else "TRL's default"
+    if length > model.max_position_embeddings // 2:
+        return Advice(value=max(1, model.max_position_embeddings // 2), why="half the positions")
+    return Advice(value=length, why=why)
+
+
+def completions_per_step(num_prompts: int, num_generations: int) -> Advice:
+    """Completions an optimizer step, in whole groups of a prompt's."""
+    rows: int = effective_batch_size(num_prompts).value
+    groups = -(-rows // num_generations)
+    prompts = "1 prompt" if groups == 1 else f"{groups} prompts"
+    why = f"{prompts} with {num_generations} completions each"
+    return Advice(value=groups * num_generations, why=why)
 
 
 def num_train_epochs(num_rows: int) -> Advice:

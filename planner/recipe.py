@@ -16,7 +16,7 @@ from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.objectives import OBJECTIVES
+from ftplan.planner.objectives import OBJECTIVES, Objective
 from ftplan.planner.plan import AUTOCAST_DTYPE, SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
 from ftplan.planner.refused_steps import MISNAMED_DECODERS, needs_whole_graph
 from ftplan.planner.trained import MethodSettings
@@ -85,7 +85,7 @@ def estimate_recipe(
         "max_length": (length, "a usual length; data of your own decides it in `ftplan plan`"),
         "attn_implementation": _attention(model),
         "loss": _loss(model, given),
-        "learning_rate": _advised(policy.learning_rate(method, model)),
+        "learning_rate": _advised(policy.learning_rate(method, model, _objective_of(given))),
         **_method_settings(method, model, device, given),
         **_objective_settings(given),
         **_generation_settings(given, length),
@@ -109,13 +109,14 @@ def data_recipe(
         "max_length": _advised(length),
         "attn_implementation": _attention(model),
         "loss": _loss(model, given),
-        "learning_rate": _advised(policy.learning_rate(method, model)),
+        "learning_rate": _advised(policy.learning_rate(method, model, OBJECTIVES[data.trains])),
         "num_train_epochs": _advised(policy.num_train_epochs(rows)),
         "num_gpus": (1, f"one device: {device.name}"),
         **_rank_settings(method, model, data, given),
         **_method_settings(method, model, device, given),
         **_sharding_settings(method, given),
         **_objective_of_data(data, given),
+        **_completions(model, device, {**given, "objective": data.trains}),
     }
     return resolve(given, derived)
 
@@ -175,17 +176,30 @@ def _loss(model: ModelSpec, given: Mapping[str, Any]) -> tuple[str, str]:
     return "trl-fused", "TRL's loss in tiles: the full logits never exist"
 
 
+def _objective_of(given: Mapping[str, Any]) -> Objective | None:
+    """None for a name that the plan's own check refuses."""
+    return OBJECTIVES.get(str(given.get("objective", "sft")))
+
+
 def _objective_settings(given: Mapping[str, Any]) -> Derived:
-    """What an objective other than plain fine-tuning leaves no choice about."""
-    objective = OBJECTIVES.get(str(given.get("objective", "sft")))
+    """What follows from an objective other than plain fine-tuning."""
+    objective = _objective_of(given)
     derived: Derived = {}
     if objective is None:
-        return derived  # the plan's own check names the nearest one
+        return derived
     if objective.only_loss is not None:
         derived["loss"] = (objective.only_loss, f"{objective.name}: {objective.why_only_loss}")
     if objective.min_batch_size > 1:
         why = f"the least that {objective.name} works with"
         derived["per_device_train_batch_size"] = (objective.min_batch_size, why)
+    usual = {
+        "beta": objective.beta,
+        "gamma_beta_ratio": objective.gamma_beta_ratio,
+        "loss_type": next(iter(objective.loss_types), None),
+    }
+    for name, value in usual.items():
+        if value is not None:
+            derived[name] = (value, f"usual for {objective.name}")
     return derived
 
 
@@ -205,6 +219,15 @@ def _generation_settings(given: Mapping[str, Any], length: int) -> Derived:
     if length <= setting["max_completion_length"]:
         derived["max_completion_length"] = (max(1, length // 2), "half of `max_length`")
     return derived
+
+
+def _completions(model: ModelSpec, device: Device, given: Mapping[str, Any]) -> Derived:
+    """What a run needs whose model completes prompts."""
+    if given["objective"] not in _GENERATING:
+        return {}
+    advice = policy.max_completion_length(model, device.kind)
+    derived = _generation_settings(given, model.max_position_embeddings)
+    return {**derived, "max_completion_length": _advised(advice)}
 
 
 def _sharding_settings(method: Method, given: Mapping[str, Any]) -> Derived:

@@ -26,7 +26,7 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.methods import Method
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.objectives import trained_part
+from ftplan.planner.objectives import OBJECTIVES, trained_part
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.ranking import Evaluated
 from ftplan.planner.recipe import data_recipe
@@ -149,6 +149,9 @@ class Space:
         self._model, self._data, self._given, self._stack = model, data, given, stack
         self._has_liger = has_liger
         self._rows = policy.effective_batch_size(data.num_train_rows)
+        if OBJECTIVES[data.trains].generates:
+            group = given.get("num_generations", TrainingPlan().num_generations)
+            self._rows = policy.completions_per_step(data.num_train_rows, group)
         if rows_per_step is not None:
             self._rows = policy.Advice(value=rows_per_step, why="asked for")
         self._divides = divides
@@ -461,15 +464,15 @@ class Space:
     def _with_batch(self, base: ReasonedPlan, size: int) -> ReasonedPlan:
         """The plan with this micro-batch, accumulated to the policy's rows a step."""
         given = self._given
-        if "per_device_train_batch_size" not in given:
-            why = "the micro-batch with the least predicted time that fits"
-            base = base.replace("derived", why, per_device_train_batch_size=size)
-        if "gradient_accumulation_steps" in given:
+        if "gradient_accumulation_steps" not in given:
+            groups = base.plan.data_parallel_size
+            steps = max(1, round(self._rows.value / groups) // size)
+            why = f"{steps * size * groups} rows a step: {self._rows.why}"
+            base = base.replace("derived", why, gradient_accumulation_steps=steps)
+        if "per_device_train_batch_size" in given:
             return base
-        groups = base.plan.data_parallel_size
-        steps = max(1, round(self._rows.value / groups) // size)
-        why = f"{steps * size * groups} rows a step: {self._rows.why}"
-        return base.replace("derived", why, gradient_accumulation_steps=steps)
+        why = "the micro-batch with the least predicted time that fits"
+        return base.replace("derived", why, per_device_train_batch_size=size)
 
 
 class Stream:

@@ -52,6 +52,7 @@ from ftplan.planner.host_memory import SAVED_AT_ONCE_BYTES
 from ftplan.planner.memory import MEMORY_MARGIN, RESERVED_OVER_ALLOCATED, estimate_memory
 from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import SETTING_NAMES, ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
@@ -450,6 +451,17 @@ def test_the_learning_rates_are_the_policys() -> None:
     methods = [METHODS[name] for name in (*2 * ("lora",), *2 * ("lora-plus",), *2 * ("full",))]
     advised = [policy.learning_rate(m, s).value for m, s in zip(methods, models, strict=True)]
     assert rates == advised
+
+
+def test_the_page_has_each_objectives_rate_and_weight() -> None:
+    listed = {codes(row[0])[0]: row for row in table("policy.md", "Preferences and rewards")}
+    assert set(listed) == set(OBJECTIVES) - {"sft"}
+    for name, row in listed.items():
+        objective = OBJECTIVES[name]
+        assert float(row[1]) == objective.learning_rate, name
+        assert (float(row[2]) if row[2] else None) == objective.beta, name
+    for word in (*OBJECTIVES["dpo"].loss_types, *OBJECTIVES["dpo"].other_loss_types):
+        assert f"`{word}`" in section(page("policy.md"), "Preferences and rewards"), word
 
 
 def capability(quantization: str) -> str:

@@ -23,7 +23,7 @@ from ftplan.launcher.training.config import read_train_config
 from ftplan.planner.cycles import CYCLE_SETTINGS
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.objectives import GENERATION_SETTINGS
+from ftplan.planner.objective_checks import GENERATION_SETTINGS
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.plan import SCHEDULES, TrainingPlan
 
@@ -148,10 +148,18 @@ class TestTrainConfig:
         assert config.method_settings["target_modules"] == ["q_proj", "v_proj"]
         assert not config.is_quantized
 
-    def test_what_needs_a_reward_function_is_not_launched(self, run: RunDir) -> None:
-        grpo = ON_CPU.replace(objective="grpo", max_length=1024, per_device_train_batch_size=8)
-        with pytest.raises(InputError, match="`--objective grpo` is for estimates"):
-            read_train_config(written(run, grpo, CPU))
+    def test_what_judges_completions_is_told_with_its_folders(self) -> None:
+        plan = ON_CPU.replace(
+            **{"objective": "rloo", "loss": "trl-fused", "per_device_train_batch_size": 8},
+            **{"max_length": 1024, "reward_model": "runs/judge", "reward": ("exact-match",)},
+        )
+        folders = {"model": "/models/base", "adapter": "/runs/judge/adapter"}
+        told = emit.train_config(plan, GPU, **FILES, reward_model=folders)
+        assert told["rewards"] == {
+            **{"reward_model": "runs/judge", "rules": ["exact-match"], **folders},
+            **{"dtype": "float32", "attn_implementation": "sdpa", "rows": 8, "max_length": 1024},
+        }
+        assert emit.train_config(ON_CPU, GPU, **FILES)["rewards"] is None
 
     def test_a_file_outside_the_run_stays_where_it_is(self, run: RunDir) -> None:
         config = read_train_config(
@@ -186,7 +194,11 @@ class TestTrainConfig:
             "max_steps": 7,
             "num_generations": 4,
             "steps_per_generation": 2,
-            "beta": 0.1,
+            "beta": 0.2,
+            "gamma_beta_ratio": 0.2,
+            "loss_type": "ipo",
+            "reward_model": "runs/first",
+            "reward": ("exact-match",),
             "jagged_restart_steps": 9,
             "jagged_restart_warmup_steps": 3,
             "relora_prune_method": "random",
@@ -195,12 +207,17 @@ class TestTrainConfig:
             objective="grpo", loss="trl-fused", per_device_train_batch_size=8, max_length=1024
         )
 
+        pairs = ON_CPU.replace(objective="dpo")
+
         def files(plan: TrainingPlan) -> str:
             config = emit.train_config(plan, GPU, **FILES)
             return json.dumps([config, emit.accelerate_config(plan, GPU)])
 
         bases = {
-            "precompute_ref_log_probs": ON_CPU.replace(objective="dpo"),
+            "precompute_ref_log_probs": pairs,
+            "beta": pairs,
+            "loss_type": pairs,
+            "gamma_beta_ratio": pairs.replace(objective="simpo"),
             "trainable_modules": ON_CPU.replace(method="freeze"),
             **dict.fromkeys(GENERATION_SETTINGS, generates),
             **{name: ON_CPU.replace(method=m[0]) for name, m in CYCLE_SETTINGS.items()},

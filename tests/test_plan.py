@@ -48,7 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": SCHEDULES,
     "overlong": OVERLONG,
     "relora_prune_method": PRUNE_METHODS,
-    "objective": ("sft", "dpo", "kto", "reward", "grpo"),
+    "objective": ("sft", "dpo", "orpo", "simpo", "kto", "reward", "grpo", "rloo"),
 }
 
 

@@ -480,6 +480,13 @@ def formats(folder: Path) -> dict[str, Path]:
 
 OBJECTIVE_OF_FORMAT = {"dpo": "dpo", "scored": "reward", "kto": "kto"}
 
+PAIRS_FOR: dict[str, dict[str, Any]] = {
+    "orpo": {"objective": "orpo"},
+    "simpo": {"objective": "simpo", "gamma_beta_ratio": 0.3},
+    "ipo": {"objective": "dpo", "loss_type": "ipo"},
+    "hinge": {"objective": "dpo", "loss_type": "hinge", "beta": 0.2},
+}
+
 
 @pytest.mark.parametrize(
     "name",
@@ -507,6 +514,19 @@ def test_data_of_every_format_trains(name: str, model_folder: Path, tmp_path: Pa
     accuracy = record["evaluation"]["accuracy"]
     assert (accuracy is not None) == (objective in ("dpo", "reward"))
     assert (record["samples"] == []) == (name == "text" or objective == "reward")
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo", "ipo", "hinge"])
+@pytest.mark.usefixtures("kept_signals")
+def test_pairs_train_by_any_preference_loss(name: str, model_folder: Path, tmp_path: Path) -> None:
+    more = {"per_device_train_batch_size": 2, "method": "lora", **PAIRS_FOR[name]}
+    plan = planned(model_folder, formats(tmp_path)["dpo"], tmp_path, **more)
+    run = write_run(plan, None, tmp_path)
+    assert loop.train(run, resume=False) == 0
+    record = run.read_record()
+    assert record["steps"] == 2 and record["output"] == "adapter"
+    measured = record["measured"]["allocated_bytes"]
+    assert record["predicted"]["allocated_bytes"] == pytest.approx(measured, rel=0.12)
 
 
 @pytest.mark.parametrize("mode", ["truncate", "drop", "split"])

@@ -14,6 +14,7 @@ from ftplan.launcher.estimate_json import estimate_to_dict, full_step, parameter
 from ftplan.launcher.host import read_host
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.own_stack import installed_stack
+from ftplan.launcher.reward_source import reward_source, rewarded_settings, with_judge
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.combination import Caution
@@ -72,7 +73,9 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         raise InputError(
             "`--explain` and `--compare` are of the closed form", "leave out `--exact`"
         )
+    given = rewarded_settings(given)
     source = find_source(arguments.model, any_architecture=arguments.exact)
+    source = with_judge(source, reward_source(given))
     model = source.spec
     reasoned = estimate_recipe(model, device, given)
     check_together(model, reasoned.plan)

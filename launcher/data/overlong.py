@@ -26,10 +26,16 @@ class Lengths(Struct, frozen=True):
 
 class Rule(Struct, frozen=True):
     """`mode`: one of `planner.overlong.OVERLONG`. `limit`: tokens of the longest row that is taken
-    whole; None for any."""
+    whole; None for any. `completion_length`: tokens that the model adds to each prompt."""
 
     mode: str = "truncate"
     limit: int | None = None
+    completion_length: int = 0
+
+    def completed(self, prompt: int) -> Lengths:
+        """Of a prompt of so many tokens. Where that is too long there is no room for an answer."""
+        tokens = prompt + self.completion_length
+        return Lengths(tokens, self.completion_length, max(0, tokens - 1))
 
     def splits(self, row: Lengths) -> bool:
         return self.mode == "split" and self.limit is not None and row.tokens > self.limit

@@ -20,6 +20,7 @@ from ftplan.launcher.data.records import FIRST_NUMBERS, Note, Record, merged
 from ftplan.launcher.data.rows import Messages, Row
 from ftplan.launcher.data.shapes import SHAPES, Unusable, renamed, row_of, shapes_of
 from ftplan.launcher.data.tokens import RowTokenizer
+from ftplan.planner.objectives import OBJECTIVES
 
 # Characters a token, where no tokenizer is at hand: about 4 in English text (GPT-2's byte-pair
 # encoding and its successors); the template adds a few tokens a message.
@@ -70,6 +71,7 @@ class RowMeasure:
         self.tokenizer = tokenizer
         self.rule = rule
         self._takes_chosen = objective == "sft"
+        self._takes_prompts = objective is not None and OBJECTIVES[objective].generates
         self._counter = None
         if tokenizer is not None:
             from ftplan.launcher.data.lengths import TokenCounter  # NumPy comes with tokenizers
@@ -81,7 +83,15 @@ class RowMeasure:
 
         Raises InputError for a row that the chat template refuses.
         """
-        rows = [row.with_chosen_alone() if self._takes_chosen else row for row in rows]
+        if self._takes_prompts:
+            prompts = self._lengths([row.as_prompt() for row in rows])
+            return [self.rule.completed(prompt.tokens) for prompt in prompts]
+        return self._lengths([self._trained(row) for row in rows])
+
+    def _trained(self, row: Row) -> Row:
+        return row.with_chosen_alone() if self._takes_chosen else row
+
+    def _lengths(self, rows: list[Row]) -> list[Lengths]:
         if self.tokenizer is None or self._counter is None:
             return [_estimated(row) for row in rows]
         cut = [_sequences(self.tokenizer, row) for row in rows]
@@ -102,11 +112,11 @@ class RowMeasure:
 
     def pieces(self, row: Row, whole: Lengths) -> list[Lengths]:
         """Of the rows that it is split into; itself alone where it cannot be split."""
-        row, limit = row.with_chosen_alone() if self._takes_chosen else row, self.rule.limit
+        row, limit = self._trained(row), self.rule.limit
         assert limit is not None, "nothing is too long"
         if row.text:
             return text_pieces(whole, self._opening(row), limit)
-        if row.is_compared or row.is_prompt:
+        if row.is_compared or row.is_prompt or self._takes_prompts:
             return [whole]
         pieces = turns_apart(row, limit, lambda piece: self.lengths([piece])[0].tokens)
         return self.lengths(pieces) if len(pieces) > 1 else [whole]

@@ -34,6 +34,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     method_settings: Mapping[str, Any]
     loss: str
     training_arguments: Mapping[str, Any]
+    rewards: Mapping[str, Any] = {}
+    """What judges completions, where the model makes them."""
 
     @property
     def objective(self) -> str:
@@ -41,7 +43,15 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
 
     @property
     def max_length(self) -> int:
+        """Of a whole row, the completion that the model makes of it included."""
+        if self.rewards:
+            return int(self.rewards["max_length"])
         return int(self.training_arguments["max_length"])
+
+    @property
+    def completion_length(self) -> int:
+        """Tokens that the model adds to a prompt; 0 where rows have their answers."""
+        return int(self.training_arguments["max_completion_length"]) if self.rewards else 0
 
     @property
     def is_quantized(self) -> bool:
@@ -66,22 +76,10 @@ def checked_loss(loss: str, trainer: str) -> str:
     return loss
 
 
-def checked_objective(objective: str) -> str:
-    """The objective, if ftplan's training process has it; raises InputError otherwise."""
-    if objective == "grpo":
-        raise InputError(
-            "prompts alone are for online methods, which need a reward function: "
-            "`--objective grpo` is for estimates",
-            "add answers to the rows, or ask `ftplan estimate MODEL --objective grpo`",
-        )
-    return objective
-
-
 def read_train_config(run: RunDir) -> TrainConfig:
     """Raises InputError naming the missing key."""
     raw = read_mapping(run.train)
     try:
-        checked_objective(raw["method_settings"]["objective"])
         return TrainConfig(
             model=raw["model"],
             data=_data_config(run, raw["data"]),
@@ -93,6 +91,7 @@ def read_train_config(run: RunDir) -> TrainConfig:
             method_settings=raw["method_settings"],
             loss=checked_loss(raw["loss"], raw["trainer"]),
             training_arguments=raw["training_arguments"],
+            rewards=raw["rewards"] or {},
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error

@@ -60,7 +60,10 @@ class Evaluator(Struct, frozen=True):
         metrics = self.trainer.evaluate()
         result = {"event": "evaluation", "when": when, **_from_metrics(metrics)}
         nothing: dict[str, Any] = {"scores": None, "num_scored": 0, "shown": [], "general": None}
-        if OBJECTIVES[self.config.objective].scores:  # that model gives a number
+        objective = OBJECTIVES[self.config.objective]
+        if objective.generates:  # what is minimized says nothing of how good completions are
+            result["eval_loss"] = None
+        if objective.scores:  # that model gives a number
             return {**result, **nothing}
         if self.rows:
             self.say(f"answering held-out questions {when} training")

@@ -41,6 +41,7 @@ from ftplan.launcher.training.measure import (
 )
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
+from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.methods import resolve_method
@@ -172,6 +173,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         "peft_config": peft_config,
         "callbacks": [session.reporter],
     }
+    if config.rewards:
+        common["reward_funcs"] = reward_functions(config.rewards, arguments.device)
     own = TRAININGS[objective].trainer
     trainer: Any = (
         PlannedTrainer(stock_loss=config.loss == "stock", **common)

@@ -27,8 +27,15 @@ class CpuAllocationRecorder:
         self._base_bytes = 0
         self.peak_bytes: int | None = None
 
-    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        beside: Sequence[nn.Module] = (),
+    ) -> None:
+        """`beside`: models that are held and not trained."""
         self._base_bytes = live_bytes(model, optimizer)
+        self._base_bytes += sum(live_bytes(other, None) for other in beside)
         self._profiler = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         )

@@ -1,4 +1,4 @@
-"""TRL's configurations and trainers: one of each for an entry of
+"""Configurations and trainers, TRL's or on it: one of each for an entry of
 `planner.objectives.OBJECTIVES`."""
 
 from __future__ import annotations
@@ -13,16 +13,23 @@ from trl import (
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
-    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
     SFTConfig,
 )
 
 from ftplan.launcher.training.arguments import launched_arguments
+from ftplan.launcher.training.online import PlannedGRPOTrainer, PlannedRLOOTrainer
 from ftplan.launcher.training.order import PlannedOrder
+from ftplan.launcher.training.reference_free import (
+    ORPOConfig,
+    PlannedORPOTrainer,
+    PlannedSimPOTrainer,
+    SimPOConfig,
+)
 
 
 class TokenizedRows(PlannedOrder):
@@ -48,10 +55,6 @@ class PlannedRewardTrainer(TokenizedRows, RewardTrainer):
     """Rows have `chosen_ids` and `rejected_ids`."""
 
 
-class PlannedGRPOTrainer(GRPOTrainer):
-    """Rows have `prompt`; it takes `reward_funcs` besides."""
-
-
 class Training(Struct, frozen=True, kw_only=True):
     """How an objective is trained. `trainer`: None for the one in `training.trainer`."""
 
@@ -62,9 +65,12 @@ class Training(Struct, frozen=True, kw_only=True):
 TRAININGS: dict[str, Training] = {
     "sft": Training(arguments=SFTConfig),
     "dpo": Training(arguments=DPOConfig, trainer=PlannedDPOTrainer),
+    "orpo": Training(arguments=ORPOConfig, trainer=PlannedORPOTrainer),
+    "simpo": Training(arguments=SimPOConfig, trainer=PlannedSimPOTrainer),
     "kto": Training(arguments=KTOConfig, trainer=PlannedKTOTrainer),
     "reward": Training(arguments=RewardConfig, trainer=PlannedRewardTrainer),
     "grpo": Training(arguments=GRPOConfig, trainer=PlannedGRPOTrainer),
+    "rloo": Training(arguments=RLOOConfig, trainer=PlannedRLOOTrainer),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 from array import array
@@ -165,7 +166,7 @@ class _Side:
 
     def __init__(self, config: TrainConfig, tokenizer: RowTokenizer, path: Path) -> None:
         self.config = config
-        self.tally = Tally(Rule(config.overlong, config.max_length))
+        self.tally = Tally(Rule(config.overlong, config.max_length, config.completion_length))
         self.file = TokenFile(path, COLUMNS[config.objective])
         self.make = MAKERS[config.objective](tokenizer, self.tally)
         self._pending: list[Row] = []
@@ -319,11 +320,30 @@ class _Labelled(_Compared):
         }
 
 
+class _Prompts(_Maker):
+    """Prompts, and what their completions are judged by."""
+
+    def rows(self, rows: Sequence[Row]) -> Iterator[Made]:
+        for row in rows:
+            asked = row.as_prompt()
+            (prompt,) = self.tokenizer.tokenize([asked])
+            whole = self.tally.rule.completed(len(prompt.input_ids))
+            (left,) = self.tally.take(whole, [whole])
+            if left:
+                messages = [message.to_dict() for message in asked.messages]
+                made = {"prompt": prompt.input_ids, "conversation": json.dumps(messages)}
+                yield {**made, "answer": row.answer}, left
+
+
 MAKERS: dict[str, type[_Maker]] = {
     "sft": _Answered,
     "dpo": _Compared,
+    "orpo": _Compared,
+    "simpo": _Compared,
     "reward": _Scored,
     "kto": _Labelled,
+    "grpo": _Prompts,
+    "rloo": _Prompts,
 }
 
 

@@ -63,7 +63,7 @@ class StepReporter(TrainerCallback):
             self.trainer.step_tokens = 0
         profiled = state.global_step - self._first_step < PROFILED_STEPS
         if args.device.type == "cpu" and profiled:
-            self.recorder.start(model, optimizer)
+            self.recorder.start(model, optimizer, models_beside(self.trainer))
         _synchronize(args)
         self._began = time.monotonic()
 
@@ -99,8 +99,20 @@ class StepReporter(TrainerCallback):
             "tokens": self._tokens,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else None,
             "allocated_bytes": _allocated_bytes(self.recorder),
+            **{name: value for name, value in logs.items() if name.startswith(_TOLD)},
         }
         append_metric(self.run, row)
+
+
+def models_beside(trainer: Any) -> list[torch.nn.Module]:
+    """The reference model, and those that judge completions, where the trainer holds any."""
+    judges = [getattr(judge, "model", None) for judge in getattr(trainer, "reward_funcs", ())]
+    found = [getattr(trainer, "ref_model", None), *judges]
+    return [model for model in found if isinstance(model, torch.nn.Module)]
+
+
+# Of what TRL's trainers log of a step, what tells how preferences and rewards go.
+_TOLD = ("reward", "kl", "completions/mean_length")
 
 
 def append_metric(run: RunDir, row: dict[str, Any]) -> None:
