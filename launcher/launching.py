@@ -188,9 +188,7 @@ def predicted(planned: Planned) -> dict[str, Any]:
     }
 
 
-def carry_out(
-    ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
-) -> dict[str, Any]:
+def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True) -> dict[str, Any]:
     """Launch the run, show how it goes, and report; returns its record. `is_last`: nothing follows
     that goes on with what was made.
 

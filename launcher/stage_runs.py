@@ -12,7 +12,13 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from ftplan.launcher.launching import carry_out, default_name, result_lines, write_run
+from ftplan.launcher.launching import (
+    carry_out,
+    default_name,
+    planned_settings,
+    result_lines,
+    write_run,
+)
 from ftplan.launcher.merge_adapter import merge_adapter
 from ftplan.launcher.run_dir import (
     RunDir,
@@ -26,7 +32,7 @@ from ftplan.launcher.stage_file import of_stage
 from ftplan.launcher.stages import PlannedStage
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import FtplanError, InputError
-from ftplan.planner.stages import Kept, backward_transfer
+from ftplan.planner.stages import Kept, backward_transfer, what_helps
 
 _SCHEMA = 1
 
@@ -225,6 +231,8 @@ def _record(stages: StagesDir, runs: Sequence[StageRun], seconds: float) -> dict
     """record.json of all stages: what each has learned, and what became of it."""
     records = [stage.run.read_record() for stage in runs]
     kept = kept_of(records[-1])
+    lost = [one.stage for one in kept if one.is_lost]
+    plans = {s.folder: planned_settings(s.run, s.run.read_plan()) for s in runs}
     return {
         "schema": _SCHEMA,
         "name": stages.root.name,
@@ -244,7 +252,8 @@ def _record(stages: StagesDir, runs: Sequence[StageRun], seconds: float) -> dict
         ],
         "seconds": seconds,
         "backward_transfer": backward_transfer(kept),
-        "lost": [one.stage for one in kept if one.is_lost],
+        "lost": lost,
+        "what_helps": what_helps(lost, plans) if lost else [],
         "output": f"{runs[-1].folder}/{records[-1]['output']}",
     }
 
@@ -260,13 +269,14 @@ def show_end(ui: Ui, stages: StagesDir, record: Mapping[str, Any]) -> None:
         return
     from ftplan.launcher import stage_views
 
-    ui.show("", stage_views.lost_table(record))
-    ui.show_lines(list(_end_lines(stages, record)))
-    for warning in stage_views.losses_told(record):
+    ui.show("", *stage_views.lost_parts(record), "")
+    ui.show_lines(list(_end_lines(stages)))
+    warning = stage_views.said_lost(record)
+    if warning:
         ui.warn(warning)
 
 
-def _end_lines(stages: StagesDir, record: Mapping[str, Any]) -> Iterator[str]:
+def _end_lines(stages: StagesDir) -> Iterator[str]:
     last = stages.runs()[-1].run
     made, *rest = result_lines(last, last.read_record())
     yield made

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,10 +17,8 @@ from ftplan.launcher.ui import facts, table
 from ftplan.planner.stages import Kept
 from ftplan.planner.units import format_bytes, format_percent, format_seconds
 
-_HELPS = (
-    "rows of the earlier stages among those of the later (`replay_share: 0.05` of the file, "
-    "`--replay-share 0.05`), a lower `learning_rate` or fewer epochs in the later stages"
-)
+# Of a diverged model; the exponential of more has no name.
+_MOST_NATS = 100.0
 
 
 def stages_parts(stages: Sequence[PlannedStage]) -> list[RenderableType]:
@@ -80,18 +79,31 @@ def _said_replay(stage: PlannedStage, stages: Sequence[PlannedStage]) -> str:
     return ", ".join(told) or "-"
 
 
+def lost_parts(record: Mapping[str, Any]) -> list[RenderableType]:
+    """The losses of all stages, and the backward transfer."""
+    transfers = record["backward_transfer"].items()
+    told = ", ".join(f"{value:+.3f} ({objective})" for objective, value in transfers)
+    said = f"{told}; below 0 is forgetting"
+    return [lost_table(record), *([facts([("backward transfer", said)])] if told else [])]
+
+
 def lost_table(record: Mapping[str, Any]) -> Table:
-    """The held-out loss of each stage: before it, at its end, and after each later one."""
-    stages = record["stages"]
+    """The held-out loss of each stage: before it, at its end, and after the last one."""
+    last = record["stages"][-1]
     rows: list[list[RenderableType]] = []
-    for number, stage in enumerate(stages):
-        later = [_found(after, stage["folder"]) for after in stages[number + 1 :]]
-        end = [kept for kept in later if kept is not None][-1:]
-        cells = [_loss(stage["evaluation"]["before"]), _loss(stage["evaluation"]["after"])]
-        cells += [_loss(kept.after if kept else None) for kept in later[-1:]]
-        cells += ["-"] if not later else []
-        cells.append(_change(end[0]) if end else "-")
-        rows.append([f"{number + 1} {stage['name']}", stage["objective"], *cells])
+    for number, stage in enumerate(record["stages"], start=1):
+        kept = _found(last, stage["folder"])
+        evaluation = stage["evaluation"]
+        rows.append(
+            [
+                f"{number} {stage['name']}",
+                stage["objective"],
+                _loss(evaluation["before"]),
+                _loss(evaluation["after"]),
+                _loss(kept.after) if kept else "-",
+                _change(kept) if kept else "-",
+            ]
+        )
     columns = ("Stage", "", ">before it", ">at its end", ">after all", "change since")
     return table("Loss on held-out rows of every stage", columns, rows)
 
@@ -106,16 +118,15 @@ def _loss(value: float | None) -> str:
 
 
 def _change(kept: Kept) -> str:
-    share = format_percent(kept.after / kept.at_its_end - 1) if kept.at_its_end > 0 else ""
-    return f"{kept.rise:+.3f}" + (f" ({share})" if share else "")
+    """Of texts, that of the perplexity as well."""
+    if kept.objective != "sft":
+        return f"{kept.rise:+.3f}"
+    return f"{kept.rise:+.3f}, perplexity {format_percent(math.expm1(min(kept.rise, _MOST_NATS)))}"
 
 
-def losses_told(record: Mapping[str, Any]) -> Iterator[str]:
-    """Warnings of what was lost, with what helps; and the backward transfer in words."""
-    if record["lost"]:
-        transfers = record["backward_transfer"].items()
-        told = ", ".join(f"{value:+.3f} ({objective})" for objective, value in transfers)
-        yield (
-            f"later stages undid some of {', '.join(record['lost'])}: backward transfer {told}, "
-            f"where below 0 is forgetting. What helps: {_HELPS}"
-        )
+def said_lost(record: Mapping[str, Any]) -> str | None:
+    """Which stages were undone, and what helps; None where little was."""
+    if not record["lost"]:
+        return None
+    names = ", ".join(f"`{name}`" for name in record["lost"])
+    return f"later stages undid part of {names}. What helps: {'; '.join(record['what_helps'])}"

@@ -129,11 +129,13 @@ def look_back(
                 eval_dataset=rows,
                 processing_class=trainer.processing_class,
             )
+        evaluation = run.read_record()["evaluation"]
         kept.append(
             Kept(
                 stage=run.root.name,
                 objective=config.objective,
-                at_its_end=run.read_record()["evaluation"]["after"],
+                before=evaluation["before"],
+                at_its_end=evaluation["after"],
                 after=float(evaluating.evaluate()["eval_loss"]),
             )
         )
