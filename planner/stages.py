@@ -170,8 +170,8 @@ def backward_transfer(kept: Sequence[Kept]) -> dict[str, float]:
 def what_helps(lost: Sequence[str], stages: Mapping[str, TrainingPlan]) -> list[str]:
     """What keeps more of the stages of these names, the strongest first. `stages`: all, in order.
 
-    Replay: Ibrahim et al. 2024 (arXiv 2403.08763) keep what was learned before with 1 to 5 % of
-    its rows. Adapters, and lower rates, forget less: Biderman et al. 2024 (arXiv 2405.09673).
+    Replay: Ibrahim et al. 2024 (arXiv 2403.08763) take 5 % of earlier text in continued
+    pretraining. Adapters, and lower rates, forget less: Biderman et al. 2024 (arXiv 2405.09673).
     """
     names = list(stages)
     helps = []
