@@ -131,9 +131,12 @@ def _default_name(stages: Sequence[PlannedStage]) -> str:
 def _of_stage(stage: PlannedStage, stages: Sequence[PlannedStage]) -> dict[str, Any]:
     """What train.yaml says of a stage, beside what it says of every run."""
     before = stages[: stage.number - 1]
+    scores = stage.plan.resolved_objective.scores
+    # A reward model gives no text, so the loss of a text is not there to be asked for.
+    comparable = [one for one in before if one.plan.resolved_objective.scores == scores]
     told: dict[str, Any] = {
         "stage": {
-            "earlier": [f"../{one.folder}" for one in before],
+            "earlier": [f"../{one.folder}" for one in comparable],
             "keeps": stage.number < len(stages) and not stage.plan.resolved_objective.generates,
             "keeps_to_replay": [
                 {"stage": later.folder, "rows": rows.rows, "max_length": rows.max_length}

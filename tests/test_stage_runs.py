@@ -268,6 +268,34 @@ def test_pissa_goes_on_into_preferences_with_its_base_as_it_was(
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_judged_answers_and_scores_follow_texts(
+    model: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """KTO's first loss is that of a model which is its own reference. A reward model begins from
+    the merged one, and has no text by which to look back."""
+    judged = tmp_path / "judged.jsonl"
+    rows = [json.loads(line) for line in files["prefs"].read_text().splitlines()]
+    labelled = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    judged.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    record, _ = trained(
+        model,
+        tmp_path,
+        stage(files["here"], lora_rank=4),
+        stage(judged),
+        stage(files["prefs"], objective="reward"),
+    )
+    assert [one["objective"] for one in record["stages"]] == ["sft", "kto", "reward"]
+    assert [one["begin"] for one in record["stages"]] == [None, "adapter", "merged"]
+    assert losses(record, 2)[0] == pytest.approx(0.5, abs=1e-3)
+    assert [one["stage"] for one in record["stages"][1]["earlier"]] == ["1-here"]
+    assert record["stages"][2]["earlier"] == [] and record["backward_transfer"] == {}
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_failed_stage_is_named_and_what_has_finished_stays(
     model: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
