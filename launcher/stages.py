@@ -10,7 +10,7 @@ from msgspec import Struct, structs
 
 from ftplan.launcher.costs import usd_for
 from ftplan.launcher.plan_file import model_name, with_reasons
-from ftplan.launcher.planning import Planned, make_plan, planned_again
+from ftplan.launcher.planning import Planned, check_settings, make_plan, planned_again
 from ftplan.launcher.stage_file import AskedStage, of_stage
 from ftplan.launcher.ui import Ui
 from ftplan.planner.disk import stored_bytes
@@ -93,6 +93,12 @@ def plan_stages(
     Raises what `make_plan` does, of the first stage that it concerns; DoesNotFitError where all
     together take longer or cost more than wanted, or more disk than there is.
     """
+    for number, stage in enumerate(asked, start=1):  # at once, before anything slow
+        try:
+            check_settings(stage.settings, for_launch=for_launch)
+            stage.asked.check()
+        except FtplanError as error:
+            raise of_stage(error, number) from error
     stages: list[PlannedStage] = []
     for number, stage in enumerate(asked, start=1):
         if len(asked) > 1:

@@ -190,6 +190,15 @@ def test_a_stage_that_does_not_fit_is_told_with_its_number(files: dict[str, str]
     assert "a `method` of its own" in str(told.value.hint)
 
 
+def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_is_planned(
+    files: dict[str, str],
+) -> None:
+    with pytest.raises(InputError, match=r"^stage 2: no such file"):
+        plans(stage(files["facts"], method="full"), stage("nowhere.jsonl"))
+    with pytest.raises(InputError, match=r"^stage 2: .*lroa"):
+        plans(stage(files["facts"], method="full"), stage(files["style"], method="lroa"))
+
+
 def test_a_budget_is_of_all_stages_together(files: dict[str, str]) -> None:
     alone = plans(stage(files["facts"]))[0].seconds
     budget = Wanted(seconds=1.5 * alone)
