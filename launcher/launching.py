@@ -45,11 +45,14 @@ from ftplan.planner.units import MIB, format_bytes
 COPIED_DATA_BYTES = 64 * MIB
 
 
-def write_run(planned: Planned, name: str | None, runs_dir: Path) -> RunDir:
-    """The run directory of a plan, whole or not at all."""
+def write_run(
+    planned: Planned, name: str | None, runs_dir: Path, of_stage: Mapping[str, Any] | None = None
+) -> RunDir:
+    """The run directory of a plan, whole or not at all. `of_stage`: what train.yaml says of a run
+    that is one of several stages."""
     run = create_run(runs_dir, name or default_name(planned))
     try:
-        _write_files(run, planned)
+        _write_files(run, planned, of_stage or {})
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
@@ -66,7 +69,7 @@ def default_name(planned: Planned) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
 
 
-def _write_files(run: RunDir, planned: Planned) -> None:
+def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> None:
     plan, team, device = planned.chosen.plan, planned.chosen.team, planned.device
     model = planned.source
     assert planned.hashes is not None, "what is launched has a tokenizer"
@@ -80,7 +83,7 @@ def _write_files(run: RunDir, planned: Planned) -> None:
         hashes=planned.hashes.to_dict(),
         reward_model=folders(model.reward_model),
     )
-    write_yaml(run.train, train, "Read by the training process.")
+    write_yaml(run.train, {**train, **of_stage}, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))
     profile = profile_to_dict(planned.profile, model.spec, plan.max_length)
     write_json(run.data_profile, profile)
@@ -188,8 +191,9 @@ def predicted(planned: Planned) -> dict[str, Any]:
     }
 
 
-def carry_out(ui: Ui, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
-    """Launch the run, show how it goes, and report; returns its record.
+def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True) -> dict[str, Any]:
+    """Launch the run, show how it goes, and report; returns its record. `is_last`: nothing follows
+    that goes on with what was made.
 
     Raises RunFailedError, InterruptedRunError, or InputError when it cannot start here.
     """
@@ -205,7 +209,8 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
 
     if not ui.as_json:
         ui.show("", views.report(record), "")
-        ui.show_lines(result_lines(run, record))
+        if is_last:
+            ui.show_lines(result_lines(run, record))
     if said := views.said_forgetting(record):
         ui.warn(said)
     return record

@@ -127,8 +127,9 @@ def make_plan(
     runs_dir: Path,
     for_launch: bool,
     wanted: Wanted = ANY_PLAN,
+    machine: Machine | None = None,
 ) -> Planned:
-    """Find out what is there and choose a plan.
+    """Find out what is there and choose a plan. `machine`: what was found of it already.
 
     With `for_launch` weights and tokenizer are fetched where need be. Raises InputError for
     input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
@@ -143,7 +144,7 @@ def make_plan(
     judge = reward_source(given)
     asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
-    machine = None if named_device else _probe(ui, runs_dir)
+    machine = None if named_device else machine or _probe(ui, runs_dir)
     devices = named_device or _offered(machine, given)
     offer = Offer(
         devices=devices,
@@ -172,19 +173,10 @@ def make_plan(
     split = make_split(data, eval_data, asked.test_share)
     check_lengths(data, split, eval_data, strict=asked.strict)
     profile = profile_data(data, split, eval_data)
-    ranking = offer.ranking(source.spec, profile)
-    if ranking.best is None:
-        raise refusal(ui, source, profile, offer, ranking)
-    chosen = ranking.best
+    ranking, chosen = _chosen(ui, source, profile, offer)
     device = chosen.device
-    if device.kind == "cpu":
-        chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
-    steps = optimizer_steps(chosen.plan, profile.num_train_rows)
-    check_steps(chosen.plan, steps)
-    chosen = with_cycles(chosen, steps)
     if machine is not None and for_launch:
-        for lack, hint in host_lacks(chosen, machine.host, device, profile):
-            raise DoesNotFitError(lack, hint)
+        _check_host(chosen, machine.host, profile)
     return Planned(
         asked=asked,
         data=data,
@@ -240,6 +232,49 @@ def _completed(
     advised = max_completion_length(model, device.kind).value
     length = given.get("max_completion_length", advised)
     return structs.replace(rule, completion_length=length)
+
+
+def planned_again(
+    ui: Ui, planned: Planned, profile: DataProfile, given: Mapping[str, Any], *, for_launch: bool
+) -> Planned:
+    """The plan for other rows or with other settings given, all else as it was found; raises as
+    `make_plan` does."""
+    offer = structs.replace(planned.offer, given=given)
+    ranking, chosen = _chosen(ui, planned.source, profile, offer)
+    if planned.machine is not None and for_launch:
+        _check_host(chosen, planned.machine.host, profile)
+    return structs.replace(
+        planned,
+        profile=profile,
+        offer=offer,
+        ranking=ranking,
+        refused=refused_methods(planned.source.spec, profile, offer, ranking.rejected),
+        chosen=chosen,
+        device=chosen.device,
+        closed_form=None,
+    )
+
+
+def _chosen(
+    ui: Ui, source: ModelSource, profile: DataProfile, offer: Offer
+) -> tuple[Ranking, Evaluated]:
+    """The ranking and its best plan, with its method's cycles; on a processor one that keeps to the
+    time budget."""
+    ranking = offer.ranking(source.spec, profile)
+    if ranking.best is None:
+        raise refusal(ui, source, profile, offer, ranking)
+    chosen = ranking.best
+    if chosen.device.kind == "cpu":
+        chosen = limit_to_time_budget(chosen, profile, offer.given, CPU_TIME_BUDGET_SECONDS)
+    steps = optimizer_steps(chosen.plan, profile.num_train_rows)
+    check_steps(chosen.plan, steps)
+    return ranking, with_cycles(chosen, steps)
+
+
+def _check_host(chosen: Evaluated, host: Host, profile: DataProfile) -> None:
+    """Raises DoesNotFitError where the machine has not the RAM or disk."""
+    for lack, hint in host_lacks(chosen, host, chosen.device, profile):
+        raise DoesNotFitError(lack, hint)
 
 
 def overlong_rule(given: Mapping[str, Any], longest: int | None) -> Rule:

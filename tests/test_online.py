@@ -207,7 +207,7 @@ def test_answers_train_by_a_rule(model_folder: Path, tmp_path: Path) -> None:  #
     assert loop.train(run, resume=False) == 0
     record = run.read_record()
     assert record["output"] == "model"
-    assert 0 <= record["evaluation"]["before"] <= 1
+    assert 0 <= record["evaluation"]["reward"]["before"] <= 1
     steps = [row for row in run.metric_rows() if "step" in row]
     assert all("rewards/contains_answer/mean" in row for row in steps)
 

@@ -21,6 +21,27 @@ class DataConfig(Struct, frozen=True, kw_only=True):
     columns: Mapping[str, str]
 
 
+class KeptRows(Struct, frozen=True):
+    """How many rows a later stage replays, and how long they are at most."""
+
+    stage: str
+    rows: int
+    max_length: int
+
+
+class StageConfig(Struct, frozen=True, kw_only=True):
+    """What a run has to do as one stage of several.
+
+    `earlier`: runs of earlier stages that are evaluated at its end. `keeps`: its held-out rows, for
+    later stages. `replayed`: folders of rows that earlier stages have kept for it.
+    """
+
+    earlier: tuple[RunDir, ...] = ()
+    keeps: bool = False
+    keeps_to_replay: tuple[KeptRows, ...] = ()
+    replayed: tuple[Path, ...] = ()
+
+
 class TrainConfig(Struct, frozen=True, kw_only=True):
     """What the training process is to do."""
 
@@ -36,6 +57,9 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     training_arguments: Mapping[str, Any]
     rewards: Mapping[str, Any] = {}
     """What judges completions, where the model makes them."""
+    adapter: Path | None = None
+    """A trained one that goes on being trained."""
+    stage: StageConfig | None = None
 
     @property
     def objective(self) -> str:
@@ -81,7 +105,7 @@ def read_train_config(run: RunDir) -> TrainConfig:
     raw = read_mapping(run.train)
     try:
         return TrainConfig(
-            model=raw["model"],
+            model=str((run.root / raw["model"]).resolve()),
             data=_data_config(run, raw["data"]),
             eval_data=_data_config(run, raw["eval_data"]) if raw["eval_data"] else None,
             test_share=raw["test_share"],
@@ -92,6 +116,8 @@ def read_train_config(run: RunDir) -> TrainConfig:
             loss=checked_loss(raw["loss"], raw["trainer"]),
             training_arguments=raw["training_arguments"],
             rewards=raw["rewards"] or {},
+            adapter=run.root / raw["adapter"] if raw.get("adapter") else None,
+            stage=_stage_config(run, raw["stage"]) if raw.get("stage") else None,
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error
@@ -99,6 +125,15 @@ def read_train_config(run: RunDir) -> TrainConfig:
 
 def _hashes(raw: Mapping[str, str]) -> RowHashes:
     return RowHashes(**{name: raw[name] for name in RowHashes.__struct_fields__})
+
+
+def _stage_config(run: RunDir, raw: Mapping[str, Any]) -> StageConfig:
+    return StageConfig(
+        earlier=tuple(RunDir(run.root / name) for name in raw["earlier"]),
+        keeps=raw["keeps"],
+        keeps_to_replay=tuple(KeptRows(**kept) for kept in raw["keeps_to_replay"]),
+        replayed=tuple(run.root / folder for folder in raw["replayed"]),
+    )
 
 
 def _data_config(run: RunDir, raw: Mapping[str, Any]) -> DataConfig:

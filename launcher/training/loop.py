@@ -9,12 +9,12 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec import Struct, field
+from msgspec import Struct, field, to_builtins
 from transformers import set_seed
 
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
@@ -39,10 +39,17 @@ from ftplan.launcher.training.measure import (
     mean_step_seconds,
     measured_memory,
 )
-from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
+from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
+from ftplan.launcher.training.stages import (
+    going_on,
+    keep_rows,
+    look_back,
+    with_replayed,
+    with_trained_adapter,
+)
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.overlong import overlong_to_dict
@@ -115,7 +122,8 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     session.say("reading the data")
     rows = read_rows(config, session.tokenizer, run.tokens, session.tell_rows)
     session.say("loading the model")
-    trainer = build_trainer(session, rows.train, rows.held_out)
+    trained_rows = with_replayed(rows.train, config, run.tokens)
+    trainer = build_trainer(session, trained_rows, rows.held_out)
     asked = asked_rows(config, session.tokenizer, rows.asked)
     evaluator = Evaluator(trainer, session.tokenizer, config, asked, session.say)
     loaded = time.time()
@@ -140,6 +148,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         return session.stop_status
     memory = measured_memory(session.recorder)
     after = _evaluate(session, evaluator, "after", before)
+    earlier = _of_stages(session, trainer, rows.train)
     session.say("saving")
     output = save(session, trainer)
     if trainer.is_world_process_zero():
@@ -149,6 +158,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started
         record = make_record(session, trainer, rows, before, after, memory, seconds, output)
+        record |= earlier
         write_card(run, record, run.root / output)
         write_json(run.record, record)
         session.say("finished")
@@ -163,6 +173,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
     peft_config = apply_method(model, config.method, config.method_settings)
+    if config.adapter is not None:
+        model, peft_config = with_trained_adapter(model, peft_config, config.adapter), None
     common = {
         "model": model,
         "args": arguments,
@@ -175,14 +187,10 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     }
     if config.rewards:
         common["reward_funcs"] = reward_functions(config.rewards, arguments.device)
-    own = TRAININGS[objective].trainer
-    trainer: Any = (
-        PlannedTrainer(stock_loss=config.loss == "stock", **common)
-        if own is None
-        else own(**common)
-    )
+    with going_on(model):
+        trainer = make_trainer(objective, config.loss, **common)
     settle_adapters(trainer.model, config.method_settings)
-    if config.method == "loftq":
+    if config.method == "loftq" and config.adapter is None:
         begin_with_what_is_lost(trainer.model, config.model)
     optim = config.training_arguments["optim"]
     settle_optimizer(trainer, config.method, optim, config.method_settings)
@@ -216,6 +224,26 @@ def _evaluate(
     if evaluator.trainer.is_world_process_zero():
         append_metric(session.run, result)
     return result
+
+
+def _of_stages(session: _Session, trainer: Any, own: TrainingRows) -> dict[str, Any]:
+    """Of a stage: rows kept for the later ones, and what has become of the earlier ones, for
+    record.json."""
+    stage = session.config.stage
+    if stage is None:
+        return {}
+    keep_rows(session.run, trainer, own, stage)
+    session.say("evaluating the earlier stages")
+    found = [to_builtins(kept) for kept in look_back(stage, trainer, _arguments_of(session))]
+    if trainer.is_world_process_zero():
+        for kept in found:
+            append_metric(session.run, {"event": "evaluation of an earlier stage", **kept})
+    return {"earlier": found}
+
+
+def _arguments_of(session: _Session) -> Callable[[TrainConfig], Any]:
+    folder = str(session.run.checkpoints)
+    return lambda config: planned_arguments(config.objective, config.training_arguments, folder)
 
 
 def _earlier_evaluation(run: RunDir) -> dict[str, Any] | None:

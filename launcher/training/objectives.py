@@ -30,6 +30,10 @@ from ftplan.launcher.training.reference_free import (
     PlannedSimPOTrainer,
     SimPOConfig,
 )
+from ftplan.launcher.training.trainer import PlannedTrainer
+
+# Log-probabilities of the reference, where it has been asked about the rows already.
+_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_logps")
 
 
 class TokenizedRows(PlannedOrder):
@@ -37,6 +41,11 @@ class TokenizedRows(PlannedOrder):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any) -> Dataset:
+        if any(name in dataset.column_names for name in _REFERENCE_COLUMNS):
+            return dataset
+        return super()._precompute_ref_logps(dataset, *args)  # type: ignore[misc]
 
 
 class PlannedDPOTrainer(TokenizedRows, DPOTrainer):
@@ -72,6 +81,12 @@ TRAININGS: dict[str, Training] = {
     "grpo": Training(arguments=GRPOConfig, trainer=PlannedGRPOTrainer),
     "rloo": Training(arguments=RLOOConfig, trainer=PlannedRLOOTrainer),
 }
+
+
+def make_trainer(objective: str, loss: str, **common: Any) -> Any:
+    """The objective's trainer; `common`: what every trainer takes."""
+    own = TRAININGS[objective].trainer
+    return PlannedTrainer(stock_loss=loss == "stock", **common) if own is None else own(**common)
 
 
 def trainer_arguments(

@@ -81,7 +81,7 @@ def read_rows(
             "plan again with `ftplan auto`, or put back what has changed",
         )
     train, held_out = (
-        _Side(config, tokenizer, folder / f"{side}-{_rank()}.arrow")
+        _Side(config, tokenizer, folder / f"{side}-{process_rank()}.arrow")
         for side in ("train", "held-out")
     )
     asked = _Asked()
@@ -119,7 +119,7 @@ def _read_checked(config: DataConfig, objective: str) -> DataFile:
     return data
 
 
-def _rank() -> int:
+def process_rank() -> int:
     """Of this process among those of a run: each has token files of its own."""
     return int(os.environ.get("RANK", "0"))
 
@@ -348,12 +348,12 @@ MAKERS: dict[str, type[_Maker]] = {
 
 
 def remove_token_files(folder: Path) -> None:
-    """This process's; and the folder after the last of them."""
-    for path in _files_of(folder):
+    """This process's, and what `datasets` has derived of them; and the folder after the last."""
+    for path in (*_files_of(folder), *folder.glob("cache-*.arrow")):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
 def _files_of(folder: Path) -> Iterable[Path]:
-    return folder.glob(f"*-{_rank()}.*arrow")
+    return folder.glob(f"*-{process_rank()}.*arrow")
