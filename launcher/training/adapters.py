@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ftplan.launcher.training.model_classes import MODEL_CLASSES
@@ -82,6 +83,7 @@ def settle_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
     if not isinstance(model, PeftModel):
         return
     _name_the_task(model)
+    _name_the_bias(model)
     if not settings["autocast_adapter_dtype"]:
         _hold_adapters_as_base(model, getattr(torch, settings["dtype"]))
 
@@ -97,6 +99,14 @@ def _name_the_task(model: PeftModel) -> None:
         return args, {**kwargs, "task_ids": task_ids}
 
     model.register_forward_pre_hook(with_task, with_kwargs=True)
+
+
+def _name_the_bias(model: PeftModel) -> None:
+    """Rows of an output projection are trained in a wrapper that has its weight alone (PEFT 0.21,
+    `TrainableTokensWrapper`); TRL's losses read a bias as well, where there is none."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper) and not hasattr(module, "bias"):
+            module.register_parameter("bias", None)
 
 
 def _hold_adapters_as_base(model: PeftModel, dtype: torch.dtype) -> None:
