@@ -110,8 +110,12 @@ def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
     return arguments
 
 
-def method_settings(plan: TrainingPlan) -> dict[str, Any]:
-    """What `training.build` needs to know of the plan."""
+def method_settings(
+    plan: TrainingPlan, token_ids: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """What `training.build` needs to know of the plan. `token_ids`: of its trained tokens; where
+    there is no tokenizer, as many others stand for them."""
+    tokens = range(len(plan.trained_tokens)) if token_ids is None else token_ids
     return {
         "objective": plan.objective,
         "quantization": plan.quantization,
@@ -127,6 +131,7 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "lora_dropout": plan.lora_dropout,
         "target_modules": list(plan.target_modules),
         "modules_to_save": list(plan.modules_to_save),
+        "trained_token_ids": list(tokens),
         "peft_config": list(plan.peft_config),
         "autocast_adapter_dtype": plan.autocast_adapter_dtype,
         "num_trainable_layers": plan.num_trainable_layers,
@@ -143,6 +148,8 @@ def train_config(
     eval_data: Mapping[str, Any] | None,
     hashes: Mapping[str, str],
     test_share: float = 0.0,
+    template: Mapping[str, Any],
+    token_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """train.yaml: all that the training process reads. Relative paths are within the run."""
     return {
@@ -152,8 +159,10 @@ def train_config(
         "test_share": test_share,
         "overlong": plan.overlong,
         "hashes": dict(hashes),
+        "template": dict(template),
+        "add_tokens": list(plan.add_tokens),
         "method": plan.method,
-        "method_settings": method_settings(plan),
+        "method_settings": method_settings(plan, token_ids),
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),

@@ -67,7 +67,7 @@ def default_name(planned: Planned) -> str:
 def _write_files(run: RunDir, planned: Planned) -> None:
     plan, team, device = planned.chosen.plan, planned.chosen.team, planned.device
     model = planned.source
-    assert planned.hashes is not None, "what is launched has a tokenizer"
+    assert planned.hashes and planned.tokenizer, "what is launched has a tokenizer"
     train = emit.train_config(
         plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
         device,
@@ -76,6 +76,8 @@ def _write_files(run: RunDir, planned: Planned) -> None:
         eval_data=_data_config(run, planned.eval_data) if planned.eval_data else None,
         test_share=planned.asked.test_share,
         hashes=planned.hashes.to_dict(),
+        template={"name": planned.tokenizer.chosen.name, "text": planned.tokenizer.chosen.text},
+        token_ids=planned.tokenizer.trained_ids,
     )
     write_yaml(run.train, train, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))

@@ -91,6 +91,17 @@ def check_tokens(plan: TrainingPlan) -> None:
     )
 
 
+def check_named_tokens(given: Mapping[str, Any]) -> None:
+    """Raises InputError for tokens that only a tokenizer could name, where none is at hand."""
+    if OF_TEMPLATE in given.get("train_tokens", ()):
+        raise InputError(
+            f"`--train-tokens {OF_TEMPLATE}`: which tokens the chat template writes, the model's "
+            "tokenizer says, and it is not read here",
+            "name them, such as `--train-tokens '<|im_start|>,<|im_end|>'`; `ftplan plan` and "
+            "`ftplan auto` read the tokenizer where the model's files are at hand",
+        )
+
+
 def shown_tokens(tokens: Sequence[str], most: int = 3) -> str:
     """For a person: the first of them."""
     named = ", ".join(f"`{token}`" for token in tokens[:most])

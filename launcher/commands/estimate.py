@@ -30,6 +30,7 @@ from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.units import format_count, parse_bytes
+from ftplan.planner.vocabulary import check_named_tokens
 
 if TYPE_CHECKING:
     from ftplan.planner.dry_run_summary import DryRunSummary
@@ -72,7 +73,8 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         raise InputError(
             "`--explain` and `--compare` are of the closed form", "leave out `--exact`"
         )
-    source = find_source(arguments.model, any_architecture=arguments.exact)
+    check_named_tokens(given)
+    source = find_source(arguments.model, any_architecture=arguments.exact).with_new_tokens(given)
     model = source.spec
     reasoned = estimate_recipe(model, device, given)
     check_together(model, reasoned.plan)

@@ -1,8 +1,11 @@
-"""Tokens of a tokenizer that end answers and fill rows up."""
+"""Tokens of a tokenizer that end answers, that fill rows up, and that it gets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from ftplan.planner.errors import UnknownNameError
 
 # Made to fill rows up, in vocabularies whose tokenizers do not say so: Llama 3's, and common ones.
 _PADS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<PAD>")
@@ -24,3 +27,38 @@ def pad_token_of(tokenizer: Any) -> str | None:
     named = next((token for token in _PADS if token in known), None)
     last: str | None = tokenizer.convert_ids_to_tokens(0)
     return named or tokenizer.unk_token or tokenizer.eos_token or last
+
+
+def add_tokens_to(tokenizer: Any, tokens: Sequence[str], marks: Sequence[str]) -> tuple[str, ...]:
+    """Put in those that are not there yet, which are returned. A template's marks are special:
+    they are left out of decoded answers, where other new tokens are shown."""
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    lacking = tuple(token for token in tokens if token not in known)
+    for token in lacking:
+        special = token in marks
+        tokenizer.add_tokens(
+            [AddedToken(token, normalized=False, special=special)], special_tokens=special
+        )
+    return lacking
+
+
+def of_template(tokenizer: Any, marks: Sequence[str]) -> tuple[str, ...]:
+    """The marks that are tokens of the vocabulary, but for those that begin and end every text,
+    which a model has always seen."""
+    known = tokenizer.get_vocab()
+    seen = (tokenizer.bos_token, tokenizer.eos_token)
+    return tuple(mark for mark in marks if mark in known and mark not in seen)
+
+
+def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Raises UnknownNameError for a token that the vocabulary has not."""
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in known:
+            near = [name for name in tokenizer.added_tokens_encoder if name]
+            raise UnknownNameError(
+                "token to train", token, near, "`--add-tokens` puts new ones into the vocabulary."
+            )
+    return [int(known[token]) for token in tokens]

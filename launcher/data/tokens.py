@@ -17,9 +17,16 @@ from msgspec import Struct, structs
 
 from ftplan.launcher.data.patterns import Patterns, Segment
 from ftplan.launcher.data.rows import Message, Messages, Row
-from ftplan.launcher.data.special_tokens import answer_end_ids, pad_token_of
-from ftplan.launcher.data.templates import Template, choose_template, first_token
+from ftplan.launcher.data.special_tokens import (
+    add_tokens_to,
+    answer_end_ids,
+    of_template,
+    pad_token_of,
+    token_ids,
+)
+from ftplan.launcher.data.templates import Template, choose_template, first_token, marks_of
 from ftplan.planner.errors import InputError
+from ftplan.planner.vocabulary import OF_TEMPLATE, named_tokens
 
 _ROWS_AT_ONCE = 256
 
@@ -46,13 +53,32 @@ class TokenPair(Struct, frozen=True):
 
 
 class RowTokenizer:
-    """Tokenizes rows with a model's own tokenizer and a template, which it puts into it."""
+    """Tokenizes rows with a model's own tokenizer and a template, which it puts into it.
 
-    def __init__(self, tokenizer: Any, template: Template | None = None) -> None:
+    `add_tokens` are put into it as well, and those that the template writes and the vocabulary has
+    not: `added` are all of them. `trained`: these, and `train_tokens`, in which `template` stands
+    for those that the template writes. Raises InputError for a token that the vocabulary has not.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Template | None = None,
+        *,
+        add_tokens: Sequence[str] = (),
+        train_tokens: Sequence[str] = (),
+    ) -> None:
         self.tokenizer = tokenizer
         self.chosen = template or choose_template(tokenizer)
         if self.chosen.text is not None:
             tokenizer.chat_template = self.chosen.text
+        marks = marks_of(self.template_text)
+        lacking = marks if self.chosen.text is not None else ()
+        self.added = add_tokens_to(tokenizer, named_tokens(add_tokens, lacking), marks)
+        written = self.template_tokens
+        asked = [written if token == OF_TEMPLATE else (token,) for token in train_tokens]
+        self.trained = named_tokens(*asked, add_tokens, self.added)
+        self.trained_ids = token_ids(tokenizer, self.trained)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = pad_token_of(tokenizer)
         written = tokenizer.chat_template
@@ -75,6 +101,11 @@ class RowTokenizer:
         """The template in force, whole."""
         template = self.tokenizer.chat_template
         return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+
+    @property
+    def template_tokens(self) -> tuple[str, ...]:
+        """Tokens of the vocabulary that the template writes; without those of every text."""
+        return of_template(self.tokenizer, marks_of(self.template_text))
 
     @cached_property
     def end_ids(self) -> list[int]:
@@ -302,13 +333,18 @@ def _of_row(row: Row, error: InputError) -> InputError:
 
 
 def load_tokenizer(
-    model: str | Path, template: Template | str = "auto", *, is_base: bool = False
+    model: str | Path,
+    template: Template | str = "auto",
+    *,
+    is_base: bool = False,
+    add_tokens: Sequence[str] = (),
+    train_tokens: Sequence[str] = (),
 ) -> RowTokenizer:
     """The tokenizer of a model folder or Hub id, with a template or the one that is asked for;
-    imports transformers. Raises InputError where the template is not to be had."""
+    imports transformers. Raises InputError where template or tokens are not to be had."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     if isinstance(template, str):
         template = choose_template(tokenizer, template, is_base=is_base)
-    return RowTokenizer(tokenizer, template)
+    return RowTokenizer(tokenizer, template, add_tokens=add_tokens, train_tokens=train_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ftplan.planner.methods import Method
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.prompt_counts import ADAPTION_PROMPT_LAYERS
 from ftplan.planner.trained import ALL_LINEAR
+from ftplan.planner.vocabulary import trains_rows
 
 # Tuners that ask which task a row belongs to. Rows here have no tasks: all are of the first.
 _MULTI_TASK = (PeftType.MULTITASK_PROMPT_TUNING, PeftType.POLY)
@@ -43,6 +44,8 @@ def peft_config_of(
         options["target_modules"] = ALL_LINEAR
     if settings["modules_to_save"]:
         options["modules_to_save"] = list(settings["modules_to_save"])
+    elif settings["trained_token_ids"] and trains_rows(method):
+        options["trainable_token_indices"] = _rows(model, settings["trained_token_ids"])
     options |= {
         **_derived(method, model),
         **method.peft_options,
@@ -56,6 +59,16 @@ def peft_config_of(
         return config_class(task_type=task_type, **options)
     except (ValueError, TypeError) as error:
         raise refused(method, error) from error
+
+
+def _rows(model: Any, tokens: Sequence[int]) -> dict[str, list[int]]:
+    """The tokens' rows of the embeddings, and of an output projection that has its own."""
+    ends = [model.get_input_embeddings()]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not ends[0].weight:
+        ends.append(head)
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    return {name.rpartition(".")[2]: list(tokens) for name in names}
 
 
 def _derived(method: Method, model: nn.Module) -> dict[str, Any]:

@@ -31,6 +31,12 @@ from ftplan.launcher.training.measure import (
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
+from ftplan.launcher.training.vocabulary import (
+    add_rows,
+    save_rows_alone,
+    save_tokenizer,
+    settle_ends,
+)
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.overlong import overlong_to_dict
 
@@ -85,7 +91,7 @@ def train(run: RunDir, *, resume: bool) -> int:
     config = read_train_config(run)
     recorder = CpuAllocationRecorder()
     reporter = StepReporter(run, recorder)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.template, add_tokens=config.add_tokens)
     session = _Session(run, config, tokenizer, reporter, recorder)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, session.on_signal)
@@ -144,6 +150,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     arguments = planned_arguments(objective, config.training_arguments, str(run.checkpoints))
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
+    add_rows(model, session.tokenizer)
+    settle_ends(model, session.tokenizer)
     peft_config = apply_method(model, config.method, config.method_settings)
     common = {
         "model": model,
@@ -162,6 +170,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         else own(**common)
     )
     settle_adapters(trainer.model, config.method_settings)
+    save_rows_alone(trainer.model)
     session.reporter.trainer = trainer
     return trainer
 
@@ -243,7 +252,8 @@ def save(session: _Session, trainer: PlannedTrainer) -> str:
     folder = run.adapter if adapter else run.model
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        session.tokenizer.tokenizer.save_pretrained(folder)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_tokenizer(model, session.tokenizer, folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; plan.yaml says it all
     return folder.name
 
@@ -294,6 +304,14 @@ def make_record(
         "overlong": overlong_to_dict(
             config.overlong, config.max_length, rows.train.counts, rows.held_out.counts
         ),
+        "tokenizer": {
+            "chat_template": config.template.name,
+            "vocab_size": len(session.tokenizer.tokenizer),
+            "added_tokens": list(session.tokenizer.added),
+            "trained_token_ids": config.method_settings["trained_token_ids"],
+            "end_token_ids": session.tokenizer.end_ids,
+            "pad_token_id": session.tokenizer.tokenizer.pad_token_id,
+        },
         "data_sha256": config.data.sha256,
         "eval_data_sha256": config.eval_data.sha256 if config.eval_data else None,
         **rows.hashes.to_dict(),
