@@ -16,6 +16,9 @@ from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
 from ftplan.planner.trained import ALL_LINEAR
 
+# The chat template that the tokenizer comes with.
+_OWN_TEMPLATE: Mapping[str, Any] = {"name": "model", "text": None}
+
 TRAIN_MODULE = "ftplan.launcher.train"
 
 # Settings of which runs are launched with these values only.
@@ -110,9 +113,7 @@ def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
     return arguments
 
 
-def method_settings(
-    plan: TrainingPlan, token_ids: Sequence[int] | None = None
-) -> dict[str, Any]:
+def method_settings(plan: TrainingPlan, token_ids: Sequence[int] | None = None) -> dict[str, Any]:
     """What `training.build` needs to know of the plan. `token_ids`: of its trained tokens; where
     there is no tokenizer, as many others stand for them."""
     tokens = range(len(plan.trained_tokens)) if token_ids is None else token_ids
@@ -148,7 +149,7 @@ def train_config(
     eval_data: Mapping[str, Any] | None,
     hashes: Mapping[str, str],
     test_share: float = 0.0,
-    template: Mapping[str, Any],
+    template: Mapping[str, Any] = _OWN_TEMPLATE,
     token_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """train.yaml: all that the training process reads. Relative paths are within the run."""

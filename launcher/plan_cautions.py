@@ -54,8 +54,8 @@ def _untrained_template(planned: Planned) -> list[Caution]:
         Caution(
             name="untrained-template",
             text=f"{planned.source.spec.name} is a base model, and adapters leave its embeddings "
-            f"as they are: tokens of the chat template that it never saw, {shown_tokens(left)}, are "
-            "not learnt, and so it may not learn to stop",
+            f"as they are: tokens of the chat template that it never saw, {shown_tokens(left)}, "
+            "are not learnt, and so it may not learn to stop",
             way_out="leave out `--chat-template`, which plain headings then take the place of, or "
             f"add `--train-tokens {OF_TEMPLATE}`",
         )

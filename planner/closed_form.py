@@ -111,7 +111,9 @@ def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
     if beside is not None:
         return f"{_spelled(plan, 'objective')} with {beside}"
     if plan.method == "trainable-tokens" and model.tie_word_embeddings and plan.trainer == "trl":
-        return f"trained tokens of `{model.model_type}`, whose output projection TRL wants unadapted"
+        return (
+            f"trained tokens of `{model.model_type}`, whose output projection TRL wants unadapted"
+        )
     if plan.loss == "liger" and _trains_head_rows(plan, model):
         return f"{_spelled(plan, 'loss')} over trained rows of the output projection"
     if plan.method == "hira" and model.model_type in CONV1D_MODEL_TYPES:

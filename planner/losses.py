@@ -105,10 +105,11 @@ class StockLoss:
         watch: Callable[[Tape, Tensor], Tensor],
         called: Callable[[Call], Call],
     ) -> None:
-        """`delta`: rows that are trained in the place of the weight's. `lets_logits_go`: the fp32 logits take the name of the 16-bit ones; `in_16_bits`: there
-        are none. `in_place`: the cross-entropy writes its gradient over the logits (Unsloth's, in
-        fms-acceleration). `watch` gets the output projection's result, and returns it; `called`
-        gets the projection itself."""
+        """`delta`: rows that are trained in the place of the weight's. `lets_logits_go`: the fp32
+        logits take the name of the 16-bit ones; `in_16_bits`: there are none. `in_place`: the
+        cross-entropy writes its gradient over the logits (Unsloth's, in fms-acceleration). `watch`
+        gets the output projection's result, and returns it; `called` gets the projection itself.
+        """
         self.head, self.watch = head, watch
         self.project = called(partial(_project, head=head, weight=weight, bias=bias, delta=delta))
         self.shifts_logits = shifts_logits

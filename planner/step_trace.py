@@ -125,8 +125,8 @@ class StepSettings(Struct, frozen=True, kw_only=True):
     `prefix`: learned keys and values in front of each layer's own; `prompted`: places of the layers
     whose attention looks at a prompt.
     `prompts` makes embeddings of `tokens_in_front` learned tokens, which rows are counted with;
-    `num_trained_tokens`: tokens whose embeddings are trained beside the others, and, where it `trains_head_rows`, their
-    rows of the output projection. `early_gradients`:
+    `num_trained_tokens`: tokens whose embeddings are trained beside the others, and, where it
+    `trains_head_rows`, their rows of the output projection. `early_gradients`:
     bytes of gradients that are there from the loss on; `cache`: what is filled without
     checkpointing, which is of each `every_n_layers`-th layer. `loss_copies`: bytes that are held
     between loss and backward. `whole_rows`: of an evaluation, where only training divides rows;

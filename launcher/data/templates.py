@@ -26,7 +26,7 @@ TEMPLATE_NAMES = ("auto", "model", "plain", "chatml")
 
 # Marks that are one token each in the vocabularies that have them: ChatML's and Llama's, DeepSeek's
 # and Gemma's.
-_MARK = re.compile(r"<\|[^\s|<>{}'\"]+\|>|<｜[^\s｜<>{}'\"]+｜>|<(?:start|end)_of_\w+>")
+_MARK = re.compile(r"<\|[^\s|<>{}'\"]+\|>|<\uff5c[^\s\uff5c<>{}'\"]+\uff5c>|<(?:start|end)_of_\w+>")
 
 _CALLS = (
     "{% for call in message.tool_calls or [] %}"

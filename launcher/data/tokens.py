@@ -1,7 +1,7 @@
 """Rows to tokens: one template for profiling, training, evaluation and samples.
 
-Which template that is, `templates.py` chooses and the plan states; it stands in the tokenizer, as it
-is saved. Only answers carry loss; plain text carries loss throughout. Where the tokenizer puts a
+Which template that is, `templates.py` chooses and the plan states; it stands in the tokenizer, as
+it is saved. Only answers carry loss; plain text carries loss throughout. Where the tokenizer puts a
 first token before every text (Llama's, Gemma's), so do we; a template writes its own.
 """
 

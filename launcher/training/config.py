@@ -31,12 +31,12 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     test_share: float
     overlong: str
     hashes: RowHashes
-    template: Template
-    add_tokens: tuple[str, ...]
     method: str
     method_settings: Mapping[str, Any]
     loss: str
     training_arguments: Mapping[str, Any]
+    template: Template = Template(name="model")
+    add_tokens: tuple[str, ...] = ()
 
     @property
     def objective(self) -> str:

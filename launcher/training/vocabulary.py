@@ -3,6 +3,7 @@ end."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def add_rows(model: PreTrainedModel, tokenizer: RowTokenizer) -> None:
     New rows begin as the mean of the others, so that new tokens are as likely as the old ones are
     on average (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
     transformers' own mean resizing adds a billionth of their covariance as noise, for which it
-    holds the whole matrix in fp32; without it what is made anew from the base is the same each time.
+    holds the whole matrix in fp32; without it what is made anew from the base is always the same.
     """
     known = model.get_input_embeddings().weight.shape[0]
     wanted = len(tokenizer.tokenizer)
@@ -82,10 +83,9 @@ def _without_embeddings(save: Any) -> Any:
 def save_tokenizer(model: PreTrainedModel, tokenizer: RowTokenizer, folder: Path) -> None:
     """The tokenizer as rows were rendered with it, which fills up on the left, where generating
     wants it; beside it what ends an answer, which adapters are saved without."""
-    core = tokenizer.tokenizer
-    side, core.padding_side = core.padding_side, "left"
+    core = copy.deepcopy(tokenizer.tokenizer)
+    core.padding_side = core.init_kwargs["padding_side"] = "left"
     core.save_pretrained(folder)
-    core.padding_side = side
     config = model.generation_config
     if config is not None and not (folder / "generation_config.json").exists():
         ends = {name: getattr(config, name) for name in _ENDS}
