@@ -261,4 +261,18 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
         f"    model = {loader}.from_pretrained(",
         f'        "{folder}"',
         "    )",
+        *_stopping_lines(folder, record),
+    ]
+
+
+def _stopping_lines(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Adapters are loaded with the base's ends of generation, of which answers may have others."""
+    ends = record.get("tokenizer", {}).get("end_token_ids", ())
+    if record["output"] != "adapter" or len(ends) < 2:
+        return []
+    return [
+        "    from transformers import GenerationConfig",
+        "    model.generation_config = GenerationConfig.from_pretrained(",
+        f'        "{folder}"',
+        "    )",
     ]

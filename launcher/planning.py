@@ -166,7 +166,7 @@ def make_plan(
     tokenizer = tokenizer_of(ui, source, given)
     tokens = token_settings(tokenizer, given)
     source = with_rows_for(source, tokenizer, given)
-    offer = structs.replace(offer, given={**given, **tokens.values})
+    offer = structs.replace(offer, given={**given, **tokens.values}, reasons=tokens.reasons)
     # Unless told otherwise, no row is cut that the model can take (policy.max_length).
     longest = given.get("max_length", source.spec.max_position_embeddings)
     asked = structs.replace(asked, rule=overlong_rule(given, longest))
@@ -178,8 +178,6 @@ def make_plan(
     ranking = offer.ranking(source.spec, profile)
     if ranking.best is None:
         raise refusal(ui, source, profile, offer, ranking)
-    ranking = tokens.explained(ranking)
-    assert ranking.best is not None
     chosen = ranking.best
     device = chosen.device
     if device.kind == "cpu":

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.model_source import ModelSource
-from ftplan.planner.plan import Reason, ReasonedPlan
-from ftplan.planner.ranking import Evaluated, Ranking
-from ftplan.planner.vocabulary import OF_TEMPLATE, check_named_tokens, shown_tokens
+from ftplan.planner.memory import estimate_memory
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import Reason, TrainingPlan
+from ftplan.planner.units import format_bytes, format_count
+from ftplan.planner.vocabulary import (
+    OF_TEMPLATE,
+    check_named_tokens,
+    saved_for_tokens,
+    shown_tokens,
+)
 from ftplan.profiles import model_catalog
 
 
@@ -20,24 +27,6 @@ class TokenSettings(Struct, frozen=True, kw_only=True):
 
     values: Mapping[str, Any]
     reasons: Mapping[str, Reason]
-
-    def explained(self, ranking: Ranking) -> Ranking:
-        """Its plans with these reasons."""
-        if not self.reasons:
-            return ranking
-        assert ranking.best is not None
-        return structs.replace(
-            ranking,
-            best=self._explained(ranking.best),
-            alternatives=tuple(self._explained(other) for other in ranking.alternatives),
-        )
-
-    def _explained(self, evaluated: Evaluated) -> Evaluated:
-        reasoned = evaluated.reasoned
-        reasons = {**reasoned.reasons, **self.reasons}
-        return structs.replace(
-            evaluated, reasoned=ReasonedPlan(plan=reasoned.plan, reasons=reasons)
-        )
 
 
 def token_settings(tokenizer: RowTokenizer | None, given: Mapping[str, Any]) -> TokenSettings:
@@ -76,6 +65,29 @@ def with_rows_for(
         return source.with_new_tokens(given)
     added = given.get("add_tokens") or tokenizer.added
     return source.with_vocabulary(len(tokenizer.tokenizer)) if added else source
+
+
+def said_tokens(spec: ModelSpec, plan: TrainingPlan) -> str | None:
+    """Which tokens are trained, what of the model that is, and what it adds to the peak; None where
+    none are named."""
+    tokens = plan.trained_tokens
+    if not tokens:
+        return None
+    without = plan.replace(add_tokens=(), train_tokens=())
+    if saved_for_tokens(plan.resolved_method, spec) == plan.modules_to_save:
+        without = without.replace(modules_to_save=())
+    numbers = [
+        one.resolved_method.count(spec, one.method_settings).num_trainable_parameters
+        for one in (plan, without)
+    ]
+    trained = f"{format_count(numbers[0] - numbers[1])} parameters"
+    said = f"{shown_tokens(tokens)}: {trained if numbers[0] > numbers[1] else 'with all others'}"
+    more = _peak_bytes(spec, plan) - _peak_bytes(spec, without)
+    return f"{said}, {format_bytes(more)} of the peak" if more > 0 else said
+
+
+def _peak_bytes(spec: ModelSpec, plan: TrainingPlan) -> int:
+    return estimate_memory(spec, plan).allocated_peak_bytes
 
 
 def is_base_model(source: ModelSource) -> bool:

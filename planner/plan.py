@@ -464,6 +464,10 @@ class ReasonedPlan(Struct, frozen=True, kw_only=True):
         reasons = {**self.reasons, **dict.fromkeys(changes, Reason(origin=origin, why=why))}
         return ReasonedPlan(plan=self.plan.replace(**changes), reasons=reasons)
 
+    def explained(self, reasons: Mapping[str, Reason]) -> ReasonedPlan:
+        """A copy with other reasons for some settings."""
+        return ReasonedPlan(plan=self.plan, reasons={**self.reasons, **reasons})
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """`{setting: {"value", "from", "why"}}`, as in the JSON output and the plan file."""
         return {

@@ -205,7 +205,7 @@ def loaded(tuned: SimpleNamespace) -> tuple[Any, Any]:
     if tuned.method == "full":
         return AutoModelForCausalLM.from_pretrained(folder), tokenizer
     base = AutoModelForCausalLM.from_pretrained(tuned.base)
-    base.resize_token_embeddings(len(tokenizer))
+    base.resize_token_embeddings(max(len(tokenizer), base.config.vocab_size))
     model = PeftModel.from_pretrained(base, str(folder))
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, tokenizer

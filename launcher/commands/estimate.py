@@ -15,6 +15,7 @@ from ftplan.launcher.host import read_host
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
+from ftplan.launcher.token_settings import said_tokens
 from ftplan.launcher.ui import Ui
 from ftplan.planner.combination import Caution
 from ftplan.planner.combinations import cautions, check_together
@@ -178,10 +179,12 @@ def _show(
     plan = reasoned.plan
     count, trained = parameter_counts(model, plan, dry_run)
     share = 100 * trained / count
+    tokens = None if dry_run else said_tokens(model, plan)
     ui.show(
         _model_line(model, count),
         f"{plan.resolved_method.title} fine-tuning trains {format_count(trained)} of them "
         f"({share:.3g} %); {_configuration(reasoned)}",
+        *([f"trained tokens: {tokens}"] if tokens else []),
         "",
         views.memory_table(memory, device),
         "",
