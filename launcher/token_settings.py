@@ -47,7 +47,9 @@ def token_settings(tokenizer: RowTokenizer | None, given: Mapping[str, Any]) -> 
     if added:
         values["add_tokens"] = added
     if len(added) > len(asked):
-        why = f"the template writes {shown_tokens(added[len(asked) :])}, which are new to the model"
+        why = "the template writes them, and the vocabulary has them not"
+        if asked:
+            why = f"asked for; {shown_tokens(added[len(asked) :])}: {why}"
         reasons["add_tokens"] = Reason(origin="derived", why=why)
     if "train_tokens" in given:
         values["train_tokens"] = tuple(t for t in tokenizer.trained if t not in added)

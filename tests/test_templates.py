@@ -281,6 +281,10 @@ class TestNewTokens:
         assert tokenizer.trained == (*marks_of(LLAMA_3), "<|bos|>")
         assert tokenizer.trained_ids == core.convert_tokens_to_ids(list(tokenizer.trained))
 
+    def test_plain_headings_have_none(self) -> None:
+        with pytest.raises(InputError, match="words only"):
+            RowTokenizer(tiny_tokenizer(), train_tokens=("template",))
+
     def test_an_unknown_one_is_refused_with_the_nearest(self) -> None:
         with pytest.raises(InputError, match=r"unknown token to train `<\|im_ned\|>`") as caught:
             RowTokenizer(tiny_tokenizer(CHATML), train_tokens=("<|im_ned|>",))

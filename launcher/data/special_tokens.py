@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ftplan.planner.errors import UnknownNameError
+from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.vocabulary import OF_TEMPLATE
 
 # Made to fill rows up, in vocabularies whose tokenizers do not say so: Llama 3's, and common ones.
 _PADS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<PAD>")
@@ -44,12 +45,22 @@ def add_tokens_to(tokenizer: Any, tokens: Sequence[str], marks: Sequence[str]) -
     return lacking
 
 
-def of_template(tokenizer: Any, marks: Sequence[str]) -> tuple[str, ...]:
-    """The marks that are tokens of the vocabulary, but for those that begin and end every text,
-    which a model has always seen."""
+def known_marks(tokenizer: Any, marks: Sequence[str]) -> tuple[str, ...]:
+    """Marks of a template that are tokens of the vocabulary."""
     known = tokenizer.get_vocab()
-    seen = (tokenizer.bos_token, tokenizer.eos_token)
-    return tuple(mark for mark in marks if mark in known and mark not in seen)
+    return tuple(mark for mark in marks if mark in known)
+
+
+def written_tokens(tokenizer: Any, marks: Sequence[str]) -> tuple[str, ...]:
+    """Those, where they are to be trained; raises InputError where there are none."""
+    found = known_marks(tokenizer, marks)
+    if not found:
+        raise InputError(
+            f"`--train-tokens {OF_TEMPLATE}`: the template writes words only, and no token of its "
+            "own",
+            "leave it out, or name another template with `--chat-template`",
+        )
+    return found
 
 
 def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:

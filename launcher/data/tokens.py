@@ -20,9 +20,10 @@ from ftplan.launcher.data.rows import Message, Messages, Row
 from ftplan.launcher.data.special_tokens import (
     add_tokens_to,
     answer_end_ids,
-    of_template,
+    known_marks,
     pad_token_of,
     token_ids,
+    written_tokens,
 )
 from ftplan.launcher.data.templates import Template, choose_template, first_token, marks_of
 from ftplan.planner.errors import InputError
@@ -75,8 +76,10 @@ class RowTokenizer:
         marks = marks_of(self.template_text)
         lacking = marks if self.chosen.text is not None else ()
         self.added = add_tokens_to(tokenizer, named_tokens(add_tokens, lacking), marks)
-        written = self.template_tokens
-        asked = [written if token == OF_TEMPLATE else (token,) for token in train_tokens]
+        asked = [
+            written_tokens(tokenizer, marks) if token == OF_TEMPLATE else (token,)
+            for token in train_tokens
+        ]
         self.trained = named_tokens(*asked, add_tokens, self.added)
         self.trained_ids = token_ids(tokenizer, self.trained)
         if tokenizer.pad_token is None:
@@ -104,8 +107,11 @@ class RowTokenizer:
 
     @property
     def template_tokens(self) -> tuple[str, ...]:
-        """Tokens of the vocabulary that the template writes; without those of every text."""
-        return of_template(self.tokenizer, marks_of(self.template_text))
+        """Tokens of the vocabulary that the template writes, but for those that begin and end every
+        text, which a model has always seen."""
+        of_texts = (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        marks = marks_of(self.template_text)
+        return tuple(mark for mark in known_marks(self.tokenizer, marks) if mark not in of_texts)
 
     @cached_property
     def end_ids(self) -> list[int]:
