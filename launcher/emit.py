@@ -16,9 +16,6 @@ from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
 from ftplan.planner.trained import ALL_LINEAR
 
-# The chat template that the tokenizer comes with.
-_OWN_TEMPLATE: Mapping[str, Any] = {"name": "model", "text": None}
-
 TRAIN_MODULE = "ftplan.launcher.train"
 
 # Settings of which runs are launched with these values only.
@@ -149,10 +146,13 @@ def train_config(
     eval_data: Mapping[str, Any] | None,
     hashes: Mapping[str, str],
     test_share: float = 0.0,
-    template: Mapping[str, Any] = _OWN_TEMPLATE,
-    token_ids: Sequence[int] = (),
+    template_text: str | None = None,
+    token_ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """train.yaml: all that the training process reads. Relative paths are within the run."""
+    """train.yaml: all that the training process reads. Relative paths are within the run.
+
+    `template_text`: None for the tokenizer's own. `token_ids`: of the trained tokens.
+    """
     return {
         "model": model,
         "data": data,
@@ -160,7 +160,7 @@ def train_config(
         "test_share": test_share,
         "overlong": plan.overlong,
         "hashes": dict(hashes),
-        "template": dict(template),
+        "template": {"name": plan.chat_template, "text": template_text},
         "add_tokens": list(plan.add_tokens),
         "method": plan.method,
         "method_settings": method_settings(plan, token_ids),

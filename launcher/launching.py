@@ -76,7 +76,7 @@ def _write_files(run: RunDir, planned: Planned) -> None:
         eval_data=_data_config(run, planned.eval_data) if planned.eval_data else None,
         test_share=planned.asked.test_share,
         hashes=planned.hashes.to_dict(),
-        template={"name": planned.tokenizer.chosen.name, "text": planned.tokenizer.chosen.text},
+        template_text=planned.tokenizer.chosen.text,
         token_ids=planned.tokenizer.trained_ids,
     )
     write_yaml(run.train, train, "Read by the training process.")
