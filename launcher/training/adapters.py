@@ -44,8 +44,8 @@ def peft_config_of(
         options["target_modules"] = ALL_LINEAR
     if settings["modules_to_save"]:
         options["modules_to_save"] = list(settings["modules_to_save"])
-    elif settings["trained_token_ids"] and trains_rows(method):
-        options["trainable_token_indices"] = _rows(model, settings["trained_token_ids"])
+    elif (tokens := settings.get("trained_token_ids")) and trains_rows(method):
+        options["trainable_token_indices"] = _rows(model, tokens)
     options |= {
         **_derived(method, model),
         **method.peft_options,

@@ -308,7 +308,7 @@ def make_record(
             "chat_template": config.template.name,
             "vocab_size": len(session.tokenizer.tokenizer),
             "added_tokens": list(session.tokenizer.added),
-            "trained_token_ids": config.method_settings["trained_token_ids"],
+            "trained_token_ids": config.method_settings.get("trained_token_ids", []),
             "end_token_ids": session.tokenizer.end_ids,
             "pad_token_id": session.tokenizer.tokenizer.pad_token_id,
         },
