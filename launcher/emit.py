@@ -114,8 +114,10 @@ def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
     return arguments | {name: value for name, value in given.items() if value is not None}
 
 
-def method_settings(plan: TrainingPlan) -> dict[str, Any]:
-    """What `training.build` needs to know of the plan."""
+def method_settings(plan: TrainingPlan, token_ids: Sequence[int] | None = None) -> dict[str, Any]:
+    """What `training.build` needs to know of the plan. `token_ids`: of its trained tokens; where
+    there is no tokenizer, as many others stand for them."""
+    tokens = range(len(plan.trained_tokens)) if token_ids is None else token_ids
     return {
         "objective": plan.objective,
         "quantization": plan.quantization,
@@ -132,6 +134,7 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "loraplus_lr_ratio": plan.loraplus_lr_ratio,
         "target_modules": list(plan.target_modules),
         "modules_to_save": list(plan.modules_to_save),
+        "trained_token_ids": list(tokens),
         "peft_config": list(plan.peft_config),
         "autocast_adapter_dtype": plan.autocast_adapter_dtype,
         "num_trainable_layers": plan.num_trainable_layers,
@@ -150,8 +153,13 @@ def train_config(
     hashes: Mapping[str, str],
     test_share: float = 0.0,
     reward_model: Mapping[str, str | None] | None = None,
+    template_text: str | None = None,
+    token_ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """train.yaml: all that the training process reads. Relative paths are within the run."""
+    """train.yaml: all that the training process reads. Relative paths are within the run.
+
+    `template_text`: None for the tokenizer's own. `token_ids`: of the trained tokens.
+    """
     return {
         "model": model,
         "data": data,
@@ -159,8 +167,10 @@ def train_config(
         "test_share": test_share,
         "overlong": plan.overlong,
         "hashes": dict(hashes),
+        "template": {"name": plan.chat_template, "text": template_text},
+        "add_tokens": list(plan.add_tokens),
         "method": plan.method,
-        "method_settings": method_settings(plan),
+        "method_settings": method_settings(plan, token_ids),
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),

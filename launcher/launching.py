@@ -72,7 +72,7 @@ def default_name(planned: Planned) -> str:
 def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> None:
     plan, team, device = planned.chosen.plan, planned.chosen.team, planned.device
     model = planned.source
-    assert planned.hashes is not None, "what is launched has a tokenizer"
+    assert planned.hashes and planned.tokenizer, "what is launched has a tokenizer"
     train = emit.train_config(
         plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
         device,
@@ -82,6 +82,8 @@ def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> 
         test_share=planned.asked.test_share,
         hashes=planned.hashes.to_dict(),
         reward_model=folders(model.reward_model),
+        template_text=planned.tokenizer.chosen.text,
+        token_ids=planned.tokenizer.trained_ids,
     )
     write_yaml(run.train, {**train, **of_stage}, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))
@@ -280,4 +282,23 @@ def _loading_lines(record: Mapping[str, Any], folder: Path) -> list[str]:
     else:
         imported = "from transformers import AutoModelForCausalLM"
         call = "AutoModelForCausalLM.from_pretrained("
-    return [imported, f"model = {call}", f'    "{folder}"', ")"]
+    return [
+        imported,
+        f"model = {call}",
+        f'    "{folder}"',
+        ")",
+        *_stopping_lines(folder, record),
+    ]
+
+
+def _stopping_lines(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Adapters are loaded with the base's ends of generation, of which answers may have others."""
+    ends = record.get("tokenizer", {}).get("end_token_ids", ())
+    if record["output"] != "adapter" or len(ends) < 2:
+        return []
+    return [
+        "from transformers import GenerationConfig",
+        "model.generation_config = GenerationConfig.from_pretrained(",
+        f'    "{folder}"',
+        ")",
+    ]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ftplan.launcher import views
 from ftplan.launcher.costs import usd_for
+from ftplan.launcher.token_settings import said_tokens
 from ftplan.launcher.ui import StackedBar, facts, table
 from ftplan.planner.front import thinned
 from ftplan.planner.memory import MemoryEstimate, needed_bytes
@@ -81,6 +82,8 @@ def _facts(planned: Planned) -> Iterator[tuple[str, str]]:
     for counts, side in ((profile.train_counts, ""), (profile.eval_counts, "held out: ")):
         if said := said_counts(counts, profile.limit):
             yield "too long", side + said
+    if tokens := said_tokens(spec, plan):
+        yield "trained", tokens
     yield "time", _time(planned)
     speed = [f"{planned.chosen.step.tokens_per_second_per_gpu:,.0f} tokens/s"]
     speed[0] += " a GPU" if plan.num_gpus > 1 else ""

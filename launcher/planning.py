@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from msgspec import Struct, structs
@@ -15,6 +16,7 @@ from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.hashes import RowHashes, row_hashes
 from ftplan.launcher.data.overlong import Rule
 from ftplan.launcher.data.profiling import check_lengths, make_split, profile_data
+from ftplan.launcher.data.templates import check_template_name
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.emit import check_launched
 from ftplan.launcher.model_choice import choose_model, with_weights
@@ -28,6 +30,7 @@ from ftplan.launcher.past_runs import margin_of
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.refusal import refusal
 from ftplan.launcher.reward_source import reward_source, rewarded_settings, with_judge
+from ftplan.launcher.token_settings import is_base_model, token_settings, with_rows_for
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.would_do import Refused, refused_methods
 from ftplan.planner.base_models import ModelChoice, RunnerUp
@@ -56,11 +59,10 @@ class Planned(Struct, frozen=True, kw_only=True):
     data: DataFile
     eval_data: DataFile | None
     profile: DataProfile
-    template: str
+    tokenizer: RowTokenizer | None
+    """Of the model, with its template and new tokens; None where its files are not here."""
     hashes: RowHashes | None
     """How rows are read, divided and rendered; None without a tokenizer."""
-    chat_template: bool
-    """Whether rows are conversations, put into the tokenizer's own template."""
     machine: Machine | None
     device: Device
     source: ModelSource
@@ -75,6 +77,13 @@ class Planned(Struct, frozen=True, kw_only=True):
     closed_form: MemoryEstimate | None = None
     """What was estimated of `chosen` before its memory became a dry run's; None where it has not.
     """
+
+    @property
+    def chat_template(self) -> bool:
+        """Whether rows are conversations that more than plain headings are put around."""
+        if self.tokenizer is None or self.data.kind == "pretraining":
+            return False
+        return self.tokenizer.has_chat_template
 
     @property
     def confirmed(self) -> bool:
@@ -115,6 +124,7 @@ def check_settings(given: Mapping[str, Any], *, for_launch: bool = True) -> None
     kept = {name: value for name, value in given.items() if for_launch or name != "sharding"}
     check_launched(kept)
     check_modelled_method(given.get("method", TrainingPlan().method))
+    check_template_name(given.get("chat_template", TrainingPlan().chat_template))
 
 
 def make_plan(
@@ -161,8 +171,10 @@ def make_plan(
     if for_launch:
         source = with_weights(ui, source)
         judge = judge and with_weights(ui, judge)
-    tokenizer = tokenizer_of(ui, source)
-    source = with_judge(source, judge)
+    tokenizer = tokenizer_of(ui, source, given)
+    tokens = token_settings(tokenizer, given)
+    source = with_judge(with_rows_for(source, tokenizer, given), judge)
+    offer = structs.replace(offer, given={**given, **tokens.values}, reasons=tokens.reasons)
     # Unless told otherwise, no row is cut that the model can take (policy.max_length).
     longest = given.get("max_length", source.spec.max_position_embeddings)
     rule = overlong_rule(given, longest)
@@ -182,9 +194,8 @@ def make_plan(
         data=data,
         eval_data=eval_data,
         profile=profile,
-        template=tokenizer.template if tokenizer else "",
+        tokenizer=tokenizer,
         hashes=row_hashes(data, split, eval_data, tokenizer) if tokenizer else None,
-        chat_template=_uses_chat_template(tokenizer, data),
         machine=machine,
         device=device,
         source=source,
@@ -332,21 +343,27 @@ def _margin(devices: Device | Sequence[Device], runs_dir: Path) -> Margin:
     return max(margins, key=lambda margin: margin.share)
 
 
-def _uses_chat_template(tokenizer: RowTokenizer | None, data: DataFile) -> bool:
-    if tokenizer is None or not tokenizer.has_chat_template:
-        return False
-    return data.kind != "pretraining"
+def tokenizer_of(
+    ui: Ui, source: ModelSource, given: Mapping[str, Any] = MappingProxyType({})
+) -> RowTokenizer | None:
+    """The model's own tokenizer where its files are here; None (and a word) otherwise.
 
-
-def tokenizer_of(ui: Ui, source: ModelSource) -> RowTokenizer | None:
-    """The model's own tokenizer where its files are here; None (and a word) otherwise."""
+    `given`: settings, of which template and tokens are put into it. Raises InputError where they
+    are not to be had.
+    """
     folder = source.folder or (cached_folder(source.hub_id) if source.hub_id else None)
     if folder is None or importlib.util.find_spec("transformers") is None:
         ui.say("no tokenizer at hand: token lengths are estimated from characters")
         return None
     ui.say("reading the rows with the model's tokenizer ...")
     try:
-        return load_tokenizer(folder)
+        return load_tokenizer(
+            folder,
+            str(given.get("chat_template", TrainingPlan().chat_template)),
+            is_base=is_base_model(source),
+            add_tokens=given.get("add_tokens", ()),
+            train_tokens=given.get("train_tokens", ()),
+        )
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(

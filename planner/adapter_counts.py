@@ -686,9 +686,11 @@ def _count(
         shared_trained, shared_frozen = shared(places, options, rank)
         tally.add(shared_trained)
         frozen.add(shared_frozen)
-    tokens = options.numbers("trainable_token_indices") or ()
-    if tokens:
-        trained_tokens, original = tokens_of(model, tokens)
+    listed = len(options.numbers("trainable_token_indices") or ())
+    num_tokens = options.num_trained_tokens or listed
+    named = bool(options.num_trained_tokens)
+    for ending in _rows_trained(model, num_tokens, named=named):
+        trained_tokens, original = tokens_of(model, num_tokens, ending)
         tally.add([trained_tokens])
         frozen.add([original])
     return with_copies(
@@ -703,7 +705,10 @@ def _count(
             adapted_layers=layers,
             rank=rank,
             ranks=tuple(ranks.items()),
-            num_trained_tokens=len(tokens),
+            num_trained_tokens=num_tokens,
+            trains_head_rows=bool(num_tokens)
+            and not model.scores
+            and (named or model.tie_word_embeddings),
         ),
     )
 
@@ -869,11 +874,27 @@ def _copy(module: str, parameter: Parameter) -> Parameter:
     return structs.replace(parameter, name=f"{module}.modules_to_save.{kind}")
 
 
-def tokens_of(model: ModelSpec, indices: Sequence[int]) -> tuple[Parameter, Parameter]:
-    """What is trained of these tokens' embeddings, and their values as they were."""
+def _rows_trained(model: ModelSpec, num_tokens: int, *, named: bool) -> tuple[str, ...]:
+    """Modules whose rows are trained. PEFT ties those of a tied output projection to the
+    embeddings'; of one that is not, named tokens train its own rows as well."""
+    if not num_tokens:
+        return ()
+    if model.scores or not (named or model.tie_word_embeddings):
+        return (embedding_name(model),)
+    if model.lm_head_bias:
+        raise InputError(
+            f"PEFT leaves out the bias of `{LM_HEAD}` of {model.name} where rows of it are trained",
+            f"use `--modules-to-save {embedding_name(model)},{LM_HEAD}`, which trains both whole",
+        )
+    tied = model.tie_word_embeddings
+    return (embedding_name(model),) if tied else (embedding_name(model), LM_HEAD)
+
+
+def tokens_of(model: ModelSpec, num_tokens: int, module: str) -> tuple[Parameter, Parameter]:
+    """What is trained of these tokens' rows in a module, and their values as they were."""
     width = model.embedding_width or model.hidden_size
-    name, shape = embedding_name(model), (len(indices), width)
+    shape = (num_tokens, width)
     return (
-        Parameter(name=f"{name}.trainable_tokens_delta", shape=shape),
-        Parameter(name=f"{name}.trainable_tokens_original", shape=shape),
+        Parameter(name=f"{module}.trainable_tokens_delta", shape=shape),
+        Parameter(name=f"{module}.trainable_tokens_original", shape=shape),
     )

@@ -235,9 +235,14 @@ class _Generating(StepTracer):
         return {part: self.change(form) for part, form in parts.items()}
 
     def _loss_module(
-        self, head: Head, weight: Weight, bias: Weight | None, exchange: Exchange
+        self,
+        head: Head,
+        weight: Weight,
+        bias: Weight | None,
+        delta: Weight | None,
+        exchange: Exchange,
     ) -> Callable[..., Tensor]:
-        logits = self._stock_loss(head, weight, bias, exchange).logits
+        logits = self._stock_loss(head, weight, bias, delta, exchange).logits
         return partial(_sample, logits=logits, head=head, returns_fp32=self.settings.returns_fp32)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner.adapter_counts import (
     adapter_count,
@@ -121,7 +121,9 @@ class Method(Struct, frozen=True, kw_only=True):
         settled |= derived_options(self.peft_type, settings.lora_rank, given)
         if settings.modules_to_save:
             given = {"modules_to_save": list(settings.modules_to_save), **given}
-        return resolve_options(self.name, self.peft_type, {**settled, **self.peft_options}, given)
+        settled |= self.peft_options
+        options = resolve_options(self.name, self.peft_type, settled, given)
+        return structs.replace(options, num_trained_tokens=settings.num_trained_tokens)
 
 
 def derived_options(

@@ -136,11 +136,15 @@ NEUTRAL = frozenset(
 
 
 class PeftOptions(Struct, frozen=True, kw_only=True):
-    """The options of one method that decide its count: given ones, or else PEFT's defaults."""
+    """The options of one method that decide its count: given ones, or else PEFT's defaults.
+
+    `num_trained_tokens`: named ones, whose rows are trained.
+    """
 
     method: str
     peft_type: str
     values: Mapping[str, Any]
+    num_trained_tokens: int = 0
 
     def count(self, name: str, least: int = 1) -> int:
         """A whole number; raises InputError for anything else."""

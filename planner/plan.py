@@ -31,6 +31,7 @@ from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, che
 from ftplan.planner.tensor_parallel import check_tensor_parallel
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
+from ftplan.planner.vocabulary import check_tokens, named_tokens
 
 Origin = Literal["given", "derived", "default"]
 
@@ -86,6 +87,12 @@ class TrainingPlan:
     peft_config: tuple[str, ...] = _setting(
         (), "further options of PEFT's configuration: `use_dora=true,bias=all`"
     )
+    add_tokens: tuple[str, ...] = _setting(
+        (), "tokens that the vocabulary gets, and that are trained: `<tool>,<think>`, or a file"
+    )
+    train_tokens: tuple[str, ...] = _setting(
+        (), "tokens of the vocabulary that are trained beside adapters, or `template` for its own"
+    )
     autocast_adapter_dtype: bool = _setting(True, "hold the adapters of a 16-bit base in fp32")
     num_trainable_layers: int = _setting(2, "layers trained by `freeze`, from the last")
     trainable_modules: tuple[str, ...] = _setting(
@@ -117,6 +124,11 @@ class TrainingPlan:
     per_device_train_batch_size: int = _setting(1, "rows a GPU holds at once")
     gradient_accumulation_steps: int = _setting(1, "micro-batches before an optimizer step")
     max_length: int = _setting(2048, "tokens a row is cut at")
+    chat_template: str = _setting(
+        "auto",
+        "what puts conversations into text: `model`, `plain`, `chatml` or a file with a template",
+        recipe=True,
+    )
     overlong: str = _setting(
         "truncate", "what becomes of rows longer than `max_length`", choices=OVERLONG, recipe=True
     )
@@ -196,6 +208,7 @@ class TrainingPlan:
         check_tensor_parallel(self)
         check_context_parallel(self)
         check_cycles(self)
+        check_tokens(self)
 
     @property
     def resolved_method(self) -> Method:
@@ -216,11 +229,17 @@ class TrainingPlan:
             lora_rank=self.lora_rank,
             target_modules=self.target_modules,
             modules_to_save=self.modules_to_save,
+            num_trained_tokens=0 if self.modules_to_save else len(self.trained_tokens),
             peft_config=self.peft_config,
             num_trainable_layers=self.num_trainable_layers,
             trainable_modules=self.trainable_modules,
             quantization=self.quantization,
         )
+
+    @property
+    def trained_tokens(self) -> tuple[str, ...]:
+        """Tokens that are to be trained, new or not."""
+        return named_tokens(self.train_tokens, self.add_tokens)
 
     @property
     def weight_bytes(self) -> int:
@@ -507,6 +526,10 @@ class ReasonedPlan(Struct, frozen=True, kw_only=True):
         """A copy with some settings changed, for the one reason given."""
         reasons = {**self.reasons, **dict.fromkeys(changes, Reason(origin=origin, why=why))}
         return ReasonedPlan(plan=self.plan.replace(**changes), reasons=reasons)
+
+    def explained(self, reasons: Mapping[str, Reason]) -> ReasonedPlan:
+        """A copy with other reasons for some settings."""
+        return ReasonedPlan(plan=self.plan, reasons={**self.reasons, **reasons})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """`{setting: {"value", "from", "why"}}`, as in the JSON output and the plan file."""

@@ -190,8 +190,13 @@ def tokens_count(model: ModelSpec, settings: MethodSettings, options: PeftOption
     tokens = options.numbers("token_indices")
     if not tokens:
         raise options.refused("token_indices", "a list of tokens is needed")
-    trained, original = tokens_of(model, tokens)
-    return Trained(adapters=(trained,), frozen=(original,), num_trained_tokens=len(tokens))
+    trained, original = tokens_of(model, len(tokens), embedding_name(model))
+    return Trained(
+        adapters=(trained,),
+        frozen=(original,),
+        num_trained_tokens=len(tokens),
+        trains_head_rows=model.tie_word_embeddings and not model.scores,
+    )
 
 
 def norms_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:

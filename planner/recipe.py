@@ -20,6 +20,7 @@ from ftplan.planner.objectives import OBJECTIVES, Objective
 from ftplan.planner.plan import AUTOCAST_DTYPE, SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
 from ftplan.planner.refused_steps import MISNAMED_DECODERS, needs_whole_graph
 from ftplan.planner.trained import MethodSettings
+from ftplan.planner.vocabulary import saved_for_tokens
 
 if TYPE_CHECKING:
     from ftplan.planner.data_profile import DataProfile
@@ -267,6 +268,10 @@ def _method_settings(
     if needs_whole_graph(method.peft_type):
         why = f"PEFT's `{method.name}` does not go with checkpointed layers"
         derived["gradient_checkpointing"] = (False, why)
+    tokens = given.get("add_tokens") or given.get("train_tokens")
+    if tokens and "modules_to_save" not in given and (saved := saved_for_tokens(method, model)):
+        why = f"`{method.name}` trains tokens by copies of both matrices: PEFT has no rows for it"
+        derived["modules_to_save"] = (saved, why)
     if method.name == "freeze":
         layers = min(_TRAINED_LAYERS, model.num_hidden_layers)
         why = f"the last {layers} of {model.num_hidden_layers}; more take more memory and time"

@@ -207,6 +207,7 @@ def _of_training(
         prompts=prompt_maker(options, trained, model.hidden_size, width),
         tokens_in_front=in_front,
         num_trained_tokens=trained.num_trained_tokens,
+        trains_head_rows=trained.trains_head_rows,
         early_gradients=early_gradient_bytes(options, trained, width, loss_in_model=in_model),
         loss_copies=loss_copy_bytes(options, trained, loss_in_model=in_model),
     )
@@ -366,6 +367,7 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
             numerics=numerics,
             adapted={},
             num_trained_tokens=0,
+            trains_head_rows=False,
             prefix=None,
             prompted=frozenset(),
         )

@@ -311,14 +311,17 @@ def test_what_is_said_of_one_card_is_said_before_a_run(ftplan: Ftplan) -> None:
         (("--model", SMALL), False),
         (("--model", "smollm2-135m", "--modules-to-save", "embed_tokens,lm_head"), False),
         (("--model", "smollm2-135m", "--method", "full"), False),
+        (("--model", "smollm2-135m", "--train-tokens", "template"), False),
     ],
 )
 def test_a_base_model_does_not_learn_a_chat_templates_tokens(
     words: tuple[str, ...], warned: bool, ftplan: Ftplan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers", reason="templates are its tokenizers'")
-    tokenizer = RowTokenizer(tiny_tokenizer(CHATML))
-    monkeypatch.setattr(planning, "tokenizer_of", lambda ui, source: tokenizer)
+    core = tiny_tokenizer(CHATML, eos_token="<|bos|>")
+    trained = ("template",) if "template" in words else ()
+    tokenizer = RowTokenizer(core, train_tokens=trained)
+    monkeypatch.setattr(planning, "tokenizer_of", lambda ui, source, given: tokenizer)
     answer = ftplan("plan", str(DATA), "--gpu", "l4", *words, "--json")
     names = [warning["name"] for warning in json.loads(answer.out)["warnings"]]
     assert ("untrained-template" in names) == warned

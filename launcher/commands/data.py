@@ -15,6 +15,7 @@ from ftplan.launcher.data.profiling import (
     profile_data,
     profile_to_dict,
 )
+from ftplan.launcher.data.templates import check_template_name
 from ftplan.launcher.model_choice import default_source
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.planning import overlong_rule, tokenizer_of
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-length", metavar="N", help="tokens a row may have (default: what the model takes)"
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        default=TrainingPlan().chat_template,
+        help="what puts conversations into text (default: by model and data)",
     )
     parser.add_argument(
         "--overlong",
@@ -61,7 +68,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     asked = asked.settled(ui)
     given = _given(arguments)
     source = find_source(arguments.model) if arguments.model else default_source()
-    tokenizer = tokenizer_of(ui, source)
+    tokenizer = tokenizer_of(ui, source, given)
     longest = given.get("max_length", source.spec.max_position_embeddings)
     asked = structs.replace(asked, rule=overlong_rule(given, longest))
     data, eval_data = asked.read(ui, tokenizer)
@@ -89,8 +96,12 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`max_length` and `overlong` as a plan has them; raises InputError."""
-    given: dict[str, Any] = {"overlong": arguments.overlong}
+    """`max_length`, `overlong` and `chat_template` as a plan has them; raises InputError."""
+    check_template_name(arguments.chat_template)
+    given: dict[str, Any] = {
+        "overlong": arguments.overlong,
+        "chat_template": arguments.chat_template,
+    }
     if arguments.max_length is not None:
         given["max_length"] = parse_setting("max_length", arguments.max_length)
     for name, value in given.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ftplan.launcher.training.model_classes import MODEL_CLASSES
@@ -17,6 +18,7 @@ from ftplan.planner.methods import Method, derived_options
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.prompt_counts import ADAPTION_PROMPT_LAYERS
 from ftplan.planner.trained import ALL_LINEAR
+from ftplan.planner.vocabulary import trains_rows
 
 # Tuners that ask which task a row belongs to. Rows here have no tasks: all are of the first.
 _MULTI_TASK = (PeftType.MULTITASK_PROMPT_TUNING, PeftType.POLY)
@@ -43,6 +45,8 @@ def peft_config_of(
         options["target_modules"] = ALL_LINEAR
     if settings["modules_to_save"]:
         options["modules_to_save"] = list(settings["modules_to_save"])
+    elif (tokens := settings.get("trained_token_ids")) and trains_rows(method):
+        options["trainable_token_indices"] = _rows(model, tokens)
     options |= {
         **_derived(method, model, {**method.peft_options, **given}),
         **derived_options(method.peft_type, settings["lora_rank"], given),
@@ -57,6 +61,16 @@ def peft_config_of(
         return config_class(task_type=task_type, **options)
     except (ValueError, TypeError) as error:
         raise refused(method, error) from error
+
+
+def _rows(model: Any, tokens: Sequence[int]) -> dict[str, list[int]]:
+    """The tokens' rows of the embeddings, and of an output projection that has its own."""
+    ends = [model.get_input_embeddings()]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not ends[0].weight:
+        ends.append(head)
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    return {name.rpartition(".")[2]: list(tokens) for name in names}
 
 
 def _derived(method: Method, model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +108,7 @@ def settle_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
         return
     _name_the_task(model)
     _keep_rank_numbers(model)
+    _name_the_bias(model)
     if not settings["autocast_adapter_dtype"]:
         _hold_adapters_as_base(model, getattr(torch, settings["dtype"]))
 
@@ -118,6 +133,14 @@ def _keep_rank_numbers(model: PeftModel) -> None:
         for name, parameter in model.named_parameters():
             if ".ranknum." in name:
                 parameter.requires_grad_(False)
+
+
+def _name_the_bias(model: PeftModel) -> None:
+    """Rows of an output projection are trained in a wrapper that has its weight alone (PEFT 0.21,
+    `TrainableTokensWrapper`); TRL's losses read a bias as well, where there is none."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper) and not hasattr(module, "bias"):
+            module.register_parameter("bias", None)
 
 
 def _hold_adapters_as_base(model: PeftModel, dtype: torch.dtype) -> None:

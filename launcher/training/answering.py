@@ -82,7 +82,7 @@ def _answered(
 def stop_tokens(model: Any, tokenizer: RowTokenizer) -> list[int]:
     """What ends an answer: the model's own end tokens, and what training teaches."""
     own = getattr(model.generation_config, "eos_token_id", None)
-    found = [*(own if isinstance(own, list) else [own]), *tokenizer.end_tokens]
+    found = [*(own if isinstance(own, list) else [own]), *tokenizer.end_ids]
     return list(dict.fromkeys(token for token in found if token is not None))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from ftplan.launcher.data.hashes import RowHashes
+from ftplan.launcher.data.templates import Template
 from ftplan.launcher.run_dir import RunDir, read_mapping
 from ftplan.planner.errors import InputError
 
@@ -60,6 +61,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     adapter: Path | None = None
     """A trained one that goes on being trained."""
     stage: StageConfig | None = None
+    template: Template = Template(name="model")
+    add_tokens: tuple[str, ...] = ()
 
     @property
     def objective(self) -> str:
@@ -111,6 +114,8 @@ def read_train_config(run: RunDir) -> TrainConfig:
             test_share=raw["test_share"],
             overlong=raw["overlong"],
             hashes=_hashes(raw["hashes"]),
+            template=Template(name=raw["template"]["name"], text=raw["template"]["text"]),
+            add_tokens=tuple(raw["add_tokens"]),
             method=raw["method"],
             method_settings=raw["method_settings"],
             loss=checked_loss(raw["loss"], raw["trainer"]),

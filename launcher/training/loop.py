@@ -51,6 +51,12 @@ from ftplan.launcher.training.stages import (
     with_trained_adapter,
 )
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
+from ftplan.launcher.training.vocabulary import (
+    add_rows,
+    save_rows_alone,
+    save_tokenizer,
+    settle_ends,
+)
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.overlong import overlong_to_dict
 
@@ -104,7 +110,7 @@ def train(run: RunDir, *, resume: bool) -> int:
     config = read_train_config(run)
     recorder = CpuAllocationRecorder()
     reporter = StepReporter(run, recorder)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.template, add_tokens=config.add_tokens)
     session = _Session(run, config, tokenizer, reporter, recorder)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, session.on_signal)
@@ -172,6 +178,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     arguments = planned_arguments(objective, config.training_arguments, str(run.checkpoints))
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
+    add_rows(model, session.tokenizer)
+    settle_ends(model, session.tokenizer)
     peft_config = apply_method(model, config.method, config.method_settings)
     if config.adapter is not None:
         model, peft_config = with_trained_adapter(model, peft_config, config.adapter), None
@@ -194,6 +202,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         begin_with_what_is_lost(trainer.model, config.model)
     optim = config.training_arguments["optim"]
     settle_optimizer(trainer, config.method, optim, config.method_settings)
+    save_rows_alone(trainer.model)
     session.reporter.trainer = trainer
     session.cycle = add_cycle(trainer, run, config, session.recorder)
     return trainer
@@ -269,7 +278,8 @@ def save(session: _Session, trainer: PlannedTrainer) -> str:
     else:
         trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        session.tokenizer.tokenizer.save_pretrained(folder)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_tokenizer(model, session.tokenizer, folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; plan.yaml says it all
     return folder.name
 
@@ -312,6 +322,14 @@ def make_record(
         "overlong": overlong_to_dict(
             config.overlong, config.max_length, rows.train.counts, rows.held_out.counts
         ),
+        "tokenizer": {
+            "chat_template": config.template.name,
+            "vocab_size": len(session.tokenizer.tokenizer),
+            "added_tokens": list(session.tokenizer.added),
+            "trained_token_ids": config.method_settings.get("trained_token_ids", []),
+            "end_token_ids": session.tokenizer.end_ids,
+            "pad_token_id": session.tokenizer.tokenizer.pad_token_id,
+        },
         "data_sha256": config.data.sha256,
         "eval_data_sha256": config.eval_data.sha256 if config.eval_data else None,
         **rows.hashes.to_dict(),
