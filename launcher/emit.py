@@ -8,12 +8,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msgspec import structs
+
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
+from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.trained import ALL_LINEAR
 
 TRAIN_MODULE = "ftplan.launcher.train"
@@ -128,6 +131,7 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "target_modules": list(plan.target_modules),
         "modules_to_save": list(plan.modules_to_save),
         "peft_config": list(plan.peft_config),
+        "num_tasks": plan.num_tasks,
         "autocast_adapter_dtype": plan.autocast_adapter_dtype,
         "num_trainable_layers": plan.num_trainable_layers,
         "trainable_modules": list(plan.trainable_modules),
@@ -143,13 +147,18 @@ def train_config(
     eval_data: Mapping[str, Any] | None,
     hashes: Mapping[str, str],
     test_share: float = 0.0,
+    tasks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """train.yaml: all that the training process reads. Relative paths are within the run."""
+    """train.yaml: all that the training process reads. Relative paths are within the run.
+
+    `tasks`: of rows that are of several ones, as `launcher.data.tasks.RowTasks` has them.
+    """
     return {
         "model": model,
         "data": data,
         "eval_data": eval_data,
         "test_share": test_share,
+        "tasks": tasks and {**tasks, **structs.asdict(TaskWeighting.of(plan))},
         "overlong": plan.overlong,
         "hashes": dict(hashes),
         "method": plan.method,

@@ -20,6 +20,7 @@ from ftplan.launcher.data.profiling import (
     make_split,
     profile_to_dict,
 )
+from ftplan.launcher.data.tasks import tasks_of
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
@@ -68,6 +69,7 @@ def _write_files(run: RunDir, planned: Planned) -> None:
     plan, team, device = planned.chosen.plan, planned.chosen.team, planned.device
     model = planned.source
     assert planned.hashes is not None, "what is launched has a tokenizer"
+    tasks = tasks_of(planned.data, planned.eval_data)
     train = emit.train_config(
         plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
         device,
@@ -76,6 +78,7 @@ def _write_files(run: RunDir, planned: Planned) -> None:
         eval_data=_data_config(run, planned.eval_data) if planned.eval_data else None,
         test_share=planned.asked.test_share,
         hashes=planned.hashes.to_dict(),
+        tasks=tasks.to_dict() if tasks else None,
     )
     write_yaml(run.train, train, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))

@@ -42,6 +42,7 @@ from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS
 from ftplan.planner.ranking import Evaluated, Ranking
+from ftplan.planner.recipe import asks_for_tasks
 from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
 
 
@@ -132,7 +133,10 @@ def make_plan(
     """
     check_settings(given, for_launch=for_launch)
     asked = structs.replace(
-        asked, objective=given.get("objective"), rule=overlong_rule(given, given.get("max_length"))
+        asked,
+        objective=given.get("objective"),
+        rule=overlong_rule(given, given.get("max_length")),
+        files_are_tasks=asks_for_tasks(given),
     )
     asked.check()
     asked = asked.settled(ui)

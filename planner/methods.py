@@ -76,6 +76,11 @@ class Method(Struct, frozen=True, kw_only=True):
         return self.peft_type in CACHE_FILLING
 
     @property
+    def tells_tasks_apart(self) -> bool:
+        """Whether it trains something of its own for each task."""
+        return "num_tasks" in self.takes.values()
+
+    @property
     def has_rank(self) -> bool:
         """Whether `lora_rank` decides how large its adapters are."""
         return "lora_rank" in self.takes.values() or self.name == "bottleneck"
@@ -110,12 +115,12 @@ class Method(Struct, frozen=True, kw_only=True):
         settled = {
             option: getattr(settings, setting)
             for option, setting in self.takes.items()
-            if setting in _SETTLED
+            if setting in _SETTLED and getattr(settings, setting) is not None
         }
         given = read_options(settings.peft_config)
         if settings.modules_to_save:
             given = {"modules_to_save": list(settings.modules_to_save), **given}
-        return resolve_options(self.name, self.peft_type, {**settled, **self.peft_options}, given)
+        return resolve_options(self.name, self.peft_type, {**self.peft_options, **settled}, given)
 
 
 _TARGETS = {"target_modules": "target_modules"}
@@ -537,7 +542,7 @@ _PEFT_METHODS = (
         "Multitask prompt tuning",
         "a shared prompt and a low-rank change of it for each task",
         "Wang et al. 2023, arXiv 2303.02861",
-        {},
+        {"num_tasks": "num_tasks"},
         counted_by=multitask_prompt_count,
         num_virtual_tokens=20,
     ),
@@ -584,7 +589,7 @@ _PEFT_METHODS = (
         "Poly",
         "mixtures of adapters, chosen by task",
         "Ponti et al. 2022, arXiv 2202.13914",
-        _RANK,
+        {**_RANK, "n_tasks": "num_tasks"},
         n_tasks=2,
     ),
     _peft(

@@ -23,6 +23,7 @@ from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
 from ftplan.planner.overlong import OVERLONG
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
+from ftplan.planner.tasks import TASK_WEIGHTINGS, check_task_weighting, read_task_weights
 from ftplan.planner.tensor_parallel import check_tensor_parallel
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
@@ -75,6 +76,9 @@ class TrainingPlan:
     )
     peft_config: tuple[str, ...] = _setting(
         (), "further options of PEFT's configuration: `use_dora=true,bias=all`"
+    )
+    num_tasks: int | None = _setting(
+        None, "tasks that adapters tell apart (multitask-prompt-tuning, poly)"
     )
     autocast_adapter_dtype: bool = _setting(True, "hold the adapters of a 16-bit base in fp32")
     num_trainable_layers: int = _setting(2, "layers trained by `freeze`, from the last")
@@ -129,6 +133,15 @@ class TrainingPlan:
     num_train_epochs: float = _setting(1.0, "passes over the data", recipe=True)
     max_steps: int | None = _setting(None, "optimizer steps, instead of epochs", recipe=True)
     save_steps: int = _setting(50, "optimizer steps between checkpoints", recipe=True)
+    task_weighting: str = _setting(
+        "proportional", "how often each task's rows come", choices=TASK_WEIGHTINGS, recipe=True
+    )
+    task_temperature: float = _setting(
+        2.0, "tasks weigh as their rows to the power 1/T (temperature, dynamic)", recipe=True
+    )
+    task_weights: tuple[str, ...] = _setting(
+        (), "weights of tasks: `sentiment=2,summary=1` (fixed, dynamic)", recipe=True
+    )
     seed: int = _setting(42, "seed of shuffling and initialization", recipe=True)
 
     def __post_init__(self) -> None:
@@ -140,6 +153,7 @@ class TrainingPlan:
         _check_packing(self)
         _check_every_n_layers(self)
         check_objective(self)
+        check_task_weighting(self)
         _check_optimizer(self)
         check_sharding(self)
         check_tensor_parallel(self)
@@ -164,6 +178,7 @@ class TrainingPlan:
             target_modules=self.target_modules,
             modules_to_save=self.modules_to_save,
             peft_config=self.peft_config,
+            num_tasks=self.num_tasks,
             num_trainable_layers=self.num_trainable_layers,
             trainable_modules=self.trainable_modules,
             quantization=self.quantization,
@@ -260,11 +275,13 @@ _POSITIVE_SETTINGS = (
     "num_train_epochs",
     "max_steps",
     "save_steps",
+    "num_tasks",
+    "task_temperature",
 )
 _SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay")
 
 # Whole numbers that may be absent.
-_OPTIONAL_COUNTS = ("max_steps", "steps_per_generation")
+_OPTIONAL_COUNTS = ("max_steps", "steps_per_generation", "num_tasks")
 
 # A comma that stands in no bracket: options of PEFT may be lists.
 _OUTER_COMMA = re.compile(r",(?![^\[\](){}]*[\])}])")
@@ -293,6 +310,8 @@ def check_setting(name: str, value: Any) -> None:
         check_target_modules(value)
     if name == "peft_config":
         read_options(value)
+    if name == "task_weights":
+        read_task_weights(value)
 
 
 def _check_packing(plan: TrainingPlan) -> None:

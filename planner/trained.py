@@ -127,16 +127,18 @@ class Trained(Struct, frozen=True, kw_only=True, dict=True):
 class MethodSettings(Struct, frozen=True, kw_only=True):
     """The settings of a plan that decide what is trained.
 
-    `peft_config` holds the options as they are written (`use_dora=true`); `trainable_modules`:
-    what `freeze` trains instead of whole layers. `quantization`: how the frozen base is held.
-    `casts_adapters`: adapters are made in the 16 bits that the base is held or, of 4 bits,
-    multiplied in, and PEFT then turns them into fp32.
+    `peft_config` holds the options as they are written (`use_dora=true`); `num_tasks`: those that
+    adapters tell apart, None for the method's own number; `trainable_modules`: what `freeze` trains
+    instead of whole layers. `quantization`: how the frozen base is held. `casts_adapters`:
+    adapters are made in the 16 bits that the base is held or, of 4 bits, multiplied in, and PEFT
+    then turns them into fp32.
     """
 
     lora_rank: int = 16
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     modules_to_save: tuple[str, ...] = ()
     peft_config: tuple[str, ...] = ()
+    num_tasks: int | None = None
     num_trainable_layers: int = 2
     trainable_modules: tuple[str, ...] = ()
     quantization: str = "none"

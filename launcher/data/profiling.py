@@ -11,6 +11,7 @@ from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.overlong import Fate
 from ftplan.launcher.data.split import MAX_EVAL_ROWS, Split, rows_of, split_groups
 from ftplan.launcher.data.survey import Place
+from ftplan.launcher.data.tasks import task_lengths, tasks_of
 from ftplan.planner.data_profile import DataProfile, Problem
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import ModelSpec
@@ -52,7 +53,7 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
         trained_tokens=round(data.rows_each * data.trained_tokens(split)),
         duplicates=sum(p.count for p in problems if p.kind == _DUPLICATES),
         has_margins=data.survey.num_margins > 0,
-        tasks=dict(data.survey.tasks.most_common()),
+        task_lengths=task_lengths(data, tasks_of(data, eval_data), trained),
         language=data.survey.language,
         rows_each=data.rows_each,
         overlong=data.rule.mode,

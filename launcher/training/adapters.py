@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
@@ -18,7 +18,7 @@ from ftplan.planner.peft_options import read_options
 from ftplan.planner.prompt_counts import ADAPTION_PROMPT_LAYERS
 from ftplan.planner.trained import ALL_LINEAR
 
-# Tuners that ask which task a row belongs to. Rows here have no tasks: all are of the first.
+# Tuners that ask which task a row belongs to.
 _MULTI_TASK = (PeftType.MULTITASK_PROMPT_TUNING, PeftType.POLY)
 
 # AdaLoRA plans its ranks over the steps of a run. How many decides nothing about its memory, and a
@@ -37,14 +37,19 @@ def peft_config_of(
         return None
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[method.peft_type]]
     known = {item.name for item in dataclasses.fields(config_class)}
-    options = {name: settings[setting] for name, setting in method.takes.items()}
+    options = {
+        name: settings[setting]
+        for name, setting in method.takes.items()
+        if settings[setting] is not None
+    }
     if options.get("target_modules") == [ALL_LINEAR]:
         options["target_modules"] = ALL_LINEAR
     if settings["modules_to_save"]:
         options["modules_to_save"] = list(settings["modules_to_save"])
-    options |= {
+    options = {
         **_derived(method, model),
         **method.peft_options,
+        **options,
         **read_options(settings["peft_config"]),
     }
     for name in options:
@@ -77,24 +82,41 @@ def refused(method: Method, error: Exception) -> InputError:
     )
 
 
-def settle_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """What is left to do once the trainer has added the adapters."""
+class CurrentTasks(Protocol):
+    """`ids`: the tasks of the rows that the model is about to be given; None where not known."""
+
+    ids: torch.Tensor | None
+
+
+def settle_adapters(
+    model: nn.Module, settings: Mapping[str, Any], tasks: CurrentTasks | None = None
+) -> None:
+    """What is left to do once the trainer has added the adapters. Without `tasks`, all rows are of
+    the first."""
     if not isinstance(model, PeftModel):
         return
-    _name_the_task(model)
+    if tells_tasks_apart(model):
+        _name_the_task(model, tasks)
     if not settings["autocast_adapter_dtype"]:
         _hold_adapters_as_base(model, getattr(torch, settings["dtype"]))
 
 
-def _name_the_task(model: PeftModel) -> None:
-    """Tell tuners of many tasks that every row is of the first one."""
-    if model.active_peft_config.peft_type not in _MULTI_TASK:
-        return
+def tells_tasks_apart(model: nn.Module) -> bool:
+    """Whether the model asks for `task_ids`."""
+    return isinstance(model, PeftModel) and model.active_peft_config.peft_type in _MULTI_TASK
+
+
+def _name_the_task(model: PeftModel, tasks: CurrentTasks | None) -> None:
+    """Give tuners of many tasks each row's."""
 
     def with_task(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        tokens = kwargs["input_ids"]
-        task_ids = tokens.new_zeros(tokens.shape[0])
-        return args, {**kwargs, "task_ids": task_ids}
+        if "task_ids" in kwargs:
+            return args, kwargs
+        ids = tasks.ids if tasks is not None else None
+        if ids is None:
+            tokens = kwargs["input_ids"]
+            ids = tokens.new_zeros(tokens.shape[0])
+        return args, {**kwargs, "task_ids": ids}
 
     model.register_forward_pre_hook(with_task, with_kwargs=True)
 

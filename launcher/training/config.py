@@ -9,8 +9,11 @@ from typing import Any
 from msgspec import Struct
 
 from ftplan.launcher.data.hashes import RowHashes
+from ftplan.launcher.data.rows import Row
+from ftplan.launcher.data.tasks import RowTasks
 from ftplan.launcher.run_dir import RunDir, read_mapping
 from ftplan.planner.errors import InputError
+from ftplan.planner.tasks import TaskWeighting
 
 
 class DataConfig(Struct, frozen=True, kw_only=True):
@@ -28,6 +31,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     data: DataConfig
     eval_data: DataConfig | None
     test_share: float
+    tasks: RowTasks | None
+    task_weighting: TaskWeighting
     overlong: str
     hashes: RowHashes
     method: str
@@ -42,6 +47,12 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     @property
     def max_length(self) -> int:
         return int(self.training_arguments["max_length"])
+
+    def task_number(self, held_out_row: Row) -> int:
+        """The task of a row that is evaluated; 0 where rows have none."""
+        if self.tasks is None:
+            return 0
+        return self.tasks.number(held_out_row, held_out_file=self.eval_data is not None)
 
     @property
     def is_quantized(self) -> bool:
@@ -87,6 +98,8 @@ def read_train_config(run: RunDir) -> TrainConfig:
             data=_data_config(run, raw["data"]),
             eval_data=_data_config(run, raw["eval_data"]) if raw["eval_data"] else None,
             test_share=raw["test_share"],
+            tasks=RowTasks.from_dict(raw["tasks"]) if raw.get("tasks") else None,
+            task_weighting=_task_weighting(raw.get("tasks") or {}),
             overlong=raw["overlong"],
             hashes=_hashes(raw["hashes"]),
             method=raw["method"],
@@ -96,6 +109,11 @@ def read_train_config(run: RunDir) -> TrainConfig:
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error
+
+
+def _task_weighting(raw: Mapping[str, Any]) -> TaskWeighting:
+    values = {name: raw[name] for name in TaskWeighting.__struct_fields__ if name in raw}
+    return TaskWeighting(**{**values, "weights": tuple(values.get("weights", ()))})
 
 
 def _hashes(raw: Mapping[str, str]) -> RowHashes:

@@ -20,7 +20,7 @@ from transformers import set_seed
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
-from ftplan.launcher.training.adapters import settle_adapters
+from ftplan.launcher.training.adapters import settle_adapters, tells_tasks_apart
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.config import TrainConfig, read_train_config
 from ftplan.launcher.training.measure import (
@@ -30,6 +30,7 @@ from ftplan.launcher.training.measure import (
 )
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
+from ftplan.launcher.training.tasks import TaskMix, TaskReporter, evaluated_by_task
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.overlong import overlong_to_dict
@@ -145,6 +146,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
     peft_config = apply_method(model, config.method, config.method_settings)
+    tasks = TaskMix(config, train_rows.tasks) if train_rows.tasks is not None else None
+    reporters: list[Any] = [TaskReporter(tasks)] if tasks and objective == "sft" else []
     common = {
         "model": model,
         "args": arguments,
@@ -153,7 +156,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         "row_lengths": train_rows.lengths,
         "processing_class": session.tokenizer.tokenizer,
         "peft_config": peft_config,
-        "callbacks": [session.reporter],
+        "callbacks": [*reporters, session.reporter],
+        **({"tasks": tasks} if tasks else {}),
     }
     own = TRAININGS[objective].trainer
     trainer: Any = (
@@ -161,8 +165,9 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         if own is None
         else own(**common)
     )
-    settle_adapters(trainer.model, config.method_settings)
-    session.reporter.trainer = trainer
+    settle_adapters(trainer.model, config.method_settings, tasks.losses if tasks else None)
+    for reporter in (*reporters, session.reporter):
+        reporter.trainer = trainer
     return trainer
 
 
@@ -188,14 +193,19 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Loss on the held-out rows, and a sample answer; kept in metrics.jsonl for a resume."""
     session.say(f"evaluating {when} training")
-    loss = trainer.evaluate()["eval_loss"]
+    loss, by_task = evaluated_by_task(trainer)
     session.say(f"answering a held-out question {when} training")
     speaks = session.config.objective != "reward"  # that model gives a number
-    answer = generate_answer(trainer, session.tokenizer, row) if row and speaks else None
+    answer = (
+        generate_answer(trainer, session.tokenizer, row, session.config.task_number(row))
+        if row and speaks
+        else None
+    )
     result = {
         "event": "evaluation",
         "when": when,
-        "eval_loss": float(loss),
+        "eval_loss": loss,
+        **({"eval_loss_by_task": by_task} if by_task else {}),
         "prompt": row.prompt[-1].content if row else None,
         "reference": row.answer if row else None,
         "answer": answer,
@@ -217,8 +227,11 @@ def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def generate_answer(trainer: PlannedTrainer, tokenizer: RowTokenizer, row: Row) -> str:
-    """The model's greedy answer to the row's prompt, at most SAMPLE_NEW_TOKENS tokens."""
+def generate_answer(
+    trainer: PlannedTrainer, tokenizer: RowTokenizer, row: Row, task: int = 0
+) -> str:
+    """The model's greedy answer to the row's prompt, at most SAMPLE_NEW_TOKENS tokens. `task`: the
+    row's, for models that tell tasks apart."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     prompt = torch.tensor([tokenizer.prompt_ids(row.prompt)], device=trainer.args.device)
     was_training = model.training
@@ -230,6 +243,7 @@ def generate_answer(trainer: PlannedTrainer, tokenizer: RowTokenizer, row: Row) 
             max_new_tokens=SAMPLE_NEW_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.tokenizer.pad_token_id,
+            **({"task_ids": prompt.new_tensor([task])} if tells_tasks_apart(model) else {}),
         )
     model.train(was_training)
     new = tokens[0][prompt.shape[1] :]
@@ -285,6 +299,7 @@ def make_record(
             "after": after["eval_loss"],
             "num_rows": len(trainer.eval_dataset),
         },
+        **_tasks_record(trainer, before, after),
         "sample": {
             "prompt": after["prompt"],
             "reference": after["reference"],
@@ -298,6 +313,23 @@ def make_record(
         "eval_data_sha256": config.eval_data.sha256 if config.eval_data else None,
         **rows.hashes.to_dict(),
         "output": output,
+    }
+
+
+def _tasks_record(
+    trainer: Any, before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """`tasks`: of each, its rows, the share drawn, and the held-out loss before and after."""
+    tasks: TaskMix | None = getattr(trainer, "tasks", None)
+    if tasks is None:
+        return {}
+    sides = {"before": before, "after": after}
+    losses = {when: side.get("eval_loss_by_task") or {} for when, side in sides.items()}
+    return {
+        "tasks": {
+            name: {**told, **{when: by_task.get(name) for when, by_task in losses.items()}}
+            for name, told in tasks.drawn().items()
+        }
     }
 
 
