@@ -8,15 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msgspec import structs
-
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
-from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.trained import ALL_LINEAR
 
 TRAIN_MODULE = "ftplan.launcher.train"
@@ -158,7 +155,12 @@ def train_config(
         "data": data,
         "eval_data": eval_data,
         "test_share": test_share,
-        "tasks": tasks and {**tasks, **structs.asdict(TaskWeighting.of(plan))},
+        "tasks": tasks,
+        "task_weighting": {
+            "weighting": plan.task_weighting,
+            "temperature": plan.task_temperature,
+            "weights": list(plan.task_weights),
+        },
         "overlong": plan.overlong,
         "hashes": dict(hashes),
         "method": plan.method,

@@ -3,7 +3,7 @@ but shares and differences of what is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -415,13 +415,24 @@ def report(record: Mapping[str, Any]) -> Group:
                     f"{evaluation['after']:.3f}",
                     format_percent(evaluation["after"] / evaluation["before"] - 1),
                     "lower is better",
-                ]
+                ],
+                *_task_rows(record.get("tasks") or {}),
             ],
         ),
         Text(""),
         sample_view(record["sample"]),
     ]
     return Group(*parts)
+
+
+def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[RenderableType]]:
+    """Of each task: its held-out loss, and its share of the rows that were drawn."""
+    for name, told in tasks.items():
+        before, after = told["before"], told["after"]
+        if before and after is not None:
+            change = format_percent(after / before - 1)
+            drawn = f"{100 * told['share']:.0f} % of the rows trained on"
+            yield [f"- {name}", f"{before:.3f}", f"{after:.3f}", change, drawn]
 
 
 def comparison_table(record: Mapping[str, Any]) -> Table:

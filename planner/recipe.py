@@ -19,7 +19,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import AUTOCAST_DTYPE, SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
 from ftplan.planner.refused_steps import MISNAMED_DECODERS, needs_whole_graph
-from ftplan.planner.tasks import weighting_refused
+from ftplan.planner.tasks import TaskWeighting, weighting_refused
 from ftplan.planner.trained import MethodSettings
 
 if TYPE_CHECKING:
@@ -150,11 +150,13 @@ def asks_for_tasks(given: Mapping[str, Any]) -> bool:
     """Whether tasks are to be told apart: then each of several files is one, where rows name
     none."""
     method = METHODS.get(str(given.get("method")))
-    return (
-        given.get("task_weighting", "proportional") != "proportional"
-        or bool({"task_weights", "num_tasks"} & set(given))
-        or (method is not None and method.tells_tasks_apart)
-    )
+    tells = method is not None and method.tells_tasks_apart
+    return _weighs_tasks(given) or bool(given.get("num_tasks")) or tells
+
+
+def _weighs_tasks(given: Mapping[str, Any]) -> bool:
+    weighting = given.get("task_weighting", "proportional")
+    return weighting != "proportional" or bool(given.get("task_weights"))
 
 
 def _task_settings(method: Method, data: DataProfile, given: Mapping[str, Any]) -> Derived:
@@ -164,7 +166,7 @@ def _task_settings(method: Method, data: DataProfile, given: Mapping[str, Any]) 
     method is to tell apart.
     """
     if not data.task_lengths:
-        if given.get("task_weighting", "proportional") != "proportional" or "task_weights" in given:
+        if _weighs_tasks(given):
             raise InputError(
                 f"`{data.path}` names no tasks to weigh",
                 "give rows a `task`, or give several files, which are then a task each",
@@ -186,9 +188,18 @@ def _task_settings(method: Method, data: DataProfile, given: Mapping[str, Any]) 
     return derived
 
 
+def task_weighting(data: DataProfile, given: Mapping[str, Any]) -> TaskWeighting:
+    """How a run on these data weighs its tasks."""
+    return TaskWeighting(
+        weighting=given.get("task_weighting", _weighting(data, given)[0]),
+        temperature=given.get("task_temperature", TrainingPlan().task_temperature),
+        weights=tuple(given.get("task_weights", ())),
+    )
+
+
 def _weighting(data: DataProfile, given: Mapping[str, Any]) -> tuple[str, str]:
     objective = OBJECTIVES.get(str(given.get("objective", data.trains)))
-    if "task_weights" in given:
+    if given.get("task_weights"):
         return "fixed", "weights are given"
     if objective is not None and (
         why_not := weighting_refused(objective.name, generates=objective.generates)

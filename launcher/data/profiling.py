@@ -17,6 +17,7 @@ from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.overlong import refuse_overlong
 from ftplan.planner.policy import data_advice
+from ftplan.planner.tasks import TaskWeighting
 
 # Lengths at which `ftplan data` says what is cut.
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -226,6 +227,23 @@ def profile_to_dict(
             {"setting": setting, "value": item.value, "why": item.why}
             for setting, item in advice.items()
         ],
+    }
+
+
+def weighting_to_dict(profile: DataProfile, weighting: TaskWeighting) -> dict[str, Any]:
+    """How tasks are weighted, and what an epoch has of each at the start."""
+    shares = weighting.shares(profile.tasks)
+    return {
+        "weighting": weighting.weighting,
+        "temperature": weighting.temperature,
+        "tasks": {
+            task: {
+                "num_rows": count,
+                "share": shares[task],
+                "times_each_row": shares[task] * profile.num_train_rows / count if count else None,
+            }
+            for task, count in profile.tasks.items()
+        },
     }
 
 

@@ -31,8 +31,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     data: DataConfig
     eval_data: DataConfig | None
     test_share: float
-    tasks: RowTasks | None
-    task_weighting: TaskWeighting
+    tasks: RowTasks | None = None
+    task_weighting: TaskWeighting = TaskWeighting()
     overlong: str
     hashes: RowHashes
     method: str
@@ -98,8 +98,8 @@ def read_train_config(run: RunDir) -> TrainConfig:
             data=_data_config(run, raw["data"]),
             eval_data=_data_config(run, raw["eval_data"]) if raw["eval_data"] else None,
             test_share=raw["test_share"],
-            tasks=RowTasks.from_dict(raw["tasks"]) if raw.get("tasks") else None,
-            task_weighting=_task_weighting(raw.get("tasks") or {}),
+            tasks=RowTasks.from_dict(raw["tasks"]) if raw["tasks"] else None,
+            task_weighting=_task_weighting(raw["task_weighting"]),
             overlong=raw["overlong"],
             hashes=_hashes(raw["hashes"]),
             method=raw["method"],
@@ -112,8 +112,11 @@ def read_train_config(run: RunDir) -> TrainConfig:
 
 
 def _task_weighting(raw: Mapping[str, Any]) -> TaskWeighting:
-    values = {name: raw[name] for name in TaskWeighting.__struct_fields__ if name in raw}
-    return TaskWeighting(**{**values, "weights": tuple(values.get("weights", ()))})
+    return TaskWeighting(
+        weighting=raw["weighting"],
+        temperature=raw["temperature"],
+        weights=tuple(raw["weights"]),
+    )
 
 
 def _hashes(raw: Mapping[str, str]) -> RowHashes:
