@@ -201,6 +201,7 @@ class TestTrainConfig:
         bases = {
             "precompute_ref_log_probs": ON_CPU.replace(objective="dpo"),
             "trainable_modules": ON_CPU.replace(method="freeze"),
+            "task_weights": ON_CPU.replace(task_weighting="fixed", task_weights=("b=1",)),
             **dict.fromkeys(GENERATION_SETTINGS, generates),
         }
         # Such plans are not launched (test_sharding).

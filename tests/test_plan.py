@@ -45,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "offload": OFFLOADS,
     "lr_scheduler_type": SCHEDULES,
     "overlong": OVERLONG,
+    "task_weighting": ("proportional", "equal", "temperature", "fixed", "dynamic"),
     "objective": ("sft", "dpo", "kto", "reward", "grpo"),
 }
 
@@ -116,6 +117,8 @@ def test_every_setting_with_choices_is_tested() -> None:
         "num_train_epochs",
         "max_steps",
         "save_steps",
+        "num_tasks",
+        "task_temperature",
     ],
 )
 def test_what_must_be_positive(name: str, value: float) -> None:
