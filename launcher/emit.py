@@ -136,6 +136,7 @@ def method_settings(plan: TrainingPlan, token_ids: Sequence[int] | None = None) 
         "modules_to_save": list(plan.modules_to_save),
         "trained_token_ids": list(tokens),
         "peft_config": list(plan.peft_config),
+        "num_tasks": plan.num_tasks,
         "autocast_adapter_dtype": plan.autocast_adapter_dtype,
         "num_trainable_layers": plan.num_trainable_layers,
         "trainable_modules": list(plan.trainable_modules),
@@ -155,16 +156,24 @@ def train_config(
     reward_model: Mapping[str, str | None] | None = None,
     template_text: str | None = None,
     token_ids: Sequence[int] | None = None,
+    tasks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """train.yaml: all that the training process reads. Relative paths are within the run.
 
-    `template_text`: None for the tokenizer's own. `token_ids`: of the trained tokens.
+    `template_text`: None for the tokenizer's own. `token_ids`: of the trained tokens. `tasks`: of
+    rows that are of several ones, as `launcher.data.tasks.RowTasks` has them.
     """
     return {
         "model": model,
         "data": data,
         "eval_data": eval_data,
         "test_share": test_share,
+        "tasks": tasks,
+        "task_weighting": {
+            "weighting": plan.task_weighting,
+            "temperature": plan.task_temperature,
+            "weights": list(plan.task_weights),
+        },
         "overlong": plan.overlong,
         "hashes": dict(hashes),
         "template": {"name": plan.chat_template, "text": template_text},

@@ -20,6 +20,7 @@ from ftplan.launcher.data.profiling import (
     make_split,
     profile_to_dict,
 )
+from ftplan.launcher.data.tasks import tasks_of
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
@@ -73,6 +74,7 @@ def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> 
     plan, team, device = planned.chosen.plan, planned.chosen.team, planned.device
     model = planned.source
     assert planned.hashes and planned.tokenizer, "what is launched has a tokenizer"
+    tasks = tasks_of(planned.data, planned.eval_data)
     train = emit.train_config(
         plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
         device,
@@ -84,6 +86,7 @@ def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> 
         reward_model=folders(model.reward_model),
         template_text=planned.tokenizer.chosen.text,
         token_ids=planned.tokenizer.trained_ids,
+        tasks=tasks.to_dict() if tasks else None,
     )
     write_yaml(run.train, {**train, **of_stage}, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))

@@ -48,6 +48,7 @@ from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import TrainingPlan, check_setting
 from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, max_completion_length
 from ftplan.planner.ranking import Evaluated, Ranking
+from ftplan.planner.recipe import asks_for_tasks
 from ftplan.planner.rewards import check_rewarded
 from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
 
@@ -148,7 +149,10 @@ def make_plan(
     given = rewarded_settings(given)
     check_settings(given, for_launch=for_launch)
     asked = structs.replace(
-        asked, objective=given.get("objective"), rule=overlong_rule(given, given.get("max_length"))
+        asked,
+        objective=given.get("objective"),
+        rule=overlong_rule(given, given.get("max_length")),
+        files_are_tasks=asks_for_tasks(given),
     )
     asked.check()
     judge = reward_source(given)

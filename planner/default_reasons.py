@@ -53,5 +53,9 @@ WHY_DEFAULT = {
     "weight_decay": "as in Stanford Alpaca's published command",
     "max_grad_norm": "transformers' default",
     "save_steps": "little is lost when a run is interrupted",
+    "num_tasks": "what the method has without tasks",
+    "task_weighting": "every row once an epoch",
+    "task_temperature": "the square root of each task's rows",
+    "task_weights": "none are fixed",
     "seed": "any fixed number",
 }

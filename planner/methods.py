@@ -81,6 +81,11 @@ class Method(Struct, frozen=True, kw_only=True):
         return self.peft_type in CACHE_FILLING
 
     @property
+    def tells_tasks_apart(self) -> bool:
+        """Whether it trains something of its own for each task."""
+        return "num_tasks" in self.takes.values()
+
+    @property
     def has_rank(self) -> bool:
         """Whether `lora_rank` decides how large its adapters are."""
         return "lora_rank" in self.takes.values() or self.name == "bottleneck"
@@ -115,13 +120,13 @@ class Method(Struct, frozen=True, kw_only=True):
         settled = {
             option: getattr(settings, setting)
             for option, setting in self.takes.items()
-            if setting in _SETTLED
+            if setting in _SETTLED and getattr(settings, setting) is not None
         }
         given = read_options(settings.peft_config)
-        settled |= derived_options(self.peft_type, settings.lora_rank, given)
         if settings.modules_to_save:
             given = {"modules_to_save": list(settings.modules_to_save), **given}
-        settled |= self.peft_options
+        settled = {**self.peft_options, **settled}
+        settled |= derived_options(self.peft_type, settings.lora_rank, given)
         options = resolve_options(self.name, self.peft_type, settled, given)
         return structs.replace(options, num_trained_tokens=settings.num_trained_tokens)
 
@@ -549,7 +554,7 @@ _PEFT_METHODS = (
         "Multitask prompt tuning",
         "a shared prompt and a low-rank change of it for each task",
         "Wang et al. 2023, arXiv 2303.02861",
-        {},
+        {"num_tasks": "num_tasks"},
         counted_by=multitask_prompt_count,
         num_virtual_tokens=20,
     ),
@@ -596,7 +601,7 @@ _PEFT_METHODS = (
         "Poly",
         "mixtures of adapters, chosen by task",
         "Ponti et al. 2022, arXiv 2202.13914",
-        _RANK,
+        {**_RANK, "n_tasks": "num_tasks"},
         n_tasks=2,
     ),
     _peft(

@@ -28,6 +28,7 @@ from ftplan.planner.overlong import OVERLONG
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.rewards import RULE_REWARDS
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
+from ftplan.planner.tasks import TASK_WEIGHTINGS, check_task_weighting, read_task_weights
 from ftplan.planner.tensor_parallel import check_tensor_parallel
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
@@ -92,6 +93,9 @@ class TrainingPlan:
     )
     train_tokens: tuple[str, ...] = _setting(
         (), "tokens of the vocabulary that are trained beside adapters, or `template` for its own"
+    )
+    num_tasks: int | None = _setting(
+        None, "tasks that adapters tell apart (multitask-prompt-tuning, poly)"
     )
     autocast_adapter_dtype: bool = _setting(True, "hold the adapters of a 16-bit base in fp32")
     num_trainable_layers: int = _setting(2, "layers trained by `freeze`, from the last")
@@ -191,6 +195,15 @@ class TrainingPlan:
     num_train_epochs: float = _setting(1.0, "passes over the data", recipe=True)
     max_steps: int | None = _setting(None, "optimizer steps, instead of epochs", recipe=True)
     save_steps: int = _setting(50, "optimizer steps between checkpoints", recipe=True)
+    task_weighting: str = _setting(
+        "proportional", "how often each task's rows come", choices=TASK_WEIGHTINGS, recipe=True
+    )
+    task_temperature: float = _setting(
+        2.0, "tasks weigh as their rows to the power 1/T (temperature, dynamic)", recipe=True
+    )
+    task_weights: tuple[str, ...] = _setting(
+        (), "weights of tasks: `sentiment=2,summary=1` (fixed, dynamic)", recipe=True
+    )
     seed: int = _setting(42, "seed of shuffling and initialization", recipe=True)
 
     def __post_init__(self) -> None:
@@ -203,6 +216,7 @@ class TrainingPlan:
         _check_packing(self)
         _check_every_n_layers(self)
         check_objective(self)
+        check_task_weighting(self)
         _check_optimizer(self)
         check_sharding(self)
         check_tensor_parallel(self)
@@ -231,6 +245,7 @@ class TrainingPlan:
             modules_to_save=self.modules_to_save,
             num_trained_tokens=0 if self.modules_to_save else len(self.trained_tokens),
             peft_config=self.peft_config,
+            num_tasks=self.num_tasks,
             num_trainable_layers=self.num_trainable_layers,
             trainable_modules=self.trainable_modules,
             quantization=self.quantization,
@@ -328,6 +343,8 @@ _POSITIVE_SETTINGS = (
     "save_steps",
     "jagged_restart_steps",
     "jagged_restart_warmup_steps",
+    "num_tasks",
+    "task_temperature",
 )
 _SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay", "plora_momentum")
 # Shares that may be all.
@@ -338,6 +355,7 @@ _LOSS_WEIGHTS = ("beta", "gamma_beta_ratio")
 _OPTIONAL: Mapping[str, type] = {
     "max_steps": int,
     "steps_per_generation": int,
+    "num_tasks": int,
     "jagged_restart_steps": int,
     "jagged_restart_warmup_steps": int,
     "beta": float,
@@ -375,6 +393,8 @@ def check_setting(name: str, value: Any) -> None:
         check_target_modules(value)
     if name == "peft_config":
         read_options(value)
+    if name == "task_weights":
+        read_task_weights(value)
 
 
 def _check_packing(plan: TrainingPlan) -> None:

@@ -7,7 +7,6 @@ Allen-Zhu and Li, 2404.05405. docs/policy.md has more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -218,12 +217,11 @@ def model_kind(num_rows: int, kind: str) -> Advice:
     return Advice(value="chat", why=f"{num_rows:,} rows change how a model answers that can")
 
 
-def task_weights(tasks: Mapping[str, int]) -> Advice:
-    """How often each task's rows should come: by the square root of their number, so that small
-    ones are not lost (temperature 2; T5's mixing, arXiv 1910.10683, section 3.5.2)."""
-    roots = {task: math.sqrt(count) for task, count in tasks.items()}
-    weights = {task: round(root / sum(roots.values()), 3) for task, root in sorted(roots.items())}
-    return Advice(value=weights, why="square root of each task's rows, so that small ones count")
+def task_weighting(tasks: Mapping[str, int]) -> Advice:
+    """How often each task's rows come: by the square root of their number, so that small ones are
+    not lost (temperature 2, T5's best in most cases: arXiv 1910.10683, section 3.5.2)."""
+    why = f"{len(tasks)} tasks by the square root of their rows (T = 2), so that small ones count"
+    return Advice(value="temperature", why=why)
 
 
 def data_advice(data: DataProfile, model: ModelSpec) -> dict[str, Advice]:
@@ -240,5 +238,5 @@ def data_advice(data: DataProfile, model: ModelSpec) -> dict[str, Advice]:
         "packing": packing(data, length.value),
         "validation_rows": Advice(value=held_out, why="no prompt of theirs is trained on"),
         "model": model_kind(num_rows, data.objective),
-        **({"task_weights": task_weights(data.tasks)} if len(data.tasks) > 1 else {}),
+        **({"task_weighting": task_weighting(data.tasks)} if data.tasks else {}),
     }

@@ -14,11 +14,12 @@ from ftplan.planner import policy
 from ftplan.planner.default_reasons import WHY_DEFAULT
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.methods import Method, resolve_method
+from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import OBJECTIVES, Objective
 from ftplan.planner.plan import AUTOCAST_DTYPE, SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
 from ftplan.planner.refused_steps import MISNAMED_DECODERS, needs_whole_graph
+from ftplan.planner.tasks import TaskWeighting, weighting_refused
 from ftplan.planner.trained import MethodSettings
 from ftplan.planner.vocabulary import saved_for_tokens
 
@@ -118,6 +119,7 @@ def data_recipe(
         **_sharding_settings(method, given),
         **_objective_of_data(data, given),
         **_completions(model, device, {**given, "objective": data.trains}),
+        **_task_settings(method, data, given),
     }
     return resolve(given, derived)
 
@@ -144,6 +146,68 @@ def _objective_of_data(data: DataProfile, given: Mapping[str, Any]) -> Derived:
     named = {**given, "objective": data.trains}
     why = f"the rows are {data.format} rows"
     return {"objective": (data.trains, why), **_objective_settings(named)}
+
+
+def asks_for_tasks(given: Mapping[str, Any]) -> bool:
+    """Whether tasks are to be told apart: then each of several files is one, where rows name
+    none."""
+    method = METHODS.get(str(given.get("method")))
+    tells = method is not None and method.tells_tasks_apart
+    return _weighs_tasks(given) or bool(given.get("num_tasks")) or tells
+
+
+def _weighs_tasks(given: Mapping[str, Any]) -> bool:
+    weighting = given.get("task_weighting", "proportional")
+    return weighting != "proportional" or bool(given.get("task_weights"))
+
+
+def _task_settings(method: Method, data: DataProfile, given: Mapping[str, Any]) -> Derived:
+    """How tasks are weighted, and how many of them the method tells apart.
+
+    Raises InputError where weights are asked for and rows have no tasks, or have more than the
+    method is to tell apart.
+    """
+    if not data.task_lengths:
+        if _weighs_tasks(given):
+            raise InputError(
+                f"`{data.path}` names no tasks to weigh",
+                "give rows a `task`, or give several files, which are then a task each",
+            )
+        return {}
+    derived: Derived = {"task_weighting": _weighting(data, given)}
+    if method.tells_tasks_apart:
+        count = len(data.task_lengths)
+        derived["num_tasks"] = (count, "as many as the data has")
+        options = method.options(
+            MethodSettings(
+                peft_config=tuple(given.get("peft_config", ())),
+                num_tasks=given.get("num_tasks", count),
+            )
+        )
+        name = next(name for name, setting in method.takes.items() if setting == "num_tasks")
+        if options.count(name) < count:
+            raise options.refused(name, f"`{data.path}` has {count} tasks")
+    return derived
+
+
+def task_weighting(data: DataProfile, given: Mapping[str, Any]) -> TaskWeighting:
+    """How a run on these data weighs its tasks."""
+    return TaskWeighting(
+        weighting=given.get("task_weighting", _weighting(data, given)[0]),
+        temperature=given.get("task_temperature", TrainingPlan().task_temperature),
+        weights=tuple(given.get("task_weights", ())),
+    )
+
+
+def _weighting(data: DataProfile, given: Mapping[str, Any]) -> tuple[str, str]:
+    objective = OBJECTIVES.get(str(given.get("objective", data.trains)))
+    if given.get("task_weights"):
+        return "fixed", "weights are given"
+    if objective is not None and (
+        why_not := weighting_refused(objective.name, generates=objective.generates)
+    ):
+        return "proportional", f"{objective.name}: {why_not}"
+    return _advised(policy.task_weighting(data.tasks))
 
 
 def _advised(advice: policy.Advice) -> tuple[Any, str]:

@@ -33,6 +33,7 @@ from ftplan.planner.recipe import data_recipe
 from ftplan.planner.sharding import ZERO
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_time import StepTime, StepWork, step_work, time_of
+from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.teams import Team
 from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.updated import updated_parameters
@@ -114,14 +115,19 @@ class Batches:
     """Micro-batches of some data."""
 
     def __init__(self, data: DataProfile) -> None:
-        self._lengths = data.trained_lengths
-        self._tokens: dict[tuple[int, int], float] = {}
+        self._data = data
+        self._lengths: dict[TaskWeighting, tuple[int, ...]] = {}
+        self._tokens: dict[tuple[TaskWeighting, int, int], float] = {}
 
-    def mean_tokens(self, size: int, max_length: int) -> float:
+    def mean_tokens(self, plan: TrainingPlan) -> float:
         """Padded tokens of the mean micro-batch."""
-        key = (size, max_length)
+        weighting = TaskWeighting.of(plan)
+        size, max_length = plan.per_device_train_batch_size, plan.max_length
+        key = (weighting, size, max_length)
         if key not in self._tokens:
-            self._tokens[key] = mean_batch_tokens(self._lengths, size, max_length)
+            if weighting not in self._lengths:
+                self._lengths[weighting] = self._data.epoch_lengths(weighting)
+            self._tokens[key] = mean_batch_tokens(self._lengths[weighting], size, max_length)
         return self._tokens[key]
 
 
@@ -451,7 +457,7 @@ class Space:
         return 2 * work.tokens * self._model.vocab_size * self._model.hidden_size
 
     def _work(self, plan: TrainingPlan, team: Team) -> StepWork:
-        tokens = self._batches.mean_tokens(plan.per_device_train_batch_size, plan.max_length)
+        tokens = self._batches.mean_tokens(plan)
         return step_work(
             self._model,
             plan,

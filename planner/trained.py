@@ -129,9 +129,10 @@ class Trained(Struct, frozen=True, kw_only=True, dict=True):
 class MethodSettings(Struct, frozen=True, kw_only=True):
     """The settings of a plan that decide what is trained.
 
-    `peft_config` holds the options as they are written (`use_dora=true`); `trainable_modules`:
-    what `freeze` trains instead of whole layers; `num_trained_tokens`: named ones whose rows are
-    trained beside adapters. `quantization`: how the frozen base is held.
+    `peft_config` holds the options as they are written (`use_dora=true`); `num_tasks`: those that
+    adapters tell apart, None for the method's own number; `trainable_modules`: what `freeze` trains
+    instead of whole layers; `num_trained_tokens`: named ones whose rows are trained beside
+    adapters. `quantization`: how the frozen base is held.
     """
 
     lora_rank: int = 16
@@ -139,6 +140,7 @@ class MethodSettings(Struct, frozen=True, kw_only=True):
     modules_to_save: tuple[str, ...] = ()
     num_trained_tokens: int = 0
     peft_config: tuple[str, ...] = ()
+    num_tasks: int | None = None
     num_trainable_layers: int = 2
     trainable_modules: tuple[str, ...] = ()
     quantization: str = "none"

@@ -384,6 +384,10 @@ def derived_settings(data: DataProfile, devices: dict[str, Device], model: Model
             teams = teams_of([device, structs.replace(device, index=1)], None)
             for candidate in space.candidates(space.groups(METHODS[method], teams)):
                 found |= _derived(candidate.reasoned)
+    several = structs.replace(data, task_lengths={"a": data.lengths, "b": data.lengths})
+    space = Space(model, several, {"gradient_checkpointing": False}, OWN_STACK)
+    (group, *_) = space.groups(METHODS["poly"], teams_of([devices["CPU"]], None))
+    found |= _derived(group.base)
     best = choose_plan(model, data, devices["CPU"], {}).best
     assert best is not None
     limited = limit_to_time_budget(best, data, {}, budget_seconds=1e-3).reasoned

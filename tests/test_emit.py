@@ -192,6 +192,9 @@ class TestTrainConfig:
             "trainer": "transformers",
             "objective": "dpo",
             "overlong": "drop",
+            "num_tasks": 3,
+            "task_weighting": "equal",
+            "task_weights": ("a=1",),
             "precompute_ref_log_probs": True,
             "lr_scheduler_type": "linear",
             "max_steps": 7,
@@ -222,6 +225,7 @@ class TestTrainConfig:
             "loss_type": pairs,
             "gamma_beta_ratio": pairs.replace(objective="simpo"),
             "trainable_modules": ON_CPU.replace(method="freeze"),
+            "task_weights": ON_CPU.replace(task_weighting="fixed", task_weights=("b=1",)),
             **dict.fromkeys(GENERATION_SETTINGS, generates),
             **{name: ON_CPU.replace(method=m[0]) for name, m in CYCLE_SETTINGS.items()},
         }

@@ -48,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": SCHEDULES,
     "overlong": OVERLONG,
     "relora_prune_method": PRUNE_METHODS,
+    "task_weighting": ("proportional", "equal", "temperature", "fixed", "dynamic"),
     "objective": ("sft", "dpo", "orpo", "simpo", "kto", "reward", "grpo", "rloo"),
 }
 
@@ -124,6 +125,8 @@ def test_every_setting_with_choices_is_tested() -> None:
         "num_train_epochs",
         "max_steps",
         "save_steps",
+        "num_tasks",
+        "task_temperature",
     ],
 )
 def test_what_must_be_positive(name: str, value: float) -> None:

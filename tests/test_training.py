@@ -31,7 +31,7 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.units import GIB
-from tests.launcher_fixtures import CHATML, tiny_tokenizer
+from tests.launcher_fixtures import CHATML, save_tiny_llama, tiny_tokenizer
 from tests.test_training_rows import write as write_rows
 
 pytestmark = pytest.mark.train
@@ -43,28 +43,8 @@ PARTS = ("question", "answer", "start", "end", "middle", "rest")
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 100,000 parameters with random weights, as `save_pretrained` writes it."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tokenizer = tiny_tokenizer(CHATML, pad_token="<|bos|>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        # The usual 0.02 bounds a frozen head of this width to logits of about 1: nothing to learn.
-        initializer_range=0.25,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tiny_llama(folder)
     return folder
 
 

@@ -14,6 +14,7 @@ from ftplan.launcher.data.profiling import (
     make_split,
     profile_data,
     profile_to_dict,
+    weighting_to_dict,
 )
 from ftplan.launcher.data.templates import check_template_name
 from ftplan.launcher.model_choice import default_source
@@ -23,7 +24,10 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.overlong import OVERLONG
-from ftplan.planner.plan import TrainingPlan, check_setting, parse_setting
+from ftplan.planner.plan import TrainingPlan, check_setting, flag_name, parse_setting
+from ftplan.planner.recipe import asks_for_tasks, task_weighting
+
+_TASK_SETTINGS = ("task_weighting", "task_temperature", "task_weights")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=TrainingPlan().overlong,
         help="what becomes of longer rows (default: their end is cut off)",
     )
+    for name in _TASK_SETTINGS:
+        setting = TrainingPlan.__dataclass_fields__[name].metadata
+        choices = setting["choices"]
+        metavar = "|".join(choices) if choices else None
+        parser.add_argument(flag_name(name), metavar=metavar, help=setting["help"])
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="draw the histogram of lengths, as PNG"
     )
@@ -65,8 +74,8 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         data_asked(arguments, arguments.objective), sample=_checked_sample(arguments.sample)
     )
     asked.check()
-    asked = asked.settled(ui)
     given = _given(arguments)
+    asked = structs.replace(asked.settled(ui), files_are_tasks=asks_for_tasks(given))
     source = find_source(arguments.model) if arguments.model else default_source()
     tokenizer = tokenizer_of(ui, source, given)
     longest = given.get("max_length", source.spec.max_position_embeddings)
@@ -76,6 +85,8 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     check_lengths(data, split, eval_data, strict=asked.strict)
     profile = profile_data(data, split, eval_data)
     described = profile_to_dict(profile, source.spec, given.get("max_length"))
+    if profile.task_lengths:
+        described["task_weighting"] = weighting_to_dict(profile, task_weighting(profile, given))
     if data.sample:
         described["sample"] = data.sample.to_dict()
     ui.json(described)
@@ -96,7 +107,8 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`max_length`, `overlong` and `chat_template` as a plan has them; raises InputError."""
+    """`max_length`, `overlong`, `chat_template` and the tasks' weights as a plan has them; raises
+    InputError."""
     check_template_name(arguments.chat_template)
     given: dict[str, Any] = {
         "overlong": arguments.overlong,
@@ -104,6 +116,9 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.max_length is not None:
         given["max_length"] = parse_setting("max_length", arguments.max_length)
+    for name in _TASK_SETTINGS:
+        if getattr(arguments, name) is not None:
+            given[name] = parse_setting(name, getattr(arguments, name))
     for name, value in given.items():
         check_setting(name, value)
     return given

@@ -175,12 +175,14 @@ class Pieces:
 
 
 class Fate(Struct, frozen=True):
-    """What becomes of the rows of one side. `lengths`: before; `left`: of what goes into training.
-    The others are the survey's rows to which each thing happens."""
+    """What becomes of the rows of one side. `lengths`: before; `left`: of what goes into training,
+    and `owners` of which of the survey's rows those are. The others are the survey's rows to which
+    each thing happens."""
 
     counts: RowCounts
     lengths: list[int]
     left: list[int]
+    owners: array[int]
     too_long: array[int]
     split: array[int]
     cut: array[int]

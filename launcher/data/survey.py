@@ -177,7 +177,8 @@ class Survey:
     """What a pass found. Arrays have an entry for each readable row, in the file's order.
 
     `groups`: 64 bits that rows with the same prompt share. `shapes`: index into SHAPES. `tokens`,
-    `trained`, `first`: a row's `Lengths`. `pieces`: of rows that are to be split.
+    `trained`, `first`: a row's `Lengths`. `pieces`: of rows that are to be split. `tasks`: how
+    often each task is named; `task_codes`: a row's place among them from 1, 0 for none.
     """
 
     def __init__(self, checks: bool = True) -> None:
@@ -189,10 +190,12 @@ class Survey:
         self.tokens = array("I")
         self.trained = array("I")
         self.first = array("I")
+        self.task_codes = array("I")
         self.pieces = Pieces()
         self.troubles: dict[str, Trouble] = {}
         self.readings: Counter[tuple[str, str]] = Counter()
-        self.tasks: Counter[str] = Counter()
+        self.tasks: dict[str, int] = {}
+        self._task_places: dict[str, int] = {"": 0}
         self.num_margins = 0
         self.checks = TextChecks() if checks else None
         self._languages: Counter[str] = Counter()
@@ -215,8 +218,7 @@ class Survey:
             return
         for other in others:
             self.readings[shape.name, other.name] += 1
-        if row.task:
-            self.tasks[row.task] += 1
+        self._name_task(row.task)
         self.num_margins += row.margin is not None
         self.files.append(record.file)
         self.numbers.append(record.number)
@@ -230,6 +232,18 @@ class Survey:
         self._pending.append(row)
         if len(self._pending) == _ROWS_AT_ONCE:
             self.measure(measure)
+
+    def _name_task(self, task: str) -> None:
+        """Of the next row; empty for none."""
+        self.task_codes.append(self._place_of_task(task))
+        if task:
+            self.tasks[task] += 1
+
+    def _place_of_task(self, task: str) -> int:
+        place = self._task_places.setdefault(task, len(self._task_places))
+        if place > len(self.tasks):
+            self.tasks[task] = 0
+        return place
 
     def measure(self, measure: RowMeasure) -> None:
         """The lengths of the rows that were taken since."""
@@ -266,7 +280,10 @@ class Survey:
         for kind, trouble in later.troubles.items():
             self.troubles.setdefault(kind, Trouble()).merge(trouble)
         self.readings += later.readings
-        self.tasks += later.tasks
+        place_here = [0, *map(self._place_of_task, later.tasks)]
+        self.task_codes.extend(place_here[code] for code in later.task_codes)
+        for task, count in later.tasks.items():
+            self.tasks[task] += count
         self.num_margins += later.num_margins
         self._languages += later._languages
         self.notes = merged((*self.notes, *later.notes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
@@ -20,7 +20,7 @@ from ftplan.planner.prompt_counts import ADAPTION_PROMPT_LAYERS
 from ftplan.planner.trained import ALL_LINEAR
 from ftplan.planner.vocabulary import trains_rows
 
-# Tuners that ask which task a row belongs to. Rows here have no tasks: all are of the first.
+# Tuners that ask which task a row belongs to.
 _MULTI_TASK = (PeftType.MULTITASK_PROMPT_TUNING, PeftType.POLY)
 
 # AdaLoRA takes ranks away over the steps of a run, which are known when it begins
@@ -40,17 +40,22 @@ def peft_config_of(
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[method.peft_type]]
     known = {item.name for item in dataclasses.fields(config_class)}
     given = read_options(settings["peft_config"])
-    options = {name: settings[setting] for name, setting in method.takes.items()}
+    options = {
+        name: settings[setting]
+        for name, setting in method.takes.items()
+        if settings[setting] is not None
+    }
     if options.get("target_modules") == [ALL_LINEAR]:
         options["target_modules"] = ALL_LINEAR
     if settings["modules_to_save"]:
         options["modules_to_save"] = list(settings["modules_to_save"])
     elif (tokens := settings.get("trained_token_ids")) and trains_rows(method):
         options["trainable_token_indices"] = _rows(model, tokens)
-    options |= {
+    options = {
         **_derived(method, model, {**method.peft_options, **given}),
-        **derived_options(method.peft_type, settings["lora_rank"], given),
         **method.peft_options,
+        **options,
+        **derived_options(method.peft_type, settings["lora_rank"], given),
         **given,
     }
     for name in options:
@@ -102,26 +107,43 @@ def refused(method: Method, error: Exception) -> InputError:
     )
 
 
-def settle_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """What is left to do once the trainer has added the adapters."""
+class CurrentTasks(Protocol):
+    """`ids`: the tasks of the rows that the model is about to be given; None where not known."""
+
+    ids: torch.Tensor | None
+
+
+def settle_adapters(
+    model: nn.Module, settings: Mapping[str, Any], tasks: CurrentTasks | None = None
+) -> None:
+    """What is left to do once the trainer has added the adapters. Without `tasks`, all rows are of
+    the first."""
     if not isinstance(model, PeftModel):
         return
-    _name_the_task(model)
+    if tells_tasks_apart(model):
+        _name_the_task(model, tasks)
     _keep_rank_numbers(model)
     _name_the_bias(model)
     if not settings["autocast_adapter_dtype"]:
         _hold_adapters_as_base(model, getattr(torch, settings["dtype"]))
 
 
-def _name_the_task(model: PeftModel) -> None:
-    """Tell tuners of many tasks that every row is of the first one."""
-    if model.active_peft_config.peft_type not in _MULTI_TASK:
-        return
+def tells_tasks_apart(model: nn.Module) -> bool:
+    """Whether the model asks for `task_ids`."""
+    return isinstance(model, PeftModel) and model.active_peft_config.peft_type in _MULTI_TASK
+
+
+def _name_the_task(model: PeftModel, tasks: CurrentTasks | None) -> None:
+    """Give tuners of many tasks each row's."""
 
     def with_task(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        tokens = kwargs["input_ids"]
-        task_ids = tokens.new_zeros(tokens.shape[0])
-        return args, {**kwargs, "task_ids": task_ids}
+        if "task_ids" in kwargs:
+            return args, kwargs
+        ids = tasks.ids if tasks is not None else None
+        if ids is None:
+            tokens = kwargs["input_ids"]
+            ids = tokens.new_zeros(tokens.shape[0])
+        return args, {**kwargs, "task_ids": ids}
 
     model.register_forward_pre_hook(with_task, with_kwargs=True)
 

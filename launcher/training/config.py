@@ -9,9 +9,12 @@ from typing import Any
 from msgspec import Struct
 
 from ftplan.launcher.data.hashes import RowHashes
+from ftplan.launcher.data.rows import Row
+from ftplan.launcher.data.tasks import RowTasks
 from ftplan.launcher.data.templates import Template
 from ftplan.launcher.run_dir import RunDir, read_mapping
 from ftplan.planner.errors import InputError
+from ftplan.planner.tasks import TaskWeighting
 
 
 class DataConfig(Struct, frozen=True, kw_only=True):
@@ -50,6 +53,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     data: DataConfig
     eval_data: DataConfig | None
     test_share: float
+    tasks: RowTasks | None = None
+    task_weighting: TaskWeighting = TaskWeighting()
     overlong: str
     hashes: RowHashes
     method: str
@@ -74,6 +79,12 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
         if self.rewards:
             return int(self.rewards["max_length"])
         return int(self.training_arguments["max_length"])
+
+    def task_number(self, held_out_row: Row) -> int:
+        """The task of a row that is evaluated; 0 where rows have none."""
+        if self.tasks is None:
+            return 0
+        return self.tasks.number(held_out_row, held_out_file=self.eval_data is not None)
 
     @property
     def completion_length(self) -> int:
@@ -112,6 +123,8 @@ def read_train_config(run: RunDir) -> TrainConfig:
             data=_data_config(run, raw["data"]),
             eval_data=_data_config(run, raw["eval_data"]) if raw["eval_data"] else None,
             test_share=raw["test_share"],
+            tasks=RowTasks.from_dict(raw["tasks"]) if raw["tasks"] else None,
+            task_weighting=_task_weighting(raw["task_weighting"]),
             overlong=raw["overlong"],
             hashes=_hashes(raw["hashes"]),
             template=Template(name=raw["template"]["name"], text=raw["template"]["text"]),
@@ -126,6 +139,14 @@ def read_train_config(run: RunDir) -> TrainConfig:
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error
+
+
+def _task_weighting(raw: Mapping[str, Any]) -> TaskWeighting:
+    return TaskWeighting(
+        weighting=raw["weighting"],
+        temperature=raw["temperature"],
+        weights=tuple(raw["weights"]),
+    )
 
 
 def _hashes(raw: Mapping[str, str]) -> RowHashes:

@@ -50,6 +50,7 @@ from ftplan.launcher.training.stages import (
     with_replayed,
     with_trained_adapter,
 )
+from ftplan.launcher.training.tasks import TaskMix, TaskReporter
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.launcher.training.vocabulary import (
     add_rows,
@@ -183,6 +184,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     peft_config = apply_method(model, config.method, config.method_settings)
     if config.adapter is not None:
         model, peft_config = with_trained_adapter(model, peft_config, config.adapter), None
+    tasks = TaskMix(config, train_rows.tasks) if train_rows.tasks is not None else None
+    reporters: list[Any] = [TaskReporter(tasks)] if tasks and objective == "sft" else []
     common = {
         "model": model,
         "args": arguments,
@@ -191,19 +194,21 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         "row_lengths": train_rows.lengths,
         "processing_class": session.tokenizer.tokenizer,
         "peft_config": peft_config,
-        "callbacks": [session.reporter],
+        "callbacks": [*reporters, session.reporter],
+        **({"tasks": tasks} if tasks else {}),
     }
     if config.rewards:
         common["reward_funcs"] = reward_functions(config.rewards, arguments.device)
     with going_on(model):
         trainer = make_trainer(objective, config.loss, **common)
-    settle_adapters(trainer.model, config.method_settings)
+    settle_adapters(trainer.model, config.method_settings, tasks.losses if tasks else None)
     if config.method == "loftq" and config.adapter is None:
         begin_with_what_is_lost(trainer.model, config.model)
     optim = config.training_arguments["optim"]
     settle_optimizer(trainer, config.method, optim, config.method_settings)
     save_rows_alone(trainer.model)
-    session.reporter.trainer = trainer
+    for reporter in (*reporters, session.reporter):
+        reporter.trainer = trainer
     session.cycle = add_cycle(trainer, run, config, session.recorder)
     return trainer
 
@@ -318,6 +323,7 @@ def make_record(
         },
         "evaluation": evaluation_record(config.objective, before, after, len(trainer.eval_dataset)),
         "forgetting": forgetting_record(config, before, after),
+        **_tasks_record(trainer, before, after),
         "samples": samples_record(before, after),
         "overlong": overlong_to_dict(
             config.overlong, config.max_length, rows.train.counts, rows.held_out.counts
@@ -334,6 +340,23 @@ def make_record(
         "eval_data_sha256": config.eval_data.sha256 if config.eval_data else None,
         **rows.hashes.to_dict(),
         "output": output,
+    }
+
+
+def _tasks_record(
+    trainer: Any, before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """`tasks`: of each, its rows, the share drawn, and the held-out loss before and after."""
+    tasks: TaskMix | None = getattr(trainer, "tasks", None)
+    if tasks is None:
+        return {}
+    sides = {"before": before, "after": after}
+    losses = {when: side.get("eval_loss_by_task") or {} for when, side in sides.items()}
+    return {
+        "tasks": {
+            name: {**told, **{when: by_task.get(name) for when, by_task in losses.items()}}
+            for name, told in tasks.drawn().items()
+        }
     }
 
 

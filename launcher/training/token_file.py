@@ -27,6 +27,9 @@ COLUMNS: Mapping[str, Mapping[str, pyarrow.DataType]] = {
     "kto": {"prompt_ids": _IDS, "completion_ids": _IDS, "label": pyarrow.bool_()},
 }
 
+# Besides, where rows are of several tasks and their losses are told apart.
+TASK_COLUMN = {"task_ids": pyarrow.int32()}
+
 # Rows that are read at once where all of a file are.
 _ROWS_AT_ONCE = 512
 
