@@ -14,6 +14,7 @@ from ftplan.planner.errors import DoesNotFitError, InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import fits, needed_bytes
 from ftplan.planner.ranking import Evaluated
+from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.teams import roomiest
 from ftplan.planner.units import format_bytes
 
@@ -107,7 +108,8 @@ def _with_all_memory(found: Evaluated, planned: Planned) -> Evaluated:
 def _with_exact_memory(planned: Planned, candidate: Evaluated, runner: DryRunner) -> Evaluated:
     plan = candidate.plan
     longest = min(planned.profile.longest_in_run, plan.max_length)
-    batch = planned.profile.trained_lengths[: plan.per_device_train_batch_size]
+    lengths = planned.profile.epoch_lengths(TaskWeighting.of(plan))
+    batch = lengths[: plan.per_device_train_batch_size]
     case = case_of(
         planned.source,
         plan,

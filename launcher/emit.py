@@ -10,8 +10,10 @@ from typing import Any
 
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
+from ftplan.planner.cycles import CYCLE_SETTINGS
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device, DeviceKind
+from ftplan.planner.objectives import LOSS_SETTINGS, beta_of
 from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
 from ftplan.planner.trained import ALL_LINEAR
@@ -100,7 +102,8 @@ def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
             "num_generations": plan.num_generations,
             "max_completion_length": plan.max_completion_length,
             "steps_per_generation": plan.steps_per_generation,
-            "beta": plan.beta,
+            "beta": beta_of(plan),
+            "num_generations_eval": 1,
         }
     arguments: dict[str, Any] = {"max_length": plan.max_length}
     if plan.resolved_method.fills_cache and not plan.resolved_objective.scores:
@@ -112,11 +115,14 @@ def _objective_arguments(plan: TrainingPlan) -> dict[str, Any]:
         arguments["packing"] = plan.packing
     elif plan.resolved_objective.has_reference:
         arguments["precompute_ref_log_probs"] = plan.precompute_ref_log_probs
-    return arguments
+    given = {name: getattr(plan, name) for name in LOSS_SETTINGS}
+    return arguments | {name: value for name, value in given.items() if value is not None}
 
 
-def method_settings(plan: TrainingPlan) -> dict[str, Any]:
-    """What `training.build` needs to know of the plan."""
+def method_settings(plan: TrainingPlan, token_ids: Sequence[int] | None = None) -> dict[str, Any]:
+    """What `training.build` needs to know of the plan. `token_ids`: of its trained tokens; where
+    there is no tokenizer, as many others stand for them."""
+    tokens = range(len(plan.trained_tokens)) if token_ids is None else token_ids
     return {
         "objective": plan.objective,
         "quantization": plan.quantization,
@@ -130,13 +136,17 @@ def method_settings(plan: TrainingPlan) -> dict[str, Any]:
         "lora_rank": plan.lora_rank,
         "lora_alpha": plan.lora_alpha,
         "lora_dropout": plan.lora_dropout,
+        "loraplus_lr_ratio": plan.loraplus_lr_ratio,
         "target_modules": list(plan.target_modules),
         "modules_to_save": list(plan.modules_to_save),
+        "trained_token_ids": list(tokens),
         "peft_config": list(plan.peft_config),
+        "num_tasks": plan.num_tasks,
         "autocast_adapter_dtype": plan.autocast_adapter_dtype,
         "num_trainable_layers": plan.num_trainable_layers,
         "trainable_modules": list(plan.trainable_modules),
         "trains_biases": plan.method == "bitfit",
+        **{name: getattr(plan, name) for name in CYCLE_SETTINGS},
     }
 
 
@@ -149,20 +159,50 @@ def train_config(
     eval_data: Mapping[str, Any] | None,
     hashes: Mapping[str, str],
     test_share: float = 0.0,
+    reward_model: Mapping[str, str | None] | None = None,
+    template_text: str | None = None,
+    token_ids: Sequence[int] | None = None,
+    tasks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """train.yaml: all that the training process reads. Relative paths are within the run."""
+    """train.yaml: all that the training process reads. Relative paths are within the run.
+
+    `template_text`: None for the tokenizer's own. `token_ids`: of the trained tokens. `tasks`: of
+    rows that are of several ones, as `launcher.data.tasks.RowTasks` has them.
+    """
     return {
         "model": model,
         "data": data,
         "eval_data": eval_data,
         "test_share": test_share,
+        "tasks": tasks,
+        "task_weighting": {
+            "weighting": plan.task_weighting,
+            "temperature": plan.task_temperature,
+            "weights": list(plan.task_weights),
+        },
         "overlong": plan.overlong,
         "hashes": dict(hashes),
+        "template": {"name": plan.chat_template, "text": template_text},
+        "add_tokens": list(plan.add_tokens),
         "method": plan.method,
-        "method_settings": method_settings(plan),
+        "method_settings": method_settings(plan, token_ids),
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),
+        "rewards": rewards(plan, reward_model) if plan.resolved_objective.generates else None,
+    }
+
+
+def rewards(plan: TrainingPlan, reward_model: Mapping[str, str | None] | None) -> dict[str, Any]:
+    """What judges completions. `reward_model`: its folders, `model` and `adapter`."""
+    return {
+        "reward_model": plan.reward_model,
+        "rules": list(plan.reward),
+        **(reward_model or {"model": None, "adapter": None}),
+        "dtype": plan.compute_dtype,
+        "attn_implementation": plan.attn_implementation,
+        "rows": plan.per_device_train_batch_size,
+        "max_length": plan.max_length,
     }
 
 

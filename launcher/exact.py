@@ -178,6 +178,7 @@ def case_of(
     return DryRunCase(
         **{
             "config": dict(source.config),
+            "reward_config": source.reward_model and dict(source.reward_model.config),
             "plan": plan,
             "kind": device.kind if device else "cuda",
             "capability": capability or DEFAULT_CAPABILITY,

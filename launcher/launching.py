@@ -20,6 +20,7 @@ from ftplan.launcher.data.profiling import (
     make_split,
     profile_to_dict,
 )
+from ftplan.launcher.data.tasks import tasks_of
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
@@ -28,6 +29,7 @@ from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.process import run_to_end
+from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.version import version
@@ -44,11 +46,14 @@ from ftplan.planner.units import MIB, format_bytes
 COPIED_DATA_BYTES = 64 * MIB
 
 
-def write_run(planned: Planned, name: str | None, runs_dir: Path) -> RunDir:
-    """The run directory of a plan, whole or not at all."""
+def write_run(
+    planned: Planned, name: str | None, runs_dir: Path, of_stage: Mapping[str, Any] | None = None
+) -> RunDir:
+    """The run directory of a plan, whole or not at all. `of_stage`: what train.yaml says of a run
+    that is one of several stages."""
     run = create_run(runs_dir, name or default_name(planned))
     try:
-        _write_files(run, planned)
+        _write_files(run, planned, of_stage or {})
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
@@ -65,10 +70,11 @@ def default_name(planned: Planned) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
 
 
-def _write_files(run: RunDir, planned: Planned) -> None:
+def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> None:
     plan, team, device = planned.chosen.plan, planned.chosen.team, planned.device
     model = planned.source
-    assert planned.hashes is not None, "what is launched has a tokenizer"
+    assert planned.hashes and planned.tokenizer, "what is launched has a tokenizer"
+    tasks = tasks_of(planned.data, planned.eval_data)
     train = emit.train_config(
         plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
         device,
@@ -77,8 +83,12 @@ def _write_files(run: RunDir, planned: Planned) -> None:
         eval_data=_data_config(run, planned.eval_data) if planned.eval_data else None,
         test_share=planned.asked.test_share,
         hashes=planned.hashes.to_dict(),
+        reward_model=folders(model.reward_model),
+        template_text=planned.tokenizer.chosen.text,
+        token_ids=planned.tokenizer.trained_ids,
+        tasks=tasks.to_dict() if tasks else None,
     )
-    write_yaml(run.train, train, "Read by the training process.")
+    write_yaml(run.train, {**train, **of_stage}, "Read by the training process.")
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))
     profile = profile_to_dict(planned.profile, model.spec, plan.max_length)
     write_json(run.data_profile, profile)
@@ -186,8 +196,9 @@ def predicted(planned: Planned) -> dict[str, Any]:
     }
 
 
-def carry_out(ui: Ui, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
-    """Launch the run, show how it goes, and report; returns its record.
+def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True) -> dict[str, Any]:
+    """Launch the run, show how it goes, and report; returns its record. `is_last`: nothing follows
+    that goes on with what was made.
 
     Raises RunFailedError, InterruptedRunError, or InputError when it cannot start here.
     """
@@ -203,7 +214,8 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
 
     if not ui.as_json:
         ui.show("", views.report(record), "")
-        ui.show_lines(result_lines(run, record))
+        if is_last:
+            ui.show_lines(result_lines(run, record))
     if said := views.said_forgetting(record):
         ui.warn(said)
     return record
@@ -250,9 +262,8 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
     """What was made, where it is, and how to use it: lines to be copied."""
     folder = run.root / record["output"]
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    loader = "AutoPeftModelForCausalLM" if record["output"] == "adapter" else "AutoModelForCausalLM"
-    package = "peft" if record["output"] == "adapter" else "transformers"
-    merges = record["output"] == "adapter" and resolve_method(record["method"]).has_rank
+    method = resolve_method(record["method"])
+    merges = record["output"] == "adapter" and method.has_rank and method.peft_type is not None
     return [
         f"{record['output']:<10}  {folder} ({format_bytes(size)})",
         f"loss curve  {run.loss_plot}",
@@ -260,8 +271,37 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
         f"again       ftplan launch {run.root}",
         *([f"one model   ftplan merge {run.root}"] if merges else []),
         "use it",
-        f"    from {package} import {loader}",
-        f"    model = {loader}.from_pretrained(",
-        f'        "{folder}"',
-        "    )",
+        *(f"    {line}" for line in _loading_lines(record, folder)),
+    ]
+
+
+def _loading_lines(record: Mapping[str, Any], folder: Path) -> list[str]:
+    """Python that loads what was trained."""
+    if record["method"] == "bottleneck":
+        imported, call = "from ftplan.launcher.training import bottlenecks", "bottlenecks.load("
+    elif record["output"] == "adapter":
+        imported = "from peft import AutoPeftModelForCausalLM"
+        call = "AutoPeftModelForCausalLM.from_pretrained("
+    else:
+        imported = "from transformers import AutoModelForCausalLM"
+        call = "AutoModelForCausalLM.from_pretrained("
+    return [
+        imported,
+        f"model = {call}",
+        f'    "{folder}"',
+        ")",
+        *_stopping_lines(folder, record),
+    ]
+
+
+def _stopping_lines(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Adapters are loaded with the base's ends of generation, of which answers may have others."""
+    ends = record.get("tokenizer", {}).get("end_token_ids", ())
+    if record["output"] != "adapter" or len(ends) < 2:
+        return []
+    return [
+        "from transformers import GenerationConfig",
+        "model.generation_config = GenerationConfig.from_pretrained(",
+        f'    "{folder}"',
+        ")",
     ]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import (
@@ -24,6 +24,7 @@ from ftplan.planner.families import (
 )
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.units import parse_count
+from ftplan.planner.vocabulary import config_with_vocabulary, with_vocabulary
 from ftplan.profiles import find_model, model_catalog
 
 _HUB_TIMEOUT_SECONDS = 5
@@ -46,6 +47,25 @@ class ModelSource(Struct, frozen=True, kw_only=True):
     folder: Path | None = None
     stand_in: bool = False
     """`spec` only stands for an architecture that the closed form does not know."""
+    adapter: Path | None = None
+    """What belongs on these weights, where that is asked for."""
+    reward_model: ModelSource | None = None
+    """What judges this model's completions (`launcher.reward_source`); `spec` knows it too."""
+
+    def with_vocabulary(self, num_tokens: int) -> ModelSource:
+        """The model with a row for each token, where it has not as many."""
+        if num_tokens <= self.spec.vocab_size:
+            return self
+        return structs.replace(
+            self,
+            spec=with_vocabulary(self.spec, num_tokens),
+            config=config_with_vocabulary(self.config, num_tokens),
+        )
+
+    def with_new_tokens(self, given: Mapping[str, Any]) -> ModelSource:
+        """With rows for the given settings' `add_tokens`, as if none of them were in the vocabulary
+        and no row to spare: where no tokenizer is asked."""
+        return self.with_vocabulary(self.spec.vocab_size + len(given.get("add_tokens", ())))
 
 
 def find_source(

@@ -15,6 +15,7 @@ from ftplan.planner.goals import Limits, Wanted
 from ftplan.planner.hardware_spec import Device, Host
 from ftplan.planner.margin import ASSUMED_MARGIN, Margin
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import Reason
 from ftplan.planner.ranking import Evaluated, Ranking
 from ftplan.planner.search import choose_plan
 from ftplan.profiles import lowest_prices
@@ -26,6 +27,7 @@ class Offer(Struct, frozen=True, kw_only=True):
     `devices`: one, of which there are as many as asked for, or the GPUs of a machine. `divides`:
     whether they may divide what a model holds; `has_liger`: whether Liger's kernels are there.
     `host`: the machine around them, if it is known. `margin`: what is kept free on each of them.
+    `reasons`: of settings among the given ones that nobody has asked for.
     """
 
     devices: Device | Sequence[Device]
@@ -35,6 +37,7 @@ class Offer(Struct, frozen=True, kw_only=True):
     has_liger: bool = False
     host: Host | None = None
     margin: Margin = ASSUMED_MARGIN
+    reasons: Mapping[str, Reason] = {}
 
     @property
     def device(self) -> Device:
@@ -80,7 +83,17 @@ class Offer(Struct, frozen=True, kw_only=True):
         )
         ranking = rank(host=self.host)
         # That the host lacks RAM is better told of the best plan than as a reason against all.
-        return rank() if ranking.best is None and self.host else ranking
+        return self._explained(rank() if ranking.best is None and self.host else ranking)
+
+    def _explained(self, ranking: Ranking) -> Ranking:
+        """Its plans with these reasons."""
+        if ranking.best is None or not self.reasons:
+            return ranking
+        best, *others = (
+            structs.replace(one, reasoned=one.reasoned.explained(self.reasons))
+            for one in (ranking.best, *ranking.alternatives)
+        )
+        return structs.replace(ranking, best=best, alternatives=tuple(others))
 
     def front(self, model: ModelSpec, profile: DataProfile, ranking: Ranking) -> list[Evaluated]:
         """The plans of a ranking's methods that no other is better than in everything."""

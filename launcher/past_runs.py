@@ -22,7 +22,8 @@ def margin_of(device: Device, runs_dir: Path) -> Margin:
 
 def _underestimates(device_name: str, runs_dir: Path) -> Iterator[float]:
     """Of each finished run how much more the device held than was predicted, as a share."""
-    for path in sorted(runs_dir.glob("*/record.json")):
+    stages = runs_dir.glob("*/*-*/record.json")
+    for path in sorted([*runs_dir.glob("*/record.json"), *stages]):
         try:
             record = RunDir(path.parent).read_record()
         except InputError:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from ftplan.launcher.planning import Planned, host_lacks
+from ftplan.launcher.token_settings import is_base_model
 from ftplan.planner.combination import Caution
 from ftplan.planner.combinations import cautions
 from ftplan.planner.overlong import said_counts
 from ftplan.planner.peft_options import read_options
-from ftplan.profiles import model_catalog
+from ftplan.planner.vocabulary import OF_TEMPLATE, shown_tokens
 
 
 def plan_cautions(planned: Planned) -> list[Caution]:
@@ -37,22 +38,26 @@ def _cut_rows(planned: Planned) -> list[Caution]:
 def _untrained_template(planned: Planned) -> list[Caution]:
     """A base model may never have seen the tokens of the chat template that it comes with
     (LLaMA-Factory issues 2684 and 7943, Qwen issue 622)."""
-    entry, plan = model_catalog().get(planned.source.spec.name), planned.chosen.plan
+    plan, tokenizer = planned.chosen.plan, planned.tokenizer
     freezes_tokens = (
         plan.resolved_method.adapter
         and not plan.modules_to_save
         and "trainable_token_indices" not in read_options(plan.peft_config)
     )
-    is_base = entry is not None and entry.kind == "base"
-    if not (is_base and freezes_tokens and planned.chat_template):
+    if not (freezes_tokens and planned.chat_template and is_base_model(planned.source)):
+        return []
+    assert tokenizer is not None, "what has a chat template has a tokenizer"
+    left = [token for token in tokenizer.template_tokens if token not in plan.trained_tokens]
+    if not left:
         return []
     return [
         Caution(
             name="untrained-template",
             text=f"{planned.source.spec.name} is a base model, and adapters leave its embeddings "
-            "as they are: tokens of its chat template that it never saw, such as the one that ends "
-            "an answer, are not learnt",
-            way_out="train a chat model, or add `--modules-to-save embed_tokens,lm_head`",
+            f"as they are: tokens of the chat template that it never saw, {shown_tokens(left)}, "
+            "are not learnt, and so it may not learn to stop",
+            way_out="leave out `--chat-template`, which plain headings then take the place of, or "
+            f"add `--train-tokens {OF_TEMPLATE}`",
         )
     ]
 

@@ -19,7 +19,7 @@ from ftplan.launcher.version import version
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.plan import SETTING_NAMES, Reason, ReasonedPlan, typed_setting
 
-_SCHEMA = 1
+SCHEMA = 1
 _COMMENT = "Carry it out with `ftplan launch`; a setting that is left out is chosen anew."
 _PARTS = ("schema", "ftplan", "model", "data", "device", "plan")
 _DATA_FIELDS = ("paths", "eval_paths", "columns", "strict", "test_share", "sha256")
@@ -36,33 +36,28 @@ class PlanFile(Struct, frozen=True, kw_only=True):
 
     def with_reasons(self, planned: Planned) -> Planned:
         """The plan that came of the file, its reasons those of the file where they were kept."""
-        reasoned = planned.chosen.reasoned
-        kept = {name: reason for name, reason in self.reasons.items() if name in reasoned.reasons}
-        again = ReasonedPlan(plan=reasoned.plan, reasons={**reasoned.reasons, **kept})
-        return structs.replace(planned, chosen=structs.replace(planned.chosen, reasoned=again))
+        return with_reasons(planned, self.reasons)
+
+
+def with_reasons(planned: Planned, reasons: Mapping[str, Reason]) -> Planned:
+    """The plan with other reasons for some of its settings."""
+    reasoned = planned.chosen.reasoned
+    kept = {name: reason for name, reason in reasons.items() if name in reasoned.reasons}
+    again = ReasonedPlan(plan=reasoned.plan, reasons={**reasoned.reasons, **kept})
+    return structs.replace(planned, chosen=structs.replace(planned.chosen, reasoned=again))
 
 
 def write_plan_file(planned: Planned, path: Path) -> None:
     """Raises InputError where the file is there already or cannot be written."""
-    if path.exists():
-        raise InputError(f"`{path}` is there already", "name another file, or remove it")
-    source, asked = planned.source, planned.asked
-    model = source.hub_id or (str(source.folder) if source.folder else source.spec.name)
+    check_new(path)
     device = planned.device
     write_yaml(
         path,
         {
-            "schema": _SCHEMA,
+            "schema": SCHEMA,
             "ftplan": version(),
-            "model": model,
-            "data": {
-                "paths": [_absolute(name) for name in asked.paths],
-                "eval_paths": [_absolute(name) for name in asked.eval_paths],
-                "columns": dict(asked.columns),
-                "strict": asked.strict,
-                "test_share": asked.test_share,
-                "sha256": planned.data.sha256,
-            },
+            "model": model_name(planned),
+            "data": data_part(planned),
             "device": {"name": device.name, "free_bytes": device.free_bytes},
             "plan": planned.chosen.reasoned.to_dict(),
         },
@@ -70,7 +65,32 @@ def write_plan_file(planned: Planned, path: Path) -> None:
     )
 
 
-def _absolute(name: str) -> str:
+def check_new(path: Path) -> None:
+    """Raises InputError where the file is there already."""
+    if path.exists():
+        raise InputError(f"`{path}` is there already", "name another file, or remove it")
+
+
+def model_name(planned: Planned) -> str:
+    """What finds the plan's model again."""
+    source = planned.source
+    return source.hub_id or (str(source.folder) if source.folder else source.spec.name)
+
+
+def data_part(planned: Planned) -> dict[str, Any]:
+    """`data` of a plan file."""
+    asked = planned.asked
+    return {
+        "paths": [absolute(name) for name in asked.paths],
+        "eval_paths": [absolute(name) for name in asked.eval_paths],
+        "columns": dict(asked.columns),
+        "strict": asked.strict,
+        "test_share": asked.test_share,
+        "sha256": planned.data.sha256,
+    }
+
+
+def absolute(name: str) -> str:
     """A file's path from anywhere; a dataset's name on the Hub as it is."""
     path = Path(name)
     return str(path.resolve()) if path.exists() else name
@@ -79,35 +99,42 @@ def _absolute(name: str) -> str:
 def read_plan_file(path: Path) -> PlanFile:
     """Raises InputError that names what is wrong, and where."""
     raw = read_mapping(path)
-    _check_known(raw, _PARTS, f"part of `{path.name}`")
-    if raw.get("schema") != _SCHEMA:
-        raise InputError(
-            f"`{path}` has `schema: {raw.get('schema')}`, and this ftplan reads {_SCHEMA}",
-            "make it again with `ftplan plan DATA --out plan.yaml`",
-        )
-    model, data, plan = raw.get("model"), raw.get("data"), raw.get("plan")
-    if not isinstance(model, str):
-        raise InputError(f"`{path}` names no `model`", "a catalog name, a Hub id or a folder")
+    check_known(raw, _PARTS, f"part of `{path.name}`")
+    model = checked_model(path, raw)
+    data, plan = raw.get("data"), raw.get("plan")
     if not isinstance(data, Mapping) or not isinstance(plan, Mapping):
         raise InputError(f"`{path}` lacks `data` or `plan`", "see `ftplan plan DATA --out FILE`")
-    settings, reasons = _settings(plan)
+    settings, reasons = read_settings(plan)
     return PlanFile(
         model=model,
-        asked=_asked(path, data),
+        asked=read_asked(path, data),
         sha256=data.get("sha256"),
         settings=settings,
         reasons=reasons,
     )
 
 
-def _check_known(given: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
+def checked_model(path: Path, raw: Mapping[str, Any]) -> str:
+    """The model that a file of this version names; raises InputError for another version."""
+    if raw.get("schema") != SCHEMA:
+        raise InputError(
+            f"`{path}` has `schema: {raw.get('schema')}`, and this ftplan reads {SCHEMA}",
+            "make it again with `ftplan plan DATA --out plan.yaml`",
+        )
+    model = raw.get("model")
+    if not isinstance(model, str):
+        raise InputError(f"`{path}` names no `model`", "a catalog name, a Hub id or a folder")
+    return model
+
+
+def check_known(given: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
     for name in given:
         if name not in known:
             raise UnknownNameError(what, str(name), known)
 
 
-def _asked(path: Path, data: Mapping[str, Any]) -> DataAsked:
-    _check_known(data, _DATA_FIELDS, f"part of `data` in `{path.name}`")
+def read_asked(path: Path, data: Mapping[str, Any]) -> DataAsked:
+    check_known(data, _DATA_FIELDS, f"part of `data` in `{path.name}`")
     paths, eval_paths = data.get("paths"), data.get("eval_paths") or []
     columns, share = data.get("columns") or {}, data.get("test_share", 0.0)
     names = (
@@ -126,14 +153,14 @@ def _asked(path: Path, data: Mapping[str, Any]) -> DataAsked:
     )
 
 
-def _settings(plan: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Reason]]:
+def read_settings(plan: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Reason]]:
     """Values, and the reasons that stand beside them; a bare value is one that was given."""
     settings: dict[str, Any] = {}
     reasons: dict[str, Reason] = {}
-    _check_known(plan, SETTING_NAMES, "plan setting")
+    check_known(plan, SETTING_NAMES, "plan setting")
     for name, entry in plan.items():
         if isinstance(entry, Mapping):
-            _check_known(entry, ("value", "from", "why"), f"part of plan setting `{name}`")
+            check_known(entry, ("value", "from", "why"), f"part of plan setting `{name}`")
             if "value" not in entry:
                 raise InputError(f"plan setting `{name}` has no `value`")
             value = entry["value"]

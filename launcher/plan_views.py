@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ftplan.launcher import views
 from ftplan.launcher.costs import usd_for
+from ftplan.launcher.token_settings import said_tokens
 from ftplan.launcher.ui import StackedBar, facts, table
 from ftplan.planner.front import thinned
 from ftplan.planner.memory import MemoryEstimate, needed_bytes
@@ -21,6 +22,7 @@ from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.run_time import RunTime
 from ftplan.planner.sharding import SHARDING_TITLES
+from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.units import (
     format_bytes,
     format_count,
@@ -31,6 +33,7 @@ from ftplan.planner.units import (
 if TYPE_CHECKING:
     from ftplan.launcher.plan_explained import Explained
     from ftplan.launcher.planning import Planned
+    from ftplan.planner.data_profile import DataProfile
     from ftplan.planner.explain_time import TimeTerm
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.margin import Margin
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 # Components of the peak that the bar tells apart; the others are shown together.
 _MOST_PARTS = 4
 _MOST_OF_FRONT = 12
+_MOST_TASKS = 6
 
 
 def plan_parts(planned: Planned, explained: Explained | None = None) -> list[RenderableType]:
@@ -81,6 +85,10 @@ def _facts(planned: Planned) -> Iterator[tuple[str, str]]:
     for counts, side in ((profile.train_counts, ""), (profile.eval_counts, "held out: ")):
         if said := said_counts(counts, profile.limit):
             yield "too long", side + said
+    if tokens := said_tokens(spec, plan):
+        yield "trained", tokens
+    if profile.task_lengths:
+        yield "tasks", _tasks(profile, TaskWeighting.of(plan))
     yield "time", _time(planned)
     speed = [f"{planned.chosen.step.tokens_per_second_per_gpu:,.0f} tokens/s"]
     speed[0] += " a GPU" if plan.num_gpus > 1 else ""
@@ -93,6 +101,15 @@ def _facts(planned: Planned) -> Iterator[tuple[str, str]]:
     on_gpu = planned.device.kind != "cpu"
     ram = f"{format_bytes(memory.host.peak_bytes)} of RAM, " if on_gpu else ""
     yield "besides", f"{ram}{format_bytes(memory.disk.total)} of disk"
+
+
+def _tasks(profile: DataProfile, weighting: TaskWeighting) -> str:
+    """The tasks with most of an epoch, and how much that is."""
+    shares = sorted(weighting.shares(profile.tasks).items(), key=lambda item: -item[1])
+    said = [f"{task} {100 * share:.0f} %" for task, share in shares[:_MOST_TASKS]]
+    more = f" and {len(shares) - _MOST_TASKS:,} others" if len(shares) > _MOST_TASKS else ""
+    at_first = " at first" if weighting.is_dynamic else ""
+    return f"{weighting.weighting}: of the rows that are drawn{at_first}, {', '.join(said)}{more}"
 
 
 def _hardware(planned: Planned) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from msgspec import Struct, structs
@@ -15,6 +16,7 @@ from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.hashes import RowHashes, row_hashes
 from ftplan.launcher.data.overlong import Rule
 from ftplan.launcher.data.profiling import check_lengths, make_split, profile_data
+from ftplan.launcher.data.templates import check_template_name
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.emit import check_launched
 from ftplan.launcher.model_choice import choose_model, with_weights
@@ -27,11 +29,13 @@ from ftplan.launcher.offer import Offer
 from ftplan.launcher.past_runs import margin_of
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.refusal import refusal
-from ftplan.launcher.training.config import checked_objective
+from ftplan.launcher.reward_source import reward_source, rewarded_settings, with_judge
+from ftplan.launcher.token_settings import is_base_model, token_settings, with_rows_for
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.would_do import Refused, refused_methods
 from ftplan.planner.base_models import ModelChoice, RunnerUp
 from ftplan.planner.closed_form import check_modelled_method
+from ftplan.planner.cycles import check_steps, num_restarts, restart_steps
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.goals import ANY_PLAN, Wanted, why_not
@@ -39,9 +43,13 @@ from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.host_verdict import lacking_disk, lacking_ram
 from ftplan.planner.margin import Margin
 from ftplan.planner.memory import MemoryEstimate
+from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import TrainingPlan, check_setting
-from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS
+from ftplan.planner.policy import CPU_TIME_BUDGET_SECONDS, max_completion_length
 from ftplan.planner.ranking import Evaluated, Ranking
+from ftplan.planner.recipe import asks_for_tasks
+from ftplan.planner.rewards import check_rewarded
 from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
 
 
@@ -52,11 +60,10 @@ class Planned(Struct, frozen=True, kw_only=True):
     data: DataFile
     eval_data: DataFile | None
     profile: DataProfile
-    template: str
+    tokenizer: RowTokenizer | None
+    """Of the model, with its template and new tokens; None where its files are not here."""
     hashes: RowHashes | None
     """How rows are read, divided and rendered; None without a tokenizer."""
-    chat_template: bool
-    """Whether rows are conversations, put into the tokenizer's own template."""
     machine: Machine | None
     device: Device
     source: ModelSource
@@ -71,6 +78,13 @@ class Planned(Struct, frozen=True, kw_only=True):
     closed_form: MemoryEstimate | None = None
     """What was estimated of `chosen` before its memory became a dry run's; None where it has not.
     """
+
+    @property
+    def chat_template(self) -> bool:
+        """Whether rows are conversations that more than plain headings are put around."""
+        if self.tokenizer is None or self.data.kind == "pretraining":
+            return False
+        return self.tokenizer.has_chat_template
 
     @property
     def confirmed(self) -> bool:
@@ -106,11 +120,12 @@ def check_settings(given: Mapping[str, Any], *, for_launch: bool = True) -> None
     """Raises before anything slow is done for values that no planned run can have."""
     for name, value in given.items():
         check_setting(name, value)
-    checked_objective(given.get("objective", TrainingPlan().objective))
+    _check_rewarded(given, given.get("objective", TrainingPlan().objective))
     # GPUs that divide state are planned for, and a caution says that they are not launched.
     kept = {name: value for name, value in given.items() if for_launch or name != "sharding"}
     check_launched(kept)
     check_modelled_method(given.get("method", TrainingPlan().method))
+    check_template_name(given.get("chat_template", TrainingPlan().chat_template))
 
 
 def make_plan(
@@ -123,21 +138,27 @@ def make_plan(
     runs_dir: Path,
     for_launch: bool,
     wanted: Wanted = ANY_PLAN,
+    machine: Machine | None = None,
 ) -> Planned:
-    """Find out what is there and choose a plan.
+    """Find out what is there and choose a plan. `machine`: what was found of it already.
 
     With `for_launch` weights and tokenizer are fetched where need be. Raises InputError for
     input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
     or disk for what is to be launched.
     """
+    given = rewarded_settings(given)
     check_settings(given, for_launch=for_launch)
     asked = structs.replace(
-        asked, objective=given.get("objective"), rule=overlong_rule(given, given.get("max_length"))
+        asked,
+        objective=given.get("objective"),
+        rule=overlong_rule(given, given.get("max_length")),
+        files_are_tasks=asks_for_tasks(given),
     )
     asked.check()
+    judge = reward_source(given)
     asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
-    machine = None if named_device else _probe(ui, runs_dir)
+    machine = None if named_device else machine or _probe(ui, runs_dir)
     devices = named_device or _offered(machine, given)
     offer = Offer(
         devices=devices,
@@ -153,33 +174,32 @@ def make_plan(
         source, choice = choose_model(asked, offer, here=named_device is None)
     if for_launch:
         source = with_weights(ui, source)
-    tokenizer = tokenizer_of(ui, source)
+        judge = judge and with_weights(ui, judge)
+    tokenizer = tokenizer_of(ui, source, given)
+    tokens = token_settings(tokenizer, given)
+    source = with_judge(with_rows_for(source, tokenizer, given), judge)
+    offer = structs.replace(offer, given={**given, **tokens.values}, reasons=tokens.reasons)
     # Unless told otherwise, no row is cut that the model can take (policy.max_length).
     longest = given.get("max_length", source.spec.max_position_embeddings)
-    asked = structs.replace(asked, rule=overlong_rule(given, longest))
+    rule = overlong_rule(given, longest)
+    asked = structs.replace(asked, rule=_completed(rule, source.spec, devices, given))
     data, eval_data = asked.read(ui, tokenizer)
-    checked_objective(data.objective)
+    _check_rewarded(given, data.objective)
+    _check_answers(data, given)
     split = make_split(data, eval_data, asked.test_share)
     check_lengths(data, split, eval_data, strict=asked.strict)
     profile = profile_data(data, split, eval_data)
-    ranking = offer.ranking(source.spec, profile)
-    if ranking.best is None:
-        raise refusal(ui, source, profile, offer, ranking)
-    chosen = ranking.best
+    ranking, chosen = _chosen(ui, source, profile, offer)
     device = chosen.device
-    if device.kind == "cpu":
-        chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
     if machine is not None and for_launch:
-        for lack, hint in host_lacks(chosen, machine.host, device, profile):
-            raise DoesNotFitError(lack, hint)
+        _check_host(chosen, machine.host, profile)
     return Planned(
         asked=asked,
         data=data,
         eval_data=eval_data,
         profile=profile,
-        template=tokenizer.template if tokenizer else "",
+        tokenizer=tokenizer,
         hashes=row_hashes(data, split, eval_data, tokenizer) if tokenizer else None,
-        chat_template=_uses_chat_template(tokenizer, data),
         machine=machine,
         device=device,
         source=source,
@@ -190,6 +210,86 @@ def make_plan(
         refused=refused_methods(source.spec, profile, offer, ranking.rejected),
         chosen=chosen,
     )
+
+
+def with_cycles(chosen: Evaluated, steps: int) -> Evaluated:
+    """The plan with the cycles of its method written out, which follow from the run's steps."""
+    plan = chosen.plan
+    if not plan.resolved_method.merges or plan.jagged_restart_steps is not None:
+        return chosen
+    every = restart_steps(plan, steps)
+    why = f"{num_restarts(steps, every) + 1} cycles in {steps:,} steps"
+    reasoned = chosen.reasoned.replace("derived", why, jagged_restart_steps=every)
+    return structs.replace(chosen, reasoned=reasoned)
+
+
+def _check_rewarded(given: Mapping[str, Any], objective: str) -> None:
+    check_rewarded(objective, given.get("reward_model"), given.get("reward", ()))
+
+
+def _check_answers(data: DataFile, given: Mapping[str, Any]) -> None:
+    """Raises InputError where a rule compares with answers and rows have none."""
+    if data.kind == "online" and given.get("reward"):
+        raise InputError(
+            f"`--reward {','.join(given['reward'])}` compares with the rows' answers, and "
+            f"`{data.source.files[0].path}` has questions alone",
+            "add answers to the rows, or give `--reward-model`",
+        )
+
+
+def _completed(
+    rule: Rule, model: ModelSpec, devices: Device | Sequence[Device], given: Mapping[str, Any]
+) -> Rule:
+    """With what the model adds to each prompt, where it does."""
+    if not OBJECTIVES[given.get("objective", "sft")].generates:
+        return rule
+    device = devices if isinstance(devices, Device) else devices[0]
+    advised = max_completion_length(model, device.kind).value
+    length = given.get("max_completion_length", advised)
+    return structs.replace(rule, completion_length=length)
+
+
+def planned_again(
+    ui: Ui, planned: Planned, profile: DataProfile, given: Mapping[str, Any], *, for_launch: bool
+) -> Planned:
+    """The plan for other rows or with other settings given, all else as it was found; raises as
+    `make_plan` does."""
+    offer = structs.replace(planned.offer, given=given)
+    ranking, chosen = _chosen(ui, planned.source, profile, offer)
+    if planned.machine is not None and for_launch:
+        _check_host(chosen, planned.machine.host, profile)
+    return structs.replace(
+        planned,
+        profile=profile,
+        offer=offer,
+        ranking=ranking,
+        refused=refused_methods(planned.source.spec, profile, offer, ranking.rejected),
+        chosen=chosen,
+        device=chosen.device,
+        closed_form=None,
+    )
+
+
+def _chosen(
+    ui: Ui, source: ModelSource, profile: DataProfile, offer: Offer
+) -> tuple[Ranking, Evaluated]:
+    """The ranking and its best plan, with its method's cycles; on a processor one that keeps to the
+    time budget."""
+    ranking = offer.ranking(source.spec, profile)
+    if ranking.best is None:
+        raise refusal(ui, source, profile, offer, ranking)
+    chosen = ranking.best
+    if chosen.device.kind == "cpu":
+        chosen = limit_to_time_budget(chosen, profile, offer.given, CPU_TIME_BUDGET_SECONDS)
+    steps = optimizer_steps(chosen.plan, profile.num_train_rows)
+    check_steps(chosen.plan, steps)
+    return ranking, with_cycles(chosen, steps)
+
+
+def _check_host(chosen: Evaluated, host: Host, profile: DataProfile) -> None:
+    """Raises DoesNotFitError where the machine has not the RAM or disk."""
+    for lack, hint in host_lacks(chosen, host, chosen.device, profile):
+        raise DoesNotFitError(lack, hint)
 
 
 def overlong_rule(given: Mapping[str, Any], longest: int | None) -> Rule:
@@ -247,21 +347,27 @@ def _margin(devices: Device | Sequence[Device], runs_dir: Path) -> Margin:
     return max(margins, key=lambda margin: margin.share)
 
 
-def _uses_chat_template(tokenizer: RowTokenizer | None, data: DataFile) -> bool:
-    if tokenizer is None or not tokenizer.has_chat_template:
-        return False
-    return data.kind != "pretraining"
+def tokenizer_of(
+    ui: Ui, source: ModelSource, given: Mapping[str, Any] = MappingProxyType({})
+) -> RowTokenizer | None:
+    """The model's own tokenizer where its files are here; None (and a word) otherwise.
 
-
-def tokenizer_of(ui: Ui, source: ModelSource) -> RowTokenizer | None:
-    """The model's own tokenizer where its files are here; None (and a word) otherwise."""
+    `given`: settings, of which template and tokens are put into it. Raises InputError where they
+    are not to be had.
+    """
     folder = source.folder or (cached_folder(source.hub_id) if source.hub_id else None)
     if folder is None or importlib.util.find_spec("transformers") is None:
         ui.say("no tokenizer at hand: token lengths are estimated from characters")
         return None
     ui.say("reading the rows with the model's tokenizer ...")
     try:
-        return load_tokenizer(folder)
+        return load_tokenizer(
+            folder,
+            str(given.get("chat_template", TrainingPlan().chat_template)),
+            is_base=is_base_model(source),
+            add_tokens=given.get("add_tokens", ()),
+            train_tokens=given.get("train_tokens", ()),
+        )
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(

@@ -28,6 +28,7 @@ _INPUTS = frozenset(
         "data_profile.json",
         "left_out.jsonl",
         "data",
+        "base",
     }
 )
 
@@ -113,6 +114,21 @@ class RunDir(Struct, frozen=True):
     def merged(self) -> Path:
         """Where `ftplan merge` puts the merged model."""
         return self.root / "merged"
+
+    @property
+    def base(self) -> Path:
+        """Of a stage: the model of the one before, its adapter merged."""
+        return self.root / "base"
+
+    @property
+    def held_out(self) -> Path:
+        """Of a stage: held-out rows as tokens, which later stages are evaluated on."""
+        return self.root / "held_out"
+
+    @property
+    def replay(self) -> Path:
+        """Of a stage: rows as tokens that later stages mix into their own."""
+        return self.root / "replay"
 
     @property
     def record(self) -> Path:

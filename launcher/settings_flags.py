@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from ftplan.planner.errors import InputError
@@ -64,11 +66,28 @@ def _is_value(setting: str, word: str) -> bool:
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings given on the command line, as their types; raises InputError."""
-    return {
+    given = {
         item.name: parse_setting(item.name, text)
         for item in dataclasses.fields(TrainingPlan)
         if (text := getattr(arguments, item.name)) is not None
     }
+    if "add_tokens" in given:
+        given["add_tokens"] = _listed(given["add_tokens"])
+    return given
+
+
+def _listed(tokens: tuple[str, ...]) -> tuple[str, ...]:
+    """Tokens, or those that a file names: one a line. Raises InputError for a file without."""
+    if len(tokens) != 1 or not os.path.isfile(tokens[0]):
+        return tokens
+    try:
+        lines = Path(tokens[0]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the tokens of `{tokens[0]}`: {error}") from error
+    found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not found:
+        raise InputError(f"`{tokens[0]}` names no token", "write one on each line")
+    return found
 
 
 def command_line(

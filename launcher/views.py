@@ -3,7 +3,7 @@ but shares and differences of what is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -429,6 +429,7 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     if evaluation["before"] is not None and evaluation["after"] is not None:
         name = f"loss, {evaluation['num_rows']} rows"
         rows.append(_before_and_after(name, evaluation, "{:.3f}".format, "lower is better"))
+    rows += _task_rows(record.get("tasks") or {})
     for key, label, form, better in _MEASURES:
         if values := evaluation.get(key):
             name = f"{label}, {num_scored} answers" if key == "exact_match" else label
@@ -462,6 +463,21 @@ def said_forgetting(record: Mapping[str, Any]) -> str | None:
         f"the model has forgotten: the perplexity of general text rose by {rise}, more than "
         f"{_share(forgetting['threshold'])}. What helps: {helps}"
     )
+
+
+def _change(before: float, after: float) -> str:
+    """A share of what was; a difference where that was not above 0, as rewards may be."""
+    return format_percent(after / before - 1) if before > 0 else f"{after - before:+.3f}"
+
+
+def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[RenderableType]]:
+    """Of each task: its held-out loss, and its share of the rows that were drawn."""
+    for name, told in tasks.items():
+        before, after = told["before"], told["after"]
+        if before and after is not None:
+            change = format_percent(after / before - 1)
+            drawn = f"{100 * told['share']:.0f} % of the rows trained on"
+            yield [f"- {name}", f"{before:.3f}", f"{after:.3f}", change, drawn]
 
 
 def comparison_table(record: Mapping[str, Any]) -> Table:

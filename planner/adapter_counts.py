@@ -126,15 +126,11 @@ def _pair(first: str, second: str, linear: Linear, rank: int) -> dict[str, Shape
 
 
 def _adalora(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
-    """As it begins, before ranks shrink: Zhang et al. 2023 (arXiv 2303.10512)."""
+    """As it begins, before ranks shrink: Zhang et al. 2023 (arXiv 2303.10512). PEFT's cast of
+    adapters to fp32 would train the rank's number too, which no file holds: training does not
+    (`launcher/training/adapters.py`)."""
     trained = _pair("lora_A", "lora_B", linear, rank)
     return Tensors(trained={**trained, "lora_E": (rank, 1)}, frozen={"ranknum": (1,)})
-
-
-def _adalora_cast(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
-    """PEFT's cast to fp32 makes a parameter of the rank's number anew, one that is trained."""
-    made = _adalora(linear, o, rank)
-    return Tensors(trained={**made.trained, **made.frozen})
 
 
 def _loha(linear: Linear, o: PeftOptions, rank: int) -> Tensors:
@@ -616,10 +612,6 @@ def lora_fa_count(model: ModelSpec, settings: MethodSettings, options: PeftOptio
     return _count(model, options, _lora_fa)
 
 
-def adalora_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
-    return _count(model, options, _adalora_cast if settings.casts_adapters else _adalora)
-
-
 def ia3_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
     """A factor for each result of a module, or for each input of a feed-forward one."""
     defaults = IA3_TARGETS.get(model.model_type, (None, None))
@@ -694,9 +686,11 @@ def _count(
         shared_trained, shared_frozen = shared(places, options, rank)
         tally.add(shared_trained)
         frozen.add(shared_frozen)
-    tokens = options.numbers("trainable_token_indices") or ()
-    if tokens:
-        trained_tokens, original = tokens_of(model, tokens)
+    listed = len(options.numbers("trainable_token_indices") or ())
+    num_tokens = options.num_trained_tokens or listed
+    named = bool(options.num_trained_tokens)
+    for ending in _rows_trained(model, num_tokens, named=named):
+        trained_tokens, original = tokens_of(model, num_tokens, ending)
         tally.add([trained_tokens])
         frozen.add([original])
     return with_copies(
@@ -711,7 +705,10 @@ def _count(
             adapted_layers=layers,
             rank=rank,
             ranks=tuple(ranks.items()),
-            num_trained_tokens=len(tokens),
+            num_trained_tokens=num_tokens,
+            trains_head_rows=bool(num_tokens)
+            and not model.scores
+            and (named or model.tie_word_embeddings),
         ),
     )
 
@@ -877,11 +874,27 @@ def _copy(module: str, parameter: Parameter) -> Parameter:
     return structs.replace(parameter, name=f"{module}.modules_to_save.{kind}")
 
 
-def tokens_of(model: ModelSpec, indices: Sequence[int]) -> tuple[Parameter, Parameter]:
-    """What is trained of these tokens' embeddings, and their values as they were."""
+def _rows_trained(model: ModelSpec, num_tokens: int, *, named: bool) -> tuple[str, ...]:
+    """Modules whose rows are trained. PEFT ties those of a tied output projection to the
+    embeddings'; of one that is not, named tokens train its own rows as well."""
+    if not num_tokens:
+        return ()
+    if model.scores or not (named or model.tie_word_embeddings):
+        return (embedding_name(model),)
+    if model.lm_head_bias:
+        raise InputError(
+            f"PEFT leaves out the bias of `{LM_HEAD}` of {model.name} where rows of it are trained",
+            f"use `--modules-to-save {embedding_name(model)},{LM_HEAD}`, which trains both whole",
+        )
+    tied = model.tie_word_embeddings
+    return (embedding_name(model),) if tied else (embedding_name(model), LM_HEAD)
+
+
+def tokens_of(model: ModelSpec, num_tokens: int, module: str) -> tuple[Parameter, Parameter]:
+    """What is trained of these tokens' rows in a module, and their values as they were."""
     width = model.embedding_width or model.hidden_size
-    name, shape = embedding_name(model), (len(indices), width)
+    shape = (num_tokens, width)
     return (
-        Parameter(name=f"{name}.trainable_tokens_delta", shape=shape),
-        Parameter(name=f"{name}.trainable_tokens_original", shape=shape),
+        Parameter(name=f"{module}.trainable_tokens_delta", shape=shape),
+        Parameter(name=f"{module}.trainable_tokens_original", shape=shape),
     )

@@ -105,6 +105,14 @@ def loss_copy_bytes(options: PeftOptions, trained: Trained, *, loss_in_model: bo
     return 2 * 2 * sum(p.num_elements for p in _early(options, trained))
 
 
+def importance_elements(options: PeftOptions, trained: Trained) -> int:
+    """Numbers that AdaLoRA keeps from step to step to know which ranks matter: of each entry of its
+    matrices its sensitivity, and means of that and of how it varies (peft, `RankAllocator`)."""
+    if options.peft_type != "ADALORA":
+        return 0
+    return 3 * sum(p.num_elements for p in trained.adapters)
+
+
 def unseen_gradient_bytes(options: PeftOptions, trained: Trained, width: int) -> int:
     """Bytes that gradients hold beside what they are gradients of: OSF's are views of those of
     matrices joined with frozen ones, where no hook makes new ones."""

@@ -24,6 +24,7 @@ from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.policy import Advice, model_kind
 from ftplan.planner.recipe import data_recipe
 from ftplan.planner.step_time import achieved_flops_per_second
+from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.units import format_bytes, format_count, format_seconds
 from ftplan.planner.weights import weight_memory_bytes
 
@@ -227,7 +228,8 @@ def least_run_seconds(model: ModelSpec, data: DataProfile, available: Available)
     for plan in _plans(model, data, available):
         if plan.max_steps is not None:
             return 0.0
-        tokens = data.rows_each * sum(min(n, plan.max_length) for n in data.trained_lengths)
+        lengths = data.epoch_lengths(TaskWeighting.of(plan))
+        tokens = data.rows_each * sum(min(n, plan.max_length) for n in lengths)
         rate = sum(achieved_flops_per_second(plan.compute_dtype, gpu) for gpu in available.gpus)
         reached = trained_part(model, plan).reached_layers(model)
         passes = 1 + max(0, reached - 1) / model.num_hidden_layers

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 # Rows of this many micro-batches are sorted by length together: enough to make their lengths
 # alike, few enough to leave the order random.
-_BATCHES_SORTED_TOGETHER = 16
+BATCHES_SORTED_TOGETHER = 16
 
 # Lengths looked at when padding is predicted; evenly spaced over the sorted lengths.
 _SAMPLE_ROWS = 4096
@@ -32,7 +32,7 @@ def training_order(
     # In the first group, which leaves no row over: the batch that is not full comes last.
     longest = max(range(len(order)), key=lambda place: lengths[order[place]])
     order[0], order[longest] = order[longest], order[0]
-    together = _BATCHES_SORTED_TOGETHER * batch_size
+    together = BATCHES_SORTED_TOGETHER * batch_size
     batches: list[list[int]] = []
     for start in range(0, len(order), together):
         group = sorted(order[start : start + together], key=lambda i: -lengths[i])

@@ -23,6 +23,9 @@ _PLAIN_METHODS = frozenset(("lora", "qlora", "rslora", "pissa", "freeze", "full"
 # log-probabilities, or are told no row's task.
 _UNTOLD_ROWS = frozenset(("ADAPTION_PROMPT", "POLY"))
 
+# Settings that say what is trained beside the method's own.
+_BESIDE = ("modules_to_save", "peft_config", "trainable_modules", "add_tokens", "train_tokens")
+
 # Options of PEFT that change a step, and in which way is not modelled.
 _UNMODELLED_OPTIONS = frozenset(
     (
@@ -52,7 +55,7 @@ def _unmodelled_together(plan: TrainingPlan) -> str | None:
         return None
     if plan.method not in _PLAIN_METHODS:
         return f"{_spelled(plan, 'method')} with {beside}"
-    for setting in ("modules_to_save", "peft_config", "trainable_modules"):
+    for setting in _BESIDE:
         if getattr(plan, setting):
             return f"{_spelled(plan, setting)} with {beside}"
     return None
@@ -107,13 +110,19 @@ def _unmodelled_with_model(plan: TrainingPlan, model: ModelSpec) -> str | None:
     beside = _not_cached(model, plan.max_length) if plan.resolved_objective.generates else None
     if beside is not None:
         return f"{_spelled(plan, 'objective')} with {beside}"
-    given = read_options(plan.peft_config)
-    trains_tokens = plan.method == "trainable-tokens" or "trainable_token_indices" in given
-    if trains_tokens and model.tie_word_embeddings:
-        return f"trained tokens of `{model.model_type}`, whose output projection shares them"
+    if plan.method == "trainable-tokens" and model.tie_word_embeddings and plan.trainer == "trl":
+        return (
+            f"trained tokens of `{model.model_type}`, whose output projection TRL wants unadapted"
+        )
+    if plan.loss == "liger" and _trains_head_rows(plan, model):
+        return f"{_spelled(plan, 'loss')} over trained rows of the output projection"
     if plan.method == "hira" and model.model_type in CONV1D_MODEL_TYPES:
         return f"`--method hira` on `{model.model_type}`"
     return None
+
+
+def _trains_head_rows(plan: TrainingPlan, model: ModelSpec) -> bool:
+    return plan.resolved_method.count(model, plan.method_settings).trains_head_rows
 
 
 def _computes_every_expert(layer: Layer) -> bool:

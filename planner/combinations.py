@@ -5,9 +5,11 @@ way out. What contradicts itself within a plan is refused in `plan.py`, `objecti
 from __future__ import annotations
 
 from ftplan.planner.combination import Asked, Caution, Combination, Outcome, spelled
+from ftplan.planner.cycles import LORA_DROP_KEPT_SHARE
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import QUANTIZATION_CAPABILITY, Device
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.refused_steps import REFUSED_STEPS
 from ftplan.planner.trained import LM_HEAD, routers_taken_for_linear
@@ -19,8 +21,17 @@ _FLASH_ATTENTION_CAPABILITY = (8, 0)
 # Architectures whose classes in transformers 5.23 have no `_supports_flash_attn`.
 WITHOUT_FLASH_ATTENTION = frozenset(("bloom", "codegen", "llama4", "llama4_text", "mpt"))
 
+# The least change of a number, as a share of it, that is not rounded away: half of the last bit.
+_LEAST_CHANGES = {"bfloat16": 512, "float16": 4096}
+
 # `TrainingArguments.per_device_eval_batch_size` of transformers.
 _DEFAULT_EVAL_ROWS = 8
+
+
+# Optimizers whose code calls CUDA by name (galore-torch 1.0, adamw8bit.py; lomo-optim 0.1.1,
+# adalomo.py); and those that let a gradient's norm grow by 1 % a step.
+CUDA_OPTIMIZERS = frozenset(("adalomo", "galore_adamw_8bit", "galore_adamw_8bit_layerwise"))
+_LIMITED_OPTIMIZERS = frozenset(("apollo_adamw", "apollo_adamw_layerwise"))
 
 
 def cautions(model: ModelSpec, plan: TrainingPlan, device: Device | None) -> list[Caution]:
@@ -65,11 +76,6 @@ def _flash_attention_cannot_run(asked: Asked) -> bool:
     if capability is None:
         return asked.device.vendor == "apple"
     return capability < _FLASH_ATTENTION_CAPABILITY
-
-
-QUANTIZED_ON_PROCESSOR = (
-    "4- and 8-bit bases are for GPUs: on a processor they save RAM and take far longer"
-)
 
 
 def _quantizes_on_processor(asked: Asked) -> bool:
@@ -167,9 +173,12 @@ COMBINATIONS: tuple[Combination, ...] = (
         name="quantized-on-processor",
         outcome="warned",
         applies=_quantizes_on_processor,
-        text=lambda a: QUANTIZED_ON_PROCESSOR,
-        way_out=lambda a: "use `--method lora` if the RAM is there",
-        source="bitsandbytes' installation guide",
+        text=lambda a: (
+            "a processor expands the weights of a 4- or 8-bit base for each product: that saves "
+            "memory, not time"
+        ),
+        way_out=lambda a: "use `--method lora` where its memory fits",
+        source="bitsandbytes 0.50, backends/cpu/ops.py",
     ),
     Combination(
         name="no-quantization-kernels",
@@ -178,6 +187,31 @@ COMBINATIONS: tuple[Combination, ...] = (
         text=_lack_of_quantization,
         way_out=_other_than_quantized,
         source="bitsandbytes' installation guide; Triton's README",
+    ),
+    Combination(
+        name="optimizer-on-processor",
+        outcome="not run",
+        applies=lambda a: (
+            a.device is not None and a.device.kind == "cpu" and a.plan.optim in CUDA_OPTIMIZERS
+        ),
+        text=lambda a: f"`--optim {a.plan.optim}` calls CUDA by name, whatever it runs on",
+        way_out=lambda a: "use `--optim adamw_torch_fused`",
+        source="galore-torch 1.0, adamw8bit.py; lomo-optim 0.1.1, adalomo.py",
+    ),
+    Combination(
+        name="apollo-zero-start",
+        outcome="warned",
+        applies=lambda a: (
+            a.plan.optim in _LIMITED_OPTIMIZERS
+            and a.peft_type == "LORA"
+            and read_options(a.plan.peft_config).get("init_lora_weights", True) is True
+        ),
+        text=lambda a: (
+            f"`--optim {a.plan.optim}` lets a gradient's norm grow by 1 % a step, and LoRA's first "
+            "matrix begins with a gradient of 0: it hardly moves"
+        ),
+        way_out=lambda a: "use `--optim adamw_torch_fused`",
+        source="apollo-torch 1.0.3, apollo.py: the norm-growth limiter",
     ),
     Combination(
         name="fp16-overflow",
@@ -348,13 +382,47 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         name="relora-sharded",
         outcome="refused",
-        applies=lambda a: a.plan.method == "relora" and a.plan.sharding != "none",
+        applies=lambda a: a.plan.resolved_method.merges and a.plan.sharding != "none",
         text=lambda a: (
-            "ReLoRA merges adapters and resets optimizer states as it goes, which is "
-            f"not done on state divided by `--sharding {a.plan.sharding}`"
+            f"{a.plan.resolved_method.title} merges adapters and resets optimizer states as it "
+            f"goes, which is not done on state divided by `--sharding {a.plan.sharding}`"
         ),
         way_out=lambda a: "leave out `--sharding`, or use `--method lora`",
         source="axolotl's validation: neither FSDP nor DeepSpeed with ReLoRA",
+    ),
+    Combination(
+        name="merged-in-16-bits",
+        outcome="warned",
+        applies=lambda a: a.plan.resolved_method.merges and a.plan.dtype != "float32",
+        text=lambda a: (
+            f"each of {a.plan.resolved_method.title}'s merges rounds the base to {a.plan.dtype}, "
+            f"and what changes a weight by less than 1/{_LEAST_CHANGES[a.plan.dtype]} is lost"
+        ),
+        way_out=lambda a: "`--dtype float32` keeps it, at 4 bytes a weight",
+        source="significands of 8 and 11 bits, rounded to the nearest",
+    ),
+    Combination(
+        name="lora-drop-bound",
+        outcome="warned",
+        applies=lambda a: a.plan.method == "lora-drop",
+        text=lambda a: (
+            "memory and trained parameters are those of LoRA-drop's first steps, with an adapter "
+            f"in each layer; once layers share one, about {LORA_DROP_KEPT_SHARE:.0%} of the "
+            "parameters are left"
+        ),
+        way_out=lambda a: "`--lora-drop-threshold` says how many are",
+        source="LoRA-drop, abstract: 50 % on average at its threshold of 0.9",
+    ),
+    Combination(
+        name="adalora-fused-loss",
+        outcome="warned",
+        applies=lambda a: a.peft_type == "ADALORA" and a.plan.loss == "trl-fused",
+        text=lambda a: (
+            "PEFT adds AdaLoRA's orthogonality term to a loss that the model computes, and "
+            "`--loss trl-fused` is computed outside of it: ranks are taken away without that term"
+        ),
+        way_out=lambda a: "use `--loss stock`",
+        source="peft, tuners/adalora/model.py `AdaLoraModel.forward`",
     ),
     *REFUSED_STEPS,
 )

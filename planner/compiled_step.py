@@ -13,10 +13,15 @@ from operator import attrgetter
 
 from msgspec import Struct, structs
 
-from ftplan.planner.adapters import unseen_gradient_bytes
+from ftplan.planner.adapters import importance_elements, unseen_gradient_bytes
 from ftplan.planner.closed_form import check_closed_form
 from ftplan.planner.context_parallel import check_rows_divided
-from ftplan.planner.disk import DiskNeeds, disk_needs, saved_weight_bytes
+from ftplan.planner.disk import (
+    DiskNeeds,
+    disk_needs,
+    final_weight_bytes,
+    saved_weight_bytes,
+)
 from ftplan.planner.generation import with_rollout
 from ftplan.planner.hardware_spec import (
     Device,
@@ -30,6 +35,7 @@ from ftplan.planner.optimizer_steps import Updated, in_place
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prequantized import PREQUANTIZED
+from ftplan.planner.rewards import reward_bytes
 from ftplan.planner.stack import (
     FLASH_CAPABILITY,
     Stack,
@@ -253,6 +259,9 @@ def _held_whole(
     if optimizer.keeps_frozen:
         with_states += frozen_parameters(model, plan, trained)
     states = optimizer.state_bytes(with_states, kind)
+    if plan.trainer != "loop":  # in one's own nobody takes ranks away
+        options = plan.resolved_method.options(plan.method_settings)
+        states += settings.numerics.adapters * importance_elements(options, trained)
     host_states = optimizer.host_state_bytes(with_states) if kind == "cuda" else 0
     unseen = _unseen_bytes(plan, trained, settings)
     kept = 0 if optimizer.steps_in_backward else gradients + unseen
@@ -297,7 +306,7 @@ def _step_moments(
 ) -> tuple[Moment, ...]:
     by_trainer = plan.trainer != "loop"
     return model.remembered(
-        ("step", plan.optim, tuple(updated), kind, by_trainer),
+        ("step", plan.method, plan.optim, tuple(updated), kind, by_trainer),
         partial(plan.optimizer.step_moments, updated, kind, by_trainer=by_trainer),
     )
 
@@ -377,9 +386,10 @@ def _standing(
     held = _held(with_objective, plan, stack, trained, settings)
     whole = trained if model is published else trained_part(published, plan)
     saved = saved_weight_bytes(trained_model(published, plan), plan, whole, stack)
+    final = final_weight_bytes(trained_model(published, plan), plan, saved)
     return Standing(
         held=held,
-        spans=_spans(plan, held, settings, accumulates),
+        spans=_spans(plan, held, settings, accumulates, reward_bytes(model, plan)),
         host=host_memory(
             published,
             plan,
@@ -388,20 +398,27 @@ def _standing(
             trained_own=trained.base_parameters,
             trained_all=trained.num_trainable_parameters,
             whole_bytes=held.weights + held.adapters,
-            saved_bytes=saved,
+            saved_bytes=max(saved, final),
         ),
-        disk=disk_needs(published, plan, saved_bytes=saved, state_bytes=held.saved_states),
+        disk=disk_needs(
+            published,
+            plan,
+            saved_bytes=saved,
+            state_bytes=held.saved_states,
+            final_bytes=final,
+        ),
     )
 
 
 def _spans(
-    plan: TrainingPlan, held: Held, settings: StepSettings, accumulates: bool
+    plan: TrainingPlan, held: Held, settings: StepSettings, accumulates: bool, judging: int
 ) -> Sequence[Span]:
-    """A run's, in order."""
+    """A run's, in order. `judging`: bytes of the reward model."""
     workspace = cublas_workspace_bytes(settings.capability) if settings.on_cuda else 0
     loaded = {
         "weights": held.weights,
         "reference_model": held.weights if keeps_reference(plan) else 0,
+        "reward_model": judging,
         "adapters": held.adapters,
     }
     resident = {

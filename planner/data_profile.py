@@ -13,6 +13,7 @@ from msgspec import Struct
 from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.errors import InputError
 from ftplan.planner.overlong import RowCounts, overlong_to_dict
+from ftplan.planner.tasks import TaskWeighting, drawn_lengths
 
 
 class Problem(Struct, frozen=True, kw_only=True):
@@ -36,8 +37,8 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     `objective`: what its rows are for, in words; `trains`: the plan's objective that follows.
     `lengths` are the usable training rows' lengths in tokens, template included, sorted from
     the longest; `exact` says whether the model's own tokenizer measured them. `trained_tokens` of
-    them carry loss. `tasks`: rows of each task, where rows name one. `language`: of most rows whose
-    language is plain; empty where none is.
+    them carry loss. `task_lengths`: where rows are of several tasks, the `trained_lengths` of each
+    one's. `language`: of most rows whose language is plain; empty where none is.
 
     `overlong`: what becomes of rows longer than `limit` (None: no row is too long, whatever its
     length), as `planner.overlong` names it. `train_counts`, `eval_counts`: what became of which.
@@ -60,7 +61,7 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     num_test_rows: int = 0
     duplicates: int = 0
     has_margins: bool = False
-    tasks: Mapping[str, int] = {}
+    task_lengths: Mapping[str, tuple[int, ...]] = {}
     language: str = ""
     rows_each: float = 1.0
     """Rows that each of `lengths` stands for: more than one where they are a sample."""
@@ -89,6 +90,21 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     def trained_lengths(self) -> tuple[int, ...]:
         """Of the rows that go into training, once those too long have been seen to."""
         return self.lengths if self.lengths_left is None else self.lengths_left
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """Rows of each task that go into training, where there are several tasks."""
+        return {
+            task: round(self.rows_each * len(lengths))
+            for task, lengths in self.task_lengths.items()
+        }
+
+    def epoch_lengths(self, weighting: TaskWeighting) -> tuple[int, ...]:
+        """Of as many rows as go into training, drawn as tasks are weighted at the start. Raises
+        InputError where weights are given for other tasks."""
+        if weighting.takes_each_row_once or not self.task_lengths:
+            return self.trained_lengths
+        return drawn_lengths(self.task_lengths, weighting.shares(self.tasks))
 
     @property
     def num_train_rows(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from ftplan.planner.cycles import DEFAULT_CYCLES
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.sharding import ZERO
@@ -33,7 +34,8 @@ _SAVES_INDEX = ("SHIRA", "SUPERTUNING")
 
 class DiskNeeds(Struct, frozen=True, kw_only=True):
     """Bytes on disk. `weights`: the model's files as they are published; `checkpoint`: one of
-    those; `final_model`: trained weights at the end, an adapter or the whole model.
+    those; `final_model`: trained weights at the end, an adapter or the whole model;
+    `merged_adapter`: one of those that ReLoRA and PLoRA have merged, kept beside the checkpoints.
 
     Left out: the tokenizer's files, which stand in each folder.
     """
@@ -41,19 +43,23 @@ class DiskNeeds(Struct, frozen=True, kw_only=True):
     weights: int
     checkpoint: int
     final_model: int
+    merged_adapter: int = 0
 
     @property
     def checkpoints(self) -> int:
-        """Those kept, and one that is being written."""
-        return (CHECKPOINTS_KEPT + 1) * self.checkpoint
+        """Those kept, and one that is being written; and what a usual number of cycles merges."""
+        merged = (DEFAULT_CYCLES - 1) * self.merged_adapter
+        return (CHECKPOINTS_KEPT + 1) * self.checkpoint + merged
 
     @property
     def total(self) -> int:
         return self.weights + self.checkpoints + self.final_model
 
-    def run_bytes(self, num_saves: float) -> int:
-        """What the run directory comes to where so many checkpoints are written."""
-        return int(min(num_saves, CHECKPOINTS_KEPT + 1)) * self.checkpoint + self.final_model
+    def run_bytes(self, num_saves: float, num_merges: int = DEFAULT_CYCLES - 1) -> int:
+        """What the run directory comes to where so many checkpoints are written, and adapters
+        merged so many times."""
+        written = int(min(num_saves, CHECKPOINTS_KEPT + 1)) * self.checkpoint
+        return written + num_merges * self.merged_adapter + self.final_model
 
     def to_dict(self) -> Mapping[str, int]:
         return {
@@ -64,11 +70,17 @@ class DiskNeeds(Struct, frozen=True, kw_only=True):
 
 
 def disk_needs(
-    model: ModelSpec, plan: TrainingPlan, *, saved_bytes: int, state_bytes: int
+    model: ModelSpec,
+    plan: TrainingPlan,
+    *,
+    saved_bytes: int,
+    state_bytes: int,
+    final_bytes: int | None = None,
 ) -> DiskNeeds:
     """Disk of a run, eq. (11).
 
-    `model`: as it is published; `saved_bytes`: weights that a save writes; `state_bytes`: optimizer
+    `model`: as it is published; `saved_bytes`: weights that a checkpoint has, and what is left in
+    the end where that is not something else, of `final_bytes`; `state_bytes`: optimizer
     states of all GPUs, fp32 masters among them. The checkpoint of DeepSpeed's stages 1 and 2 has
     the module's weights once more (`save_checkpoint` of deepspeed/runtime/engine.py). Known error:
     within 2 % of the trainer's files for models from 10 MB on, without the tokenizer's.
@@ -78,7 +90,8 @@ def disk_needs(
     return DiskNeeds(
         weights=stored_bytes(model),
         checkpoint=saved_bytes + again + state_bytes + small,
-        final_model=saved_bytes + small,
+        final_model=(saved_bytes if final_bytes is None else final_bytes) + small,
+        merged_adapter=saved_bytes if plan.resolved_method.merges else 0,
     )
 
 
@@ -107,6 +120,18 @@ def saved_weight_bytes(model: ModelSpec, plan: TrainingPlan, trained: Trained, s
         + num_elements(trained.held_as_base) * own
         + _saved_beside(model, plan, trained)
     )
+
+
+def final_weight_bytes(model: ModelSpec, plan: TrainingPlan, saved_bytes: int) -> int:
+    """Bytes of the weights that a run leaves: the whole model where adapters are merged into it;
+    of AdaLoRA the ranks that it has not taken away; else what a checkpoint has, `saved_bytes`."""
+    method = plan.resolved_method
+    if method.merges:
+        return model.num_parameters * plan.weight_bytes
+    if method.peft_type == "ADALORA":
+        ranks = method.options(plan.method_settings).values
+        return int(saved_bytes * ranks["target_r"] // ranks["init_r"])
+    return saved_bytes
 
 
 def _widths(plan: TrainingPlan, stack: Stack) -> tuple[int, int, int]:

@@ -28,6 +28,7 @@ from ftplan.planner.weights import quantized_bytes_per_weight
 HELD_EQUATIONS = {
     "weights": 1,
     "reference_model": 1,
+    "reward_model": 1,
     "adapters": 2,
     "gradients": 3,
     "optimizer_states": 4,
@@ -127,8 +128,10 @@ def _held_formulas(
     each = " + ".join(f"{count:,} x {width} B" for count, width in widths)
     count = sum(count for count, _ in widths)
     state_bytes = held.get("optimizer_states", 0) / count
+    judge = model.reward_model.num_parameters if model.reward_model else 0
     return {
         "weights": " + ".join(_weight_terms(model, plan)),
+        "reward_model": f"{judge:,} parameters x {plan.compute_bytes} B",
         "adapters": " + ".join(f"{c:,} x {w} B" for c, w in widths if trained.added_parameters),
         "gradients": f"one for each trained parameter: {each}",
         "optimizer_states": f"{count:,} trained x {state_bytes:.4g} B, by {plan.optim}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ftplan.planner.cycles import DEFAULT_CYCLES
 from ftplan.planner.disk import CHECKPOINTS_KEPT
 from ftplan.planner.hardware_spec import CPU_PROCESS_BYTES, CUDA_HOST_BYTES
 from ftplan.planner.host_memory import HOST_COMPONENTS
@@ -43,10 +44,13 @@ def _disk_terms(memory: MemoryEstimate, plan: TrainingPlan) -> Iterator[dict[str
     disk = memory.disk
     states = "weights of the trained adapter" if plan.resolved_method.adapter else "the model"
     kept = f"({CHECKPOINTS_KEPT} + 1) x {disk.checkpoint:,} B: {states} and optimizer states"
+    if disk.merged_adapter:
+        kept += f"; {DEFAULT_CYCLES - 1} x {disk.merged_adapter:,} B: adapters merged before"
+    left = "the model" if plan.resolved_method.merges else states
     for formula, size in (
         ("the model as it is published", disk.weights),
         (kept, disk.checkpoints),
-        (f"{states}, trained", disk.final_model),
+        (f"{left}, trained", disk.final_model),
     ):
         yield _term("disk", DISK_EQUATION, formula, size)
 

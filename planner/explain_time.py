@@ -24,6 +24,7 @@ from ftplan.planner.step_time import (
     step_parts,
     step_work,
 )
+from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.units import format_bytes
 
 
@@ -48,7 +49,8 @@ def explain_time(
 ) -> list[TimeTerm]:
     """The parts of a step on the mean micro-batch of the data; Eq. (T1) joins them."""
     rows = plan.per_device_train_batch_size
-    tokens = mean_batch_tokens(data.trained_lengths, rows, plan.max_length)
+    lengths = data.epoch_lengths(TaskWeighting.of(plan))
+    tokens = mean_batch_tokens(lengths, rows, plan.max_length)
     work = step_work(
         model,
         plan,

@@ -97,17 +97,21 @@ class Generation(Struct, frozen=True):
 
 class Rollout(Struct, frozen=True, kw_only=True):
     """What comes before a micro-batch of completions. `model`: settings of the model as it
-    generates; `scored`: of those that are then asked for log-probabilities."""
+    generates; `scored`: of those that are then asked for log-probabilities, of which `keeps_sums`
+    keeps each row's sum alone; `judge`: of the reward model, where there is one."""
 
     generation: Generation
     model: StepSettings
     scored: tuple[StepSettings, ...]
+    keeps_sums: bool = False
+    judge: tuple[ModelSpec, StepSettings] | None = None
 
     @property
     def kept(self) -> Form:
         """Bytes of what was generated, and its log-probabilities, until others are."""
         rows = per_token(NUMBERS_BYTES)
-        scores = per_row(len(self.scored) * self.generation.completion_length * f.FLOAT32)
+        numbers = 1 if self.keeps_sums else len(self.scored) * self.generation.completion_length
+        scores = per_row(numbers * f.FLOAT32)
         return times(add_forms(rows, scores), self.generation.micro_batches)
 
 
@@ -131,6 +135,9 @@ def with_rollout(model: ModelSpec, settings: StepSettings, trace: StepTrace) -> 
     scored = [
         StepTracer(model, one, phases).add_pass(beside, SCORING_PHASE) for one in rollout.scored
     ]
+    if rollout.judge is not None:  # after that, as many rows at a time
+        judge, judging = rollout.judge
+        scored.append(StepTracer(judge, judging, phases).add_pass(beside, SCORING_PHASE))
     kept = {name: of for name, of in trace.phases.items() if name != EVALUATION_PHASE}
     return structs.replace(
         trace,
@@ -228,9 +235,14 @@ class _Generating(StepTracer):
         return {part: self.change(form) for part, form in parts.items()}
 
     def _loss_module(
-        self, head: Head, weight: Weight, bias: Weight | None, exchange: Exchange
+        self,
+        head: Head,
+        weight: Weight,
+        bias: Weight | None,
+        delta: Weight | None,
+        exchange: Exchange,
     ) -> Callable[..., Tensor]:
-        logits = self._stock_loss(head, weight, bias, exchange).logits
+        logits = self._stock_loss(head, weight, bias, delta, exchange).logits
         return partial(_sample, logits=logits, head=head, returns_fp32=self.settings.returns_fp32)
 
 

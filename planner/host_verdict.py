@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ftplan.planner.cycles import num_restarts, restart_steps
 from ftplan.planner.hardware_spec import Device, Host
 from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.plan import TrainingPlan
@@ -37,7 +38,10 @@ def lacking_disk(
     """What is missing on the run's disk. `steps`: optimizer steps of the run, where known;
     `num_tokens`: of its rows, which lie there while it trains."""
     saves = math.inf if steps is None else math.ceil(steps / plan.save_steps)
-    needed = memory.disk.run_bytes(saves) + plan.num_gpus * TOKEN_FILE_BYTES * num_tokens
+    merges = {}
+    if steps is not None and plan.resolved_method.merges:
+        merges["num_merges"] = num_restarts(steps, restart_steps(plan, steps))
+    needed = memory.disk.run_bytes(saves, **merges) + plan.num_gpus * TOKEN_FILE_BYTES * num_tokens
     if needed <= host.disk_free_bytes:
         return None
     return (

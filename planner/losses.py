@@ -96,6 +96,7 @@ class StockLoss:
         head: Head,
         weight: Weight,
         bias: Weight | None,
+        delta: Weight | None = None,
         *,
         shifts_logits: bool,
         lets_logits_go: bool = False,
@@ -104,12 +105,13 @@ class StockLoss:
         watch: Callable[[Tape, Tensor], Tensor],
         called: Callable[[Call], Call],
     ) -> None:
-        """`lets_logits_go`: the fp32 logits take the name of the 16-bit ones; `in_16_bits`: there
-        are none. `in_place`: the cross-entropy writes its gradient over the logits (Unsloth's, in
-        fms-acceleration). `watch` gets the output projection's result, and returns it; `called`
-        gets the projection itself."""
+        """`delta`: rows that are trained in the place of the weight's. `lets_logits_go`: the fp32
+        logits take the name of the 16-bit ones; `in_16_bits`: there are none. `in_place`: the
+        cross-entropy writes its gradient over the logits (Unsloth's, in fms-acceleration). `watch`
+        gets the output projection's result, and returns it; `called` gets the projection itself.
+        """
         self.head, self.watch = head, watch
-        self.project = called(partial(_project, head=head, weight=weight, bias=bias))
+        self.project = called(partial(_project, head=head, weight=weight, bias=bias, delta=delta))
         self.shifts_logits = shifts_logits
         self.lets_logits_go, self.in_16_bits = lets_logits_go, in_16_bits
         self.in_place = in_place
@@ -146,14 +148,24 @@ class StockLoss:
 
 
 def _project(
-    tape: Tape, hidden: Tensor, *, head: Head, weight: Weight, bias: Weight | None
+    tape: Tape,
+    hidden: Tensor,
+    *,
+    head: Head,
+    weight: Weight,
+    bias: Weight | None,
+    delta: Weight | None = None,
 ) -> Tensor:
     """The logits: a torch.nn.Linear, whose rows several GPUs may divide."""
     parts = head.parts
     if parts > 1:
         hidden = f.sum_gradient_over_gpus(tape, hidden)
     hidden = f.to_product(tape, hidden)
-    matrix = tape.cast_weight(weight, is_view=parts > 1 and not tape.grad_enabled)
+    matrix = (
+        tape.cast_weight(weight, is_view=parts > 1 and not tape.grad_enabled)
+        if delta is None
+        else f.to_product(tape, _merged(tape, weight, delta))
+    )
     added = None if bias is None else tape.cast_weight(bias)
     rows = head.vocab_size // parts
     logits = f.product(tape, hidden, matrix, head.hidden_size, rows, added)
@@ -161,21 +173,39 @@ def _project(
     return f.gather_columns(tape, logits, parts) if parts > 1 else logits
 
 
+def _merged(tape: Tape, weight: Weight, delta: Weight) -> Tensor:
+    """A copy of the weight with the trained rows in it (PEFT's `TrainableTokensLayer`)."""
+    return f.merge_rows(tape, weight, f.cast(tape, delta, weight.width))
+
+
 class TrlFusedLoss:
     """TRL's `ChunkedLogProbFunction`: log-probabilities tile by tile, gradients in fp32.
 
-    `finds_top1`: it also tells whether the target is the most probable token.
+    `delta`: rows that are trained in the place of the weight's. `finds_top1`: it also tells whether
+    the target is the most probable token.
     """
 
-    def __init__(self, head: Head, weight: Weight, shape: LossShape, *, finds_top1: bool) -> None:
-        self.head, self.weight, self.shape = head, weight, shape
+    def __init__(
+        self,
+        head: Head,
+        weight: Weight,
+        shape: LossShape,
+        delta: Weight | None = None,
+        *,
+        finds_top1: bool,
+    ) -> None:
+        self.head, self.weight, self.shape, self.delta = head, weight, shape, delta
         self.forward_bytes = _TILE_FORWARD_BYTES + finds_top1 * _TILE_TOP1_BYTES
 
     def __call__(self, tape: Tape, hidden: Tensor, held: list[Tensor]) -> Tensor:
         head, shape = self.head, self.shape
         predicting = f.part_copied(tape, hidden, times(shape.predicting, head.hidden_size))
         del hidden
-        weight = f.gather_rows(tape, self.weight, head.parts) if head.parts > 1 else self.weight
+        weight: Tensor = self.weight
+        if head.parts > 1:
+            weight = f.gather_rows(tape, self.weight, head.parts)
+        if self.delta is not None:
+            weight = _merged(tape, self.weight, self.delta)
         compute = tape.autocast or predicting.width
         tape.count(times(shape.predicting, 2 * head.hidden_size * head.vocab_size), compute)
         held = self._fold(tape, shape, predicting.width, compute, self.forward_bytes)

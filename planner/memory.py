@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from ftplan.planner.compiled_step import compiled_step
-from ftplan.planner.disk import DiskNeeds, disk_needs
+from ftplan.planner.disk import DiskNeeds, disk_needs, final_weight_bytes
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import (
     ASSUMED_CUDA_CONTEXT_BYTES,
@@ -166,7 +166,10 @@ def _surroundings(
             whole_bytes=whole,
             saved_bytes=saved,
         )
-        return host, disk_needs(model, plan, saved_bytes=saved, state_bytes=states)
+        final = final_weight_bytes(model, plan, saved) if adapter else whole
+        return host, disk_needs(
+            model, plan, saved_bytes=saved, state_bytes=states, final_bytes=final
+        )
 
 
 def _with_surroundings(

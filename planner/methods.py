@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner.adapter_counts import (
-    adalora_count,
     adapter_count,
     beft_count,
     check_quantization,
     ia3_count,
     lora_fa_count,
 )
+from ftplan.planner.cycles import RESTARTING, adalora_first_rank
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.peft_options import CACHE_FILLING, PeftOptions, read_options, resolve_options
@@ -70,10 +70,20 @@ class Method(Struct, frozen=True, kw_only=True):
     takes: Mapping[str, str] = {}
 
     @property
+    def merges(self) -> bool:
+        """Whether the adapters are merged into the base: what is saved is a whole model."""
+        return self.name in RESTARTING
+
+    @property
     def fills_cache(self) -> bool:
         """Layers are given what it trains by their cache of keys and values. Checkpointed ones are
         given no cache (`GradientCheckpointingLayer` of transformers 5)."""
         return self.peft_type in CACHE_FILLING
+
+    @property
+    def tells_tasks_apart(self) -> bool:
+        """Whether it trains something of its own for each task."""
+        return "num_tasks" in self.takes.values()
 
     @property
     def has_rank(self) -> bool:
@@ -110,16 +120,29 @@ class Method(Struct, frozen=True, kw_only=True):
         settled = {
             option: getattr(settings, setting)
             for option, setting in self.takes.items()
-            if setting in _SETTLED
+            if setting in _SETTLED and getattr(settings, setting) is not None
         }
         given = read_options(settings.peft_config)
         if settings.modules_to_save:
             given = {"modules_to_save": list(settings.modules_to_save), **given}
-        return resolve_options(self.name, self.peft_type, {**settled, **self.peft_options}, given)
+        settled = {**self.peft_options, **settled}
+        settled |= derived_options(self.peft_type, settings.lora_rank, given)
+        options = resolve_options(self.name, self.peft_type, settled, given)
+        return structs.replace(options, num_trained_tokens=settings.num_trained_tokens)
+
+
+def derived_options(
+    peft_type: str | None, lora_rank: int, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options of PEFT that follow from a setting which is none of its own."""
+    if peft_type != "ADALORA":
+        return {}
+    return {"init_r": adalora_first_rank(given.get("target_r", lora_rank))}
 
 
 _TARGETS = {"target_modules": "target_modules"}
-_LORA = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", **_TARGETS}
+_LORA_BESIDE_RANK = {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", **_TARGETS}
+_LORA = {"r": "lora_rank", **_LORA_BESIDE_RANK}
 _RANK = {"r": "lora_rank", **_TARGETS}
 _RANK_ALPHA = {"alpha": "lora_alpha", **_RANK}
 
@@ -172,7 +195,6 @@ _BASE_METHODS = (
         trains="small networks behind attention and feed-forward of each layer",
         source="Houlsby et al. 2019, arXiv 1902.00751",
         counted_by=bottleneck_count,
-        has_trainer=False,
         adapter=True,
     ),
 )
@@ -191,6 +213,7 @@ def _peft(
     name: str | None = None,
     counted_by: CountedBy = adapter_count,
     has_trainer: bool = True,
+    quantized_base: bool = False,
     **options: Any,
 ) -> Method:
     """A method of PEFT that is known by its options."""
@@ -202,6 +225,7 @@ def _peft(
         counted_by=counted_by,
         has_trainer=has_trainer,
         adapter=True,
+        quantized_base=quantized_base,
         peft_type=peft_type,
         peft_options=options,
         takes=takes,
@@ -247,8 +271,7 @@ _PEFT_METHODS = (
         "Li et al. 2023, arXiv 2310.08659",
         _LORA,
         name="loftq",
-        has_trainer=False,
-        init_lora_weights="loftq",
+        quantized_base=True,
     ),
     _peft(
         "LORA",
@@ -257,7 +280,6 @@ _PEFT_METHODS = (
         "Hayou et al. 2024, arXiv 2402.12354",
         _LORA,
         name="lora-plus",
-        has_trainer=False,
     ),
     _peft(
         "LORA",
@@ -267,7 +289,6 @@ _PEFT_METHODS = (
         _LORA,
         name="lora-fa",
         counted_by=lora_fa_count,
-        has_trainer=False,
     ),
     _peft(
         "LORA",
@@ -276,7 +297,6 @@ _PEFT_METHODS = (
         "Lialin et al. 2023, arXiv 2307.05695",
         _LORA,
         name="relora",
-        has_trainer=False,
     ),
     _peft(
         "LORA",
@@ -285,24 +305,21 @@ _PEFT_METHODS = (
         "Meng et al. 2024, arXiv 2402.16141",
         _LORA,
         name="plora",
-        has_trainer=False,
     ),
     _peft(
         "LORA",
         "LoRA-drop",
-        "low-rank adapters; after a first stage, counted here, lesser layers share one",
+        "low-rank adapters; once the layers are known that matter, the others share one",
         "Zhou et al. 2024, arXiv 2402.07721",
         _LORA,
         name="lora-drop",
-        has_trainer=False,
     ),
     _peft(
         "ADALORA",
         "AdaLoRA",
         "low-rank adapters, whose ranks shrink where they matter least",
         "Zhang et al. 2023, arXiv 2303.10512",
-        {**_LORA, "target_r": "lora_rank"},
-        counted_by=adalora_count,
+        {**_LORA_BESIDE_RANK, "target_r": "lora_rank"},
     ),
     _peft(
         "LOHA",
@@ -537,7 +554,7 @@ _PEFT_METHODS = (
         "Multitask prompt tuning",
         "a shared prompt and a low-rank change of it for each task",
         "Wang et al. 2023, arXiv 2303.02861",
-        {},
+        {"num_tasks": "num_tasks"},
         counted_by=multitask_prompt_count,
         num_virtual_tokens=20,
     ),
@@ -584,7 +601,7 @@ _PEFT_METHODS = (
         "Poly",
         "mixtures of adapters, chosen by task",
         "Ponti et al. 2022, arXiv 2202.13914",
-        _RANK,
+        {**_RANK, "n_tasks": "num_tasks"},
         n_tasks=2,
     ),
     _peft(

@@ -416,7 +416,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True, eq=False, dict=True):
     `auto_class`: the class of transformers that loads it. `nests_config`: its decoder reads a
     config of its own, in which a trainer leaves `use_cache` on. `rotates_by_kind`: layers with a
     sliding window have rotary tables of their own (Gemma 3).
-    `scores`: a score a token stands in the place of the output projection.
+    `scores`: a score a token stands in the place of the output projection. `reward_model`: the one
+    beside it that judges what it generates.
     `vocabulary_parts`: GPUs that divide the rows of embeddings and output projection; their
     parameters are then those of one of them, and `vocab_size` is still the whole.
     `biased`: the same model with the biases that its config can switch on and has off, which
@@ -453,6 +454,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True, eq=False, dict=True):
     nests_config: bool = False
     rotates_by_kind: bool = False
     scores: bool = False
+    reward_model: ModelSpec | None = None
     vocabulary_parts: int = 1
     native_dtype: str = "bfloat16"
     biased: ModelSpec | None = None

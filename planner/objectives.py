@@ -5,12 +5,12 @@ Names are those of TRL's trainers; `launcher/training/objectives.py` has one of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec import Struct, structs
 
-from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import Layer, ModelSpec, Parameter
 from ftplan.planner.trained import MethodSettings, Trained, with_biases
 
@@ -32,12 +32,18 @@ class Objective(Struct, frozen=True, kw_only=True):
     `sequences_per_row` how many of them go through the model together. `batch_numbers`: numbers of
     64 bits that a micro-batch has for each token of those, and that each generated row keeps until
     others are generated. `generates`: rows are prompts, whose completions the model makes while it
-    trains (`planner/generation.py`). `only_loss`: the one loss kernel that
-    its trainer has, for the reason `why_only_loss`; None: any. `has_reference`: the loss compares
-    with the model as it was before training. `pairs_rows`: prompts with other rows' completions
-    are read too, in passes of their own without gradients. `scores`: the model has one score a row
-    instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it reports how often the
-    target is the most probable token. `min_batch_size`: rows that a micro-batch must have.
+    trains (`planner/generation.py`); `scores_always`: it asks the policy for their
+    log-probabilities though no step has been made since, and keeps their sums. `only_loss`: the one
+    loss kernel that its trainer has, for the reason `why_only_loss`; None: any. `has_reference`:
+    the loss compares with the model as it was before training. `pairs_rows`: prompts with other
+    rows' completions are read too, in passes of their own without gradients. `scores`: the model
+    has one score a row instead of logits. `has_dropout`: TRL leaves dropout on. `finds_top1`: it
+    reports how often the target is the most probable token. `min_batch_size`: rows that a
+    micro-batch must have. `beta`: what the loss weighs with, where nobody says otherwise; None: it
+    has no such weight. `gamma_beta_ratio`: the margin that it asks for. `loss_types`: variants that
+    need no other memory, the usual first, and `other_loss_types`, why each of the trainer's others
+    is refused. `learning_rate`: for full tuning of a model of some billion parameters, by
+    `learning_rate_source`; None: as plain fine-tuning.
     """
 
     name: str
@@ -55,9 +61,21 @@ class Objective(Struct, frozen=True, kw_only=True):
     finds_top1: bool = False
     min_batch_size: int = 1
     generates: bool = False
+    scores_always: bool = False
+    beta: float | None = None
+    gamma_beta_ratio: float | None = None
+    loss_types: tuple[str, ...] = ()
+    other_loss_types: Mapping[str, str] = {}
+    learning_rate: float | None = None
+    learning_rate_source: str = ""
 
+
+# Settings of a loss, each with an objective's own value where it has the setting.
+LOSS_SETTINGS = ("beta", "gamma_beta_ratio", "loss_type")
 
 _TILES = "it takes log-probabilities in tiles, whole logits never exist"
+_NO_SMOOTHING = "it needs `label_smoothing`, which plans have not"
+_SORTS = "it compares the pairs of a micro-batch, whose size is chosen for its speed"
 
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
@@ -81,6 +99,49 @@ OBJECTIVES: dict[str, Objective] = {
             why_only_loss=_TILES,
             has_reference=True,
             finds_top1=True,
+            beta=0.1,
+            loss_types=(
+                *("sigmoid", "hinge", "ipo", "sigmoid_norm", "nca_pair", "bco_pair"),
+                *("sppo_hard", "apo_zero", "apo_down", "discopop"),
+            ),
+            other_loss_types={
+                "exo_pair": _NO_SMOOTHING,
+                "robust": _NO_SMOOTHING,
+                "aot": _SORTS,
+                "aot_unpaired": _SORTS,
+                "sft": "it trains chosen answers alone, as `--objective sft` does",
+            },
+            learning_rate=5e-7,
+            learning_rate_source="TRL's example, as Zephyr's (arXiv 2310.16944)",
+        ),
+        Objective(
+            name="orpo",
+            title="odds ratio preference optimization",
+            source="Hong et al. 2024, arXiv 2403.07691; ftplan.launcher.training.reference_free",
+            batch_numbers=4,  # as DPO
+            each_row="chosen and rejected",
+            sequences_per_row=2,
+            only_loss="trl-fused",
+            why_only_loss=_TILES,
+            finds_top1=True,
+            beta=0.1,
+            learning_rate=8e-6,
+            learning_rate_source="TRL's example",
+        ),
+        Objective(
+            name="simpo",
+            title="simple preference optimization",
+            source="Meng et al. 2024, arXiv 2405.14734; ftplan.launcher.training.reference_free",
+            batch_numbers=4,  # as DPO
+            each_row="chosen and rejected",
+            sequences_per_row=2,
+            only_loss="trl-fused",
+            why_only_loss=_TILES,
+            finds_top1=True,
+            beta=2.0,
+            gamma_beta_ratio=0.5,
+            learning_rate=6e-7,
+            learning_rate_source="the authors' for Llama-3-8B",
         ),
         Objective(
             name="kto",
@@ -92,6 +153,9 @@ OBJECTIVES: dict[str, Objective] = {
             has_reference=True,
             pairs_rows=True,
             min_batch_size=2,
+            beta=0.1,
+            learning_rate=5e-7,
+            learning_rate_source="TRL's example",
         ),
         Objective(
             name="reward",
@@ -103,6 +167,8 @@ OBJECTIVES: dict[str, Objective] = {
             scores=True,
             only_loss="stock",
             why_only_loss="the model gives a row one score and has no logits over the vocabulary",
+            learning_rate=1e-5,
+            learning_rate_source="TRL's example",
         ),
         Objective(
             name="grpo",
@@ -113,6 +179,23 @@ OBJECTIVES: dict[str, Objective] = {
             why_only_loss=_TILES,
             has_dropout=True,
             generates=True,
+            beta=0.0,
+            learning_rate=1e-6,
+            learning_rate_source="TRL's default, as DeepSeekMath's (arXiv 2402.03300)",
+        ),
+        Objective(
+            name="rloo",
+            title="REINFORCE leave-one-out",
+            source="Ahmadian et al. 2024, arXiv 2402.14740; trl.RLOOTrainer",
+            batch_numbers=3,  # as GRPO
+            only_loss="trl-fused",
+            why_only_loss=_TILES,
+            has_dropout=True,
+            generates=True,
+            scores_always=True,
+            beta=0.05,
+            learning_rate=1e-6,
+            learning_rate_source="TRL's default",
         ),
     )
 }
@@ -182,7 +265,12 @@ def _counted(model: ModelSpec, plan: TrainingPlan, settings: MethodSettings) -> 
 def asks_reference(plan: TrainingPlan) -> bool:
     """Whether the loss compares with the model as it was; GRPO's does where `beta` is not 0."""
     objective = plan.resolved_objective
-    return objective.has_reference or (objective.generates and plan.beta > 0)
+    return objective.has_reference or (objective.generates and beta_of(plan) > 0)
+
+
+def beta_of(plan: TrainingPlan) -> float:
+    """What the loss weighs with: given, or the objective's own; 0 where it has none."""
+    return (plan.resolved_objective.beta or 0.0) if plan.beta is None else plan.beta
 
 
 def keeps_reference(plan: TrainingPlan) -> bool:
@@ -190,85 +278,3 @@ def keeps_reference(plan: TrainingPlan) -> bool:
     log-probabilities are computed before."""
     asks = asks_reference(plan) and not plan.precompute_ref_log_probs
     return asks and not plan.resolved_method.adapter
-
-
-def check_objective(plan: TrainingPlan) -> None:
-    """Raises InputError for settings that the plan's objective cannot be trained with."""
-    objective = plan.resolved_objective
-    name = f"`--objective {objective.name}`"
-    if objective.name != "sft" and plan.trainer != "trl":
-        raise InputError(
-            f"{name} is TRL's: `--trainer {plan.trainer}` has it not",
-            "use `--trainer trl`, or leave `--trainer` out",
-        )
-    if objective.only_loss is not None and plan.loss != objective.only_loss:
-        raise InputError(
-            f"{name} has no `--loss {plan.loss}`: {objective.why_only_loss}",
-            f"use `--loss {objective.only_loss}`, or leave `--loss` out",
-        )
-    if plan.precompute_ref_log_probs and not objective.has_reference:
-        raise InputError(
-            f"{name} has no reference whose log-probabilities could be computed before",
-            "leave `--precompute-ref-log-probs` out, or use `--objective dpo` or `kto`",
-        )
-    if plan.per_device_train_batch_size < objective.min_batch_size:
-        raise InputError(
-            f"{name} needs `--per-device-train-batch-size` {objective.min_batch_size} or more: "
-            "each prompt is also paired with another row's completion",
-            f"use `--per-device-train-batch-size {objective.min_batch_size}`",
-        )
-    _check_generation(plan)
-    matches_head = plan.autocast or plan.dtype == "bfloat16"
-    if objective.name == "reward" and plan.quantization != "none" and not matches_head:
-        raise InputError(
-            f"{name} on a {plan.quantization} base cannot compute in {plan.dtype}: "
-            "TRL holds the trained head in bf16 there",
-            "use `--mixed-precision bf16` or fp16, or `--dtype bfloat16`",
-        )
-
-
-# Settings that only an objective that generates has.
-GENERATION_SETTINGS = ("num_generations", "max_completion_length", "steps_per_generation", "beta")
-
-
-def _check_generation(plan: TrainingPlan) -> None:
-    """Raises InputError for settings that completions cannot be generated with (TRL's GRPOConfig),
-    or that another objective has not."""
-    if not plan.resolved_objective.generates:
-        for name in GENERATION_SETTINGS:
-            if getattr(plan, name) != type(plan).__dataclass_fields__[name].default:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(
-                    f"`{flag}` is for `--objective grpo`, and this is `{plan.objective}`",
-                    f"leave `{flag}` out, or use `--objective grpo`",
-                )
-        return
-    if plan.num_generations < 2:
-        raise InputError(
-            f"`--num-generations {plan.num_generations}`: each completion is compared with the "
-            "others of its prompt",
-            "use 2 or more",
-        )
-    if plan.max_completion_length >= plan.max_length:
-        raise InputError(
-            f"`--max-completion-length {plan.max_completion_length}` leaves no token of "
-            f"`--max-length {plan.max_length}` to the prompt",
-            "raise `--max-length`, which counts prompt and completion together",
-        )
-    _check_groups(plan)
-
-
-def _check_groups(plan: TrainingPlan) -> None:
-    """Raises InputError where a group of completions of one prompt would be torn apart."""
-    if plan.num_gpus > 1:
-        raise InputError(
-            "`--objective grpo` on several GPUs is not modelled",
-            "leave `--num-gpus` out: under DDP each GPU generates and trains for itself",
-        )
-    if plan.generated_rows % plan.num_generations:
-        raise InputError(
-            f"{plan.generated_rows:,} completions generated at once are no whole groups of "
-            f"`--num-generations {plan.num_generations}`",
-            "`--per-device-train-batch-size` x `--steps-per-generation` (by default "
-            f"`--gradient-accumulation-steps`) must be a multiple of {plan.num_generations}",
-        )

@@ -31,12 +31,15 @@ class Updated(Struct, frozen=True, kw_only=True):
     """`count` equal parameters that an optimizer updates, of `width` bytes an element.
 
     `kind`: an `embedding`'s matrix, one of a `linear` module (torch.nn's own), or another.
+    `is_hidden_matrix`: one that Muon updates; `is_lora_b`: LoRA's second matrix.
     """
 
     shape: tuple[int, ...]
     width: int
     count: int = 1
     kind: Literal["embedding", "linear", "other"] = "other"
+    is_hidden_matrix: bool = False
+    is_lora_b: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -75,6 +78,7 @@ Groups = Sequence[Sequence[Stepped]]
 # Bytes of each tensor that an optimizer keeps for one of these parameters; and a step on groups
 # of parameters.
 States = Callable[[Updated], Iterable[int]]
+Grouping = Callable[[Sequence[Updated]], list[list[Updated]]]
 Step = Callable[[Tape, Groups], None]
 FusedStep = Callable[[Tape, Stepped], None]
 

@@ -9,10 +9,12 @@ from msgspec import Struct
 
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.hardware_spec import DeviceKind
+from ftplan.planner.muon import muon_flops, muon_groups, muon_kernels, muon_states, muon_step
 from ftplan.planner.optimizer_steps import (
     Averaging,
     FusedStep,
     FusedUpdate,
+    Grouping,
     Groups,
     Kernels,
     LayerwiseUpdate,
@@ -73,6 +75,10 @@ OPTIMIZER_PACKAGES: dict[str, str] = {
 }
 
 
+def no_flops(parameters: Sequence[Updated]) -> int:
+    return 0
+
+
 class Optimizer(Struct, frozen=True, kw_only=True):
     """Memory of an optimizer.
 
@@ -80,14 +86,16 @@ class Optimizer(Struct, frozen=True, kw_only=True):
     once there is one of these parameters. `on_host`: states live there, but on the processor.
     `needs_whole_parameters`: how it divides with sharded parameters is not modelled.
     `keeps_frozen`: frozen parameters have states too.
+    `groups`: of the parameters, as a trainer hands them over. `needs_model`: it is made from the
+    modules and names of a model, not from parameters alone.
     `step`: what happens on the groups of parameters; `fused_step`, in its place: on each parameter
     within backward.
     `paged`: states live in managed memory that can be moved to the host.
     `module`: the one of OPTIMIZER_PACKAGES that it comes from; None for torch and transformers.
     `low_rank`: works on projections of the gradients of linear modules (`optim_target_modules`).
     `steps_in_backward`: each parameter is updated when its gradient is there, which is then freed.
-    `kernels`: that a step launches on a GPU; ten for each parameter, about as many as a loop in
-    Python has operations, where no other number is known.
+    `flops`: of its matrix products. `kernels`: that a step launches on a GPU; ten for each
+    parameter, about as many as a loop in Python has operations, where no other number is known.
     """
 
     name: str
@@ -95,6 +103,7 @@ class Optimizer(Struct, frozen=True, kw_only=True):
     shared_states: Callable[[Updated], int] = no_shared_states
     on_host: bool = False
     keeps_frozen: bool = False
+    groups: Grouping = decay_groups
     step: Step = in_place
     fused_step: FusedStep | None = None
     paged: bool = False
@@ -102,7 +111,9 @@ class Optimizer(Struct, frozen=True, kw_only=True):
     needs_whole_parameters: bool = False
     low_rank: bool = False
     steps_in_backward: bool = False
+    needs_model: bool = False
     kernels: Kernels = of_each(10)
+    flops: Callable[[Sequence[Updated]], int] = no_flops
     source: str
 
     @property
@@ -113,7 +124,7 @@ class Optimizer(Struct, frozen=True, kw_only=True):
     @property
     def needs_trainer(self) -> bool:
         """Whether it is made from a model by transformers' trainer, not from parameters."""
-        return self.low_rank or self.steps_in_backward
+        return self.low_rank or self.steps_in_backward or self.needs_model
 
     def update(self) -> Update | None:
         """What it does within backward, if it steps there."""
@@ -197,9 +208,7 @@ class Optimizer(Struct, frozen=True, kw_only=True):
         self.step(tape, groups)
 
     def _groups(self, parameters: Sequence[Updated], *, by_trainer: bool) -> list[list[Updated]]:
-        if self.low_rank:
-            return low_rank_groups(parameters)
-        groups = decay_groups(parameters)
+        groups = self.groups(parameters)
         return groups if by_trainer else [[p for group in groups for p in group]]
 
 
@@ -357,6 +366,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
                 module="galore_torch",
                 needs_whole_parameters=True,
                 low_rank=True,
+                groups=low_rank_groups,
                 steps_in_backward=name.endswith("_layerwise"),
                 source=_GALORE,
             )
@@ -376,10 +386,22 @@ OPTIMIZERS: dict[str, Optimizer] = {
                 module="apollo_torch",
                 needs_whole_parameters=True,
                 low_rank=True,
+                groups=low_rank_groups,
                 steps_in_backward=name.endswith("_layerwise"),
                 source=_APOLLO,
             )
             for name in ("apollo_adamw", "apollo_adamw_layerwise")
+        ),
+        Optimizer(
+            name="muon",
+            states=muon_states,
+            groups=muon_groups,
+            step=muon_step,
+            needs_whole_parameters=True,
+            needs_model=True,
+            kernels=muon_kernels,
+            flops=muon_flops,
+            source="torch.optim.Muon: a momentum of each hidden matrix; fused AdamW for all else",
         ),
         Optimizer(
             name="lomo",

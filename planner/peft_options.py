@@ -88,6 +88,7 @@ COUNTED: dict[str, dict[str, Any]] = {
         **_PROMPT,
         "encoder_reparameterization_type": "MLP",
         "encoder_hidden_size": None,
+        "encoder_num_layers": 2,
     },
     "MULTITASK_PROMPT_TUNING": {**_PROMPT, "num_ranks": 1, "num_tasks": 1},
     "PREFIX_TUNING": {**_PROMPT, "prefix_projection": False, "encoder_hidden_size": None},
@@ -135,11 +136,15 @@ NEUTRAL = frozenset(
 
 
 class PeftOptions(Struct, frozen=True, kw_only=True):
-    """The options of one method that decide its count: given ones, or else PEFT's defaults."""
+    """The options of one method that decide its count: given ones, or else PEFT's defaults.
+
+    `num_trained_tokens`: named ones, whose rows are trained.
+    """
 
     method: str
     peft_type: str
     values: Mapping[str, Any]
+    num_trained_tokens: int = 0
 
     def count(self, name: str, least: int = 1) -> int:
         """A whole number; raises InputError for anything else."""

@@ -10,6 +10,7 @@ from msgspec import Struct
 COMPONENTS: dict[str, str] = {
     "weights": "model weights",
     "reference_model": "reference model",
+    "reward_model": "reward model",
     "adapters": "adapter weights",
     "gradients": "gradients",
     "optimizer_states": "optimizer states",

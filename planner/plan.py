@@ -16,16 +16,23 @@ from typing import Any, Literal, get_args
 from msgspec import Struct
 
 from ftplan.planner.context_parallel import check_context_parallel
+from ftplan.planner.cycles import PRUNE_METHODS, check_cycles
 from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.lora_optimizers import optimizer_of
+from ftplan.planner.method_checks import check_method_settings
 from ftplan.planner.methods import METHODS, Method, resolve_method
-from ftplan.planner.objectives import OBJECTIVES, Objective, check_objective
-from ftplan.planner.optimizers import OPTIMIZERS, Optimizer, resolve_optimizer
+from ftplan.planner.objective_checks import check_objective
+from ftplan.planner.objectives import OBJECTIVES, Objective
+from ftplan.planner.optimizers import OPTIMIZERS, Optimizer
 from ftplan.planner.overlong import OVERLONG
 from ftplan.planner.peft_options import read_options
+from ftplan.planner.rewards import RULE_REWARDS
 from ftplan.planner.sharding import OFFLOADS, PARAMETERS_SHARDED, SHARDINGS, check_sharding
+from ftplan.planner.tasks import TASK_WEIGHTINGS, check_task_weighting, read_task_weights
 from ftplan.planner.tensor_parallel import check_tensor_parallel
 from ftplan.planner.trained import ALL_LINEAR, MethodSettings, check_target_modules
 from ftplan.planner.units import BYTES_PER_DTYPE, resolve_dtype
+from ftplan.planner.vocabulary import check_tokens, named_tokens
 
 Origin = Literal["given", "derived", "default"]
 
@@ -67,6 +74,11 @@ class TrainingPlan:
     lora_rank: int = _setting(16, "rank of the adapters")
     lora_alpha: int = _setting(32, "scale of the adapters: alpha / rank", recipe=True)
     lora_dropout: float = _setting(0.0, "dropout before the adapters")
+    loraplus_lr_ratio: float = _setting(
+        16.0,
+        "learning rate of LoRA's second matrix, as a multiple of the first's (lora-plus)",
+        recipe=True,
+    )
     target_modules: tuple[str, ...] = _setting(
         (ALL_LINEAR,), "linear modules that carry adapters, comma-separated, or `all-linear`"
     )
@@ -76,15 +88,51 @@ class TrainingPlan:
     peft_config: tuple[str, ...] = _setting(
         (), "further options of PEFT's configuration: `use_dora=true,bias=all`"
     )
+    add_tokens: tuple[str, ...] = _setting(
+        (), "tokens that the vocabulary gets, and that are trained: `<tool>,<think>`, or a file"
+    )
+    train_tokens: tuple[str, ...] = _setting(
+        (), "tokens of the vocabulary that are trained beside adapters, or `template` for its own"
+    )
+    num_tasks: int | None = _setting(
+        None, "tasks that adapters tell apart (multitask-prompt-tuning, poly)"
+    )
     autocast_adapter_dtype: bool = _setting(True, "hold the adapters of a 16-bit base in fp32")
     num_trainable_layers: int = _setting(2, "layers trained by `freeze`, from the last")
     trainable_modules: tuple[str, ...] = _setting(
         (), "what `freeze` trains in place of whole layers, in these and outside: `q_proj,lm_head`"
     )
+    jagged_restart_steps: int | None = _setting(
+        None,
+        "optimizer steps until adapters are merged and begun anew (relora, plora)",
+        recipe=True,
+    )
+    jagged_restart_warmup_steps: int | None = _setting(
+        None, "steps that warm up after it (relora)", recipe=True
+    )
+    relora_prune_ratio: float = _setting(
+        0.99, "share of the optimizer's states that is set to 0 then (relora)", recipe=True
+    )
+    relora_prune_method: str = _setting(
+        "magnitude", "which of them (relora)", choices=PRUNE_METHODS, recipe=True
+    )
+    plora_momentum: float = _setting(
+        0.0, "share of a stage's update that is not merged into the base (plora)", recipe=True
+    )
+    lora_drop_threshold: float = _setting(
+        0.9,
+        "importance together of the layers that keep their own adapter (lora-drop)",
+        recipe=True,
+    )
     optim: str = _setting("adamw_torch_fused", "optimizer", choices=tuple(OPTIMIZERS))
     per_device_train_batch_size: int = _setting(1, "rows a GPU holds at once")
     gradient_accumulation_steps: int = _setting(1, "micro-batches before an optimizer step")
     max_length: int = _setting(2048, "tokens a row is cut at")
+    chat_template: str = _setting(
+        "auto",
+        "what puts conversations into text: `model`, `plain`, `chatml` or a file with a template",
+        recipe=True,
+    )
     overlong: str = _setting(
         "truncate", "what becomes of rows longer than `max_length`", choices=OVERLONG, recipe=True
     )
@@ -99,15 +147,33 @@ class TrainingPlan:
     precompute_ref_log_probs: bool = _setting(
         False, "compute the reference's log-probabilities before training (dpo, kto)"
     )
-    num_generations: int = _setting(8, "completions of each prompt that are compared (grpo)")
+    num_generations: int = _setting(8, "completions of each prompt that are compared (grpo, rloo)")
     max_completion_length: int = _setting(
-        512, "tokens of `max_length` that are generated, the rest is the prompt (grpo)"
+        512, "tokens of `max_length` that are generated, the rest is the prompt (grpo, rloo)"
     )
     steps_per_generation: int | None = _setting(
-        None, "micro-batches generated at once, instead of those of an optimizer step (grpo)"
+        None, "micro-batches generated at once, instead of those of an optimizer step (grpo, rloo)"
     )
-    beta: float = _setting(
-        0.0, "weight of the distance from the reference model, 0 for none (grpo)"
+    reward_model: str | None = _setting(
+        None,
+        "what judges completions: a run of `--objective reward`, a folder or a Hub id (grpo, rloo)",
+    )
+    reward: tuple[str, ...] = _setting(
+        (),
+        "rules that reward completions: " + ", ".join(RULE_REWARDS) + " (grpo, rloo)",
+        recipe=True,
+    )
+    beta: float | None = _setting(
+        None,
+        "what a preference weighs with; of completions: the distance from the reference model, "
+        "0 for none",
+        recipe=True,
+    )
+    loss_type: str | None = _setting(
+        None, "TRL's name of the preference loss: sigmoid, ipo, hinge, ... (dpo)", recipe=True
+    )
+    gamma_beta_ratio: float | None = _setting(
+        None, "by how much the chosen answer is to lead, as a share of beta (simpo)", recipe=True
     )
     num_gpus: int = _setting(1, "GPUs to use")
     sharding: str = _setting(
@@ -129,6 +195,15 @@ class TrainingPlan:
     num_train_epochs: float = _setting(1.0, "passes over the data", recipe=True)
     max_steps: int | None = _setting(None, "optimizer steps, instead of epochs", recipe=True)
     save_steps: int = _setting(50, "optimizer steps between checkpoints", recipe=True)
+    task_weighting: str = _setting(
+        "proportional", "how often each task's rows come", choices=TASK_WEIGHTINGS, recipe=True
+    )
+    task_temperature: float = _setting(
+        2.0, "tasks weigh as their rows to the power 1/T (temperature, dynamic)", recipe=True
+    )
+    task_weights: tuple[str, ...] = _setting(
+        (), "weights of tasks: `sentiment=2,summary=1` (fixed, dynamic)", recipe=True
+    )
     seed: int = _setting(42, "seed of shuffling and initialization", recipe=True)
 
     def __post_init__(self) -> None:
@@ -137,13 +212,17 @@ class TrainingPlan:
         _check_precision(self)
         _check_loss(self)
         _check_method(self)
+        check_method_settings(self)
         _check_packing(self)
         _check_every_n_layers(self)
         check_objective(self)
+        check_task_weighting(self)
         _check_optimizer(self)
         check_sharding(self)
         check_tensor_parallel(self)
         check_context_parallel(self)
+        check_cycles(self)
+        check_tokens(self)
 
     @property
     def resolved_method(self) -> Method:
@@ -155,7 +234,8 @@ class TrainingPlan:
 
     @property
     def optimizer(self) -> Optimizer:
-        return resolve_optimizer(self.optim)
+        """As the method uses it: LoRA-FA has one of its own."""
+        return optimizer_of(self.method, self.optim)
 
     @property
     def method_settings(self) -> MethodSettings:
@@ -163,18 +243,18 @@ class TrainingPlan:
             lora_rank=self.lora_rank,
             target_modules=self.target_modules,
             modules_to_save=self.modules_to_save,
+            num_trained_tokens=0 if self.modules_to_save else len(self.trained_tokens),
             peft_config=self.peft_config,
+            num_tasks=self.num_tasks,
             num_trainable_layers=self.num_trainable_layers,
             trainable_modules=self.trainable_modules,
             quantization=self.quantization,
-            casts_adapters=self._casts_adapters,
         )
 
     @property
-    def _casts_adapters(self) -> bool:
-        if self.quantization == "none":
-            return self.dtype != "float32"
-        return self.quantization != "int8" and self.autocast
+    def trained_tokens(self) -> tuple[str, ...]:
+        """Tokens that are to be trained, new or not."""
+        return named_tokens(self.train_tokens, self.add_tokens)
 
     @property
     def weight_bytes(self) -> int:
@@ -243,6 +323,7 @@ class TrainingPlan:
 _POSITIVE_SETTINGS = (
     "lora_rank",
     "lora_alpha",
+    "loraplus_lr_ratio",
     "num_trainable_layers",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -260,14 +341,31 @@ _POSITIVE_SETTINGS = (
     "num_train_epochs",
     "max_steps",
     "save_steps",
+    "jagged_restart_steps",
+    "jagged_restart_warmup_steps",
+    "num_tasks",
+    "task_temperature",
 )
-_SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay")
+_SHARE_SETTINGS = ("lora_dropout", "warmup_ratio", "weight_decay", "plora_momentum")
+# Shares that may be all.
+_FULL_SHARE_SETTINGS = ("relora_prune_ratio", "lora_drop_threshold")
+_LOSS_WEIGHTS = ("beta", "gamma_beta_ratio")
 
-# Whole numbers that may be absent.
-_OPTIONAL_COUNTS = ("max_steps", "steps_per_generation")
+# Settings that may be absent, and what they are otherwise.
+_OPTIONAL: Mapping[str, type] = {
+    "max_steps": int,
+    "steps_per_generation": int,
+    "num_tasks": int,
+    "jagged_restart_steps": int,
+    "jagged_restart_warmup_steps": int,
+    "beta": float,
+    "gamma_beta_ratio": float,
+    "loss_type": str,
+    "reward_model": str,
+}
 
-# A comma that stands in no bracket: options of PEFT may be lists.
-_OUTER_COMMA = re.compile(r",(?![^\[\](){}]*[\])}])")
+# What commas do not divide: options of PEFT may be lists, and texts in double quotes.
+_OUTER_PART = re.compile(r"""(?:"[^"]*"|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[^,])+""")
 
 # NumPy's generator, which transformers seeds too, takes no other.
 _SEEDS = range(2**32)
@@ -285,14 +383,18 @@ def check_setting(name: str, value: Any) -> None:
         raise InputError(f"`{flag_name(name)} {value}` must be a finite number above 0")
     if name in _SHARE_SETTINGS and not 0 <= value < 1:
         raise InputError(f"`{flag_name(name)} {value}` must be at least 0 and below 1")
-    if name == "beta" and not 0 <= value < math.inf:
-        raise InputError(f"`--beta {value}` must be a finite number, 0 or above")
+    if name in _FULL_SHARE_SETTINGS and not 0 <= value <= 1:
+        raise InputError(f"`{flag_name(name)} {value}` must be from 0 to 1")
+    if name in _LOSS_WEIGHTS and value is not None and not 0 <= value < math.inf:
+        raise InputError(f"`{flag_name(name)} {value}` must be a finite number, 0 or above")
     if name == "seed" and value not in _SEEDS:
         raise InputError(f"`--seed {value}` must be from 0 to {_SEEDS[-1]}")
     if name == "target_modules":
         check_target_modules(value)
     if name == "peft_config":
         read_options(value)
+    if name == "task_weights":
+        read_task_weights(value)
 
 
 def _check_packing(plan: TrainingPlan) -> None:
@@ -445,6 +547,10 @@ class ReasonedPlan(Struct, frozen=True, kw_only=True):
         reasons = {**self.reasons, **dict.fromkeys(changes, Reason(origin=origin, why=why))}
         return ReasonedPlan(plan=self.plan.replace(**changes), reasons=reasons)
 
+    def explained(self, reasons: Mapping[str, Reason]) -> ReasonedPlan:
+        """A copy with other reasons for some settings."""
+        return ReasonedPlan(plan=self.plan, reasons={**self.reasons, **reasons})
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """`{setting: {"value", "from", "why"}}`, as in the JSON output and the plan file."""
         return {
@@ -483,21 +589,23 @@ def _plain(value: Any) -> Any:
 
 def typed_setting(name: str, value: Any) -> Any:
     """A value read from a file, as the type of the setting; raises InputError."""
-    default = _DEFAULTS[name]
-    if name in _OPTIONAL_COUNTS:
-        expected: tuple[type, ...] = (int, type(None))
-    elif isinstance(default, tuple):
+    if value is None and name in _OPTIONAL:
+        return None
+    kind = setting_type(name)
+    if kind is tuple:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise InputError(f"plan setting `{name}` must be a list of names")
         return tuple(value)
-    elif isinstance(default, float):
-        expected = (float, int)
-    else:
-        expected = (type(default),)
+    expected = (float, int) if kind is float else (kind,)
     fits = isinstance(value, expected) and (bool in expected or not isinstance(value, bool))
     if not fits:
         raise InputError(f"plan setting `{name}` has a value of the wrong type: {value!r}")
-    return float(value) if isinstance(default, float) else value
+    return float(value) if kind is float else value
+
+
+def setting_type(name: str) -> type:
+    """What the setting's values are, where it has one."""
+    return _OPTIONAL.get(name) or type(_DEFAULTS[name])
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -505,18 +613,16 @@ def parse_setting(name: str, text: str) -> Any:
 
     Raises InputError when the text cannot be read as the setting's type.
     """
-    default = _DEFAULTS[name]
+    kind = setting_type(name)
     try:
-        if isinstance(default, bool):
+        if kind is bool:
             return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
-        if isinstance(default, tuple):
-            return tuple(part.strip() for part in _OUTER_COMMA.split(text) if part.strip())
-        if isinstance(default, float):
-            return float(text)
-        if isinstance(default, int) or name in _OPTIONAL_COUNTS:
-            return int(text)
+        if kind is tuple:
+            return tuple(part.strip() for part in _OUTER_PART.findall(text) if part.strip())
+        if kind in (float, int):
+            return kind(text)
     except (KeyError, ValueError):
         kinds: dict[type, str] = {bool: "true or false", float: "a number"}
-        kind = kinds.get(type(default), "a whole number")
-        raise InputError(f"`{flag_name(name)} {text}`: {kind} is expected") from None
+        expected = kinds.get(kind, "a whole number")
+        raise InputError(f"`{flag_name(name)} {text}`: {expected} is expected") from None
     return resolve_dtype(text) if name == "dtype" else text

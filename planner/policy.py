@@ -7,7 +7,6 @@ Allen-Zhu and Li, 2404.05405. docs/policy.md has more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.methods import METHODS, Method
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import Objective
 from ftplan.planner.trained import MethodSettings
 from ftplan.planner.units import format_count
 
@@ -42,8 +42,21 @@ class Advice(Struct, frozen=True, kw_only=True):
     why: str
 
 
-def learning_rate(method: Method, model: ModelSpec) -> Advice:
-    """Peak learning rate by method and size."""
+# The best rates of adapters beside those of full tuning ("LoRA Without Regret").
+ADAPTER_RATE_FACTOR = 10
+
+
+def learning_rate(method: Method, model: ModelSpec, objective: Objective | None = None) -> Advice:
+    """Peak learning rate by objective; of plain fine-tuning by method and size."""
+    if objective is not None and objective.learning_rate is not None:
+        rate, source = objective.learning_rate, objective.learning_rate_source
+        if not method.adapter:
+            return Advice(value=rate, why=source)
+        why = f"adapters: {ADAPTER_RATE_FACTOR} times {rate:g}, {source}"
+        return Advice(value=ADAPTER_RATE_FACTOR * rate, why=why)
+    if method.name == "lora-plus":
+        rate = 1e-4 if model.num_parameters < 30e9 else 5e-5
+        return Advice(value=rate, why="half of LoRA's: B has `loraplus_lr_ratio` times as much")
     if method.adapter:
         rate = 2e-4 if model.num_parameters < 30e9 else 1e-4
         return Advice(value=rate, why="QLoRA's rate: 2e-4 up to 13B, 1e-4 from 33B (table 9)")
@@ -60,6 +73,29 @@ def max_length(longest_row: int, max_position_embeddings: int) -> Advice:
     rounded = -(-longest_row // _LENGTH_STEP) * _LENGTH_STEP
     why = f"the longest row has {longest_row:,} tokens"
     return Advice(value=min(rounded, max_position_embeddings), why=why)
+
+
+# Tokens of a completion: TRL's default, and what a processor makes in bearable time.
+COMPLETION_LENGTH = 512
+COMPLETION_LENGTH_ON_CPU = 64
+
+
+def max_completion_length(model: ModelSpec, kind: DeviceKind) -> Advice:
+    """Tokens that a model adds to a prompt while it trains. `kind`: of the device."""
+    length = COMPLETION_LENGTH_ON_CPU if kind == "cpu" else COMPLETION_LENGTH
+    why = "a processor makes tokens slowly" if kind == "cpu" else "TRL's default"
+    if length > model.max_position_embeddings // 2:
+        return Advice(value=max(1, model.max_position_embeddings // 2), why="half the positions")
+    return Advice(value=length, why=why)
+
+
+def completions_per_step(num_prompts: int, num_generations: int) -> Advice:
+    """Completions an optimizer step, in whole groups of a prompt's."""
+    rows: int = effective_batch_size(num_prompts).value
+    groups = -(-rows // num_generations)
+    prompts = "1 prompt" if groups == 1 else f"{groups} prompts"
+    why = f"{prompts} with {num_generations} completions each"
+    return Advice(value=groups * num_generations, why=why)
 
 
 def num_train_epochs(num_rows: int) -> Advice:
@@ -181,12 +217,11 @@ def model_kind(num_rows: int, kind: str) -> Advice:
     return Advice(value="chat", why=f"{num_rows:,} rows change how a model answers that can")
 
 
-def task_weights(tasks: Mapping[str, int]) -> Advice:
-    """How often each task's rows should come: by the square root of their number, so that small
-    ones are not lost (temperature 2; T5's mixing, arXiv 1910.10683, section 3.5.2)."""
-    roots = {task: math.sqrt(count) for task, count in tasks.items()}
-    weights = {task: round(root / sum(roots.values()), 3) for task, root in sorted(roots.items())}
-    return Advice(value=weights, why="square root of each task's rows, so that small ones count")
+def task_weighting(tasks: Mapping[str, int]) -> Advice:
+    """How often each task's rows come: by the square root of their number, so that small ones are
+    not lost (temperature 2, T5's best in most cases: arXiv 1910.10683, section 3.5.2)."""
+    why = f"{len(tasks)} tasks by the square root of their rows (T = 2), so that small ones count"
+    return Advice(value="temperature", why=why)
 
 
 def data_advice(data: DataProfile, model: ModelSpec) -> dict[str, Advice]:
@@ -203,5 +238,5 @@ def data_advice(data: DataProfile, model: ModelSpec) -> dict[str, Advice]:
         "packing": packing(data, length.value),
         "validation_rows": Advice(value=held_out, why="no prompt of theirs is trained on"),
         "model": model_kind(num_rows, data.objective),
-        **({"task_weights": task_weights(data.tasks)} if len(data.tasks) > 1 else {}),
+        **({"task_weighting": task_weighting(data.tasks)} if data.tasks else {}),
     }

@@ -57,15 +57,33 @@ def prompt_count(model: ModelSpec, settings: MethodSettings, options: PeftOption
 
 
 def p_tuning_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:
-    """The embeddings, and a network of three linear modules that makes the prompt of them."""
-    options.one_of("encoder_reparameterization_type", "MLP")
+    """The embeddings, and a network that makes the prompt of them: three linear modules, or an LSTM
+    in both directions and two of them (peft/tuners/p_tuning/model.py)."""
+    kind = options.one_of("encoder_reparameterization_type", "MLP", "LSTM")
     tokens, width = options.count("num_virtual_tokens"), model.hidden_size
     inner = options.optional_count("encoder_hidden_size", width)
     shapes: dict[str, tuple[int, ...]] = {"embedding": (tokens, width)}
-    for place, (into, out) in enumerate(((width, inner), (inner, inner), (inner, width))):
+    sides = [(width, inner), (inner, inner), (inner, width)]
+    if kind == "LSTM":
+        shapes |= _lstm_shapes(width, inner, options.count("encoder_num_layers"))
+        sides = [(2 * inner, 2 * inner), (2 * inner, width)]
+    for place, (into, out) in enumerate(sides):
         shapes[f"mlp_head.{2 * place}.weight"] = (out, into)
         shapes[f"mlp_head.{2 * place}.bias"] = (out,)
     return _prompt(model, options, **shapes)
+
+
+def _lstm_shapes(into: int, inner: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """torch.nn.LSTM's parameters in both directions: those of four gates together."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(layers):
+        for direction in ("", "_reverse"):
+            end = f"l{layer}{direction}"
+            shapes[f"lstm_head.weight_ih_{end}"] = (4 * inner, 2 * inner if layer else into)
+            shapes[f"lstm_head.weight_hh_{end}"] = (4 * inner, inner)
+            shapes[f"lstm_head.bias_ih_{end}"] = (4 * inner,)
+            shapes[f"lstm_head.bias_hh_{end}"] = (4 * inner,)
+    return shapes
 
 
 def multitask_prompt_count(
@@ -172,8 +190,13 @@ def tokens_count(model: ModelSpec, settings: MethodSettings, options: PeftOption
     tokens = options.numbers("token_indices")
     if not tokens:
         raise options.refused("token_indices", "a list of tokens is needed")
-    trained, original = tokens_of(model, tokens)
-    return Trained(adapters=(trained,), frozen=(original,), num_trained_tokens=len(tokens))
+    trained, original = tokens_of(model, len(tokens), embedding_name(model))
+    return Trained(
+        adapters=(trained,),
+        frozen=(original,),
+        num_trained_tokens=len(tokens),
+        trains_head_rows=model.tie_word_embeddings and not model.scores,
+    )
 
 
 def norms_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions) -> Trained:

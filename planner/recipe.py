@@ -14,12 +14,14 @@ from ftplan.planner import policy
 from ftplan.planner.default_reasons import WHY_DEFAULT
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.methods import Method, resolve_method
+from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.objectives import OBJECTIVES
+from ftplan.planner.objectives import OBJECTIVES, Objective
 from ftplan.planner.plan import AUTOCAST_DTYPE, SETTING_NAMES, Reason, ReasonedPlan, TrainingPlan
 from ftplan.planner.refused_steps import MISNAMED_DECODERS, needs_whole_graph
+from ftplan.planner.tasks import TaskWeighting, weighting_refused
 from ftplan.planner.trained import MethodSettings
+from ftplan.planner.vocabulary import saved_for_tokens
 
 if TYPE_CHECKING:
     from ftplan.planner.data_profile import DataProfile
@@ -85,7 +87,7 @@ def estimate_recipe(
         "max_length": (length, "a usual length; data of your own decides it in `ftplan plan`"),
         "attn_implementation": _attention(model),
         "loss": _loss(model, given),
-        "learning_rate": _advised(policy.learning_rate(method, model)),
+        "learning_rate": _advised(policy.learning_rate(method, model, _objective_of(given))),
         **_method_settings(method, model, device, given),
         **_objective_settings(given),
         **_generation_settings(given, length),
@@ -109,13 +111,15 @@ def data_recipe(
         "max_length": _advised(length),
         "attn_implementation": _attention(model),
         "loss": _loss(model, given),
-        "learning_rate": _advised(policy.learning_rate(method, model)),
+        "learning_rate": _advised(policy.learning_rate(method, model, OBJECTIVES[data.trains])),
         "num_train_epochs": _advised(policy.num_train_epochs(rows)),
         "num_gpus": (1, f"one device: {device.name}"),
         **_rank_settings(method, model, data, given),
         **_method_settings(method, model, device, given),
         **_sharding_settings(method, given),
         **_objective_of_data(data, given),
+        **_completions(model, device, {**given, "objective": data.trains}),
+        **_task_settings(method, data, given),
     }
     return resolve(given, derived)
 
@@ -142,6 +146,68 @@ def _objective_of_data(data: DataProfile, given: Mapping[str, Any]) -> Derived:
     named = {**given, "objective": data.trains}
     why = f"the rows are {data.format} rows"
     return {"objective": (data.trains, why), **_objective_settings(named)}
+
+
+def asks_for_tasks(given: Mapping[str, Any]) -> bool:
+    """Whether tasks are to be told apart: then each of several files is one, where rows name
+    none."""
+    method = METHODS.get(str(given.get("method")))
+    tells = method is not None and method.tells_tasks_apart
+    return _weighs_tasks(given) or bool(given.get("num_tasks")) or tells
+
+
+def _weighs_tasks(given: Mapping[str, Any]) -> bool:
+    weighting = given.get("task_weighting", "proportional")
+    return weighting != "proportional" or bool(given.get("task_weights"))
+
+
+def _task_settings(method: Method, data: DataProfile, given: Mapping[str, Any]) -> Derived:
+    """How tasks are weighted, and how many of them the method tells apart.
+
+    Raises InputError where weights are asked for and rows have no tasks, or have more than the
+    method is to tell apart.
+    """
+    if not data.task_lengths:
+        if _weighs_tasks(given):
+            raise InputError(
+                f"`{data.path}` names no tasks to weigh",
+                "give rows a `task`, or give several files, which are then a task each",
+            )
+        return {}
+    derived: Derived = {"task_weighting": _weighting(data, given)}
+    if method.tells_tasks_apart:
+        count = len(data.task_lengths)
+        derived["num_tasks"] = (count, "as many as the data has")
+        options = method.options(
+            MethodSettings(
+                peft_config=tuple(given.get("peft_config", ())),
+                num_tasks=given.get("num_tasks", count),
+            )
+        )
+        name = next(name for name, setting in method.takes.items() if setting == "num_tasks")
+        if options.count(name) < count:
+            raise options.refused(name, f"`{data.path}` has {count} tasks")
+    return derived
+
+
+def task_weighting(data: DataProfile, given: Mapping[str, Any]) -> TaskWeighting:
+    """How a run on these data weighs its tasks."""
+    return TaskWeighting(
+        weighting=given.get("task_weighting", _weighting(data, given)[0]),
+        temperature=given.get("task_temperature", TrainingPlan().task_temperature),
+        weights=tuple(given.get("task_weights", ())),
+    )
+
+
+def _weighting(data: DataProfile, given: Mapping[str, Any]) -> tuple[str, str]:
+    objective = OBJECTIVES.get(str(given.get("objective", data.trains)))
+    if given.get("task_weights"):
+        return "fixed", "weights are given"
+    if objective is not None and (
+        why_not := weighting_refused(objective.name, generates=objective.generates)
+    ):
+        return "proportional", f"{objective.name}: {why_not}"
+    return _advised(policy.task_weighting(data.tasks))
 
 
 def _advised(advice: policy.Advice) -> tuple[Any, str]:
@@ -175,17 +241,30 @@ def _loss(model: ModelSpec, given: Mapping[str, Any]) -> tuple[str, str]:
     return "trl-fused", "TRL's loss in tiles: the full logits never exist"
 
 
+def _objective_of(given: Mapping[str, Any]) -> Objective | None:
+    """None for a name that the plan's own check refuses."""
+    return OBJECTIVES.get(str(given.get("objective", "sft")))
+
+
 def _objective_settings(given: Mapping[str, Any]) -> Derived:
-    """What an objective other than plain fine-tuning leaves no choice about."""
-    objective = OBJECTIVES.get(str(given.get("objective", "sft")))
+    """What follows from an objective other than plain fine-tuning."""
+    objective = _objective_of(given)
     derived: Derived = {}
     if objective is None:
-        return derived  # the plan's own check names the nearest one
+        return derived
     if objective.only_loss is not None:
         derived["loss"] = (objective.only_loss, f"{objective.name}: {objective.why_only_loss}")
     if objective.min_batch_size > 1:
         why = f"the least that {objective.name} works with"
         derived["per_device_train_batch_size"] = (objective.min_batch_size, why)
+    usual = {
+        "beta": objective.beta,
+        "gamma_beta_ratio": objective.gamma_beta_ratio,
+        "loss_type": next(iter(objective.loss_types), None),
+    }
+    for name, value in usual.items():
+        if value is not None:
+            derived[name] = (value, f"usual for {objective.name}")
     return derived
 
 
@@ -205,6 +284,15 @@ def _generation_settings(given: Mapping[str, Any], length: int) -> Derived:
     if length <= setting["max_completion_length"]:
         derived["max_completion_length"] = (max(1, length // 2), "half of `max_length`")
     return derived
+
+
+def _completions(model: ModelSpec, device: Device, given: Mapping[str, Any]) -> Derived:
+    """What a run needs whose model completes prompts."""
+    if given["objective"] not in _GENERATING:
+        return {}
+    advice = policy.max_completion_length(model, device.kind)
+    derived = _generation_settings(given, model.max_position_embeddings)
+    return {**derived, "max_completion_length": _advised(advice)}
 
 
 def _sharding_settings(method: Method, given: Mapping[str, Any]) -> Derived:
@@ -244,6 +332,10 @@ def _method_settings(
     if needs_whole_graph(method.peft_type):
         why = f"PEFT's `{method.name}` does not go with checkpointed layers"
         derived["gradient_checkpointing"] = (False, why)
+    tokens = given.get("add_tokens") or given.get("train_tokens")
+    if tokens and "modules_to_save" not in given and (saved := saved_for_tokens(method, model)):
+        why = f"`{method.name}` trains tokens by copies of both matrices: PEFT has no rows for it"
+        derived["modules_to_save"] = (saved, why)
     if method.name == "freeze":
         layers = min(_TRAINED_LAYERS, model.num_hidden_layers)
         why = f"the last {layers} of {model.num_hidden_layers}; more take more memory and time"

@@ -3,9 +3,14 @@ another, as both are installed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ftplan.planner.combination import Asked, Combination, spelled
+from ftplan.planner.objectives import trained_part
+from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.peft_options import CACHE_FILLING, PROMPTING, read_options
 from ftplan.planner.sharding import PARAM_PERSISTENCE_THRESHOLD
+from ftplan.planner.updated import updated_parameters
 
 # The class calls its decoder `language_model` and has it as `model` (transformers 5.23).
 MISNAMED_DECODERS = frozenset(("llama4_text",))
@@ -40,6 +45,12 @@ def _partitions_adapters(asked: Asked) -> bool:
     """Whether ZeRO-3 divides a parameter that the method adds."""
     trained = asked.plan.resolved_method.count(asked.model, asked.plan.method_settings)
     return any(p.size > PARAM_PERSISTENCE_THRESHOLD for p in trained.adapters)
+
+
+def _updates_none(asked: Asked, wanted: Callable[[Updated], bool]) -> bool:
+    """Whether nothing that the plan trains is of the `wanted` kind."""
+    trained = trained_part(asked.model, asked.plan)
+    return not any(map(wanted, updated_parameters(asked.model, asked.plan, trained)))
 
 
 def _is_dora(asked: Asked) -> bool:
@@ -79,6 +90,30 @@ REFUSED_STEPS: tuple[Combination, ...] = (
         way_out=lambda a: "use `--loss stock`, with `--objective sft`",
         source="trl 1.16, trainer/utils.py `add_fused_lm_head`; transformers 5.23, "
         "modeling_llama4.py `base_model_prefix`",
+    ),
+    Combination(
+        name="muon-no-matrix",
+        outcome="refused",
+        applies=lambda a: a.plan.optim == "muon" and _updates_none(a, lambda p: p.is_hidden_matrix),
+        text=lambda a: (
+            f"`--optim muon` is for matrices between embeddings and output projection, and method "
+            f"`{a.plan.method}` trains none of {a.model.name}"
+        ),
+        way_out=lambda a: "use `--optim adamw_torch_fused`",
+        source="torch 2.13, optim/_muon.py",
+    ),
+    Combination(
+        name="low-rank-no-linear",
+        outcome="refused",
+        applies=lambda a: (
+            a.plan.optimizer.low_rank and _updates_none(a, lambda p: p.kind == "linear")
+        ),
+        text=lambda a: (
+            f"`--optim {a.plan.optim}` projects the gradients of linear modules, and method "
+            f"`{a.plan.method}` trains none of {a.model.name}"
+        ),
+        way_out=lambda a: "use `--optim adamw_torch_fused`",
+        source="transformers 5.23, trainer_optimizer.py `_setup_low_rank_optimizer`",
     ),
     Combination(
         name="lomo-fp16",

@@ -162,6 +162,8 @@ def _at_rest(
     sizes = list(_weights(model, plan, stack, step.held.weights))
     if keeps_reference(plan):
         sizes += sizes
+    if (judge := model.reward_model) is not None:
+        sizes += _unquantized(judge, plan.compute_bytes)
     for parameters, width in trained_widths(plan, trained)[1:]:
         sizes += [p.size * width for p in _layer_by_layer(parameters)]
     sizes += [p.size * FLOAT32_BYTES for p in _layer_by_layer(trained.frozen)]
@@ -169,14 +171,18 @@ def _at_rest(
     return sizes, updated_parameters(model, plan, trained), []
 
 
+def _unquantized(model: ModelSpec, width: int) -> Iterator[int]:
+    """Bytes of each parameter, `width` of an element."""
+    yield from (p.size * width for p in _layer_by_layer(model.outer_parameters))
+    for layer in model.layers:
+        yield from (p.size * width for p in layer.parameters() for _ in range(p.count))
+
+
 def _weights(model: ModelSpec, plan: TrainingPlan, stack: Stack, total_bytes: int) -> Iterator[int]:
     """Bytes of each tensor of the loaded model, `total_bytes` in all. Beside quantized matrices,
     embeddings and head, the rest counts as two equal tensors a layer."""
     if plan.quantization == "none":
-        width = plan.weight_bytes
-        yield from (p.size * width for p in _layer_by_layer(model.outer_parameters))
-        for layer in model.layers:
-            yield from (p.size * width for p in layer.parameters() for _ in range(p.count))
+        yield from _unquantized(model, plan.weight_bytes)
         return
     rest = total_bytes
     for size in quantized_storages(model, plan, stack):

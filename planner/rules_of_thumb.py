@@ -28,7 +28,7 @@ BYTES_PER_PARAMETER = sum(PARTS_BYTES_PER_PARAMETER.values())
 
 # What the detailed model computes for each part of the rule.
 COMPONENTS_OF_PART: dict[str, tuple[str, ...]] = {
-    "parameters": ("weights", "reference_model", "adapters", "autocast_copies"),
+    "parameters": ("weights", "reference_model", "reward_model", "adapters", "autocast_copies"),
     "gradients": ("gradients",),
     "optimizer_states": ("optimizer_states",),
     "activations": ("activations", "logits_and_loss"),

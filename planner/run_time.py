@@ -26,7 +26,14 @@ def optimizer_steps(plan: TrainingPlan, num_train_rows: int) -> int:
 
 
 def steps_per_epoch(plan: TrainingPlan, num_train_rows: int) -> int:
-    """Optimizer steps of a pass over the rows; a last, smaller accumulation is one."""
+    """Optimizer steps of a pass over the rows; a last, smaller accumulation is one.
+
+    Prompts are taken by whole generations, the rest of a pass is left (TRL's `RepeatSampler`).
+    """
+    if plan.resolved_objective.generates:
+        together = plan.generated_rows // plan.num_generations
+        made = num_train_rows // together * plan.generated_rows
+        return -(-made // plan.effective_batch_size)
     rows_per_micro_step = plan.per_device_train_batch_size * plan.data_parallel_size
     micro_batches = -(-num_train_rows // rows_per_micro_step)
     return -(-micro_batches // plan.gradient_accumulation_steps)

@@ -13,7 +13,6 @@ from typing import Any
 
 from msgspec import structs
 
-from ftplan.planner.combinations import QUANTIZED_ON_PROCESSOR
 from ftplan.planner.concessions import Settings
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
@@ -69,9 +68,6 @@ def choose_plan(
     teams = teams_of(device, given.get("num_gpus"))
     batches, tried = Batches(data), _Tried(margin)
     for number, method in enumerate(_candidate_methods(model, data, teams[0].device, given)):
-        if _gains_nothing(method, teams[0].device, given):
-            tried.rejected.append(Rejection(method=method, reason=QUANTIZED_ON_PROCESSOR))
-            continue
         space = Space(
             model,
             data,
@@ -189,17 +185,10 @@ def _candidate_methods(
         return ("qlora",)
     preferred = preferred_methods(model, data, device.kind, given).value
     others = sorted(name for name in COMPARED_METHODS if name not in preferred)
-    # Another bare base is as well on a processor, and far faster.
-    unquantized = "quantization" in given or device.kind == "cpu"
+    unquantized = "quantization" in given
     return [
         name for name in (*preferred, *others) if not (unquantized and METHODS[name].quantized_base)
     ]
-
-
-def _gains_nothing(method: str, device: Device, given: Mapping[str, Any]) -> bool:
-    """Whether a processor is only slowed down by a quantized base, which nobody asked for."""
-    asked = "method" in given or given.get("quantization", "none") != "none"
-    return device.kind == "cpu" and not asked and METHODS[method].quantized_base
 
 
 def _left_out(method: str, refused: Sequence[InputError]) -> list[LeftOut]:

@@ -26,13 +26,14 @@ from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
 from ftplan.planner.methods import Method
 from ftplan.planner.model_spec import ModelSpec
-from ftplan.planner.objectives import trained_part
+from ftplan.planner.objectives import OBJECTIVES, trained_part
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.ranking import Evaluated
 from ftplan.planner.recipe import data_recipe
 from ftplan.planner.sharding import ZERO
 from ftplan.planner.stack import Stack
 from ftplan.planner.step_time import StepTime, StepWork, step_work, time_of
+from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.teams import Team
 from ftplan.planner.tensor_parallel import one_rank
 from ftplan.planner.updated import updated_parameters
@@ -114,14 +115,19 @@ class Batches:
     """Micro-batches of some data."""
 
     def __init__(self, data: DataProfile) -> None:
-        self._lengths = data.trained_lengths
-        self._tokens: dict[tuple[int, int], float] = {}
+        self._data = data
+        self._lengths: dict[TaskWeighting, tuple[int, ...]] = {}
+        self._tokens: dict[tuple[TaskWeighting, int, int], float] = {}
 
-    def mean_tokens(self, size: int, max_length: int) -> float:
+    def mean_tokens(self, plan: TrainingPlan) -> float:
         """Padded tokens of the mean micro-batch."""
-        key = (size, max_length)
+        weighting = TaskWeighting.of(plan)
+        size, max_length = plan.per_device_train_batch_size, plan.max_length
+        key = (weighting, size, max_length)
         if key not in self._tokens:
-            self._tokens[key] = mean_batch_tokens(self._lengths, size, max_length)
+            if weighting not in self._lengths:
+                self._lengths[weighting] = self._data.epoch_lengths(weighting)
+            self._tokens[key] = mean_batch_tokens(self._lengths[weighting], size, max_length)
         return self._tokens[key]
 
 
@@ -149,6 +155,9 @@ class Space:
         self._model, self._data, self._given, self._stack = model, data, given, stack
         self._has_liger = has_liger
         self._rows = policy.effective_batch_size(data.num_train_rows)
+        if OBJECTIVES[data.trains].generates:
+            group = given.get("num_generations", TrainingPlan().num_generations)
+            self._rows = policy.completions_per_step(data.num_train_rows, group)
         if rows_per_step is not None:
             self._rows = policy.Advice(value=rows_per_step, why="asked for")
         self._divides = divides
@@ -448,7 +457,7 @@ class Space:
         return 2 * work.tokens * self._model.vocab_size * self._model.hidden_size
 
     def _work(self, plan: TrainingPlan, team: Team) -> StepWork:
-        tokens = self._batches.mean_tokens(plan.per_device_train_batch_size, plan.max_length)
+        tokens = self._batches.mean_tokens(plan)
         return step_work(
             self._model,
             plan,
@@ -461,15 +470,15 @@ class Space:
     def _with_batch(self, base: ReasonedPlan, size: int) -> ReasonedPlan:
         """The plan with this micro-batch, accumulated to the policy's rows a step."""
         given = self._given
-        if "per_device_train_batch_size" not in given:
-            why = "the micro-batch with the least predicted time that fits"
-            base = base.replace("derived", why, per_device_train_batch_size=size)
-        if "gradient_accumulation_steps" in given:
+        if "gradient_accumulation_steps" not in given:
+            groups = base.plan.data_parallel_size
+            steps = max(1, round(self._rows.value / groups) // size)
+            why = f"{steps * size * groups} rows a step: {self._rows.why}"
+            base = base.replace("derived", why, gradient_accumulation_steps=steps)
+        if "per_device_train_batch_size" in given:
             return base
-        groups = base.plan.data_parallel_size
-        steps = max(1, round(self._rows.value / groups) // size)
-        why = f"{steps * size * groups} rows a step: {self._rows.why}"
-        return base.replace("derived", why, gradient_accumulation_steps=steps)
+        why = "the micro-batch with the least predicted time that fits"
+        return base.replace("derived", why, per_device_train_batch_size=size)
 
 
 class Stream:

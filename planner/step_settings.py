@@ -18,13 +18,14 @@ from ftplan.planner.kv_cache import CacheKind
 from ftplan.planner.losses import LossShape
 from ftplan.planner.model_spec import Linear, ModelSpec, Parameter
 from ftplan.planner.modules import Numerics
-from ftplan.planner.objectives import asks_reference, keeps_reference
+from ftplan.planner.objective_checks import GENERATION_SETTINGS
+from ftplan.planner.objectives import LOSS_SETTINGS, asks_reference, keeps_reference
 from ftplan.planner.peft_options import PROMPTING, PeftOptions
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.prefixes import keys_in_front, prefix_of
 from ftplan.planner.prompts import prompt_maker, tokens_in_front
 from ftplan.planner.sharded import Spread
-from ftplan.planner.stack import Stack
+from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_trace import StepSettings, WholeRows
 from ftplan.planner.trained import COPIES, Trained
 from ftplan.planner.units import BYTES_PER_DTYPE, FLOAT32_BYTES
@@ -89,14 +90,14 @@ def _generation(plan: TrainingPlan) -> Generation | None:
         completion_length=plan.max_completion_length,
         micro_batches=generated,
         meets_gradients=generated % accumulated != 0,
-        scores_policy=accumulated % generated != 0,
+        scores_policy=plan.resolved_objective.scores_always or accumulated % generated != 0,
     )
 
 
 def row_length(plan: TrainingPlan, longest_row: int | None) -> int:
-    """Tokens of the longest row: the data's, where known, cut at `max_length`. Rows that the model
-    completes itself are taken to be as long as they may be."""
-    if not longest_row or plan.resolved_objective.generates:
+    """Tokens of the longest row: the data's, where known, cut at `max_length`. Of prompts it counts
+    the longest completion, too."""
+    if not longest_row:
         return plan.max_length
     return min(plan.max_length, longest_row)
 
@@ -206,6 +207,7 @@ def _of_training(
         prompts=prompt_maker(options, trained, model.hidden_size, width),
         tokens_in_front=in_front,
         num_trained_tokens=trained.num_trained_tokens,
+        trains_head_rows=trained.trains_head_rows,
         early_gradients=early_gradient_bytes(options, trained, width, loss_in_model=in_model),
         loss_copies=loss_copy_bytes(options, trained, loss_in_model=in_model),
     )
@@ -305,8 +307,43 @@ def _with_rollout(
         generation=generation,
         model=structs.replace(generating, single_row=False),  # a group is several
         scored=tuple(scored),
+        keeps_sums=plan.resolved_objective.scores_always,
+        judge=_judge(model, plan, settings),
     )
     return structs.replace(settings, rollout=rollout)
+
+
+def _judge(
+    model: ModelSpec, plan: TrainingPlan, settings: StepSettings
+) -> tuple[ModelSpec, StepSettings] | None:
+    """The reward model with settings of its pass: it computes in the dtype that it is held in, and
+    nothing of it is trained (launcher/training/rewards.py)."""
+    judge = model.reward_model
+    if judge is None:
+        return None
+    alone = plan.replace(
+        objective="reward",
+        loss="stock",
+        method="full",
+        quantization="none",
+        dtype=plan.compute_dtype,
+        mixed_precision="no",
+        gradient_checkpointing=False,
+        every_n_layers=1,
+        use_reentrant=False,
+        trainable_modules=(),
+        modules_to_save=(),
+        peft_config=(),
+        **{name: getattr(_ANY_PLAN, name) for name in (*GENERATION_SETTINGS, *LOSS_SETTINGS)},
+    )
+    kind: DeviceKind = "cuda" if settings.on_cuda else "cpu"
+    rows, length = plan.per_device_train_batch_size, plan.max_length
+    workload = Workload.of(judge, alone, rows, length, kind)
+    capability = settings.capability
+    return judge, _of_training(judge, alone, workload, kind, capability, OWN_STACK, Trained())
+
+
+_ANY_PLAN = TrainingPlan()
 
 
 def _cache(model: ModelSpec, plan: TrainingPlan, stack: Stack) -> CacheKind | None:
@@ -330,6 +367,7 @@ def _of_reference(model: ModelSpec, plan: TrainingPlan, settings: StepSettings) 
             numerics=numerics,
             adapted={},
             num_trained_tokens=0,
+            trains_head_rows=False,
             prefix=None,
             prompted=frozenset(),
         )

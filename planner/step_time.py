@@ -29,6 +29,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.rollout_work import RolloutWork, rollout_work
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_trace import StepTrace
 from ftplan.planner.tape import value
@@ -187,23 +188,27 @@ def step_work(
     micro_batches = plan.gradient_accumulation_steps
     moved = _micro_batch_bytes(model, plan, trained, device, trace, rows, length)
     flops = forward + value(trace.backward_flops, rows, length)
+    made = RolloutWork()
+    if plan.resolved_objective.generates:
+        made = rollout_work(model, plan, trace, rows, length, forward)
     updated = updated_parameters(share, plan, trained)
     on_host = plan.offload != "none"
     optimizer_bytes = _optimizer_bytes(plan, updated)
+    optimizer_flops = plan.optimizer.flops(updated)
     return StepWork(
         kind=device.kind,
         dtype=plan.compute_dtype,
         tokens=micro_batches * tokens / plan.tp_size,
         forward_flops=micro_batches * forward,
-        flops=micro_batches * flops,
+        flops=micro_batches * flops + optimizer_flops + made.flops,
         model_flops=micro_batches * (flops - value(trace.recomputed_flops, rows, length)),
         float32_flops=micro_batches * value(trace.float32_flops, rows, length),
-        moved_bytes=micro_batches * moved,
+        moved_bytes=micro_batches * moved + made.moved_bytes,
         optimizer_bytes=0.0 if on_host else optimizer_bytes,
         exchanged_bytes=_exchanged_bytes(share, plan, updated),
         copied_bytes=_copied_bytes(share, plan, updated) if on_host else 0.0,
         host_bytes=plan.num_gpus * optimizer_bytes if on_host else 0.0,
-        kernels=micro_batches * trace.num_kernels,
+        kernels=micro_batches * trace.num_kernels + round(made.kernels),
         optimizer_kernels=0 if on_host else plan.optimizer.num_kernels(updated, device.kind),
         hooked=plan.gradient_checkpointing and not plan.use_reentrant,
     )

@@ -125,7 +125,8 @@ class StepSettings(Struct, frozen=True, kw_only=True):
     `prefix`: learned keys and values in front of each layer's own; `prompted`: places of the layers
     whose attention looks at a prompt.
     `prompts` makes embeddings of `tokens_in_front` learned tokens, which rows are counted with;
-    `num_trained_tokens`: tokens whose embeddings are trained beside the others. `early_gradients`:
+    `num_trained_tokens`: tokens whose embeddings are trained beside the others, and, where it
+    `trains_head_rows`, their rows of the output projection. `early_gradients`:
     bytes of gradients that are there from the loss on; `cache`: what is filled without
     checkpointing, which is of each `every_n_layers`-th layer. `loss_copies`: bytes that are held
     between loss and backward. `whole_rows`: of an evaluation, where only training divides rows;
@@ -173,6 +174,7 @@ class StepSettings(Struct, frozen=True, kw_only=True):
     prompts: PromptMaker | None = None
     tokens_in_front: int = 0
     num_trained_tokens: int = 0
+    trains_head_rows: bool = False
     early_gradients: int = 0
     loss_copies: int = 0
     prefix: Prefix | None = None
@@ -861,6 +863,9 @@ class StepTracer:
             matrix=(model.vocabulary_rows, model.embedding_width or model.hidden_size),
             waits=self._tied,
         )
+        rows = settings.num_trained_tokens if settings.trains_head_rows else 0
+        wide = model.embedding_width or model.hidden_size
+        delta = Weight(rows * wide, FLOAT32, trained=True) if rows else None
         bias = None
         if model.lm_head_bias:
             trained = "lm_head.bias" in settings.trained_outside
@@ -873,7 +878,7 @@ class StepTracer:
             parts=model.vocabulary_parts,
         )
         score = settings.scores
-        loss = self._score() if score else self._loss_module(head, weight, bias, exchange)
+        loss = self._score() if score else self._loss_module(head, weight, bias, delta, exchange)
         *outer, inner = self._callers() or (Called(_unchanged),)
 
         def forward(tape: Tape, given: list[Tensor]) -> Tensor:
@@ -927,23 +932,35 @@ class StepTracer:
         return Score(hidden_size, Weight(hidden_size, width, trained=trained))
 
     def _loss_module(
-        self, head: Head, weight: Weight, bias: Weight | None, exchange: Exchange
+        self,
+        head: Head,
+        weight: Weight,
+        bias: Weight | None,
+        delta: Weight | None,
+        exchange: Exchange,
     ) -> Callable[..., Tensor]:
         settings = self.settings
         if settings.loss == "liger":
             return LigerLoss(head, weight, settings.loss_shape)
         if settings.loss == "trl-fused":
-            return TrlFusedLoss(head, weight, settings.loss_shape, finds_top1=settings.finds_top1)
-        return self._stock_loss(head, weight, bias, exchange)
+            top1 = settings.finds_top1
+            return TrlFusedLoss(head, weight, settings.loss_shape, delta, finds_top1=top1)
+        return self._stock_loss(head, weight, bias, delta, exchange)
 
     def _stock_loss(
-        self, head: Head, weight: Weight, bias: Weight | None, exchange: Exchange
+        self,
+        head: Head,
+        weight: Weight,
+        bias: Weight | None,
+        delta: Weight | None,
+        exchange: Exchange,
     ) -> StockLoss:
         settings = self.settings
         return StockLoss(
             head,
             weight,
             bias,
+            delta,
             shifts_logits=settings.shifts_logits,
             lets_logits_go=settings.lets_logits_go,
             in_16_bits=settings.loses_in_16_bits,

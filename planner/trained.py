@@ -64,7 +64,8 @@ class Trained(Struct, frozen=True, kw_only=True, dict=True):
     `trained_in_layers` are these weights' names.
     `trains_embeddings`, `trains_lm_head`: as own parameters or as copies; `saved_modules`: what
     `modules_to_save` copied. `num_virtual_tokens`: learned tokens, keys or values in front of every
-    row; `num_trained_tokens`: tokens whose embeddings are trained beside the frozen others.
+    row; `num_trained_tokens`: tokens whose embeddings are trained beside the frozen others, and,
+    where it `trains_head_rows`, what the output projection has for them.
     """
 
     own: tuple[Parameter, ...] = ()
@@ -83,6 +84,7 @@ class Trained(Struct, frozen=True, kw_only=True, dict=True):
     saved_modules: tuple[str, ...] = ()
     num_virtual_tokens: int = 0
     num_trained_tokens: int = 0
+    trains_head_rows: bool = False
 
     @cached_property
     def base_parameters(self) -> int:
@@ -127,20 +129,21 @@ class Trained(Struct, frozen=True, kw_only=True, dict=True):
 class MethodSettings(Struct, frozen=True, kw_only=True):
     """The settings of a plan that decide what is trained.
 
-    `peft_config` holds the options as they are written (`use_dora=true`); `trainable_modules`:
-    what `freeze` trains instead of whole layers. `quantization`: how the frozen base is held.
-    `casts_adapters`: adapters are made in the 16 bits that the base is held or, of 4 bits,
-    multiplied in, and PEFT then turns them into fp32.
+    `peft_config` holds the options as they are written (`use_dora=true`); `num_tasks`: those that
+    adapters tell apart, None for the method's own number; `trainable_modules`: what `freeze` trains
+    instead of whole layers; `num_trained_tokens`: named ones whose rows are trained beside
+    adapters. `quantization`: how the frozen base is held.
     """
 
     lora_rank: int = 16
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     modules_to_save: tuple[str, ...] = ()
+    num_trained_tokens: int = 0
     peft_config: tuple[str, ...] = ()
+    num_tasks: int | None = None
     num_trainable_layers: int = 2
     trainable_modules: tuple[str, ...] = ()
     quantization: str = "none"
-    casts_adapters: bool = False
 
 
 CountedBy = Callable[[ModelSpec, MethodSettings, PeftOptions], Trained]

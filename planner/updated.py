@@ -8,6 +8,7 @@ from typing import Literal
 from msgspec import structs
 
 from ftplan.planner.model_spec import ModelSpec, Parameter
+from ftplan.planner.muon import is_hidden_matrix
 from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.step_settings import trained_widths
@@ -25,7 +26,14 @@ def updated_parameters(model: ModelSpec, plan: TrainingPlan, trained: Trained) -
     own.add((p for p in model.parameters_beside if (p.name, p.shape) in there), -1)
     used = structs.replace(trained, own=tuple(p for p in own.parameters() if p.count > 0))
     return [
-        Updated(shape=p.shape, width=width, count=p.count, kind=kinds.of(p))
+        Updated(
+            shape=p.shape,
+            width=width,
+            count=p.count,
+            kind=kinds.of(p),
+            is_hidden_matrix=kinds.of(p) != "embedding" and is_hidden_matrix(p.name, p.shape),
+            is_lora_b=p.name.endswith("lora_B.weight"),
+        )
         for parameters, width in trained_widths(plan, used)
         for p in parameters
     ]

@@ -21,6 +21,7 @@ from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.build import apply_method, quantization_config
 from ftplan.launcher.training.loop import sft_arguments
+from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.stacks import blank_tokenizer
 from ftplan.launcher.training.trainer import PlannedTrainer
 from ftplan.planner.memory_record import MemoryRecord
@@ -139,6 +140,13 @@ def real_model(case: DryRunCase, folder: Path) -> Any:
 
 
 def real_trainer(case: DryRunCase, folder: Path) -> Any:
+    """The trainer of the case's plan, whose model has random weights."""
+    trainer, plan = _real_trainer(case, folder), case.plan
+    settle_optimizer(trainer, plan.method, plan.optim, method_settings(plan))
+    return trainer
+
+
+def _real_trainer(case: DryRunCase, folder: Path) -> Any:
     plan, length = case.plan, case.row_length
     set_seed(0)
     model = real_model(case, folder)

@@ -58,6 +58,31 @@ def tiny_tokenizer(chat_template: str | None = None, **changes: Any) -> Any:
     )
 
 
+def save_tiny_llama(folder: Path) -> None:
+    """A Llama of 100,000 parameters with random weights, and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer(CHATML, pad_token="<|bos|>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        # The usual 0.02 bounds a frozen head of this width to logits of about 1: nothing to learn.
+        initializer_range=0.25,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a fake hub sends; `raw` replaces the whole response, status line included."""

@@ -27,8 +27,9 @@ from ftplan.launcher.emit import method_settings
 from ftplan.launcher.launching import write_run
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.run_dir import RunDir
-from ftplan.launcher.training import loop
+from ftplan.launcher.training import bottlenecks, loop
 from ftplan.launcher.training.build import keep_differentiable, quantization_config
+from ftplan.launcher.training.evaluation import Evaluator
 from ftplan.launcher.ui import Ui
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.units import GIB
@@ -65,6 +66,8 @@ CPU = Device(
     context_bytes=0,
     rates_source="assumed",
 )
+
+_NOTHING_ASKED = {"scores": None, "num_scored": 0, "shown": []}
 
 _WORDS = ("list", "text", "file", "sets", "dict", "loop", "name", "type")
 
@@ -151,7 +154,8 @@ def plan_of(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> Pl
 
 
 def carry_out(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> Done:
-    """Plan and train, in this process; without a sample answer and a plot, which take longer."""
+    """Plan and train, in this process; without answers, general text and a plot, which take
+    longer."""
     plan = plan_of(model, data, runs, given)
     run = write_run(plan, None, runs)
     seen: list[torch.Tensor] = []
@@ -163,7 +167,8 @@ def carry_out(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> 
 
     with (
         mock.patch.object(loop, "save", save),
-        mock.patch.object(loop, "generate_answer", lambda *args: ""),
+        mock.patch.object(Evaluator, "_answered", lambda *args: _NOTHING_ASKED),
+        mock.patch.object(Evaluator, "_general", lambda *args: None),
         mock.patch("ftplan.launcher.training.plot.plot_loss", lambda run: None),
         mock.patch("signal.signal"),
     ):
@@ -187,13 +192,19 @@ def reloaded(done: Done) -> PreTrainedModel:
     output = done.run.root / done.record["output"]
     plan = done.plan.chosen.plan
     scores = plan.objective == "reward"
+    if plan.method == "bottleneck":
+        return bottlenecks.load(output)
     if (output / "adapter_config.json").exists():
         kind = AutoPeftModelForSequenceClassification if scores else AutoPeftModelForCausalLM
         more: dict[str, Any] = {"num_labels": 1} if scores else {}
         if plan.quantization != "none":
             more["quantization_config"] = quantization_config(method_settings(plan))
         model = kind.from_pretrained(output, **more)
-        keep_differentiable(model)  # else bitsandbytes answers from weights in fewer bits
+        if plan.quantization != "none":
+            keep_differentiable(model)  # else bitsandbytes answers from weights in fewer bits
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:  # TRL computes with them in bf16 beside a quantized base
+                    parameter.data = parameter.data.to(torch.bfloat16)
         return model
     return (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
         output

@@ -87,7 +87,7 @@ def _dealt(axis: str, value: str, rng: Random) -> ModelledCase:
     for _ in range(_MOST_HANDS):
         hand = {name: rng.choices(list(w), list(w.values()))[0] for name, w in _WEIGHTS.items()}
         hand[axis] = value
-        if hand["objective"] == "grpo":
+        if OBJECTIVES[hand["objective"]].generates:
             hand |= _GENERATING
         hand["peft_config"] = _PEFT_CONFIG.get(hand["method"], ())
         family = hand.pop("family")

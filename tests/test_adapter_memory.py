@@ -14,7 +14,6 @@ from ftplan.planner.families import spec_from_config
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.methods import METHODS
 from ftplan.planner.trained import target_names
-from tests.bottlenecks import insert_bottlenecks
 from tests.dry_runs import GPT2, LLAMA, cuda_case
 from tests.test_dry_run_methods import SMALL
 
@@ -28,9 +27,23 @@ OPTIONS = {**SMALL, "adaption-prompt": ("adapter_layers=3",), "boft": ()}
 ADAPTERS = sorted(
     name
     for name in MODELLED_METHODS
-    if METHODS[name].peft_type and METHODS[name].has_trainer and name not in ("lora", "qlora")
+    if METHODS[name].peft_type and METHODS[name].has_trainer and name != "lora"
+    if not METHODS[name].quantized_base
 )
-ON_NF4 = ("dora", "ia3", "adalora", "oft", "vera", "c3a", "miss", "randlora", "lily", "waveft")
+ON_NF4 = (
+    "loftq",
+    "lora-fa",
+    "dora",
+    "ia3",
+    "adalora",
+    "oft",
+    "vera",
+    "c3a",
+    "miss",
+    "randlora",
+    "lily",
+    "waveft",
+)
 
 
 def relative_error(config: dict[str, Any], **settings: Any) -> float:
@@ -147,6 +160,27 @@ def test_methods_with_ways_of_their_own(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
+        pytest.param({"method": "full"}, id="full"),
+        pytest.param({"method": "full", "dtype": "float32"}, id="full in fp32"),
+        pytest.param({"method": "lora", "max_length": 16, "lora_rank": 64}, id="adapters"),
+        pytest.param({"method": "full", "config": WIDE_GPT2, "max_length": 64}, id="GPT-2"),
+    ],
+)
+def test_muon(settings: dict[str, Any]) -> None:
+    config = settings.get("config", WIDE_LLAMA)
+    rest = {name: value for name, value in settings.items() if name != "config"}
+    assert abs(relative_error(config, optim="muon", **rest)) < 0.002
+
+
+@pytest.mark.parametrize("options", ["encoder_num_layers=2", "encoder_hidden_size=128"])
+def test_an_lstm_that_makes_a_prompt(options: str) -> None:
+    encoder = ("encoder_reparameterization_type=LSTM", options)
+    assert abs(relative_error(WIDE_LLAMA, method="p-tuning", peft_config=encoder)) < 0.002
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
         pytest.param({}, id="kept"),
         pytest.param({"gradient_checkpointing": True}, id="checkpointed"),
         pytest.param({"mixed_precision": "no"}, id="without autocast"),
@@ -154,9 +188,7 @@ def test_methods_with_ways_of_their_own(settings: dict[str, Any]) -> None:
         pytest.param({"config": WIDE_GPT2}, id="GPT-2"),
     ],
 )
-def test_bottlenecks(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No trainer builds them: they are put into the model that the dry run traces."""
-    monkeypatch.setattr("ftplan.launcher.dry_run.step.apply_method", insert_bottlenecks)
+def test_bottlenecks(settings: dict[str, Any]) -> None:
     given = {"method": "bottleneck", **settings}
     config = given.pop("config", WIDE_LLAMA)
     assert abs(relative_error(config, **given)) < 0.002

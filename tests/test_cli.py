@@ -46,12 +46,19 @@ SETTING_FLAGS = [
     "--lora-rank",
     "--lora-alpha",
     "--lora-dropout",
+    "--loraplus-lr-ratio",
     "--target-modules",
     "--modules-to-save",
     "--peft-config",
     "--autocast-adapter-dtype",
     "--num-trainable-layers",
     "--trainable-modules",
+    "--jagged-restart-steps",
+    "--jagged-restart-warmup-steps",
+    "--relora-prune-ratio",
+    "--relora-prune-method",
+    "--plora-momentum",
+    "--lora-drop-threshold",
     "--optim",
     "--per-device-train-batch-size",
     "--gradient-accumulation-steps",
@@ -424,7 +431,7 @@ class TestSettingsFlags:
 
     @pytest.mark.parametrize("item", dataclasses.fields(TrainingPlan), ids=lambda item: item.name)
     def test_each_gives_a_value_of_its_setting_s_type(self, item: dataclasses.Field[Any]) -> None:
-        optional = item.name in ("max_steps", "steps_per_generation")
+        optional = item.default is None
         default = 7 if optional else item.default
         text = ",".join(default) if isinstance(default, tuple) else str(default).lower()
         flag = "--" + item.name.replace("_", "-")
@@ -432,7 +439,8 @@ class TestSettingsFlags:
             given = self.parse(*words)
             assert given == {item.name: default}
             assert type(given[item.name]) is type(default)
-        if item.name != "steps_per_generation":  # which one objective alone has
+        # Some are of one objective or method alone.
+        if not optional or item.name == "max_steps":
             assert TrainingPlan(**given) == TrainingPlan().replace(**given)
 
     @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ MET: dict[str, tuple[str, ...]] = {
     "no-flash-attention-class": ("bloom-560m", *FLASH),
     "quantized-on-processor": (SMALL, "--method", "qlora"),
     "no-quantization-kernels": (SMALL, "--gpu", "v100-16gb", "--quantization", "int8"),
+    "optimizer-on-processor": (SMALL, "--method", "full", "--optim", "adalomo"),
+    "apollo-zero-start": (SMALL, "--optim", "apollo_adamw"),
     "fp16-overflow": (SMALL, "--dtype", "float16"),
     "beyond-positions": (SMALL, "--max-length", "8193"),
     "adapted-router": ("phi-3.5-moe-instruct", "--target-modules", "q_proj,router"),
@@ -69,8 +71,13 @@ MET: dict[str, tuple[str, ...]] = {
     "every-process-loads": (SMALL, *FSDP),
     "fsdp-reentrant": (SMALL, *FSDP, "--use-reentrant"),
     "relora-sharded": (SMALL, "--method", "relora", "--sharding", "zero1", "--num-gpus", "2"),
+    "merged-in-16-bits": (SMALL, "--method", "plora", "--gpu", "l4"),
+    "lora-drop-bound": (SMALL, "--method", "lora-drop"),
+    "adalora-fused-loss": (SMALL, "--method", "adalora"),
     "flash-attention-alibi": ("falcon-rw-1b", *FLASH),
     "misnamed-decoder": (LLAMA_4, "--loss", "trl-fused"),
+    "muon-no-matrix": (SMALL, "--method", "ln-tuning", "--optim", "muon"),
+    "low-rank-no-linear": ("gpt2", "--method", "full", "--optim", "galore_adamw"),
     "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo", *FP16),
     "poly-checkpointed": (SMALL, "--method", "poly", *CHECKPOINTED),
     "every-n-layers-reference": (SMALL, "--objective", "dpo", *EVERY_SECOND),
@@ -91,6 +98,8 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "no-flash-attention-class": (SMALL, *FLASH),
     "quantized-on-processor": (SMALL, "--method", "qlora", "--gpu", "t4"),
     "no-quantization-kernels": (SMALL, "--gpu", "t4", "--quantization", "int8"),
+    "optimizer-on-processor": (SMALL, "--method", "full", "--optim", "adalomo", "--gpu", "l4"),
+    "apollo-zero-start": (SMALL, "--method", "full", "--optim", "apollo_adamw"),
     "fp16-overflow": (SMALL, *PURE_FLOAT32),
     "beyond-positions": (SMALL, "--max-length", "8192"),
     "adapted-router": ("phi-3.5-moe-instruct",),
@@ -108,8 +117,13 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "every-process-loads": (SMALL, "--num-gpus", "2"),
     "fsdp-reentrant": (SMALL, *FSDP),
     "relora-sharded": (SMALL, "--method", "relora", "--num-gpus", "2"),
+    "merged-in-16-bits": (SMALL, "--method", "relora", *PURE_FLOAT32),
+    "lora-drop-bound": (SMALL, "--method", "plora"),
+    "adalora-fused-loss": (SMALL, "--method", "adalora", "--loss", "stock"),
     "flash-attention-alibi": ("falcon-7b", *FLASH),
     "misnamed-decoder": (LLAMA_4,),
+    "muon-no-matrix": (SMALL, "--method", "lora", "--optim", "muon"),
+    "low-rank-no-linear": (SMALL, "--method", "full", "--optim", "galore_adamw"),
     "lomo-fp16": (SMALL, "--method", "full", "--optim", "lomo"),
     "poly-checkpointed": (SMALL, "--method", "poly"),
     "every-n-layers-reference": (
@@ -180,14 +194,16 @@ def test_every_combination_is_met_here() -> None:
     assert set(MET) == set(NOT_MET) == set(names)
 
 
+@pytest.mark.usefixtures("on_a_processor")
 @pytest.mark.parametrize("combination", known("warned"))
 def test_what_disappoints_is_warned_about(combination: Combination, ftplan: Ftplan) -> None:
-    answer = ftplan("estimate", *MET[combination.name])
+    asked = ("estimate", *MET[combination.name])
+    if combination.name == "quantized-on-processor":  # an estimate is of a GPU
+        model, *settings = MET[combination.name]
+        asked = ("plan", str(DATA), "--model", model, *settings)
+    answer = ftplan(*asked)
     assert answer.status in (0, 1) and f"[{combination.name}]" in answer.said
-    warnings = {
-        w["name"]: w
-        for w in json.loads(ftplan("estimate", *MET[combination.name], "--json").out)["warnings"]
-    }
+    warnings = {w["name"]: w for w in json.loads(ftplan(*asked, "--json").out)["warnings"]}
     told = warnings[combination.name]
     assert set(told) == {"name", "text", "way_out"} and told["text"] and told["way_out"]
     assert f"warning: {told['text']}; {told['way_out']} [{combination.name}]" in answer.said
@@ -295,14 +311,17 @@ def test_what_is_said_of_one_card_is_said_before_a_run(ftplan: Ftplan) -> None:
         (("--model", SMALL), False),
         (("--model", "smollm2-135m", "--modules-to-save", "embed_tokens,lm_head"), False),
         (("--model", "smollm2-135m", "--method", "full"), False),
+        (("--model", "smollm2-135m", "--train-tokens", "template"), False),
     ],
 )
 def test_a_base_model_does_not_learn_a_chat_templates_tokens(
     words: tuple[str, ...], warned: bool, ftplan: Ftplan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers", reason="templates are its tokenizers'")
-    tokenizer = RowTokenizer(tiny_tokenizer(CHATML))
-    monkeypatch.setattr(planning, "tokenizer_of", lambda ui, source: tokenizer)
+    core = tiny_tokenizer(CHATML, eos_token="<|bos|>")
+    trained = ("template",) if "template" in words else ()
+    tokenizer = RowTokenizer(core, train_tokens=trained)
+    monkeypatch.setattr(planning, "tokenizer_of", lambda ui, source, given: tokenizer)
     answer = ftplan("plan", str(DATA), "--gpu", "l4", *words, "--json")
     names = [warning["name"] for warning in json.loads(answer.out)["warnings"]]
     assert ("untrained-template" in names) == warned
@@ -342,11 +361,12 @@ def test_more_gpus_than_there_are_is_refused(ftplan: Ftplan) -> None:
 
 
 @pytest.mark.usefixtures("on_a_processor")
-def test_a_method_that_is_not_for_a_processor_is_passed_over(ftplan: Ftplan) -> None:
+def test_a_4_bit_base_on_a_processor_is_offered_behind_a_whole_one(ftplan: Ftplan) -> None:
     answer = ftplan("plan", str(DATA), "--model", SMALL, "--json")
     assert answer.status == 0
-    reasons = {item["method"]: item["reason"] for item in json.loads(answer.out)["rejected"]}
-    assert "are for GPUs" in reasons["qlora"]
+    planned = json.loads(answer.out)
+    assert planned["plan"]["method"]["value"] == "lora"
+    assert "qlora" not in [item["method"] for item in planned["rejected"]]
 
 
 def test_the_hint_names_what_the_card_can_do(

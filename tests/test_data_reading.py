@@ -305,8 +305,7 @@ class TestProfile:
         assert all(set(item) == {"setting", "value", "why"} for item in told["advice"])
         advice = {item["setting"]: item["value"] for item in told["advice"]}
         assert advice["model"] == "chat" and advice["validation_rows"] == 3
-        assert set(advice["task_weights"]) == {"t", "u"}
-        assert advice["task_weights"]["t"] == pytest.approx(2**0.5 / (1 + 2**0.5), abs=0.02)
+        assert set(told["tasks"]) == {"t", "u"} and advice["task_weighting"] == "temperature"
         assert told["by_max_length"][-1]["cut_rows"] == 0
 
     def test_a_clean_file_makes_no_words(self, write: Write) -> None:

@@ -197,7 +197,7 @@ SCRIPT = """
 import sys
 from ftplan.launcher import cli
 from ftplan.launcher.commands import data
-data.tokenizer_of = lambda ui, source: None
+data.tokenizer_of = lambda ui, source, given: None
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -260,7 +260,7 @@ class TestAtATerminal:
 def test_planning_asks_before_anything_slow(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """`data` has its answer before the pass over the rows."""
     monkeypatch.setattr(sys, "stdin", _Terminal("2\n"))
-    monkeypatch.setattr(data_command, "tokenizer_of", lambda ui, source: None)
+    monkeypatch.setattr(data_command, "tokenizer_of", lambda ui, source, given: None)
     read: list[DataAsked] = []
     monkeypatch.setattr(
         DataAsked, "read", lambda self, ui, tokenizer: read.append(self) or sys.exit(3)

@@ -52,6 +52,7 @@ from ftplan.planner.host_memory import SAVED_AT_ONCE_BYTES
 from ftplan.planner.memory import MEMORY_MARGIN, RESERVED_OVER_ALLOCATED, estimate_memory
 from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.plan import SETTING_NAMES, ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
@@ -383,6 +384,10 @@ def derived_settings(data: DataProfile, devices: dict[str, Device], model: Model
             teams = teams_of([device, structs.replace(device, index=1)], None)
             for candidate in space.candidates(space.groups(METHODS[method], teams)):
                 found |= _derived(candidate.reasoned)
+    several = structs.replace(data, task_lengths={"a": data.lengths, "b": data.lengths})
+    space = Space(model, several, {"gradient_checkpointing": False}, OWN_STACK)
+    (group, *_) = space.groups(METHODS["poly"], teams_of([devices["CPU"]], None))
+    found |= _derived(group.base)
     best = choose_plan(model, data, devices["CPU"], {}).best
     assert best is not None
     limited = limit_to_time_budget(best, data, {}, budget_seconds=1e-3).reasoned
@@ -445,11 +450,22 @@ def test_what_ranks_hold_is_the_policys() -> None:
 
 def test_the_learning_rates_are_the_policys() -> None:
     rates = [float(row[2]) for row in table("policy.md", "Learning rate")]
-    sizes = ("29B", "34B", "0.9B", "1.1B")
+    sizes = ("29B", "34B", "29B", "34B", "0.9B", "1.1B")
     models = [spec_from_size(round(float(size[:-1]) * 1e9), size) for size in sizes]
-    methods = [METHODS[name] for name in ("lora", "lora", "full", "full")]
+    methods = [METHODS[name] for name in (*2 * ("lora",), *2 * ("lora-plus",), *2 * ("full",))]
     advised = [policy.learning_rate(m, s).value for m, s in zip(methods, models, strict=True)]
     assert rates == advised
+
+
+def test_the_page_has_each_objectives_rate_and_weight() -> None:
+    listed = {codes(row[0])[0]: row for row in table("policy.md", "Preferences and rewards")}
+    assert set(listed) == set(OBJECTIVES) - {"sft"}
+    for name, row in listed.items():
+        objective = OBJECTIVES[name]
+        assert float(row[1]) == objective.learning_rate, name
+        assert (float(row[2]) if row[2] else None) == objective.beta, name
+    for word in (*OBJECTIVES["dpo"].loss_types, *OBJECTIVES["dpo"].other_loss_types):
+        assert f"`{word}`" in section(page("policy.md"), "Preferences and rewards"), word
 
 
 def capability(quantization: str) -> str:

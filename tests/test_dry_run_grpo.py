@@ -13,13 +13,15 @@ from msgspec import structs
 pytest.importorskip("trl", reason="needs the `train` extra")
 
 from datasets import Dataset
-from transformers import set_seed
+from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.step import dry_run
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
-from ftplan.launcher.training.objectives import PlannedGRPOTrainer, trainer_arguments
+from ftplan.launcher.training.objectives import trainer_arguments
+from ftplan.launcher.training.online import PlannedGRPOTrainer, PlannedRLOOTrainer
+from ftplan.launcher.training.rewards import RewardModel
 from ftplan.launcher.training.stacks import blank_tokenizer
 from ftplan.planner.step_trace import GENERATION_PHASE, SCORING_PHASE
 from tests.dry_runs import GPT2, GPT2_MODULES, LLAMA, PHASES, QLORA, QWEN3, STEPS, case, mark
@@ -33,6 +35,8 @@ GRPO: dict[str, Any] = {
     **{"num_generations": 2, "max_completion_length": COMPLETION},
 }
 BETA: dict[str, Any] = {"beta": 0.1}
+RLOO: dict[str, Any] = {"objective": "rloo"}
+JUDGED: dict[str, Any] = {"reward_config": {**LLAMA, "intermediate_size": 2048}}
 FULL: dict[str, Any] = {"method": "full"}
 # oneDNN, which multiplies bf16 on processors, lays blocks out anew for as long as a product takes;
 # how many bytes depends on the processor (18 KiB on one with AVX-512, next to none on others).
@@ -47,30 +51,67 @@ def narrow_tiles() -> Iterator[None]:
         yield
 
 
-class MarkedGRPOTrainer(PlannedGRPOTrainer):
+class _Marked:
     """Leaves the names of phases in the profile; prompts are of one length."""
 
     prompt_length: int
 
+    @property
+    def _trainer(self) -> Any:
+        return super()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         mark("forward")
-        return super().training_step(*args, **kwargs)
+        return self._trainer.training_step(*args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return [[2] * self.prompt_length for _ in prompts], None, {}
 
     def _generate(self, prompts: list[Any]) -> Any:
         mark(GENERATION_PHASE)
-        generated = super()._generate(prompts)
+        generated = self._trainer._generate(prompts)
         assert all(len(ids) == COMPLETION for ids in generated[1])
         return generated
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         mark("forward" if kwargs.get("compute_entropy") else SCORING_PHASE)
-        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return self._trainer._get_per_token_logps_and_entropies(*args, **kwargs)
 
 
-def real_trainer(dry_case: DryRunCase, folder: Path) -> MarkedGRPOTrainer:
+class MarkedGRPOTrainer(_Marked, PlannedGRPOTrainer):
+    """TRL's."""
+
+
+class MarkedRLOOTrainer(_Marked, PlannedRLOOTrainer):
+    """TRL's."""
+
+
+MARKED: dict[str, Any] = {"grpo": MarkedGRPOTrainer, "rloo": MarkedRLOOTrainer}
+
+
+class FullRows(RewardModel):
+    """Judges rows as long as a micro-batch's may be, whatever was generated."""
+
+    def __call__(self, *, completions: Any, **_: Any) -> list[float]:
+        mark(SCORING_PHASE)
+        scores = []
+        for start in range(0, len(completions), self.rows):
+            rows = min(self.rows, len(completions) - start)
+            scores += self._scores([[3] * self.max_length] * rows)
+        return [score + number for number, score in enumerate(scores)]
+
+
+def reward_of(dry_case: DryRunCase) -> Any:
+    """A rule that needs no memory, or a model of random weights."""
+    if dry_case.reward_config is None:
+        return lambda completions, **_: [float(n) for n, _ in enumerate(completions)]
+    config = AutoConfig.for_model(**dry_case.reward_config, num_labels=1, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)
+    rows = dry_case.plan.per_device_train_batch_size
+    return FullRows(model, None, rows=rows, max_length=dry_case.row_length)  # type: ignore[arg-type]
+
+
+def real_trainer(dry_case: DryRunCase, folder: Path) -> Any:
     plan, settings = dry_case.plan, method_settings(dry_case.plan)
     set_seed(0)
     seed_model(dry_case, folder / "model")
@@ -80,9 +121,9 @@ def real_trainer(dry_case: DryRunCase, folder: Path) -> MarkedGRPOTrainer:
     planned = training_arguments(plan, "cpu") | {"max_steps": steps}
     arguments = trainer_arguments(plan.objective, planned, str(folder))
     arguments.save_strategy = "no"
-    trainer = MarkedGRPOTrainer(
+    trainer = MARKED[plan.objective](
         model=model,
-        reward_funcs=lambda completions, **_: [float(n) for n, _ in enumerate(completions)],
+        reward_funcs=reward_of(dry_case),
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": [""] * 8}),
         processing_class=blank_tokenizer(),
@@ -98,13 +139,17 @@ def real_trainer(dry_case: DryRunCase, folder: Path) -> MarkedGRPOTrainer:
 @pytest.mark.parametrize(
     "dry_case",
     [
-        pytest.param(case(config, **GRPO, **settings), id=name)
+        pytest.param(case(config, **{**GRPO, **settings}), id=name)
         for name, config, settings in (
             ("lora, reference", LLAMA, BETA),
             ("lora, many rows", QWEN3, {"steps_per_generation": 4}),
             ("full, reference", LLAMA, {**FULL, **BETA}),
             ("full, autocast", QWEN3, {**FULL, "mixed_precision": "bf16"}),
             ("gpt2, lora", GPT2, {"target_modules": GPT2_MODULES, "attn_implementation": "eager"}),
+            ("rloo, lora", LLAMA, RLOO),
+            ("rloo, full", QWEN3, {**RLOO, **FULL}),
+            ("judged, lora", LLAMA, JUDGED),
+            ("rloo, judged, full", QWEN3, {**RLOO, **JUDGED, **FULL}),
             ("qlora, accumulation", LLAMA, {**QLORA, "gradient_accumulation_steps": 2}),
         )
     ],

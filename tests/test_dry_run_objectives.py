@@ -25,6 +25,7 @@ from ftplan.launcher.training.build import apply_method, count_trainable, load_m
 from ftplan.launcher.training.measure import live_bytes, storage_sizes
 from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
 from ftplan.launcher.training.stacks import blank_tokenizer
+from ftplan.launcher.training.trainer import models_beside
 from ftplan.planner.errors import InputError
 from ftplan.planner.step_trace import REFERENCE_PHASE
 from tests.dry_runs import (
@@ -46,6 +47,8 @@ from tests.dry_runs import (
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
 DPO: dict[str, Any] = {"objective": "dpo", "loss": "trl-fused"}
+ORPO: dict[str, Any] = {"objective": "orpo", "loss": "trl-fused"}
+SIMPO: dict[str, Any] = {"objective": "simpo", "loss": "trl-fused"}
 KTO: dict[str, Any] = {"objective": "kto", "loss": "trl-fused"}
 REWARD: dict[str, Any] = {"objective": "reward"}
 FULL: dict[str, Any] = {"method": "full"}
@@ -69,7 +72,7 @@ PRECOMPUTED: dict[str, Any] = {"precompute_ref_log_probs": True}
 def rows(objective: str, count: int, length: int) -> Dataset:
     """Rows as TRL's own tokenization makes them, all of the same length."""
     answer = [1] * (length - 1)
-    if objective == "dpo":
+    if objective in ("dpo", "orpo", "simpo"):
         row = {"prompt_ids": [1], "chosen_ids": answer, "rejected_ids": answer}
         return Dataset.from_list([row] * count)
     if objective == "reward":
@@ -115,9 +118,8 @@ def seed_model(case: DryRunCase, folder: Path) -> None:
 
 
 def measured(trainer: Any, **how: Any) -> dict[str, int]:
-    """As for plain fine-tuning; a reference model lives through all phases."""
-    reference = getattr(trainer, "ref_model", None)
-    held = live_bytes(reference, None) if reference is not None else 0
+    """As for plain fine-tuning; models beside the trained one live through all phases."""
+    held = sum(live_bytes(model, None) for model in models_beside(trainer))
     return {phase: peak + held for phase, peak in measured_peaks(trainer, **how).items()}
 
 
@@ -133,6 +135,11 @@ def measured(trainer: Any, **how: Any) -> dict[str, int]:
             ("dpo, lora", LLAMA, DPO),
             ("dpo, lora, checkpointing", LLAMA, {**DPO, **CHECKPOINTING}),
             ("dpo, qlora, accumulation", LLAMA, {**DPO, **QLORA, **ACCUMULATION}),
+            ("dpo, lora, ipo", LLAMA, {**DPO, "loss_type": "ipo"}),
+            ("orpo, full", QWEN3, {**ORPO, **FULL}),
+            ("orpo, lora, checkpointing", LLAMA, {**ORPO, **CHECKPOINTING}),
+            ("simpo, qlora, accumulation", LLAMA, {**SIMPO, **QLORA, **ACCUMULATION}),
+            ("simpo, freeze", LLAMA, {**SIMPO, "method": "freeze", "num_trainable_layers": 1}),
             ("kto, full", LLAMA, {**KTO, **FULL}),
             ("kto, lora", LLAMA, KTO),
             ("kto, lora, precomputed", LLAMA, {**KTO, **PRECOMPUTED}),

@@ -20,9 +20,10 @@ from ftplan.launcher import emit
 from ftplan.launcher.data.hashes import RowHashes
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_yaml
 from ftplan.launcher.training.config import read_train_config
+from ftplan.planner.cycles import CYCLE_SETTINGS
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.objectives import GENERATION_SETTINGS
+from ftplan.planner.objective_checks import GENERATION_SETTINGS
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.plan import SCHEDULES, TrainingPlan
 
@@ -147,10 +148,18 @@ class TestTrainConfig:
         assert config.method_settings["target_modules"] == ["q_proj", "v_proj"]
         assert not config.is_quantized
 
-    def test_what_needs_a_reward_function_is_not_launched(self, run: RunDir) -> None:
-        grpo = ON_CPU.replace(objective="grpo", max_length=1024, per_device_train_batch_size=8)
-        with pytest.raises(InputError, match="`--objective grpo` is for estimates"):
-            read_train_config(written(run, grpo, CPU))
+    def test_what_judges_completions_is_told_with_its_folders(self) -> None:
+        plan = ON_CPU.replace(
+            **{"objective": "rloo", "loss": "trl-fused", "per_device_train_batch_size": 8},
+            **{"max_length": 1024, "reward_model": "runs/judge", "reward": ("exact-match",)},
+        )
+        folders = {"model": "/models/base", "adapter": "/runs/judge/adapter"}
+        told = emit.train_config(plan, GPU, **FILES, reward_model=folders)
+        assert told["rewards"] == {
+            **{"reward_model": "runs/judge", "rules": ["exact-match"], **folders},
+            **{"dtype": "float32", "attn_implementation": "sdpa", "rows": 8, "max_length": 1024},
+        }
+        assert emit.train_config(ON_CPU, GPU, **FILES)["rewards"] is None
 
     def test_a_file_outside_the_run_stays_where_it_is(self, run: RunDir) -> None:
         config = read_train_config(
@@ -172,6 +181,9 @@ class TestTrainConfig:
             "modules_to_save": ("lm_head",),
             "peft_config": ("bias=all",),
             "trainable_modules": ("q_proj",),
+            "add_tokens": ("<tool>",),
+            "train_tokens": ("<tool>",),
+            "chat_template": "plain",
             "autocast_adapter_dtype": False,
             "optim": "sgd",
             "gradient_checkpointing": False,
@@ -180,25 +192,42 @@ class TestTrainConfig:
             "trainer": "transformers",
             "objective": "dpo",
             "overlong": "drop",
+            "num_tasks": 3,
+            "task_weighting": "equal",
+            "task_weights": ("a=1",),
             "precompute_ref_log_probs": True,
             "lr_scheduler_type": "linear",
             "max_steps": 7,
             "num_generations": 4,
             "steps_per_generation": 2,
-            "beta": 0.1,
+            "beta": 0.2,
+            "gamma_beta_ratio": 0.2,
+            "loss_type": "ipo",
+            "reward_model": "runs/first",
+            "reward": ("exact-match",),
+            "jagged_restart_steps": 9,
+            "jagged_restart_warmup_steps": 3,
+            "relora_prune_method": "random",
         }
         generates = ON_CPU.replace(
             objective="grpo", loss="trl-fused", per_device_train_batch_size=8, max_length=1024
         )
+
+        pairs = ON_CPU.replace(objective="dpo")
 
         def files(plan: TrainingPlan) -> str:
             config = emit.train_config(plan, GPU, **FILES)
             return json.dumps([config, emit.accelerate_config(plan, GPU)])
 
         bases = {
-            "precompute_ref_log_probs": ON_CPU.replace(objective="dpo"),
+            "precompute_ref_log_probs": pairs,
+            "beta": pairs,
+            "loss_type": pairs,
+            "gamma_beta_ratio": pairs.replace(objective="simpo"),
             "trainable_modules": ON_CPU.replace(method="freeze"),
+            "task_weights": ON_CPU.replace(task_weighting="fixed", task_weights=("b=1",)),
             **dict.fromkeys(GENERATION_SETTINGS, generates),
+            **{name: ON_CPU.replace(method=m[0]) for name, m in CYCLE_SETTINGS.items()},
         }
         # Such plans are not launched (test_sharding).
         refused = ("sharding", "dp_replicate_size", "offload", "packing", "tp_size", "cp_size")
@@ -263,7 +292,8 @@ class TestTrl:
         arguments = sft_arguments(
             read_train_config(written(run, plan, CPU)).training_arguments, str(run.checkpoints)
         )
-        assert (arguments.optim, arguments.lr_scheduler_type) == (optim, schedule)
+        stands_for = {"muon": "adamw_torch_fused"}.get(optim, optim)
+        assert (arguments.optim, arguments.lr_scheduler_type) == (stands_for, schedule)
         low_rank = optim.startswith(("galore", "apollo"))
         assert arguments.optim_target_modules == ("all-linear" if low_rank else None)
 

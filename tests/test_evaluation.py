@@ -165,9 +165,9 @@ def test_an_answer_ends_with_the_templates_token(trainer: Any) -> None:
     """Which is not always the tokenizer's end token."""
     other = tiny_tokenizer(CHATML, eos_token="<|bos|>")
     made = RowTokenizer(other)
-    assert made.end_tokens == [other.bos_token_id, other.convert_tokens_to_ids("<|im_end|>")]
-    assert set(made.end_tokens) <= set(stop_tokens(trainer.model, made))
-    assert RowTokenizer(tiny_tokenizer()).end_tokens == [tiny_tokenizer().eos_token_id]
+    assert made.end_ids == [other.convert_tokens_to_ids("<|im_end|>"), other.bos_token_id]
+    assert set(made.end_ids) <= set(stop_tokens(trainer.model, made))
+    assert RowTokenizer(tiny_tokenizer()).end_ids == [tiny_tokenizer().eos_token_id]
 
 
 def test_general_text_is_read_in_pieces_as_in_one(trainer: Any, tokenizer: RowTokenizer) -> None:

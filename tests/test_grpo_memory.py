@@ -17,6 +17,7 @@ from ftplan.planner.explain import GENERATION_EQUATION, explain
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.generation import Generation
 from ftplan.planner.memory import estimate_memory
+from ftplan.planner.objectives import with_score
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import MOST_APART, replayed_memory
@@ -56,6 +57,9 @@ GRPO: dict[str, Any] = {
     **{"num_generations": 2, "max_completion_length": 128},
 }
 BETA: dict[str, Any] = {"beta": 0.1}
+RLOO: dict[str, Any] = {"objective": "rloo"}
+# Larger than what is trained, so that its pass is the highest of scoring.
+JUDGED: dict[str, Any] = {"reward_config": {**WIDE_LLAMA, "intermediate_size": 4096}}
 # So many rows at once that their cache is what generation holds most of.
 MANY: dict[str, Any] = {
     **{"num_generations": 16, "max_completion_length": 480},
@@ -91,6 +95,11 @@ def grpo_case(config: dict[str, Any], **settings: Any) -> DryRunCase:
                 {**CHECKPOINTING, "gradient_accumulation_steps": 4, "steps_per_generation": 2},
             ),
             ("cpu, lora", WIDE_LLAMA, {**ON_PROCESSOR, **MANY}),
+            ("rloo, lora", WIDE_LLAMA, {**RLOO, **MANY}),
+            ("rloo, full, no reference", WIDE_QWEN3, {**RLOO, **FULL, "beta": 0.0}),
+            ("judged, lora, checkpointing", WIDE_QWEN3, {**CHECKPOINTING, **JUDGED}),
+            ("rloo, judged, lora", WIDE_LLAMA, {**RLOO, **JUDGED, **MANY}),
+            ("cpu, judged, lora", WIDE_LLAMA, {**ON_PROCESSOR, **JUDGED}),
         )
     ],
 )
@@ -116,6 +125,18 @@ def test_few_layers_stand_for_all(settings: dict[str, Any]) -> None:
     every = dry_run(structs.replace(dry_case, few_layers=False))
     assert few.num_layers_traced == 4 < every.num_layers_traced
     assert_equal_records(few.record, every.record)
+
+
+def test_a_reward_model_is_held_and_its_pass_is_seen() -> None:
+    """Beside a model that is small, in the plan's dtype."""
+    judged, alone = (
+        closed_peaks(grpo_case(WIDE_LLAMA, **JUDGED)),
+        closed_peaks(grpo_case(WIDE_LLAMA)),
+    )
+    held = 2 * with_score(spec_from_config(JUDGED["reward_config"], "")).num_parameters
+    for phase in ("load", "micro-batch", "save"):
+        assert judged[phase] - alone[phase] == held, phase
+    assert SCORING_PHASE in judged and SCORING_PHASE not in alone
 
 
 # --- the closed form alone -----------------------------------------------------------------------
@@ -210,7 +231,7 @@ def test_rows_make_whole_groups() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "sft", "loss": "trl-fused", "beta": 0.1}, "is for `--objective grpo`"),
+        ({"objective": "sft", "loss": "trl-fused", "beta": 0.1}, "is for `--objective` `dpo`"),
         ({**GRPO, "num_generations": 1}, "compared with the others"),
         ({**GRPO, "num_generations": 3}, "no whole groups"),
         ({**GRPO, "max_completion_length": 512, "max_length": 512}, "leaves no token"),

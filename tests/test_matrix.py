@@ -36,7 +36,10 @@ from tests.matrix import (
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
-ROWS = {"sft": answered, "dpo": compared, "reward": compared, "kto": labelled}
+ROWS = {
+    **{"sft": answered, "dpo": compared, "orpo": compared, "simpo": compared},
+    **{"reward": compared, "kto": labelled},
+}
 
 COMMON: dict[str, Any] = {
     **{"max_steps": 12, "learning_rate": 0.02, "lora_rank": 4, "lora_alpha": 8},
@@ -79,8 +82,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("ln-tuning", "qwen3_moe"): "PEFT has no norms of its own",
     ("adaption-prompt", "qwen3"): "not for `qwen3`",
     ("adaption-prompt", "qwen3_moe"): "not for `qwen3_moe`",
-    ("trainable-tokens", "llama"): "whose output projection shares them",
-    ("trainable-tokens", "gpt2"): "whose output projection shares them",
+    ("trainable-tokens", "llama"): "output projection TRL wants unadapted",
+    ("trainable-tokens", "gpt2"): "output projection TRL wants unadapted",
 }
 METHODS_TRAINED = [name for name in METHODS if name != "shadow"]  # whose memory is not known
 
@@ -120,7 +123,10 @@ def check(done: Done) -> None:
     plan, record = done.plan.chosen.plan, done.record
     source, spec = done.plan.source, done.plan.source.spec
     counted = trained_part(spec, plan).num_trainable_parameters
-    assert record["num_trainable_parameters"] == counted
+    if plan.method == "lora-drop":  # how many layers share an adapter is seen as it trains
+        assert record["num_trainable_parameters"] <= counted
+    else:
+        assert record["num_trainable_parameters"] == counted
     assert record["evaluation"]["after"] < record["evaluation"]["before"]
     again = logits_of(reloaded(done))
     assert torch.allclose(again, done.logits, rtol=1e-4, atol=1e-4)
@@ -173,7 +179,7 @@ def test_what_does_not_go_is_refused_before_anything_is_loaded(
         ("full", "qwen3"),
         ("freeze", "gpt2"),
         ("dora", "qwen3_moe"),
-        ("qlora", "llama"),
+        ("rslora", "llama"),
         ("bitfit", "qwen3"),
         ("ia3", "gpt2"),
         ("oft", "llama"),

@@ -16,9 +16,12 @@ from ftplan.planner.recipe import estimate_recipe
 SMALLEST: dict[str, dict[str, Any]] = {
     "sft": {},
     "dpo": {},
+    "orpo": {},
+    "simpo": {},
     "kto": {"per_device_train_batch_size": 2},
     "reward": {"loss": "stock"},
     "grpo": {"per_device_train_batch_size": 8},
+    "rloo": {"per_device_train_batch_size": 8},
 }
 
 
@@ -37,6 +40,16 @@ def plan(objective: str, **settings: Any) -> TrainingPlan:
         ("sft", {"precompute_ref_log_probs": True}, "has no reference"),
         ("reward", {"precompute_ref_log_probs": True}, "has no reference"),
         ("kto", {"per_device_train_batch_size": 1}, "2 or more"),
+        ("orpo", {"precompute_ref_log_probs": True}, "has no reference"),
+        ("sft", {"beta": 0.1}, "`--beta` is for `--objective` `dpo`"),
+        ("dpo", {"beta": 0.0}, "nothing to learn from"),
+        ("dpo", {"gamma_beta_ratio": 0.5}, "is for `--objective` `simpo`"),
+        ("simpo", {"loss_type": "ipo"}, "is for `--objective` `dpo`, and this is `simpo`"),
+        ("dpo", {"loss_type": "aot"}, "micro-batch"),
+        ("dpo", {"reward_model": "runs/first"}, "is for `--objective grpo` and `rloo`"),
+        ("grpo", {"reward": ("exact_match",)}, "unknown reward `exact_match`"),
+        ("dpo", {"loss_type": "robust"}, "label_smoothing"),
+        ("dpo", {"loss_type": "ippo"}, "unknown loss type `ippo`"),
         (
             "reward",
             {
@@ -81,8 +94,9 @@ def test_no_run_is_planned_that_needs_a_reward_function(
     """And that is said before the data is read."""
     if words[0] == "auto":
         pytest.importorskip("trl", reason="needs the `train` extra")
-    assert main([*words, "--objective", "grpo"]) == 2
-    assert "`--objective grpo` is for estimates" in " ".join(capsys.readouterr().err.split())
+    assert main([*words, "--objective", "rloo"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nothing here rewards them" in said and "--reward-model RUN_DIR" in said
 
 
 @pytest.mark.train

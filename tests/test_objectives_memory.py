@@ -16,6 +16,7 @@ from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.objectives import trained_model, trained_part
 from ftplan.planner.phases import STEP_PHASES
+from ftplan.planner.rewards import with_reward_model
 from ftplan.planner.stack import Stack
 from ftplan.planner.trained import target_names
 from tests.dry_runs import BF16, FREEZE, GPT2, GPT2_MODULES, LLAMA, QLORA, QWEN3, REENTRANT, case
@@ -33,6 +34,8 @@ WIDE: dict[str, Any] = {
 }
 CUDA: dict[str, Any] = {**BF16, "kind": "cuda"}
 DPO: dict[str, Any] = {"objective": "dpo", "loss": "trl-fused"}
+ORPO: dict[str, Any] = {"objective": "orpo", "loss": "trl-fused"}
+SIMPO: dict[str, Any] = {"objective": "simpo", "loss": "trl-fused"}
 KTO: dict[str, Any] = {"objective": "kto", "loss": "trl-fused"}
 REWARD: dict[str, Any] = {"objective": "reward"}
 HEAD: dict[str, Any] = {"modules_to_save": ("lm_head",)}
@@ -89,8 +92,11 @@ def _with_names(dry_case: DryRunCase) -> DryRunCase:
 def closed_peaks(dry_case: DryRunCase, card: Device | None = None) -> dict[str, int]:
     """The same in closed form, on a card or one of the default compute capability."""
     stack = Stack(**{name: getattr(dry_case, name) for name in Stack.__struct_fields__})
+    model = spec_from_config(dry_case.config, "")
+    if dry_case.reward_config is not None:
+        model = with_reward_model(model, spec_from_config(dry_case.reward_config, ""))
     memory = estimate_memory(
-        spec_from_config(dry_case.config, ""),
+        model,
         dry_case.plan,
         device=PROCESSOR if dry_case.kind == "cpu" else card,
         stack=stack,
@@ -122,6 +128,10 @@ def _joined(peaks: dict[str, int]) -> dict[str, int]:
                 },
             ),
             ("dpo, qlora", WIDE_LLAMA, {**CUDA, **DPO, **QLORA}),
+            ("orpo, full", WIDE_LLAMA, {**CUDA, **ORPO, **FULL}),
+            ("orpo, lora, checkpointing", WIDE_QWEN3, {**CUDA, **ORPO, **CHECKPOINTING}),
+            ("simpo, qlora", WIDE_LLAMA, {**CUDA, **SIMPO, **QLORA}),
+            ("cpu, simpo", WIDE_PHI, {**SIMPO, **FULL}),
             ("kto, full", WIDE_LLAMA, {**CUDA, **KTO, **FULL}),
             ("kto, lora, checkpointing", WIDE_QWEN3, {**CUDA, **KTO, **CHECKPOINTING}),
             ("kto, qlora", WIDE_PHI3, {**CUDA, **KTO, **QLORA}),

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftplan.planner.cycles import PRUNE_METHODS
 from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.method_checks import LOFTQ_BASES
 from ftplan.planner.methods import METHODS
 from ftplan.planner.optimizers import OPTIMIZERS
 from ftplan.planner.overlong import OVERLONG
@@ -45,7 +47,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "offload": OFFLOADS,
     "lr_scheduler_type": SCHEDULES,
     "overlong": OVERLONG,
-    "objective": ("sft", "dpo", "kto", "reward", "grpo"),
+    "relora_prune_method": PRUNE_METHODS,
+    "task_weighting": ("proportional", "equal", "temperature", "fixed", "dynamic"),
+    "objective": ("sft", "dpo", "orpo", "simpo", "kto", "reward", "grpo", "rloo"),
 }
 
 
@@ -59,7 +63,11 @@ def reasoned(plan: TrainingPlan) -> ReasonedPlan:
 @st.composite
 def plans(draw: st.DrawFn) -> TrainingPlan:
     method = draw(st.sampled_from(sorted(METHODS)))
-    quantizations = {"lora": QUANTIZATIONS, "qlora": QUANTIZATIONS[1:]}.get(method, ("none",))
+    quantizations = {
+        "lora": QUANTIZATIONS,
+        "qlora": QUANTIZATIONS[1:],
+        "loftq": LOFTQ_BASES,
+    }.get(method, ("none",))
     modules = st.lists(st.sampled_from(["q_proj", "v_proj", "up_proj"]), min_size=1, unique=True)
     checkpointing = not METHODS[method].fills_cache and draw(st.booleans())
     return TrainingPlan(
@@ -100,6 +108,7 @@ def test_every_setting_with_choices_is_tested() -> None:
     [
         "lora_rank",
         "lora_alpha",
+        "loraplus_lr_ratio",
         "num_trainable_layers",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -116,6 +125,8 @@ def test_every_setting_with_choices_is_tested() -> None:
         "num_train_epochs",
         "max_steps",
         "save_steps",
+        "num_tasks",
+        "task_temperature",
     ],
 )
 def test_what_must_be_positive(name: str, value: float) -> None:
@@ -378,5 +389,5 @@ def test_optimizers_and_schedules_have_the_names_of_transformers() -> None:
     transformers = pytest.importorskip("transformers", reason="the names are transformers'")
     optimizers = {o.value for o in transformers.training_args.OptimizerNames}
     schedules = {s.value for s in transformers.SchedulerType}
-    assert set(OPTIMIZERS) <= optimizers
+    assert set(OPTIMIZERS) - optimizers == {"muon"}  # torch's, beside AdamW
     assert set(SCHEDULES) <= schedules

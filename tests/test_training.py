@@ -23,7 +23,7 @@ import pyarrow
 from pyarrow import parquet
 
 from ftplan.launcher.data.asked import DataAsked
-from ftplan.launcher.launching import write_run
+from ftplan.launcher.launching import result_lines, write_run
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training import loop
@@ -31,7 +31,7 @@ from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.units import GIB
-from tests.launcher_fixtures import CHATML, tiny_tokenizer
+from tests.launcher_fixtures import CHATML, save_tiny_llama, tiny_tokenizer
 from tests.test_training_rows import write as write_rows
 
 pytestmark = pytest.mark.train
@@ -43,28 +43,8 @@ PARTS = ("question", "answer", "start", "end", "middle", "rest")
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 100,000 parameters with random weights, as `save_pretrained` writes it."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tokenizer = tiny_tokenizer(CHATML, pad_token="<|bos|>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        # The usual 0.02 bounds a frozen head of this width to logits of about 1: nothing to learn.
-        initializer_range=0.25,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tiny_llama(folder)
     return folder
 
 
@@ -388,6 +368,36 @@ def test_what_is_planned_is_what_trains(
     assert record["predicted"]["allocated_bytes"] == pytest.approx(measured, rel=0.12)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({"method": "bottleneck"}, id="bottleneck"),
+        pytest.param({"method": "loftq"}, id="loftq"),
+        pytest.param({"method": "lora-plus"}, id="lora-plus"),
+        pytest.param({"method": "lora-fa"}, id="lora-fa"),
+        pytest.param({"method": "full", "optim": "muon"}, id="muon"),
+    ],
+)
+@pytest.mark.usefixtures("kept_signals")
+def test_a_variant_trains_as_planned_and_says_how_it_is_loaded(
+    given: dict[str, Any], model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    plan = planned(model_folder, data_file, tmp_path, per_device_train_batch_size=4, **given)
+    run = write_run(plan, None, tmp_path)
+    assert loop.train(run, resume=False) == 0
+    record, chosen = run.read_record(), plan.chosen.plan
+    trained = chosen.resolved_method.count(plan.source.spec, chosen.method_settings)
+    assert record["num_trainable_parameters"] == trained.num_trainable_parameters
+    measured = record["measured"]["allocated_bytes"]
+    assert record["predicted"]["allocated_bytes"] == pytest.approx(measured, rel=0.12)
+    lines = result_lines(run, record)
+    code = "\n".join(line.removeprefix("    ") for line in lines[lines.index("use it") + 1 :])
+    if given["method"] != "loftq":  # whose base a person quantizes as the run did
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert names["model"].config.hidden_size == 64
+
+
 def formats(folder: Path) -> dict[str, Path]:
     """A file of each shape and of each kind, two dozen rows each."""
     n = range(24)
@@ -450,6 +460,13 @@ def formats(folder: Path) -> dict[str, Path]:
 
 OBJECTIVE_OF_FORMAT = {"dpo": "dpo", "scored": "reward", "kto": "kto"}
 
+PAIRS_FOR: dict[str, dict[str, Any]] = {
+    "orpo": {"objective": "orpo"},
+    "simpo": {"objective": "simpo", "gamma_beta_ratio": 0.3},
+    "ipo": {"objective": "dpo", "loss_type": "ipo"},
+    "hinge": {"objective": "dpo", "loss_type": "hinge", "beta": 0.2},
+}
+
 
 @pytest.mark.parametrize(
     "name",
@@ -477,6 +494,19 @@ def test_data_of_every_format_trains(name: str, model_folder: Path, tmp_path: Pa
     accuracy = record["evaluation"]["accuracy"]
     assert (accuracy is not None) == (objective in ("dpo", "reward"))
     assert (record["samples"] == []) == (name == "text" or objective == "reward")
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo", "ipo", "hinge"])
+@pytest.mark.usefixtures("kept_signals")
+def test_pairs_train_by_any_preference_loss(name: str, model_folder: Path, tmp_path: Path) -> None:
+    more = {"per_device_train_batch_size": 2, "method": "lora", **PAIRS_FOR[name]}
+    plan = planned(model_folder, formats(tmp_path)["dpo"], tmp_path, **more)
+    run = write_run(plan, None, tmp_path)
+    assert loop.train(run, resume=False) == 0
+    record = run.read_record()
+    assert record["steps"] == 2 and record["output"] == "adapter"
+    measured = record["measured"]["allocated_bytes"]
+    assert record["predicted"]["allocated_bytes"] == pytest.approx(measured, rel=0.12)
 
 
 @pytest.mark.parametrize("mode", ["truncate", "drop", "split"])

@@ -26,6 +26,7 @@ from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.arguments import launched_arguments
 from ftplan.launcher.training.build import apply_method, count_parameters, count_trainable
+from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.stacks import (
     ObservedTrainer,
     PlainLoop,
@@ -138,6 +139,8 @@ def build(case: DryRunCase, steps: int, folder: str) -> Any:
         arguments = _arguments(planned, folder, uses_liger=plan.loss == "liger")
         trainer = _plain_trainer(case, wrapped, arguments, rows, steps)
     settle_adapters(trainer.model, settings)
+    if plan.trainer != "loop":
+        settle_optimizer(trainer, plan.method, plan.optim, settings)
     return trainer
 
 

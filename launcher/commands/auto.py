@@ -6,6 +6,7 @@ import argparse
 
 from ftplan.launcher.commands.plan import (
     add_plan_arguments,
+    check_no_replay,
     data_asked,
     planned_to_dict,
     show_plan,
@@ -38,6 +39,11 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     given = given_settings(arguments)
     defaults = TrainingPlan()
     checked_loss(given.get("loss", defaults.loss), given.get("trainer", defaults.trainer))
+    if arguments.then:
+        from ftplan.launcher.stage_commands import run_auto
+
+        return run_auto(arguments, ui)
+    check_no_replay(arguments)
     planned = make_plan(
         ui,
         asked=data_asked(arguments),

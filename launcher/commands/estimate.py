@@ -14,7 +14,9 @@ from ftplan.launcher.estimate_json import estimate_to_dict, full_step, parameter
 from ftplan.launcher.host import read_host
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.own_stack import installed_stack
+from ftplan.launcher.reward_source import reward_source, rewarded_settings, with_judge
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
+from ftplan.launcher.token_settings import said_tokens
 from ftplan.launcher.ui import Ui
 from ftplan.planner.combination import Caution
 from ftplan.planner.combinations import cautions, check_together
@@ -30,6 +32,7 @@ from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.replayed import replayed_memory
 from ftplan.planner.units import format_count, parse_bytes
+from ftplan.planner.vocabulary import check_named_tokens
 
 if TYPE_CHECKING:
     from ftplan.planner.dry_run_summary import DryRunSummary
@@ -72,7 +75,10 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         raise InputError(
             "`--explain` and `--compare` are of the closed form", "leave out `--exact`"
         )
-    source = find_source(arguments.model, any_architecture=arguments.exact)
+    check_named_tokens(given)
+    given = rewarded_settings(given)
+    source = find_source(arguments.model, any_architecture=arguments.exact).with_new_tokens(given)
+    source = with_judge(source, reward_source(given))
     model = source.spec
     reasoned = estimate_recipe(model, device, given)
     check_together(model, reasoned.plan)
@@ -176,10 +182,12 @@ def _show(
     plan = reasoned.plan
     count, trained = parameter_counts(model, plan, dry_run)
     share = 100 * trained / count
+    tokens = None if dry_run else said_tokens(model, plan)
     ui.show(
         _model_line(model, count),
         f"{plan.resolved_method.title} fine-tuning trains {format_count(trained)} of them "
         f"({share:.3g} %); {_configuration(reasoned)}",
+        *([f"trained tokens: {tokens}"] if tokens else []),
         "",
         views.memory_table(memory, device),
         "",

@@ -27,6 +27,7 @@ from ftplan.planner.units import (
     format_seconds,
     parse_count,
 )
+from ftplan.planner.vocabulary import check_named_tokens
 from ftplan.profiles import GpuEntry, Price, find_gpu, gpu_catalog, lowest_prices
 
 METHODS = ("full", "lora", "qlora")
@@ -64,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     """Exit status 1 when nothing fits what was asked for."""
     given = given_settings(arguments)
-    model = find_source(arguments.model).spec
+    check_named_tokens(given)
+    model = find_source(arguments.model).with_new_tokens(given).spec
     tokens, of_tokens, given = _tokens(arguments, model, given)
     within = parse_seconds("--within", arguments.within) if arguments.within else None
     under = parse_usd("--under", arguments.under) if arguments.under else None

@@ -1,4 +1,5 @@
-"""`ftplan launch`: the run of a run directory, again or for the first time, or of a plan file."""
+"""`ftplan launch`: the run of a run directory, again or for the first time, or of a plan file; of
+one stage or several."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_file import read_plan_file
 from ftplan.launcher.planning import make_plan
 from ftplan.launcher.run_dir import open_run
+from ftplan.launcher.stage_commands import run_again, run_stage_file
+from ftplan.launcher.stage_file import is_stage_file
+from ftplan.launcher.stage_runs import check_whole, is_stages_dir
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 
@@ -27,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     if arguments.run.is_file():
+        if is_stage_file(arguments.run):
+            return run_stage_file(arguments, ui)
         return _launch_plan_file(arguments, ui)
+    if is_stages_dir(arguments.run):
+        return run_again(arguments.run, ui)
+    check_whole(arguments.run)
     run_dir = open_run(arguments.run)
     kept = run_dir.set_results_aside()
     if kept is not None:

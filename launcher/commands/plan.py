@@ -20,6 +20,7 @@ from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, command_line, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.combination import Caution
+from ftplan.planner.errors import InputError
 from ftplan.planner.goals import GOALS, Wanted
 from ftplan.planner.ranking import Evaluated
 
@@ -49,6 +50,19 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     parser.add_argument(
         "--model", metavar="MODEL", help="a catalog name, a Hub id, or a folder (default: chosen)"
+    )
+    parser.add_argument(
+        "--then",
+        metavar="DATA",
+        nargs="+",
+        action="append",
+        help="a further stage, trained after the one before: its files (may be given again)",
+    )
+    parser.add_argument(
+        "--replay-share",
+        metavar="SHARE",
+        type=float,
+        help="rows of the earlier stages among those of each `--then`, such as 0.05 (none)",
     )
     parser.add_argument(
         "--prefer", choices=GOALS, default=GOALS[0], help="what the plan is best at (quality)"
@@ -108,6 +122,15 @@ def data_asked(arguments: argparse.Namespace, objective: str | None = None) -> D
     )
 
 
+def check_no_replay(arguments: argparse.Namespace) -> None:
+    """Raises InputError where rows are to be replayed and nothing comes before."""
+    if arguments.replay_share is not None:
+        raise InputError(
+            "`--replay-share` mixes in rows of earlier stages, and there is one stage",
+            "name the next one's data with `--then FILE`",
+        )
+
+
 def wanted(arguments: argparse.Namespace) -> Wanted:
     """Raises InputError for what is no time or money."""
     time, cost = arguments.time_budget, arguments.cost_budget
@@ -119,6 +142,11 @@ def wanted(arguments: argparse.Namespace) -> Wanted:
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    if arguments.then:
+        from ftplan.launcher.stage_commands import run_plan
+
+        return run_plan(arguments, ui)
+    check_no_replay(arguments)
     planned = make_plan(
         ui,
         asked=data_asked(arguments),

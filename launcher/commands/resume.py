@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ftplan.launcher.launching import carry_out
 from ftplan.launcher.run_dir import open_run
+from ftplan.launcher.stage_commands import run_rest
+from ftplan.launcher.stage_runs import check_whole, is_stages_dir
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 
@@ -16,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    if is_stages_dir(arguments.run_dir):
+        return run_rest(arguments.run_dir, ui)
+    check_whole(arguments.run_dir)
     run_dir = open_run(arguments.run_dir)
     again = f"`ftplan launch {run_dir.root}` runs it again"
     if run_dir.finished:

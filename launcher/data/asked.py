@@ -26,6 +26,7 @@ class DataAsked(Struct, frozen=True, kw_only=True):
     `objective`: a plan's, where a person names one. `strict`: no row may be left out. `sample`: of
     large files about so many rows are looked at; for a first look, not for a run. `ask`: whether a
     person may be asked how rows are meant. `rule`: what becomes of rows that are too long.
+    `files_are_tasks`: of several files each is a task, where rows name none.
     """
 
     paths: tuple[str, ...]
@@ -37,6 +38,7 @@ class DataAsked(Struct, frozen=True, kw_only=True):
     sample: int | None = None
     ask: bool = False
     rule: Rule = Rule()
+    files_are_tasks: bool = False
 
     def check(self) -> None:
         """Raises InputError where the files cannot be what they should, before anything slow."""
@@ -73,7 +75,12 @@ class DataAsked(Struct, frozen=True, kw_only=True):
 
     def _read_roughly(self, paths: Sequence[str], objective: str | None) -> DataFile:
         return read_data(
-            paths, columns=self.columns, objective=objective, checks=False, rule=self.rule
+            paths,
+            columns=self.columns,
+            objective=objective,
+            checks=False,
+            rule=self.rule,
+            files_are_tasks=self.files_are_tasks,
         )
 
     def _read(
@@ -94,6 +101,7 @@ class DataAsked(Struct, frozen=True, kw_only=True):
                 processes=usable_cores(),
                 sample=self.sample,
                 rule=self.rule,
+                files_are_tasks=self.files_are_tasks,
             )
         if self.strict:
             _refuse_left_out(data)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ftplan.launcher.data.records import MAX_ROW_CHARACTERS, NOT_UTF8, TOO_LONG, Notes, Record
 from ftplan.launcher.data.streams import Text
+from ftplan.launcher.data.text_rows import text_lines
 
 DELIMITERS = (",", "\t", ";", "|")
 
@@ -71,7 +72,7 @@ class CsvRows:
         self._delimiter = delimiter
         self._held: list[str] = []  # the lines of the row at hand
         self._waiting: list[str] = []  # lines to be read once more
-        self._lines = self._text_lines()
+        self._lines = text_lines(text)
         self._open_quotes = 0
 
     def __iter__(self) -> Iterator[Record]:
@@ -128,24 +129,6 @@ class CsvRows:
             self._waiting += reversed(self._held[1:])
             return 1
         return len(self._held)
-
-    def _text_lines(self) -> Iterator[str]:
-        """Lines with their ends, in pieces that no line is longer than."""
-        text = self._text
-        while True:
-            window = text.text[text.position :]
-            taken = 0
-            for line in io.StringIO(window, newline=""):
-                if line.endswith("\n") or (line.endswith("\r") and taken + len(line) < len(window)):
-                    yield line
-                    taken += len(line)
-            if text.final or len(window) - taken > MAX_ROW_CHARACTERS:
-                if taken < len(window):
-                    yield window[taken:]
-                taken = len(window)
-            text.position += taken
-            if not text.more():
-                return
 
 
 def _reason(error: csv.Error) -> str:

@@ -11,7 +11,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from itertools import compress, islice
+from itertools import compress, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,9 @@ class DataFile(Struct, frozen=True, kw_only=True):
 
     exact: bool
     sha256: str
+    files_are_tasks: bool = False
+    """Whether rows that name no task are of their file's."""
+
     sample: Sample | None = None
     """Where only some rows were looked at; `Place`s then name bytes."""
 
@@ -183,23 +186,26 @@ class DataFile(Struct, frozen=True, kw_only=True):
         chosen = (row for row, (group, fits) in enumerate(used) if fits and keep(group))
         pieces_of = survey.pieces.by_row()
         tally = Tally(rule)
-        lengths, left = [], []
+        lengths, left, owners = [], [], array("Q")
         happens = {name: array("Q") for name in _HAPPENS}
         for row in islice(chosen, most):
             tokens, first = survey.tokens[row], survey.first[row]
             lengths.append(tokens)
             if first < tokens <= limit:
                 left.append(tokens)
+                owners.append(row)
                 continue
             whole = Lengths(tokens, survey.trained[row], first)
             pieces = pieces_of.get(row) or [whole]
-            left += filter(None, tally.take(whole, pieces))
+            kept = [size for size in tally.take(whole, pieces) if size]
+            left += kept
+            owners.extend(repeat(row, len(kept)))
             for name in tally.happened & happens.keys():
                 happens[name].append(row)
         counts = tally.counts
         tally.take_whole(len(lengths) - counts.num_rows, sum(left) - counts.num_tokens)
         places = {name.removeprefix("num_"): rows for name, rows in happens.items()}
-        return Fate(tally.counts, lengths, left, **places)
+        return Fate(tally.counts, lengths, left, owners, **places)
 
     def said_rows(self, rows: Sequence[int]) -> tuple[tuple[int, ...], str]:
         """The numbers of the first of the survey's rows, and the same for people."""
@@ -236,12 +242,14 @@ def read_data(
     processes: int = 1,
     sample: int | None = None,
     rule: Rule = Rule(),  # noqa: B008 - frozen
+    files_are_tasks: bool = False,
 ) -> DataFile:
     """Looks through files of rows once, or at about `sample` rows of large ones.
 
     `tokenizer` measures them; without one lengths are estimated. `objective`: a plan's, for which
     rows that can train it are used; else it follows from most rows. `rule`: what becomes of those
-    too long. Raises InputError where the files cannot be read, or no row can be used.
+    too long. `files_are_tasks`: each of several files is a task, where no row names one. Raises
+    InputError where the files cannot be read, or no row can be used.
     """
     source = open_source(paths)
     looked_for = _Pass(dict(columns or {}), RowMeasure(tokenizer, objective, rule), checks)
@@ -273,6 +281,7 @@ def read_data(
             processes=processes,
             sample=sample,
             rule=rule,
+            files_are_tasks=files_are_tasks,
         )
     usable = [
         (count, shape)
@@ -293,6 +302,7 @@ def read_data(
         rule=rule,
         exact=tokenizer is not None,
         sha256=sha256,
+        files_are_tasks=files_are_tasks,
         sample=Sample.of(sizes, survey.tokens, source.size_bytes) if sizes else None,
     )
 

@@ -21,6 +21,7 @@ from ftplan.launcher.data.csv_rows import (
     parse,
     surrogate,
 )
+from ftplan.launcher.data.shapes import FIELDS
 from ftplan.launcher.data.streams import (
     BYTE_ORDER_MARKS,
     Compression,
@@ -33,10 +34,11 @@ from ftplan.launcher.data.streams import (
 )
 from ftplan.planner.errors import InputError
 
-Format = Literal["JSON lines", "JSON", "CSV", "TSV", "Parquet", "Arrow"]
+Format = Literal["JSON lines", "JSON", "CSV", "TSV", "Parquet", "Arrow", "text"]
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".json5", ".jsonc")
 COLUMN_SUFFIXES = (".parquet", ".arrow", ".feather")
 
@@ -94,7 +96,7 @@ class SourceFile(Struct, frozen=True, kw_only=True):
     @property
     def unit(self) -> Literal["line", "row"]:
         """What `Record.number` counts."""
-        return "line" if self.format in ("JSON lines", "CSV", "TSV") else "row"
+        return "line" if self.format in ("JSON lines", "CSV", "TSV", "text") else "row"
 
     @property
     def splits(self) -> bool:
@@ -267,11 +269,21 @@ def _text_format(path: Path, text: str, whole: bool) -> dict[str, Any]:
         return _table(path, text, suffix)
     if re.search(r"^\s*\{", text, re.MULTILINE):  # its first rows are broken
         return {"format": "JSON lines"}
+    if suffix in TEXT_SUFFIXES and not _names_fields(text):
+        return {"format": "text"}
     if likely_delimiter(text):
         return _table(path, text, suffix)
     if suffix in JSON_SUFFIXES:
         return {"format": "JSON lines"}
     raise InputError(f"`{path}` holds text, but no rows of a format that ftplan knows", _advice())
+
+
+def _names_fields(text: str) -> bool:
+    """Whether the first line of a table names fields of rows: in prose commas name nothing."""
+    delimiter = likely_delimiter(text)
+    first = text.lstrip().partition("\n")[0]
+    names = {name.strip().strip('"').lower() for name in first.split(delimiter or "\n")}
+    return delimiter is not None and not names.isdisjoint(FIELDS)
 
 
 def _decodes(text: str, begin: int) -> bool:

@@ -34,6 +34,7 @@ from ftplan.launcher.data.streams import (
     stored_blocks,
     unpacked_blocks,
 )
+from ftplan.launcher.data.text_rows import TextRows
 from ftplan.planner.errors import InputError
 
 __all__ = ["Note", "Record", "Source", "SourceFile", "merged", "open_source"]
@@ -169,6 +170,8 @@ class Source:
                 pass
             text.position += file.array_at
             return iter(JsonRows(text, notes, index, array=True, wrapper=file.wrapper))
+        if file.format == "text":
+            return iter(TextRows(text, notes, index))
         return iter(CsvRows(text, notes, index, delimiter=file.delimiter))
 
 

@@ -26,10 +26,16 @@ class Lengths(Struct, frozen=True):
 
 class Rule(Struct, frozen=True):
     """`mode`: one of `planner.overlong.OVERLONG`. `limit`: tokens of the longest row that is taken
-    whole; None for any."""
+    whole; None for any. `completion_length`: tokens that the model adds to each prompt."""
 
     mode: str = "truncate"
     limit: int | None = None
+    completion_length: int = 0
+
+    def completed(self, prompt: int) -> Lengths:
+        """Of a prompt of so many tokens. Where that is too long there is no room for an answer."""
+        tokens = prompt + self.completion_length
+        return Lengths(tokens, self.completion_length, max(0, tokens - 1))
 
     def splits(self, row: Lengths) -> bool:
         return self.mode == "split" and self.limit is not None and row.tokens > self.limit
@@ -169,12 +175,14 @@ class Pieces:
 
 
 class Fate(Struct, frozen=True):
-    """What becomes of the rows of one side. `lengths`: before; `left`: of what goes into training.
-    The others are the survey's rows to which each thing happens."""
+    """What becomes of the rows of one side. `lengths`: before; `left`: of what goes into training,
+    and `owners` of which of the survey's rows those are. The others are the survey's rows to which
+    each thing happens."""
 
     counts: RowCounts
     lengths: list[int]
     left: list[int]
+    owners: array[int]
     too_long: array[int]
     split: array[int]
     cut: array[int]

@@ -11,11 +11,13 @@ from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.overlong import Fate
 from ftplan.launcher.data.split import MAX_EVAL_ROWS, Split, rows_of, split_groups
 from ftplan.launcher.data.survey import Place
+from ftplan.launcher.data.tasks import task_lengths, tasks_of
 from ftplan.planner.data_profile import DataProfile, Problem
 from ftplan.planner.errors import InputError
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.overlong import refuse_overlong
 from ftplan.planner.policy import data_advice
+from ftplan.planner.tasks import TaskWeighting
 
 # Lengths at which `ftplan data` says what is cut.
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -52,7 +54,7 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
         trained_tokens=round(data.rows_each * data.trained_tokens(split)),
         duplicates=sum(p.count for p in problems if p.kind == _DUPLICATES),
         has_margins=data.survey.num_margins > 0,
-        tasks=dict(data.survey.tasks.most_common()),
+        task_lengths=task_lengths(data, tasks_of(data, eval_data), trained),
         language=data.survey.language,
         rows_each=data.rows_each,
         overlong=data.rule.mode,
@@ -225,6 +227,23 @@ def profile_to_dict(
             {"setting": setting, "value": item.value, "why": item.why}
             for setting, item in advice.items()
         ],
+    }
+
+
+def weighting_to_dict(profile: DataProfile, weighting: TaskWeighting) -> dict[str, Any]:
+    """How tasks are weighted, and what an epoch has of each at the start."""
+    shares = weighting.shares(profile.tasks)
+    return {
+        "weighting": weighting.weighting,
+        "temperature": weighting.temperature,
+        "tasks": {
+            task: {
+                "num_rows": count,
+                "share": shares[task],
+                "times_each_row": shares[task] * profile.num_train_rows / count if count else None,
+            }
+            for task, count in profile.tasks.items()
+        },
     }
 
 

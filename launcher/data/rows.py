@@ -73,6 +73,10 @@ class Row(Struct, frozen=True, kw_only=True):
         messages = (*self.messages, *self.chosen)
         return structs.replace(self, messages=messages, chosen=(), rejected=())
 
+    def as_prompt(self) -> Row:
+        """What is asked, alone."""
+        return structs.replace(self, messages=self.prompt, chosen=(), rejected=(), label=None)
+
     @property
     def answer(self) -> str:
         """The wanted answer's text; the whole text of a row without one."""

@@ -46,15 +46,18 @@ OBJECTIVES = {
     "online": "grpo",
 }
 
+# What questions train: the model answers them itself.
+_ONLINE = ("grpo", "rloo")
+
 # What rows of a shape can train, the first by default: pairs are a reward model's too, and their
 # chosen answers are answers.
 TRAINS: Mapping[str, tuple[str, ...]] = {
-    "supervised": ("sft",),
-    "multi-task": ("sft",),
+    "supervised": ("sft", *_ONLINE),
+    "multi-task": ("sft", *_ONLINE),
     "pretraining": ("sft",),
-    "preference": ("dpo", "reward", "sft"),
-    "kto": ("kto",),
-    "online": ("grpo",),
+    "preference": ("dpo", "orpo", "simpo", "reward", "sft", *_ONLINE),
+    "kto": ("kto", *_ONLINE),
+    "online": _ONLINE,
 }
 
 _ROLES: dict[str, Role] = {

@@ -20,6 +20,7 @@ from ftplan.launcher.data.records import FIRST_NUMBERS, Note, Record, merged
 from ftplan.launcher.data.rows import Messages, Row
 from ftplan.launcher.data.shapes import SHAPES, Unusable, renamed, row_of, shapes_of
 from ftplan.launcher.data.tokens import RowTokenizer
+from ftplan.planner.objectives import OBJECTIVES
 
 # Characters a token, where no tokenizer is at hand: about 4 in English text (GPT-2's byte-pair
 # encoding and its successors); the template adds a few tokens a message.
@@ -70,6 +71,7 @@ class RowMeasure:
         self.tokenizer = tokenizer
         self.rule = rule
         self._takes_chosen = objective == "sft"
+        self._takes_prompts = objective is not None and OBJECTIVES[objective].generates
         self._counter = None
         if tokenizer is not None:
             from ftplan.launcher.data.lengths import TokenCounter  # NumPy comes with tokenizers
@@ -81,7 +83,15 @@ class RowMeasure:
 
         Raises InputError for a row that the chat template refuses.
         """
-        rows = [row.with_chosen_alone() if self._takes_chosen else row for row in rows]
+        if self._takes_prompts:
+            prompts = self._lengths([row.as_prompt() for row in rows])
+            return [self.rule.completed(prompt.tokens) for prompt in prompts]
+        return self._lengths([self._trained(row) for row in rows])
+
+    def _trained(self, row: Row) -> Row:
+        return row.with_chosen_alone() if self._takes_chosen else row
+
+    def _lengths(self, rows: list[Row]) -> list[Lengths]:
         if self.tokenizer is None or self._counter is None:
             return [_estimated(row) for row in rows]
         cut = [_sequences(self.tokenizer, row) for row in rows]
@@ -102,11 +112,11 @@ class RowMeasure:
 
     def pieces(self, row: Row, whole: Lengths) -> list[Lengths]:
         """Of the rows that it is split into; itself alone where it cannot be split."""
-        row, limit = row.with_chosen_alone() if self._takes_chosen else row, self.rule.limit
+        row, limit = self._trained(row), self.rule.limit
         assert limit is not None, "nothing is too long"
         if row.text:
             return text_pieces(whole, self._opening(row), limit)
-        if row.is_compared or row.is_prompt:
+        if row.is_compared or row.is_prompt or self._takes_prompts:
             return [whole]
         pieces = turns_apart(row, limit, lambda piece: self.lengths([piece])[0].tokens)
         return self.lengths(pieces) if len(pieces) > 1 else [whole]
@@ -167,7 +177,8 @@ class Survey:
     """What a pass found. Arrays have an entry for each readable row, in the file's order.
 
     `groups`: 64 bits that rows with the same prompt share. `shapes`: index into SHAPES. `tokens`,
-    `trained`, `first`: a row's `Lengths`. `pieces`: of rows that are to be split.
+    `trained`, `first`: a row's `Lengths`. `pieces`: of rows that are to be split. `tasks`: how
+    often each task is named; `task_codes`: a row's place among them from 1, 0 for none.
     """
 
     def __init__(self, checks: bool = True) -> None:
@@ -179,10 +190,12 @@ class Survey:
         self.tokens = array("I")
         self.trained = array("I")
         self.first = array("I")
+        self.task_codes = array("I")
         self.pieces = Pieces()
         self.troubles: dict[str, Trouble] = {}
         self.readings: Counter[tuple[str, str]] = Counter()
-        self.tasks: Counter[str] = Counter()
+        self.tasks: dict[str, int] = {}
+        self._task_places: dict[str, int] = {"": 0}
         self.num_margins = 0
         self.checks = TextChecks() if checks else None
         self._languages: Counter[str] = Counter()
@@ -205,8 +218,7 @@ class Survey:
             return
         for other in others:
             self.readings[shape.name, other.name] += 1
-        if row.task:
-            self.tasks[row.task] += 1
+        self._name_task(row.task)
         self.num_margins += row.margin is not None
         self.files.append(record.file)
         self.numbers.append(record.number)
@@ -220,6 +232,18 @@ class Survey:
         self._pending.append(row)
         if len(self._pending) == _ROWS_AT_ONCE:
             self.measure(measure)
+
+    def _name_task(self, task: str) -> None:
+        """Of the next row; empty for none."""
+        self.task_codes.append(self._place_of_task(task))
+        if task:
+            self.tasks[task] += 1
+
+    def _place_of_task(self, task: str) -> int:
+        place = self._task_places.setdefault(task, len(self._task_places))
+        if place > len(self.tasks):
+            self.tasks[task] = 0
+        return place
 
     def measure(self, measure: RowMeasure) -> None:
         """The lengths of the rows that were taken since."""
@@ -256,7 +280,10 @@ class Survey:
         for kind, trouble in later.troubles.items():
             self.troubles.setdefault(kind, Trouble()).merge(trouble)
         self.readings += later.readings
-        self.tasks += later.tasks
+        place_here = [0, *map(self._place_of_task, later.tasks)]
+        self.task_codes.extend(place_here[code] for code in later.task_codes)
+        for task, count in later.tasks.items():
+            self.tasks[task] += count
         self.num_margins += later.num_margins
         self._languages += later._languages
         self.notes = merged((*self.notes, *later.notes))

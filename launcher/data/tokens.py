@@ -1,8 +1,8 @@
 """Rows to tokens: one template for profiling, training, evaluation and samples.
 
-A tokenizer's own chat template where it has one; else a plain template, stated in the plan.
-Only answers carry loss; plain text carries loss throughout. Where the tokenizer puts a first token
-before every text (Llama's, Gemma's), so do we; a chat template writes its own.
+Which template that is, `templates.py` chooses and the plan states; it stands in the tokenizer, as
+it is saved. Only answers carry loss; plain text carries loss throughout. Where the tokenizer puts a
+first token before every text (Llama's, Gemma's), so do we; a template writes its own.
 """
 
 from __future__ import annotations
@@ -11,33 +11,30 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from msgspec import Struct, structs
 
 from ftplan.launcher.data.patterns import Patterns, Segment
-from ftplan.launcher.data.rows import Message, Messages, Role, Row
+from ftplan.launcher.data.rows import Message, Messages, Row
+from ftplan.launcher.data.special_tokens import (
+    add_tokens_to,
+    answer_end_ids,
+    known_marks,
+    pad_token_of,
+    token_ids,
+    written_tokens,
+)
+from ftplan.launcher.data.templates import Template, choose_template, first_token, marks_of
 from ftplan.planner.errors import InputError
-
-PLAIN_HEADINGS = {
-    "system": "System",
-    "user": "Instruction",
-    "assistant": "Response",
-    "tool": "Tool",
-}
-
-PLAIN_ROLES: tuple[Role, ...] = get_args(Role)
+from ftplan.planner.vocabulary import OF_TEMPLATE, named_tokens
 
 _ROWS_AT_ONCE = 256
 
-_OTHER_TEMPLATE = (
-    "give a model with another template, or take `chat_template` out of its tokenizer's files: "
-    "plain headings are used then"
-)
+_OTHER_TEMPLATE = "`--chat-template plain` puts the rows under plain headings instead"
 
-
-# Any conversation: only what the template puts around it is looked at.
-_SHORT_TALK = (Message("user", "Hello"), Message("assistant", "Farewell"))
+# Stands for an answer where a template is looked at; no template looks for it.
+_PROBE = "zq"
 
 
 class TokenRow(Struct, frozen=True):
@@ -57,28 +54,86 @@ class TokenPair(Struct, frozen=True):
 
 
 class RowTokenizer:
-    """Tokenizes rows with a model's own tokenizer and template."""
+    """Tokenizes rows with a model's own tokenizer and a template, which it puts into it.
 
-    def __init__(self, tokenizer: Any) -> None:
+    `add_tokens` are put into it as well, and those that the template writes and the vocabulary has
+    not: `added` are all of them. `trained`: these, and `train_tokens`, in which `template` stands
+    for those that the template writes. Raises InputError for a token that the vocabulary has not.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Template | None = None,
+        *,
+        add_tokens: Sequence[str] = (),
+        train_tokens: Sequence[str] = (),
+    ) -> None:
         self.tokenizer = tokenizer
-        self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
-        template = getattr(tokenizer, "chat_template", None)
-        self._template = template if isinstance(template, str) else None
+        self.chosen = template or choose_template(tokenizer)
+        if self.chosen.text is not None:
+            tokenizer.chat_template = self.chosen.text
+        marks = marks_of(self.template_text)
+        lacking = marks if self.chosen.text is not None else ()
+        self.added = add_tokens_to(tokenizer, named_tokens(add_tokens, lacking), marks)
+        asked = [
+            written_tokens(tokenizer, marks) if token == OF_TEMPLATE else (token,)
+            for token in train_tokens
+        ]
+        self.trained = named_tokens(*asked, add_tokens, self.added)
+        self.trained_ids = token_ids(tokenizer, self.trained)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = pad_token_of(tokenizer)
+        written = tokenizer.chat_template
+        self._template = written if isinstance(written, str) else None
         self._patterns = Patterns(self._template)
         self._pair_patterns: dict[int, Patterns] = {}  # by how many messages are the prompt
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations are more than plain headings."""
+        return not self.chosen.is_plain
+
+    @property
     def template(self) -> str:
         """What the template is, for a person."""
-        return "the tokenizer's chat template" if self.has_chat_template else "plain headings"
+        return self.chosen.shown
 
     @property
     def template_text(self) -> str:
-        """The template in force, whole: the tokenizer's, or a conversation under plain headings."""
-        if not self.has_chat_template:
-            return self.render([Message(role, role) for role in PLAIN_ROLES], ask=True)
+        """The template in force, whole."""
         template = self.tokenizer.chat_template
         return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+
+    @property
+    def template_tokens(self) -> tuple[str, ...]:
+        """Tokens of the vocabulary that the template writes, but for those that begin and end every
+        text, which a model has always seen."""
+        of_texts = (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        marks = marks_of(self.template_text)
+        return tuple(mark for mark in known_marks(self.tokenizer, marks) if mark not in of_texts)
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """The tokens that end what the model is taught: an answer's, then a text's."""
+        ends = answer_end_ids(self.tokenizer, self._tail) or []
+        eos = self.tokenizer.eos_token_id
+        return list(dict.fromkeys([*ends, *([eos] if eos is not None else [])]))
+
+    @cached_property
+    def _tail(self) -> str:
+        """What the template writes behind an answer; empty where it refuses a plain question."""
+        turns = [Message("user", _PROBE), Message("assistant", _PROBE)]
+        try:
+            return self.render(turns).rpartition(_PROBE)[2]
+        except InputError:
+            return ""
+
+    @cached_property
+    def _added_end(self) -> str:
+        """The end token, where the template ends an answer with none: without one a model is never
+        taught to stop."""
+        return "" if answer_end_ids(self.tokenizer, self._tail) else self._end
 
     def tokenize(
         self, rows: Sequence[Row], progress: Callable[[int], None] = lambda done: None
@@ -150,8 +205,6 @@ class RowTokenizer:
         def render(row: Row) -> list[Segment]:
             return self._last_answers(row.messages[:asked], row.messages[asked:], row.tools)
 
-        if not self.has_chat_template:
-            return render(whole)
         patterns = self._pair_patterns.setdefault(asked, Patterns(self._template))
         return patterns.segments(whole, render)
 
@@ -163,12 +216,11 @@ class RowTokenizer:
 
     def _opening(self, messages: Sequence[Message], ids: list[int]) -> list[int]:
         """What belongs before the tokens: nothing where template or text has brought its own."""
-        templated = messages and self.has_chat_template
-        return [] if templated or ids[:1] == self.first_token else self.first_token
+        return [] if messages or ids[:1] == self.first_token else self.first_token
 
     def opening_tokens(self, row: Row, segments: Sequence[Segment]) -> int:
         """How many tokens `_opening` puts before the row."""
-        if row.messages and self.has_chat_template:
+        if row.messages:
             return 0
         first = next((segment.text for segment in segments if segment.text), "")
         bos = self._bos
@@ -186,21 +238,7 @@ class RowTokenizer:
     @cached_property
     def first_token(self) -> list[int]:
         """The token that the tokenizer puts before every text; empty where it puts none."""
-        first, bos = self.tokenizer("a")["input_ids"][:1], self.tokenizer.bos_token_id
-        return first if first == [bos] else []
-
-    @cached_property
-    def end_tokens(self) -> list[int]:
-        """What training teaches to say at an answer's end: the tokenizer's end token, and the
-        special token with which the chat template goes on after an answer."""
-        ends = [self.tokenizer.eos_token_id]
-        if self.has_chat_template:
-            *_, answer = self.segments(Row(number=1, messages=_SHORT_TALK))
-            after = answer.text.partition(_SHORT_TALK[-1].content)[2].strip()
-            (ids,) = self.ids([after])
-            added = self.tokenizer.added_tokens_decoder
-            ends += [token for token in ids[:1] if token in added and added[token].special]
-        return list(dict.fromkeys(token for token in ends if token is not None))
+        return first_token(self.tokenizer)
 
     def segments(self, row: Row) -> list[Segment]:
         """The row's text cut where loss begins and ends; its end token is trained.
@@ -209,12 +247,9 @@ class RowTokenizer:
         template refuses the row, or where a question is not rendered as the beginning of its
         answered conversation.
         """
-        end = self._end
         if row.text:
-            return [Segment(row.text + end, True)]
+            return [Segment(row.text + self._end, True)]
         row = row.with_chosen_alone()
-        if not self.has_chat_template:
-            return self._plain_segments(row.messages, end)
         try:
             return self._patterns.segments(row, self._template_segments)
         except InputError as error:
@@ -241,7 +276,7 @@ class RowTokenizer:
                 Segment(answered[len(asked) :], True),
             ]
             done = answered
-        return segments
+        return self._ended(segments)
 
     def _last_answers(
         self, prompt: Messages, answers: Messages, tools: Sequence[Any]
@@ -257,21 +292,12 @@ class RowTokenizer:
                 "answered, so that loss cannot be put on the answer alone",
                 _OTHER_TEMPLATE,
             )
-        return [Segment(asked, False), Segment(whole[len(asked) :], True)]
+        return self._ended([Segment(asked, False), Segment(whole[len(asked) :], True)])
 
-    def _plain_segments(self, messages: tuple[Message, ...], end: str) -> list[Segment]:
-        """Questions and headings between two answers are one segment: a tokenizer may have other
-        tokens for two line feeds at the end of a text than before `###`."""
-        segments = []
-        asked = ""
-        for message in messages:
-            asked += f"### {PLAIN_HEADINGS[message.role]}:\n"
-            if message.role == "assistant":
-                segments += [Segment(asked, False), Segment(message.content + end, True)]
-                asked = ""
-            else:
-                asked += f"{message.content}\n\n"
-        return [*segments, Segment(asked, False)] if asked else segments
+    def _ended(self, segments: list[Segment]) -> list[Segment]:
+        """The last answer with its end token, where the template writes none."""
+        *before, last = segments
+        return [*before, Segment(last.text + self._added_end, last.trained)]
 
     def render(
         self, messages: Sequence[Message], *, ask: bool = False, tools: Sequence[Any] = ()
@@ -281,10 +307,6 @@ class RowTokenizer:
         A system message that the chat template refuses, as Gemma's does, stands before the first
         question instead. Raises InputError if the template refuses that too.
         """
-        if not self.has_chat_template:
-            parts = self._plain_segments(tuple(messages), self._end)
-            opening = f"### {PLAIN_HEADINGS['assistant']}:\n" if ask else ""
-            return "".join(part.text for part in parts) + opening
         try:
             return self._apply_template(messages, ask, tools)
         except InputError:
@@ -317,8 +339,19 @@ def _of_row(row: Row, error: InputError) -> InputError:
     return InputError(f"row {row.number}: {error.message}", error.hint)
 
 
-def load_tokenizer(model: str | Path) -> RowTokenizer:
-    """The tokenizer of a model folder or Hub id; imports transformers."""
+def load_tokenizer(
+    model: str | Path,
+    template: Template | str = "auto",
+    *,
+    is_base: bool = False,
+    add_tokens: Sequence[str] = (),
+    train_tokens: Sequence[str] = (),
+) -> RowTokenizer:
+    """The tokenizer of a model folder or Hub id, with a template or the one that is asked for;
+    imports transformers. Raises InputError where template or tokens are not to be had."""
     from transformers import AutoTokenizer
 
-    return RowTokenizer(AutoTokenizer.from_pretrained(str(model)))
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    if isinstance(template, str):
+        template = choose_template(tokenizer, template, is_base=is_base)
+    return RowTokenizer(tokenizer, template, add_tokens=add_tokens, train_tokens=train_tokens)

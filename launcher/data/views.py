@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ftplan.launcher.data.sample import Sample
 
 _BINS = 10
+_MOST_TASKS = 12
 
 
 def report(
@@ -27,6 +28,8 @@ def report(
     parts: list[RenderableType] = [data_table(profile, template), ""]
     if profile.problems:
         parts += [problems_table(profile), ""]
+    if "task_weighting" in described:
+        parts += [tasks_table(described["task_weighting"]), ""]
     parts += [histogram(profile), "", cuts_table(described["by_max_length"]), ""]
     return [*parts, advice_table(described["advice"])]
 
@@ -83,6 +86,38 @@ def problems_table(profile: DataProfile) -> Table:
             ]
         )
     return table("Rows with problems", ("", ">rows", "what"), rows)
+
+
+def tasks_table(described: Mapping[str, Any]) -> Table:
+    """What an epoch has of each task: the most frequent ones, and the others together."""
+    tasks = sorted(described["tasks"].items(), key=lambda item: -item[1]["share"])
+    rows = [
+        [
+            name,
+            f"{told['num_rows']:,}",
+            f"{100 * told['share']:.1f} %",
+            "" if told["times_each_row"] is None else f"{told['times_each_row']:.2g}",
+        ]
+        for name, told in tasks[:_MOST_TASKS]
+    ]
+    others = [told for _, told in tasks[_MOST_TASKS:]]
+    if others:
+        count, share = (sum(told[name] for told in others) for name in ("num_rows", "share"))
+        rows.append([f"{len(others):,} others", f"{count:,}", f"{100 * share:.1f} %", ""])
+    title = f"Tasks, {said_weighting(described)}"
+    return table(title, ("task", ">rows", ">of an epoch", ">times each row comes"), rows)
+
+
+def said_weighting(described: Mapping[str, Any]) -> str:
+    """`weighted by temperature 2`."""
+    weighting, temperature = described["weighting"], described["temperature"]
+    return {
+        "proportional": "each row once",
+        "equal": "equally often",
+        "temperature": f"weighted by temperature {temperature:g}",
+        "fixed": "by fixed weights",
+        "dynamic": "at the start; their losses change it",
+    }[weighting]
 
 
 def histogram(profile: DataProfile) -> Table:

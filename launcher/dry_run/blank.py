@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PromptTuningConfig, PromptTuningInit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,9 +37,12 @@ class BlankWeights(TorchDispatchMode):
 
 
 def choose_without_weights(peft_config: PeftConfig) -> None:
-    """SHiRA takes the places where a mask of its weights is true; here, a mask with as many."""
+    """SHiRA takes the places where a mask of its weights is true; here, a mask with as many. A
+    prompt that begins as words has the size of any other."""
     if hasattr(peft_config, "mask_fn"):
         peft_config.mask_fn = _mask_of_chosen
+    if isinstance(peft_config, PromptTuningConfig):
+        peft_config.prompt_tuning_init = PromptTuningInit.RANDOM
 
 
 def _mask_of_chosen(base_layer: nn.Module, r: int, **_: Any) -> torch.Tensor:

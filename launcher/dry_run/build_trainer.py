@@ -21,8 +21,11 @@ from ftplan.launcher.dry_run.trainers import (
 )
 from ftplan.launcher.emit import method_settings, training_arguments
 from ftplan.launcher.training.adapters import refused, settle_adapters
+from ftplan.launcher.training.cycles.adalora import ImportanceAlone
+from ftplan.launcher.training.importance import is_adalora
 from ftplan.launcher.training.loop import sft_arguments
 from ftplan.launcher.training.objectives import trainer_arguments
+from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.stacks import (
     PlainLoop,
     blank_tokenizer,
@@ -35,29 +38,45 @@ _STEPS = 2
 _MICRO_BATCHES = 2
 
 
-def build_trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -> Any:
-    """The trainer that would train `model`, adapters added.
+def build_trainer(
+    case: DryRunCase, model: Any, peft_config: PeftConfig | None, reward_model: Any = None
+) -> Any:
+    """The trainer that would train `model`, adapters added. `reward_model`: what judges its
+    completions.
 
     Raises InputError where PEFT refuses them.
     """
+    trainer = _built(case, model, peft_config, reward_model)
+    plan = case.plan
+    settle_optimizer(trainer, plan.method, plan.optim, method_settings(plan))
+    return trainer
+
+
+def _built(case: DryRunCase, model: Any, peft_config: PeftConfig | None, reward_model: Any) -> Any:
     if peft_config is None:
-        return _trainer(case, model, None)
+        return _trainer(case, model, None, reward_model)
     choose_without_weights(peft_config)
     try:
         with BlankWeights():
-            trainer = _trainer(case, model, peft_config)
+            trainer = _trainer(case, model, peft_config, reward_model)
     except InputError:
         raise
     except Exception as error:
         raise refused(case.plan.resolved_method, error) from error
     settle_adapters(trainer.model, method_settings(case.plan))
+    if is_adalora(trainer.model) and case.plan.trainer != "loop":
+        trainer.add_callback(ImportanceAlone())
     return trainer
 
 
-def _trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -> Any:
+def _trainer(
+    case: DryRunCase, model: Any, peft_config: PeftConfig | None, reward_model: Any
+) -> Any:
     plan = case.plan
-    make = _trl_trainer if plan.trainer == "trl" else _other_trainer
-    trainer = make(case, model, peft_config)
+    if plan.trainer == "trl":
+        trainer = _trl_trainer(case, model, peft_config, reward_model)
+    else:
+        trainer = _other_trainer(case, model, peft_config)
     if plan.packing:
         trainer.data_collator = collating_for_real(trainer.data_collator)
     if plan.loss == "liger":
@@ -67,12 +86,15 @@ def _trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -> An
     return trainer
 
 
-def _trl_trainer(case: DryRunCase, model: Any, peft_config: PeftConfig | None) -> Any:
+def _trl_trainer(
+    case: DryRunCase, model: Any, peft_config: PeftConfig | None, reward_model: Any
+) -> Any:
     """TRL's, which adds the adapters itself."""
     plan, common = case.plan, _common(case)
     if plan.objective != "sft":
         if plan.resolved_objective.generates:
             common |= {"plan": plan, "row_length": case.row_length}
+            common |= {"reward_model": reward_model}
         return DRY_TRAINERS[plan.objective](model=model, peft_config=peft_config, **common)
     return DrySFTTrainer(
         model=model,

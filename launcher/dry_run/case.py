@@ -18,6 +18,7 @@ class DryRunCase(Stack, frozen=True, kw_only=True):
 
     - `config`: what the model's config.json holds.
     - `kind`, `capability`: whose kernels run.
+    - `reward_config`: the same of the model that judges completions, where there is one.
     - `row_length`: tokens of every row of the longest batch.
     - `few_layers`: whether equal layers are traced a few times only.
     """
@@ -28,6 +29,7 @@ class DryRunCase(Stack, frozen=True, kw_only=True):
     capability: tuple[int, int] = DEFAULT_CAPABILITY
     row_length: int
     few_layers: bool = True
+    reward_config: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -16,6 +16,8 @@ from ftplan.planner.step_trace import (
 
 # Where the reference model of a preference objective lies.
 REFERENCE_PATH = "ref_model"
+# And the one that judges completions.
+REWARD_MODEL_PATH = "reward_model"
 
 # Phases whose products run in one thread.
 _THREADS = ((REFERENCE_PHASE, GENERATION_PHASE, "forward"), ("backward",))

@@ -20,7 +20,8 @@ from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.dry_run.layers import renumber
 from ftplan.launcher.dry_run.operations import selections
 from ftplan.launcher.dry_run.trainers import Dry
-from ftplan.launcher.training.objectives import PlannedGRPOTrainer
+from ftplan.launcher.training.online import PlannedGRPOTrainer, PlannedRLOOTrainer
+from ftplan.launcher.training.rewards import RewardModel
 from ftplan.launcher.training.stacks import Observer
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.step_trace import GENERATION_PHASE, SCORING_PHASE
@@ -43,16 +44,51 @@ def micro_batches_of_a_generation(plan: TrainingPlan) -> int:
 
 
 def _no_reward(completions: list[Any], **_: Any) -> list[float]:
-    """In the place of a reward function, which is the run's own."""
+    """In the place of a rule, which needs no memory."""
     return [1.0] * len(completions)
 
 
-class DryGRPOTrainer(Dry, PlannedGRPOTrainer):
-    """Completions of full length are generated in both optimizer steps."""
+class DryReward(RewardModel):
+    """A model without data that judges rows of full length."""
 
-    def __init__(self, *, plan: TrainingPlan, row_length: int, **kwargs: Any) -> None:
+    def __init__(self, model: Any, plan: TrainingPlan, row_length: int) -> None:
+        self.model, self.rows = model, plan.per_device_train_batch_size
+        self.max_length = row_length
+        model.config.get_text_config().pad_token_id = 0
+
+    def __call__(self, *, completions: Any, **_: Any) -> list[float]:
+        for start in range(0, len(completions), self.rows):
+            shape = (min(self.rows, len(completions) - start), self.max_length)
+            tokens, mask = (torch.ones(shape, dtype=torch.int64) for _ in _INPUTS)
+            self.judge(tokens, mask)
+        return [1.0] * len(completions)
+
+
+class _DryOnline(Dry):
+    """Completions of full length are generated in both optimizer steps. `reward_model`: what judges
+    them, where a model does."""
+
+    _step: Any
+    args: Any
+    generation_config: Any
+    generation_kwargs: Any
+    max_completion_length: Any
+    model: Any
+    model_wrapped: Any
+    accelerator: Any
+
+    def __init__(
+        self, *, plan: TrainingPlan, row_length: int, reward_model: Any = None, **kwargs: Any
+    ) -> None:
         self.plan, self.row_length = plan, row_length
-        super().__init__(reward_funcs=_no_reward, **kwargs)
+        self.judged = reward_model is not None
+        judge = DryReward(reward_model, plan, row_length) if self.judged else _no_reward
+        super().__init__(reward_funcs=judge, **kwargs)  # type: ignore[call-arg]
+
+    @property
+    def _trainer(self) -> Any:
+        """TRL's own, with the methods that are overridden here."""
+        return super()
 
     def observe(self, observer: Observer) -> None:
         super().observe(observer)
@@ -65,7 +101,7 @@ class DryGRPOTrainer(Dry, PlannedGRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         begins = 0 if self._step == self._generates_again_at else self._step
         with mock.patch.object(self, "_step", begins):
-            inputs = super()._prepare_inputs(generation_batch)
+            inputs = self._trainer._prepare_inputs(generation_batch)
         super().begin_micro_batch()
         return inputs
 
@@ -84,7 +120,7 @@ class DryGRPOTrainer(Dry, PlannedGRPOTrainer):
         self.reward_weights = torch.ones(1)  # the trainer is made without data
         planned = self.plan.gradient_accumulation_steps
         with mock.patch.object(self.args, "gradient_accumulation_steps", planned):
-            return super()._generate_and_score_completions(inputs)
+            return self._trainer._generate_and_score_completions(inputs)
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """What the trainer's own method returns: numbers of prompt and completion, and texts."""
@@ -92,14 +128,22 @@ class DryGRPOTrainer(Dry, PlannedGRPOTrainer):
         prompt = self.row_length - completion
         self.observer.draft.begin_phase(GENERATION_PHASE)
         self._generate_twice(len(prompts), prompt, completion)
-        texts = [""] * len(prompts)
         ids = ([[1] * length for _ in prompts] for length in (prompt, completion))
-        return (*ids, None, texts, None, {}, None, [])
+        return self._generated_as(list(ids), [""] * len(prompts))
+
+    def _generated_as(self, ids: list[Any], texts: list[str]) -> tuple[Any, ...]:
+        """`ids`: of prompts and of completions."""
+        raise NotImplementedError
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        if self.judged:
+            self.observer.draft.begin_phase(SCORING_PHASE)
+        return self._trainer._calculate_rewards(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             self.observer.draft.begin_phase(SCORING_PHASE)
-        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return self._trainer._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _generate_twice(self, rows: int, prompt: int, completion: int) -> None:
         """Within what `_generate_single_turn` calls `generate` in."""
@@ -139,6 +183,20 @@ class DryGRPOTrainer(Dry, PlannedGRPOTrainer):
             if window is not None:
                 layer.cumulative_length = length
         recorder.between_steps = False
+
+
+class DryGRPOTrainer(_DryOnline, PlannedGRPOTrainer):
+    """TRL's, relative to a group."""
+
+    def _generated_as(self, ids: list[Any], texts: list[str]) -> tuple[Any, ...]:
+        return (*ids, None, texts, None, {}, None, [])
+
+
+class DryRLOOTrainer(_DryOnline, PlannedRLOOTrainer):
+    """TRL's, against the others of a group."""
+
+    def _generated_as(self, ids: list[Any], texts: list[str]) -> tuple[Any, ...]:
+        return (*ids, texts)
 
 
 def completions_alone(case: DryRunCase) -> dict[Any, Any]:

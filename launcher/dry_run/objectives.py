@@ -12,13 +12,14 @@ from datasets import Dataset
 from torch import nn
 
 from ftplan.launcher.dry_run.cuda import autocast
-from ftplan.launcher.dry_run.generation import DryGRPOTrainer
+from ftplan.launcher.dry_run.generation import DryGRPOTrainer, DryRLOOTrainer
 from ftplan.launcher.dry_run.trainers import Dry
 from ftplan.launcher.training.objectives import (
     PlannedDPOTrainer,
     PlannedKTOTrainer,
     PlannedRewardTrainer,
 )
+from ftplan.launcher.training.reference_free import PlannedORPOTrainer, PlannedSimPOTrainer
 from ftplan.planner.hardware_spec import DeviceKind
 from ftplan.planner.step_trace import REFERENCE_PHASE
 
@@ -27,6 +28,7 @@ _WITH_REFERENCE = (
     "trl.trainer.dpo_trainer",
     "trl.trainer.grpo_trainer",
     "trl.trainer.kto_trainer",
+    "trl.trainer.rloo_trainer",
 )
 
 
@@ -64,23 +66,35 @@ class DryKTOTrainer(_DryPreference, PlannedKTOTrainer):
     reference_columns = ("ref_logps", "ref_KL_logps")
 
 
+class DryORPOTrainer(Dry, PlannedORPOTrainer):
+    """ftplan's, on pairs."""
+
+
+class DrySimPOTrainer(Dry, PlannedSimPOTrainer):
+    """ftplan's, on pairs."""
+
+
 class DryRewardTrainer(Dry, PlannedRewardTrainer):
     """TRL's, on pairs."""
 
 
 DRY_TRAINERS: dict[str, type[Any]] = {
     "dpo": DryDPOTrainer,
+    "orpo": DryORPOTrainer,
+    "simpo": DrySimPOTrainer,
     "kto": DryKTOTrainer,
     "reward": DryRewardTrainer,
     "grpo": DryGRPOTrainer,
+    "rloo": DryRLOOTrainer,
 }
 
 
 def preference_rows(objective: str, count: int, length: int) -> Dataset:
     """Rows of so many tokens, prompt and completion together, all but one of them answer."""
     prompt, answer = [1], [1] * (length - 1)
+    pair = {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer}
     row: dict[str, Any] = {
-        "dpo": {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer},
+        **dict.fromkeys(("dpo", "orpo", "simpo"), pair),
         "kto": {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": answer},
         "reward": {"chosen_ids": prompt + answer, "rejected_ids": prompt + answer},
     }[objective]

@@ -24,7 +24,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftplan.launcher.dry_run.draft import REFERENCE_PATH, Draft
+from ftplan.launcher.dry_run.draft import REFERENCE_PATH, REWARD_MODEL_PATH, Draft
 from ftplan.launcher.dry_run.shape_memory import ShapeMemory
 
 _aten = torch.ops.aten
@@ -77,13 +77,19 @@ class Recorder(TorchDispatchMode):
         self._recomputed_from = 0
 
     @contextmanager
-    def watching(self, model: nn.Module, reference: nn.Module | None = None) -> Iterator[None]:
+    def watching(
+        self,
+        model: nn.Module,
+        reference: nn.Module | None = None,
+        reward_model: nn.Module | None = None,
+    ) -> Iterator[None]:
         """Record within, deaths included. Modules are known by their paths in `model`, those of
-        a `reference` model by theirs below REFERENCE_PATH."""
+        a `reference` model by theirs below REFERENCE_PATH, a reward model's below another."""
         self._paths = {module: name for name, module in model.named_modules()}
-        if reference is not None:
-            named = reference.named_modules(prefix=REFERENCE_PATH)
-            self._paths.update((module, name) for name, module in named)
+        for path, beside in ((REFERENCE_PATH, reference), (REWARD_MODEL_PATH, reward_model)):
+            if beside is not None:
+                named = beside.named_modules(prefix=path)
+                self._paths.update((module, name) for name, module in named)
         resize = torch.UntypedStorage.resize_
 
         def resized(storage: Any, num_bytes: int) -> Any:

@@ -47,20 +47,20 @@ def _whole(trainer: Any, recorder: Recorder, num_gpus: int) -> Iterator[None]:
 
 
 def adopt(
-    recorder: Recorder, model: Any, *, parameters: bool = True, as_reference: bool = False
+    recorder: Recorder, model: Any, *, parameters: bool = True, held_as: str = "weights"
 ) -> None:
     """Put the model's parameters (unless they are elsewhere) and all else that it holds on
-    record."""
+    record. `held_as`: the component of the base."""
     adapted = hasattr(model, "peft_config")
-    base = "reference_model" if as_reference else "weights"
     for module in model.modules():
         path = recorder.path_of(module)
         for parameter in module._parameters.values():
             if parameter is not None and parameters:
                 added = adapted and parameter.requires_grad
-                recorder.adopt([parameter], "adapters" if added else base, path)
+                recorder.adopt([parameter], "adapters" if added else held_as, path)
         buffers = [b for b in module._buffers.values() if b is not None]
-        recorder.adopt([*buffers, *quantization_tensors(module), *held_tensors(module)], base, path)
+        held = [*buffers, *quantization_tensors(module), *held_tensors(module)]
+        recorder.adopt(held, held_as, path)
 
 
 def _add_buckets(recorder: Recorder, model: nn.Module) -> None:

@@ -80,6 +80,7 @@ class _DryRun:
         model = meta_model(self.case.config, settings)
         peft_config = apply_method(model, plan.method, settings)
         reference = meta_model(self.case.config, settings) if keeps_reference(plan) else None
+        judge = self._reward_model()
         num_parameters, num_layers = count_parameters(model), len(decoder_layers(model))
         quantize_blank(model, getattr(torch, plan.dtype))
         selection = None
@@ -87,7 +88,7 @@ class _DryRun:
             every = plan.every_n_layers
             selection = keep_few_layers(model, reference, every_n_layers=every)
         with trainer_construction(self.case.kind, reference):
-            trainer = build_trainer(self.case, model, peft_config)
+            trainer = build_trainer(self.case, model, peft_config, judge)
         layers_path, layers = decoder_layer_list(trainer.model)
         whole = [(trainer.model, 1)]  # what stands for the whole model, and how often
         if selection:
@@ -95,7 +96,7 @@ class _DryRun:
                 (layers[place], run.left_out) for run in selection.runs for place in run.template
             ]
         draft = Draft(layers_path)
-        self._record(trainer, reference, draft)
+        self._record(trainer, reference, judge, draft)
         return DryRun(
             record=draft.finish(selection.runs if selection else ()),
             num_parameters=num_parameters,
@@ -104,6 +105,15 @@ class _DryRun:
             num_layers_traced=len(layers),
             num_layers=num_layers,
         )
+
+    def _reward_model(self) -> Any:
+        """What judges completions, in the dtype that the plan computes in; None without."""
+        if self.case.reward_config is None:
+            return None
+        plan = self.plan
+        settings = method_settings(plan.replace(quantization="none", method="full"))
+        judging = {**settings, "objective": "reward", "dtype": plan.compute_dtype}
+        return meta_model(self.case.reward_config, judging).requires_grad_(False)
 
     def _may_repeat(self, model: Any, peft_config: Any) -> bool:
         """Whether equal layers may be expected to do the same."""
@@ -119,7 +129,7 @@ class _DryRun:
         alone = not meet_outside(model.config, self.plan.trainer)
         return alone and same_on_every_layer(peft_config)
 
-    def _record(self, trainer: Any, reference: Any, draft: Draft) -> None:
+    def _record(self, trainer: Any, reference: Any, judge: Any, draft: Draft) -> None:
         decompositions = {
             **REPLACED,
             **(completions_alone(self.case) if self.plan.resolved_objective.generates else {}),
@@ -138,17 +148,21 @@ class _DryRun:
         make_fake(trainer.model, fake_mode)
         if reference is not None:
             make_fake(reference, fake_mode)
+        if judge is not None:
+            make_fake(judge, fake_mode)
         draft.begin_phase("load")
         self.say("tracing two steps")
         recorder.between_steps = True  # while the optimizer is made
         with (
             surroundings(self.case, trainer, reference),
             fake_mode,
-            recorder.watching(trainer.model, reference),
+            recorder.watching(trainer.model, reference, judge),
             spread(trainer, recorder, self.case),
         ):
             if reference is not None:
-                adopt(recorder, reference, as_reference=True)
+                adopt(recorder, reference, held_as="reference_model")
+            if judge is not None:
+                adopt(recorder, judge, held_as="reward_model")
             trainer.train()
             if not self.plan.resolved_objective.generates:  # that would be less of the same
                 self.say("tracing an evaluation step")

@@ -12,6 +12,7 @@ from transformers import Trainer
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.optimizers import optimizer_states
 from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.launcher.training.importance import importance
 from ftplan.launcher.training.stacks import Observed, Observer
 from ftplan.launcher.training.trainer import PlannedTrainer
 
@@ -48,6 +49,7 @@ class PhaseMarker(Observer):
 
     def optimizer_ended(self, model: nn.Module, optimizer: Any) -> None:
         self.recorder.relabel(optimizer_states(optimizer), "optimizer_states")
+        self.recorder.relabel(importance(model), "optimizer_states")
         self.recorder.in_optimizer = False
         # GaLore's 8-bit optimizer puts new storages into the parameters.
         trained = (p for p in model.parameters() if p.requires_grad)

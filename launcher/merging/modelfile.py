@@ -19,7 +19,7 @@ def modelfile(gguf_name: str, tokenizer: RowTokenizer) -> str:
     template = go_template(tokenizer)
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
-    added = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.end_tokens)
+    added = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.end_ids)
     lines += [f'PARAMETER stop "{token}"' for token in added]
     return "\n".join(lines) + "\n"
 

@@ -54,7 +54,7 @@ def merge_request(path: Path, out: Path | None) -> MergeRequest:
         raise InputError(
             f"`{run.adapter}` holds no adapter of PEFT", "run again, or put the folder back"
         )
-    base = Path(str(train.get("model", "")))
+    base = (run.root / str(train.get("model", ""))).resolve()
     if not has_weights(base):
         raise InputError(
             f"the base model's weights are no longer at `{base}`",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ftplan.launcher.data.tokens import RowTokenizer
+from ftplan.launcher.training.adapters import tells_tasks_apart
 
 
 @contextlib.contextmanager
@@ -31,12 +32,14 @@ def answers(
     tokenizer: RowTokenizer,
     prompts: Sequence[Sequence[int]],
     *,
+    tasks: Sequence[int] = (),
     max_new_tokens: int,
     tokens_at_once: int,
     seconds: float | None = None,
 ) -> list[str]:
     """An answer for each prompt in order, of at most `max_new_tokens` tokens.
 
+    `tasks`: the prompts', for models that tell tasks apart; all the first, if empty.
     `tokens_at_once`: of a batch with its answers. `seconds`: no batch is begun later, so that there
     may be fewer answers than prompts; one batch there is.
     """
@@ -48,7 +51,10 @@ def answers(
             if seconds is not None and found and time.monotonic() - began > seconds:
                 break
             batch = prompts[first : first + size]
-            found += _answered(model, tokenizer, batch, max_new_tokens, trainer.args.device)
+            of_tasks = list(tasks[first : first + size]) or [0] * len(batch)
+            found += _answered(
+                model, tokenizer, batch, of_tasks, max_new_tokens, trainer.args.device
+            )
     return found
 
 
@@ -56,6 +62,7 @@ def _answered(
     model: Any,
     tokenizer: RowTokenizer,
     prompts: Sequence[Sequence[int]],
+    tasks: Sequence[int],
     max_new_tokens: int,
     device: torch.device,
 ) -> list[str]:
@@ -71,6 +78,7 @@ def _answered(
         do_sample=False,
         pad_token_id=padding,
         eos_token_id=stops or None,
+        **({"task_ids": torch.tensor(tasks, device=device)} if tells_tasks_apart(model) else {}),
     )
     new = tokens[:, width:].tolist()
     decoded = tokenizer.tokenizer.batch_decode(
@@ -82,7 +90,7 @@ def _answered(
 def stop_tokens(model: Any, tokenizer: RowTokenizer) -> list[int]:
     """What ends an answer: the model's own end tokens, and what training teaches."""
     own = getattr(model.generation_config, "eos_token_id", None)
-    found = [*(own if isinstance(own, list) else [own]), *tokenizer.end_tokens]
+    found = [*(own if isinstance(own, list) else [own]), *tokenizer.end_ids]
     return list(dict.fromkeys(token for token in found if token is not None))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.training_args import OptimizerNames
+
 from ftplan.planner.disk import CHECKPOINTS_KEPT
 
 
@@ -13,6 +15,8 @@ def launched_arguments(training_arguments: Mapping[str, Any], output_dir: str) -
     planned = dict(training_arguments)
     # transformers 5 takes a share of the steps as a `warmup_steps` below 1.
     planned["warmup_steps"] = planned.pop("warmup_ratio")
+    if planned["optim"] not in list(OptimizerNames):  # `optimizers.settle_optimizer` makes it
+        planned["optim"] = OptimizerNames.ADAMW_TORCH_FUSED
     return {
         "output_dir": output_dir,
         "logging_steps": 1,

@@ -14,6 +14,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from ftplan.launcher.training.adapters import peft_config_of
+from ftplan.launcher.training.bottlenecks import insert_bottlenecks
 from ftplan.launcher.training.model_classes import MODEL_CLASSES, check_model_class
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import spec_from_config
@@ -37,7 +38,7 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
     model_class = MODEL_CLASSES[settings["objective"]]
     arguments.update(model_class.settings)
     loaded = model_class.auto.from_pretrained(model, use_safetensors=True, **arguments)
-    if quantization is not None and device_type == "cpu":
+    if quantization is not None:
         keep_differentiable(loaded)
     return loaded
 
@@ -53,9 +54,9 @@ def switched_on(config: Mapping[str, Any], settings: Settings) -> dict[str, bool
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep 4-bit weights as they were loaded. On processors with AVX512-BF16 bitsandbytes (0.49)
-    packs them anew when it first evaluates, and computes with those without a backward pass, in
-    training, too: whatever is below such a module would learn nothing, without a word."""
+    """Have bitsandbytes leave 4-bit weights as they are. In evaluation mode on a processor it packs
+    them for a kernel through which no gradient goes, in training either (0.50, nn/modules.py
+    `Linear4bit.forward`)."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -120,6 +121,9 @@ def apply_method(model: PreTrainedModel, method: str, settings: Settings) -> Pef
         freeze_all_but_last(model, settings["num_trainable_layers"], settings["trainable_modules"])
     if method == "bitfit":
         train_biases_only(model)
+    if method == "bottleneck":
+        quantized = settings["quantization"] != "none"
+        insert_bottlenecks(model, settings["lora_rank"], quantized=quantized)
     return peft_config_of(resolve_method(method), settings, model)
 
 

@@ -9,8 +9,12 @@ from typing import Any
 from msgspec import Struct
 
 from ftplan.launcher.data.hashes import RowHashes
+from ftplan.launcher.data.rows import Row
+from ftplan.launcher.data.tasks import RowTasks
+from ftplan.launcher.data.templates import Template
 from ftplan.launcher.run_dir import RunDir, read_mapping
 from ftplan.planner.errors import InputError
+from ftplan.planner.tasks import TaskWeighting
 
 
 class DataConfig(Struct, frozen=True, kw_only=True):
@@ -21,6 +25,27 @@ class DataConfig(Struct, frozen=True, kw_only=True):
     columns: Mapping[str, str]
 
 
+class KeptRows(Struct, frozen=True):
+    """How many rows a later stage replays, and how long they are at most."""
+
+    stage: str
+    rows: int
+    max_length: int
+
+
+class StageConfig(Struct, frozen=True, kw_only=True):
+    """What a run has to do as one stage of several.
+
+    `earlier`: runs of earlier stages that are evaluated at its end. `keeps`: its held-out rows, for
+    later stages. `replayed`: folders of rows that earlier stages have kept for it.
+    """
+
+    earlier: tuple[RunDir, ...] = ()
+    keeps: bool = False
+    keeps_to_replay: tuple[KeptRows, ...] = ()
+    replayed: tuple[Path, ...] = ()
+
+
 class TrainConfig(Struct, frozen=True, kw_only=True):
     """What the training process is to do."""
 
@@ -28,12 +53,21 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     data: DataConfig
     eval_data: DataConfig | None
     test_share: float
+    tasks: RowTasks | None = None
+    task_weighting: TaskWeighting = TaskWeighting()
     overlong: str
     hashes: RowHashes
     method: str
     method_settings: Mapping[str, Any]
     loss: str
     training_arguments: Mapping[str, Any]
+    rewards: Mapping[str, Any] = {}
+    """What judges completions, where the model makes them."""
+    adapter: Path | None = None
+    """A trained one that goes on being trained."""
+    stage: StageConfig | None = None
+    template: Template = Template(name="model")
+    add_tokens: tuple[str, ...] = ()
 
     @property
     def objective(self) -> str:
@@ -41,7 +75,21 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
 
     @property
     def max_length(self) -> int:
+        """Of a whole row, the completion that the model makes of it included."""
+        if self.rewards:
+            return int(self.rewards["max_length"])
         return int(self.training_arguments["max_length"])
+
+    def task_number(self, held_out_row: Row) -> int:
+        """The task of a row that is evaluated; 0 where rows have none."""
+        if self.tasks is None:
+            return 0
+        return self.tasks.number(held_out_row, held_out_file=self.eval_data is not None)
+
+    @property
+    def completion_length(self) -> int:
+        """Tokens that the model adds to a prompt; 0 where rows have their answers."""
+        return int(self.training_arguments["max_completion_length"]) if self.rewards else 0
 
     @property
     def is_quantized(self) -> bool:
@@ -66,40 +114,52 @@ def checked_loss(loss: str, trainer: str) -> str:
     return loss
 
 
-def checked_objective(objective: str) -> str:
-    """The objective, if ftplan's training process has it; raises InputError otherwise."""
-    if objective == "grpo":
-        raise InputError(
-            "prompts alone are for online methods, which need a reward function: "
-            "`--objective grpo` is for estimates",
-            "add answers to the rows, or ask `ftplan estimate MODEL --objective grpo`",
-        )
-    return objective
-
-
 def read_train_config(run: RunDir) -> TrainConfig:
     """Raises InputError naming the missing key."""
     raw = read_mapping(run.train)
     try:
-        checked_objective(raw["method_settings"]["objective"])
         return TrainConfig(
-            model=raw["model"],
+            model=str((run.root / raw["model"]).resolve()),
             data=_data_config(run, raw["data"]),
             eval_data=_data_config(run, raw["eval_data"]) if raw["eval_data"] else None,
             test_share=raw["test_share"],
+            tasks=RowTasks.from_dict(raw["tasks"]) if raw["tasks"] else None,
+            task_weighting=_task_weighting(raw["task_weighting"]),
             overlong=raw["overlong"],
             hashes=_hashes(raw["hashes"]),
+            template=Template(name=raw["template"]["name"], text=raw["template"]["text"]),
+            add_tokens=tuple(raw["add_tokens"]),
             method=raw["method"],
             method_settings=raw["method_settings"],
             loss=checked_loss(raw["loss"], raw["trainer"]),
             training_arguments=raw["training_arguments"],
+            rewards=raw["rewards"] or {},
+            adapter=run.root / raw["adapter"] if raw.get("adapter") else None,
+            stage=_stage_config(run, raw["stage"]) if raw.get("stage") else None,
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error
 
 
+def _task_weighting(raw: Mapping[str, Any]) -> TaskWeighting:
+    return TaskWeighting(
+        weighting=raw["weighting"],
+        temperature=raw["temperature"],
+        weights=tuple(raw["weights"]),
+    )
+
+
 def _hashes(raw: Mapping[str, str]) -> RowHashes:
     return RowHashes(**{name: raw[name] for name in RowHashes.__struct_fields__})
+
+
+def _stage_config(run: RunDir, raw: Mapping[str, Any]) -> StageConfig:
+    return StageConfig(
+        earlier=tuple(RunDir(run.root / name) for name in raw["earlier"]),
+        keeps=raw["keeps"],
+        keeps_to_replay=tuple(KeptRows(**kept) for kept in raw["keeps_to_replay"]),
+        replayed=tuple(run.root / folder for folder in raw["replayed"]),
+    )
 
 
 def _data_config(run: RunDir, raw: Mapping[str, Any]) -> DataConfig:

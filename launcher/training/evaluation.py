@@ -14,6 +14,7 @@ from ftplan.launcher.training.answer_scores import AnswerScores, are_short, scor
 from ftplan.launcher.training.answering import answers
 from ftplan.launcher.training.config import TrainConfig
 from ftplan.launcher.training.general_text import general_loss, perplexity
+from ftplan.launcher.training.tasks import evaluated_by_task
 from ftplan.planner.forgetting import PERPLEXITY_RISE, has_forgotten, what_helps
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.objectives import OBJECTIVES
@@ -57,10 +58,15 @@ class Evaluator(Struct, frozen=True):
         """A row of metrics.jsonl. `before`: that of the evaluation before training, whose rows and
         pieces of text are taken again."""
         self.say(f"evaluating {when} training")
-        metrics = self.trainer.evaluate()
+        metrics, by_task = evaluated_by_task(self.trainer)
         result = {"event": "evaluation", "when": when, **_from_metrics(metrics)}
+        if by_task:
+            result["eval_loss_by_task"] = by_task
         nothing: dict[str, Any] = {"scores": None, "num_scored": 0, "shown": [], "general": None}
-        if OBJECTIVES[self.config.objective].scores:  # that model gives a number
+        objective = OBJECTIVES[self.config.objective]
+        if objective.generates:  # what is minimized says nothing of how good completions are
+            result["eval_loss"] = None
+        if objective.scores:  # that model gives a number
             return {**result, **nothing}
         if self.rows:
             self.say(f"answering held-out questions {when} training")
@@ -80,6 +86,7 @@ class Evaluator(Struct, frozen=True):
             self.trainer,
             self.tokenizer,
             [row.prompt for row in rows],
+            tasks=[self.config.task_number(row.row) for row in rows],
             max_new_tokens=min(longest, MOST_SCORED_TOKENS) if short else SHOWN_NEW_TOKENS,
             tokens_at_once=self._tokens_at_once,
             seconds=seconds,

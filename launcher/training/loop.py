@@ -9,12 +9,12 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec import Struct, field
+from msgspec import Struct, field, to_builtins
 from transformers import set_seed
 
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
@@ -23,6 +23,9 @@ from ftplan.launcher.run_dir import RunDir, write_json, write_text
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.config import TrainConfig, read_train_config
+from ftplan.launcher.training.cycles.choice import add_cycle
+from ftplan.launcher.training.cycles.cycle import Cycle
+from ftplan.launcher.training.cycles.restarts import Restarts
 from ftplan.launcher.training.evaluation import (
     Evaluator,
     asked_rows,
@@ -30,14 +33,31 @@ from ftplan.launcher.training.evaluation import (
     forgetting_record,
     samples_record,
 )
+from ftplan.launcher.training.loftq import begin_with_what_is_lost
 from ftplan.launcher.training.measure import (
     CpuAllocationRecorder,
     mean_step_seconds,
     measured_memory,
 )
-from ftplan.launcher.training.objectives import TRAININGS, trainer_arguments
+from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
+from ftplan.launcher.training.optimizers import settle_optimizer
+from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
+from ftplan.launcher.training.stages import (
+    going_on,
+    keep_rows,
+    look_back,
+    with_replayed,
+    with_trained_adapter,
+)
+from ftplan.launcher.training.tasks import TaskMix, TaskReporter
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
+from ftplan.launcher.training.vocabulary import (
+    add_rows,
+    save_rows_alone,
+    save_tokenizer,
+    settle_ends,
+)
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.overlong import overlong_to_dict
 
@@ -62,6 +82,7 @@ class _Session(Struct):
     recorder: CpuAllocationRecorder
     stop_status: int | None = None
     training: bool = False
+    cycle: Cycle | None = None
     told: float = field(default_factory=time.monotonic)
 
     def say(self, stage: str, **details: Any) -> None:
@@ -90,7 +111,7 @@ def train(run: RunDir, *, resume: bool) -> int:
     config = read_train_config(run)
     recorder = CpuAllocationRecorder()
     reporter = StepReporter(run, recorder)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.template, add_tokens=config.add_tokens)
     session = _Session(run, config, tokenizer, reporter, recorder)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, session.on_signal)
@@ -108,7 +129,8 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     session.say("reading the data")
     rows = read_rows(config, session.tokenizer, run.tokens, session.tell_rows)
     session.say("loading the model")
-    trainer = build_trainer(session, rows.train, rows.held_out)
+    trained_rows = with_replayed(rows.train, config, run.tokens)
+    trainer = build_trainer(session, trained_rows, rows.held_out)
     asked = asked_rows(config, session.tokenizer, rows.asked)
     evaluator = Evaluator(trainer, session.tokenizer, config, asked, session.say)
     loaded = time.time()
@@ -119,6 +141,9 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     if before is None:
         before = _evaluate(session, evaluator, "before")
     write_json(run.environment, environment())
+    if session.cycle is not None:
+        session.say("preparing the adapters")
+        session.cycle.prepare(trainer, checkpoint)
     session.say("training", step=trainer.state.global_step)
     began = time.time()
     session.training = True
@@ -130,6 +155,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         return session.stop_status
     memory = measured_memory(session.recorder)
     after = _evaluate(session, evaluator, "after", before)
+    earlier = _of_stages(session, trainer, rows.train)
     session.say("saving")
     output = save(session, trainer)
     if trainer.is_world_process_zero():
@@ -139,6 +165,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started
         record = make_record(session, trainer, rows, before, after, memory, seconds, output)
+        record |= earlier
         write_card(run, record, run.root / output)
         write_json(run.record, record)
         session.say("finished")
@@ -152,7 +179,13 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     arguments = planned_arguments(objective, config.training_arguments, str(run.checkpoints))
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
+    add_rows(model, session.tokenizer)
+    settle_ends(model, session.tokenizer)
     peft_config = apply_method(model, config.method, config.method_settings)
+    if config.adapter is not None:
+        model, peft_config = with_trained_adapter(model, peft_config, config.adapter), None
+    tasks = TaskMix(config, train_rows.tasks) if train_rows.tasks is not None else None
+    reporters: list[Any] = [TaskReporter(tasks)] if tasks and objective == "sft" else []
     common = {
         "model": model,
         "args": arguments,
@@ -161,16 +194,22 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         "row_lengths": train_rows.lengths,
         "processing_class": session.tokenizer.tokenizer,
         "peft_config": peft_config,
-        "callbacks": [session.reporter],
+        "callbacks": [*reporters, session.reporter],
+        **({"tasks": tasks} if tasks else {}),
     }
-    own = TRAININGS[objective].trainer
-    trainer: Any = (
-        PlannedTrainer(stock_loss=config.loss == "stock", **common)
-        if own is None
-        else own(**common)
-    )
-    settle_adapters(trainer.model, config.method_settings)
-    session.reporter.trainer = trainer
+    if config.rewards:
+        common["reward_funcs"] = reward_functions(config.rewards, arguments.device)
+    with going_on(model):
+        trainer = make_trainer(objective, config.loss, **common)
+    settle_adapters(trainer.model, config.method_settings, tasks.losses if tasks else None)
+    if config.method == "loftq" and config.adapter is None:
+        begin_with_what_is_lost(trainer.model, config.model)
+    optim = config.training_arguments["optim"]
+    settle_optimizer(trainer, config.method, optim, config.method_settings)
+    save_rows_alone(trainer.model)
+    for reporter in (*reporters, session.reporter):
+        reporter.trainer = trainer
+    session.cycle = add_cycle(trainer, run, config, session.recorder)
     return trainer
 
 
@@ -201,6 +240,26 @@ def _evaluate(
     return result
 
 
+def _of_stages(session: _Session, trainer: Any, own: TrainingRows) -> dict[str, Any]:
+    """Of a stage: rows kept for the later ones, and what has become of the earlier ones, for
+    record.json."""
+    stage = session.config.stage
+    if stage is None:
+        return {}
+    keep_rows(session.run, trainer, own, stage)
+    session.say("evaluating the earlier stages")
+    found = [to_builtins(kept) for kept in look_back(stage, trainer, _arguments_of(session))]
+    if trainer.is_world_process_zero():
+        for kept in found:
+            append_metric(session.run, {"event": "evaluation of an earlier stage", **kept})
+    return {"earlier": found}
+
+
+def _arguments_of(session: _Session) -> Callable[[TrainConfig], Any]:
+    folder = str(session.run.checkpoints)
+    return lambda config: planned_arguments(config.objective, config.training_arguments, folder)
+
+
 def _earlier_evaluation(run: RunDir) -> dict[str, Any] | None:
     """The evaluation before training of the attempt that is being resumed."""
     rows = (row for row in run.metric_rows() if row.get("when") == "before" and "shown" in row)
@@ -217,11 +276,15 @@ def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
 def save(session: _Session, trainer: PlannedTrainer) -> str:
     """The trained weights, as safetensors, with the tokenizer; returns the folder's name."""
     run = session.run
-    adapter = resolve_method(session.config.method).adapter
-    folder = run.adapter if adapter else run.model
-    trainer.save_model(str(folder))
+    method, cycle = resolve_method(session.config.method), session.cycle
+    folder = run.adapter if method.adapter and not method.merges else run.model
+    if isinstance(cycle, Restarts):
+        cycle.save(trainer, folder)
+    else:
+        trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        session.tokenizer.tokenizer.save_pretrained(folder)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_tokenizer(model, session.tokenizer, folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; plan.yaml says it all
     return folder.name
 
@@ -260,14 +323,40 @@ def make_record(
         },
         "evaluation": evaluation_record(config.objective, before, after, len(trainer.eval_dataset)),
         "forgetting": forgetting_record(config, before, after),
+        **_tasks_record(trainer, before, after),
         "samples": samples_record(before, after),
         "overlong": overlong_to_dict(
             config.overlong, config.max_length, rows.train.counts, rows.held_out.counts
         ),
+        "tokenizer": {
+            "chat_template": config.template.name,
+            "vocab_size": len(session.tokenizer.tokenizer),
+            "added_tokens": list(session.tokenizer.added),
+            "trained_token_ids": config.method_settings.get("trained_token_ids", []),
+            "end_token_ids": session.tokenizer.end_ids,
+            "pad_token_id": session.tokenizer.tokenizer.pad_token_id,
+        },
         "data_sha256": config.data.sha256,
         "eval_data_sha256": config.eval_data.sha256 if config.eval_data else None,
         **rows.hashes.to_dict(),
         "output": output,
+    }
+
+
+def _tasks_record(
+    trainer: Any, before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """`tasks`: of each, its rows, the share drawn, and the held-out loss before and after."""
+    tasks: TaskMix | None = getattr(trainer, "tasks", None)
+    if tasks is None:
+        return {}
+    sides = {"before": before, "after": after}
+    losses = {when: side.get("eval_loss_by_task") or {} for when, side in sides.items()}
+    return {
+        "tasks": {
+            name: {**told, **{when: by_task.get(name) for when, by_task in losses.items()}}
+            for name, told in tasks.drawn().items()
+        }
     }
 
 

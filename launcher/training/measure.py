@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,18 @@ class CpuAllocationRecorder:
         self._base_bytes = 0
         self.peak_bytes: int | None = None
 
-    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        beside: Sequence[nn.Module] = (),
+        remembered: Iterable[torch.Tensor] = (),
+    ) -> None:
+        """`beside`: models that are held and not trained; `remembered`: tensors that a method keeps
+        outside of its modules."""
         self._base_bytes = live_bytes(model, optimizer)
+        self._base_bytes += sum(storage_sizes(remembered).values())
+        self._base_bytes += sum(live_bytes(other, None) for other in beside)
         self._profiler = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         )
@@ -58,8 +68,9 @@ def highest_rise(profiler: Any) -> int:
 
 
 def live_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Bytes of parameters, buffers, gradients and optimizer states, shared storage once."""
-    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    """Bytes of parameters, buffers and what else modules hold, gradients and optimizer states,
+    shared storage once."""
+    tensors = list(_held(model))
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
     if optimizer is not None:
         tensors += [
@@ -69,6 +80,21 @@ def live_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int
             if isinstance(value, torch.Tensor)
         ]
     return sum(storage_sizes(tensors).values())
+
+
+def _held(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, scales of quantized ones, and tensors that are neither, such as the
+    places of SHiRA's weights."""
+    for module in model.modules():
+        for value in vars(module).values():
+            for one in value.values() if isinstance(value, Mapping) else (value,):
+                if isinstance(one, torch.Tensor):
+                    yield one
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            yield from (one for one in vars(state).values() if isinstance(one, torch.Tensor))
+            state = getattr(state, "state2", None)
 
 
 def storage_sizes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

@@ -30,6 +30,8 @@ _CAUSAL = ModelClass()
 MODEL_CLASSES: dict[str, ModelClass] = {
     "sft": _CAUSAL,
     "dpo": _CAUSAL,
+    "orpo": _CAUSAL,
+    "simpo": _CAUSAL,
     "kto": _CAUSAL,
     "reward": ModelClass(
         auto=AutoModelForSequenceClassification,
@@ -37,6 +39,7 @@ MODEL_CLASSES: dict[str, ModelClass] = {
         task_type="SEQ_CLS",
     ),
     "grpo": _CAUSAL,
+    "rloo": _CAUSAL,
 }
 
 

@@ -1,4 +1,4 @@
-"""TRL's configurations and trainers: one of each for an entry of
+"""Configurations and trainers, TRL's or on it: one of each for an entry of
 `planner.objectives.OBJECTIVES`."""
 
 from __future__ import annotations
@@ -13,16 +13,27 @@ from trl import (
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
-    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
     SFTConfig,
 )
 
 from ftplan.launcher.training.arguments import launched_arguments
+from ftplan.launcher.training.online import PlannedGRPOTrainer, PlannedRLOOTrainer
 from ftplan.launcher.training.order import PlannedOrder
+from ftplan.launcher.training.reference_free import (
+    ORPOConfig,
+    PlannedORPOTrainer,
+    PlannedSimPOTrainer,
+    SimPOConfig,
+)
+from ftplan.launcher.training.trainer import PlannedTrainer
+
+# Log-probabilities of the reference, where it has been asked about the rows already.
+_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_logps")
 
 
 class TokenizedRows(PlannedOrder):
@@ -30,6 +41,11 @@ class TokenizedRows(PlannedOrder):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any) -> Dataset:
+        if any(name in dataset.column_names for name in _REFERENCE_COLUMNS):
+            return dataset
+        return super()._precompute_ref_logps(dataset, *args)  # type: ignore[misc]
 
 
 class PlannedDPOTrainer(TokenizedRows, DPOTrainer):
@@ -48,10 +64,6 @@ class PlannedRewardTrainer(TokenizedRows, RewardTrainer):
     """Rows have `chosen_ids` and `rejected_ids`."""
 
 
-class PlannedGRPOTrainer(GRPOTrainer):
-    """Rows have `prompt`; it takes `reward_funcs` besides."""
-
-
 class Training(Struct, frozen=True, kw_only=True):
     """How an objective is trained. `trainer`: None for the one in `training.trainer`."""
 
@@ -62,10 +74,19 @@ class Training(Struct, frozen=True, kw_only=True):
 TRAININGS: dict[str, Training] = {
     "sft": Training(arguments=SFTConfig),
     "dpo": Training(arguments=DPOConfig, trainer=PlannedDPOTrainer),
+    "orpo": Training(arguments=ORPOConfig, trainer=PlannedORPOTrainer),
+    "simpo": Training(arguments=SimPOConfig, trainer=PlannedSimPOTrainer),
     "kto": Training(arguments=KTOConfig, trainer=PlannedKTOTrainer),
     "reward": Training(arguments=RewardConfig, trainer=PlannedRewardTrainer),
     "grpo": Training(arguments=GRPOConfig, trainer=PlannedGRPOTrainer),
+    "rloo": Training(arguments=RLOOConfig, trainer=PlannedRLOOTrainer),
 }
+
+
+def make_trainer(objective: str, loss: str, **common: Any) -> Any:
+    """The objective's trainer; `common`: what every trainer takes."""
+    own = TRAININGS[objective].trainer
+    return PlannedTrainer(stock_loss=loss == "stock", **common) if own is None else own(**common)
 
 
 def trainer_arguments(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Sampler
 
 from ftplan.planner.batching import training_order
+
+if TYPE_CHECKING:
+    from ftplan.launcher.training.tasks import TaskMix
 
 
 class PlannedSampler(Sampler[int]):
@@ -38,10 +41,18 @@ class PlannedSampler(Sampler[int]):
 
 class PlannedOrder:
     """For trainers of transformers. `row_lengths`: tokens of each row; None, and the trainer takes
-    rows in its own order. `step_tokens`: padding included, since it was last set to 0."""
+    rows in its own order. `tasks`: a TaskMix, where rows are of several tasks. `step_tokens`:
+    padding included, since it was last set to 0."""
 
-    def __init__(self, *args: Any, row_lengths: Sequence[int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        row_lengths: Sequence[int] | None = None,
+        tasks: TaskMix | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.row_lengths = row_lengths
+        self.tasks = tasks
         self.step_tokens = 0
         super().__init__(*args, **kwargs)
 
@@ -49,12 +60,15 @@ class PlannedOrder:
         trainer: Any = self
         if self.row_lengths is None:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        return PlannedSampler(
+        planned = (
             self.row_lengths,
             trainer.args.per_device_train_batch_size * trainer.args.world_size,
             trainer.args.gradient_accumulation_steps,
             trainer.args.seed,
         )
+        if self.tasks is None or self.tasks.weighting.takes_each_row_once:
+            return PlannedSampler(*planned)
+        return self.tasks.sampler(*planned)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.step_tokens += inputs["input_ids"].numel()

@@ -18,7 +18,7 @@ def plot_loss(run: RunDir) -> None:
     losses = [row["loss"] for row in rows if "step" in row]
     if not steps:
         return
-    held_out = [row["eval_loss"] for row in rows if row.get("event") == "evaluation"]
+    held_out = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
     axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label="training, smoothed")

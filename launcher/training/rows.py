@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 from array import array
@@ -25,6 +26,7 @@ from ftplan.launcher.data.tokens import RowTokenizer, TokenPair, TokenRow
 from ftplan.launcher.training.config import DataConfig, TrainConfig
 from ftplan.launcher.training.token_file import (
     COLUMNS,
+    TASK_COLUMN,
     TokenFile,
     mapped,
     with_mismatched_answers,
@@ -43,11 +45,13 @@ _NO_LOSS = -100  # the label of a token without loss: torch's `ignore_index`
 
 
 class TrainingRows(Struct, frozen=True):
-    """Rows as the objective's trainer takes them, each one's tokens, and what was done to them."""
+    """Rows as the objective's trainer takes them, each one's tokens, and what was done to them.
+    `tasks`: each one's, numbers of `TrainConfig.tasks`; None without tasks."""
 
     dataset: Dataset
     lengths: Sequence[int]
     counts: RowCounts
+    tasks: Sequence[int] | None = None
 
 
 class RunRows(Struct, frozen=True):
@@ -80,7 +84,7 @@ def read_rows(
             "plan again with `ftplan auto`, or put back what has changed",
         )
     train, held_out = (
-        _Side(config, tokenizer, folder / f"{side}-{_rank()}.arrow")
+        _Side(config, tokenizer, folder / f"{side}-{process_rank()}.arrow")
         for side in ("train", "held-out")
     )
     asked = _Asked()
@@ -96,7 +100,7 @@ def read_rows(
                 progress(done, num_rows)
         for row in islice(eval_data.rows(), MAX_EVAL_ROWS) if eval_data else ():
             asked.take(row)
-            held_out.take(row)
+            held_out.take(row, of_held_out_file=True)
         train.flush()
         held_out.flush()
     return RunRows(
@@ -118,7 +122,7 @@ def _read_checked(config: DataConfig, objective: str) -> DataFile:
     return data
 
 
-def _rank() -> int:
+def process_rank() -> int:
     """Of this process among those of a run: each has token files of its own."""
     return int(os.environ.get("RANK", "0"))
 
@@ -160,25 +164,57 @@ class _Asked:
             self.rows[place] = row
 
 
+class _CountingTally(Tally):
+    """`kept`: of each row, how many are left of it."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(rule)
+        self.kept: list[int] = []
+
+    def take(self, whole: Lengths, pieces: Sequence[Lengths]) -> list[int]:
+        left = super().take(whole, pieces)
+        self.kept.append(sum(map(bool, left)))
+        return left
+
+
 class _Side:
     """Rows of one side of the split on their way into a file."""
 
     def __init__(self, config: TrainConfig, tokenizer: RowTokenizer, path: Path) -> None:
         self.config = config
-        self.tally = Tally(Rule(config.overlong, config.max_length))
-        self.file = TokenFile(path, COLUMNS[config.objective])
+        rule = Rule(config.overlong, config.max_length, config.completion_length)
+        self.tally = _CountingTally(rule)
+        columns = COLUMNS[config.objective]
+        if config.tasks and config.objective == "sft":
+            columns = {**columns, **TASK_COLUMN}
+        self.file = TokenFile(path, columns)
         self.make = MAKERS[config.objective](tokenizer, self.tally)
+        self.tasks: array[int] | None = array("I") if config.tasks else None
         self._pending: list[Row] = []
+        self._tasks: list[int] = []
 
-    def take(self, row: Row) -> None:
+    def take(self, row: Row, *, of_held_out_file: bool = False) -> None:
         self._pending.append(row)
+        if self.config.tasks:
+            self._tasks.append(self.config.tasks.number(row, held_out_file=of_held_out_file))
         if len(self._pending) == _ROWS_AT_ONCE:
             self.flush()
 
     def flush(self) -> None:
         made = list(self.make.rows(self._pending))
+        if self.tasks is not None:
+            self._name_tasks([row for row, _ in made])
         self.file.write([row for row, _ in made], (length for _, length in made))
-        self._pending = []
+        self._pending, self._tasks, self.tally.kept = [], [], []
+
+    def _name_tasks(self, made: Sequence[dict[str, Any]]) -> None:
+        """Each made row is of the task of the row that it was made of."""
+        assert self.tasks is not None
+        kept = zip(self._tasks, self.tally.kept, strict=True)
+        tasks = [task for task, count in kept for _ in range(count)]
+        for row, task in zip(made, tasks, strict=True):
+            row["task_ids"] = task
+        self.tasks.extend(tasks)
 
     def finished(self, *, shuffled: bool) -> TrainingRows:
         """Raises InputError when nothing is left."""
@@ -192,7 +228,7 @@ class _Side:
         dataset, lengths = mapped(self.file.path), self.file.lengths
         if self.config.objective == "kto":
             return self._paired(dataset, lengths, shuffled=shuffled)
-        return TrainingRows(dataset, lengths, counts)
+        return TrainingRows(dataset, lengths, counts, self.tasks)
 
     def _paired(self, dataset: Dataset, lengths: array[int], *, shuffled: bool) -> TrainingRows:
         """KTO's rows, which its trainer takes in the order in which they stand: that of training's
@@ -319,21 +355,40 @@ class _Labelled(_Compared):
         }
 
 
+class _Prompts(_Maker):
+    """Prompts, and what their completions are judged by."""
+
+    def rows(self, rows: Sequence[Row]) -> Iterator[Made]:
+        for row in rows:
+            asked = row.as_prompt()
+            (prompt,) = self.tokenizer.tokenize([asked])
+            whole = self.tally.rule.completed(len(prompt.input_ids))
+            (left,) = self.tally.take(whole, [whole])
+            if left:
+                messages = [message.to_dict() for message in asked.messages]
+                made = {"prompt": prompt.input_ids, "conversation": json.dumps(messages)}
+                yield {**made, "answer": row.answer}, left
+
+
 MAKERS: dict[str, type[_Maker]] = {
     "sft": _Answered,
     "dpo": _Compared,
+    "orpo": _Compared,
+    "simpo": _Compared,
     "reward": _Scored,
     "kto": _Labelled,
+    "grpo": _Prompts,
+    "rloo": _Prompts,
 }
 
 
 def remove_token_files(folder: Path) -> None:
-    """This process's; and the folder after the last of them."""
-    for path in _files_of(folder):
+    """This process's, and what `datasets` has derived of them; and the folder after the last."""
+    for path in (*_files_of(folder), *folder.glob("cache-*.arrow")):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
 def _files_of(folder: Path) -> Iterable[Path]:
-    return folder.glob(f"*-{_rank()}.*arrow")
+    return folder.glob(f"*-{process_rank()}.*arrow")

@@ -14,12 +14,21 @@ from datasets import Dataset, disable_progress_bars
 _IDS = pyarrow.list_(pyarrow.int32())
 
 # What the objectives' trainers take; `margin` only where every row has one.
+_PROMPTS = {"prompt": _IDS, "conversation": pyarrow.string(), "answer": pyarrow.string()}
+_PAIRS = {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS}
 COLUMNS: Mapping[str, Mapping[str, pyarrow.DataType]] = {
     "sft": {"input_ids": _IDS, "labels": _IDS},
-    "dpo": {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS},
+    "dpo": _PAIRS,
+    "orpo": _PAIRS,
+    "simpo": _PAIRS,
     "reward": {"chosen_ids": _IDS, "rejected_ids": _IDS, "margin": pyarrow.float64()},
+    "grpo": _PROMPTS,
+    "rloo": _PROMPTS,
     "kto": {"prompt_ids": _IDS, "completion_ids": _IDS, "label": pyarrow.bool_()},
 }
+
+# Besides, where rows are of several tasks and their losses are told apart.
+TASK_COLUMN = {"task_ids": pyarrow.int32()}
 
 # Rows that are read at once where all of a file are.
 _ROWS_AT_ONCE = 512

@@ -11,8 +11,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import SFTTrainer
 
 from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.training.importance import importance
 from ftplan.launcher.training.measure import PROFILED_STEPS, CpuAllocationRecorder
 from ftplan.launcher.training.order import PlannedOrder
+from ftplan.launcher.training.tasks import TaskCollator
 
 
 class PlannedTrainer(PlannedOrder, SFTTrainer):
@@ -25,11 +27,24 @@ class PlannedTrainer(PlannedOrder, SFTTrainer):
     def __init__(self, *args: Any, stock_loss: bool = False, **kwargs: Any) -> None:
         self.stock_loss = stock_loss
         super().__init__(*args, **kwargs)
+        if self.tasks is not None:
+            trainer: Any = self
+            trainer.data_collator = TaskCollator(trainer.data_collator)
+            self.tasks.losses.watch(trainer.model)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stock_loss:
-            return Trainer.compute_loss(self, *args, **kwargs)
-        return super().compute_loss(*args, **kwargs)
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        trainer: Any = self
+        if self.tasks is not None and "task_ids" not in trainer._signature_columns:
+            # Columns that no model takes are left out of batches.
+            trainer._signature_columns = [*trainer._signature_columns, "task_ids"]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = Trainer.compute_loss if self.stock_loss else SFTTrainer.compute_loss
+        if self.tasks is None:
+            return loss(self, model, inputs, *args, **kwargs)
+        with self.tasks.losses.of(inputs.pop("task_ids")):
+            return loss(self, model, inputs, *args, **kwargs)
 
 
 class StepReporter(TrainerCallback):
@@ -63,7 +78,8 @@ class StepReporter(TrainerCallback):
             self.trainer.step_tokens = 0
         profiled = state.global_step - self._first_step < PROFILED_STEPS
         if args.device.type == "cpu" and profiled:
-            self.recorder.start(model, optimizer)
+            beside = models_beside(self.trainer)
+            self.recorder.start(model, optimizer, beside, importance(model))
         _synchronize(args)
         self._began = time.monotonic()
 
@@ -99,8 +115,26 @@ class StepReporter(TrainerCallback):
             "tokens": self._tokens,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else None,
             "allocated_bytes": _allocated_bytes(self.recorder),
+            **{name: value for name, value in logs.items() if name.startswith(_TOLD)},
+            **_task_metrics(self.trainer),
         }
         append_metric(self.run, row)
+
+
+def models_beside(trainer: Any) -> list[torch.nn.Module]:
+    """The reference model, and those that judge completions, where the trainer holds any."""
+    judges = [getattr(judge, "model", None) for judge in getattr(trainer, "reward_funcs", ())]
+    found = [getattr(trainer, "ref_model", None), *judges]
+    return [model for model in found if isinstance(model, torch.nn.Module)]
+
+
+# Of what TRL's trainers log of a step, what tells how preferences and rewards go.
+_TOLD = ("reward", "kl", "completions/mean_length")
+
+
+def _task_metrics(trainer: Any) -> dict[str, Any]:
+    tasks = getattr(trainer, "tasks", None)
+    return tasks.metrics if tasks is not None else {}
 
 
 def append_metric(run: RunDir, row: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Methods that change what they train while they train; when they do, `planner.cycles` says."""
