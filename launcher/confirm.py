@@ -115,7 +115,8 @@ def _with_exact_memory(planned: Planned, candidate: Evaluated, runner: DryRunner
         plan,
         candidate.device,
         row_length=longest,
-        padded=batch[-1] < longest,
+        # Two answers to a question are seldom of one length.
+        padded=batch[-1] < longest or plan.resolved_objective.sequences_per_row > 1,
     )
     memory = memory_of(runner.run(case), planned.source, plan, candidate.device)
     return structs.replace(candidate, memory=memory)

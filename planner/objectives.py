@@ -256,7 +256,7 @@ def trained_part(model: ModelSpec, plan: TrainingPlan) -> Trained:
 
 def _counted(model: ModelSpec, plan: TrainingPlan, settings: MethodSettings) -> Trained:
     trained = plan.resolved_method.count(trained_model(model, plan), settings)
-    if not (plan.resolved_objective.scores and trained.adapted):
+    if not plan.resolved_objective.scores or plan.resolved_method.peft_type is None:
         return trained
     copy = Parameter(name="score.modules_to_save.weight", shape=(1, model.hidden_size))
     return structs.replace(trained, held_as_base=(*trained.held_as_base, copy))
