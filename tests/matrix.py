@@ -28,6 +28,7 @@ from ftplan.launcher.launching import write_run
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training import bottlenecks, loop
+from ftplan.launcher.training.adapters import tells_tasks_apart
 from ftplan.launcher.training.build import keep_differentiable, quantization_config
 from ftplan.launcher.training.evaluation import Evaluator
 from ftplan.launcher.ui import Ui
@@ -182,7 +183,8 @@ def logits_of(model: Any) -> torch.Tensor:
     training = model.training
     model.eval()
     with torch.no_grad():
-        result = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        task = {"task_ids": tokens.new_zeros(len(tokens))} if tells_tasks_apart(model) else {}
+        result = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **task).logits
     model.train(training)
     return result.float()
 
