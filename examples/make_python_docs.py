@@ -3,6 +3,7 @@
 Each row asks about one object of the standard library and answers with its
 cleaned docstring behind a uniform lead, such as "`textwrap.dedent(text)`
 (function in module `textwrap`): Remove any common leading whitespace ...".
+Some are written as pairs, too: the answer with its lead, and the bare docstring.
 
 Only the standard library is needed.  Every choice follows from a hash of the
 object's name, so the same Python release always writes the same bytes.
@@ -313,18 +314,26 @@ def split(entries: list[Entry], heldout: int) -> tuple[list[Entry], list[Entry]]
     return [entry for entry in entries if entry not in kept], kept
 
 
-def write_rows(path: Path, entries: Iterable[Entry]) -> None:
-    """Write entries as JSON Lines."""
-    lines = (json.dumps(make_row(entry)) + "\n" for entry in entries)
+def make_pair(entry: Entry) -> dict[str, str]:
+    """Turn an entry into two answers to a question: with the uniform lead, and without it."""
+    row = make_row(entry)
+    prompt = "\n\n".join(row[name] for name in ("instruction", "input") if name in row)
+    return {"prompt": prompt, "chosen": row["output"], "rejected": entry.text}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write rows as JSON Lines."""
+    lines = (json.dumps(row) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def main() -> None:
-    """Write the training rows and the held-out rows."""
+    """Write the training rows, the held-out rows, and pairs of answers."""
     parser = argparse.ArgumentParser(description="Make a data set from Python's docstrings.")
     parser.add_argument("--out-dir", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--rows", type=int, default=480, help="training rows")
     parser.add_argument("--heldout", type=int, default=60, help="held-out rows")
+    parser.add_argument("--pairs", type=int, default=160, help="training rows with two answers")
     args = parser.parse_args()
     entries = collect()
     if args.rows + args.heldout > len(entries):
@@ -333,9 +342,14 @@ def main() -> None:
     if len(heldout) < args.heldout:
         parser.error(f"only {len(heldout)} rows are unlike all others; lower --heldout")
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    write_rows(args.out_dir / "python_docs.jsonl", training)
-    write_rows(args.out_dir / "python_docs.heldout.jsonl", heldout)
-    print(f"{len(training)} training rows and {len(heldout)} held-out rows in {args.out_dir}")
+    pairs = training[: args.pairs]
+    write_rows(args.out_dir / "python_docs.jsonl", map(make_row, training))
+    write_rows(args.out_dir / "python_docs.heldout.jsonl", map(make_row, heldout))
+    write_rows(args.out_dir / "python_docs.pairs.jsonl", map(make_pair, pairs))
+    print(
+        f"{len(training)} training rows, {len(heldout)} held-out rows and {len(pairs)} pairs in "
+        f"{args.out_dir}"
+    )
 
 
 if __name__ == "__main__":

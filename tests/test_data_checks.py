@@ -471,7 +471,7 @@ def test_answers_cut_at_one_length_are_found() -> None:
 
 
 def test_the_example_data_are_clean() -> None:
-    for name in ("python_docs.jsonl", "python_docs.heldout.jsonl"):
+    for name in ("python_docs.jsonl", "python_docs.heldout.jsonl", "python_docs.pairs.jsonl"):
         rows = []
         for line in (ROOT / "examples" / name).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
