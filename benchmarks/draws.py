@@ -106,7 +106,7 @@ def _weighted(names: Any, rest: float, **common: float) -> Weights:
     return {**common, **dict.fromkeys(others, rest / max(1, len(others)))}
 
 
-_TRAINED_METHODS = tuple(name for name, method in METHODS.items() if method.has_trainer)
+_TRAINED_METHODS = tuple(METHODS)
 
 # Bases that a dry run carries out.
 _DRY_QUANTIZATIONS = tuple(name for name in QUANTIZATIONS if name not in PREQUANTIZED)

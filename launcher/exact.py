@@ -157,10 +157,9 @@ def case_of(
 ) -> DryRunCase:
     """The dry run of a plan. `more`: further fields of DryRunCase.
 
-    Raises InputError for a method that ftplan does not train, for a training stack that does not
-    have the plan's loss, and for a base whose kernels are not known.
+    Raises InputError for a training stack that does not have the plan's loss, and for a base whose
+    kernels are not known.
     """
-    plan.resolved_method.check_trained()
     if plan.loss == "trl-fused" and plan.trainer != "trl":
         raise InputError(
             f"`--loss trl-fused` is TRL's own: `--trainer {plan.trainer}` has it not",

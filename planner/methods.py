@@ -18,7 +18,7 @@ from ftplan.planner.adapter_counts import (
     lora_fa_count,
 )
 from ftplan.planner.cycles import RESTARTING, adalora_first_rank
-from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.peft_options import CACHE_FILLING, PeftOptions, read_options, resolve_options
 from ftplan.planner.prompt_counts import (
@@ -51,7 +51,6 @@ class Method(Struct, frozen=True, kw_only=True):
     `adapter`: small matrices are trained beside a frozen base.
     `quantized_base`: that base is held in 4 or 8 bits.
     `counted_by`: what is trained and added, of a model's specification.
-    `has_trainer`: ftplan can train it; where not, it is counted only.
     `peft_type`: PEFT's name of it; None where PEFT has no part in it.
     `peft_options`: options of PEFT's configuration that make the method.
     `takes`: which option of that configuration takes which setting of the plan.
@@ -62,7 +61,6 @@ class Method(Struct, frozen=True, kw_only=True):
     trains: str
     source: str
     counted_by: CountedBy
-    has_trainer: bool = True
     adapter: bool = False
     quantized_base: bool = False
     peft_type: str | None = None
@@ -89,15 +87,6 @@ class Method(Struct, frozen=True, kw_only=True):
     def has_rank(self) -> bool:
         """Whether `lora_rank` decides how large its adapters are."""
         return "lora_rank" in self.takes.values() or self.name == "bottleneck"
-
-    def check_trained(self) -> None:
-        """Raises InputError where ftplan has no trainer for the method."""
-        if not self.has_trainer:
-            raise InputError(
-                f"method `{self.name}` is counted, but ftplan does not train it",
-                "`ftplan estimate MODEL` says what it takes; to plan, launch or run dry, take "
-                "another method, such as `--method lora`",
-            )
 
     def check_base(self, quantization: str, peft_config: Sequence[str]) -> None:
         """Raises InputError where PEFT does not have the method on a base held so."""
@@ -212,7 +201,6 @@ def _peft(
     *,
     name: str | None = None,
     counted_by: CountedBy = adapter_count,
-    has_trainer: bool = True,
     quantized_base: bool = False,
     **options: Any,
 ) -> Method:
@@ -223,7 +211,6 @@ def _peft(
         trains=trains,
         source=source,
         counted_by=counted_by,
-        has_trainer=has_trainer,
         adapter=True,
         quantized_base=quantized_base,
         peft_type=peft_type,

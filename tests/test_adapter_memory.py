@@ -27,7 +27,7 @@ OPTIONS = {**SMALL, "adaption-prompt": ("adapter_layers=3",), "boft": ()}
 ADAPTERS = sorted(
     name
     for name in MODELLED_METHODS
-    if METHODS[name].peft_type and METHODS[name].has_trainer and name != "lora"
+    if METHODS[name].peft_type and name != "lora"
     if not METHODS[name].quantized_base
 )
 ON_NF4 = (

@@ -46,9 +46,7 @@ SMALL = {
 MISTRAL = {**LLAMA, "model_type": "mistral"}
 DEEP_LLAMA = {**LLAMA, "num_hidden_layers": 6}
 PEFT_METHODS = [
-    name
-    for name, method in METHODS.items()
-    if method.peft_type and method.has_trainer and not method.quantized_base
+    name for name, method in METHODS.items() if method.peft_type and not method.quantized_base
 ]
 ADAPTERS: dict[str, Any] = {
     **{"lora_rank": 4, "lora_alpha": 8},

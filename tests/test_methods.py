@@ -23,7 +23,7 @@ from ftplan.planner.adapter_counts import (
 )
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import FAMILIES, spec_from_config
-from ftplan.planner.methods import COMPARED_METHODS, METHODS, resolve_method
+from ftplan.planner.methods import METHODS, resolve_method
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.peft_options import COUNTED, NEUTRAL, read_options
 from ftplan.planner.plan import TrainingPlan
@@ -885,21 +885,6 @@ def test_a_method_is_found_in_any_case_and_has_a_source(name: str) -> None:
     method = resolve_method(name.upper())
     assert method.name == name
     assert method.source and method.title and method.trains
-
-
-def test_what_is_compared_can_be_trained() -> None:
-    for name in COMPARED_METHODS:
-        METHODS[name].check_trained()
-
-
-@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if not m.has_trainer])
-def test_what_is_counted_only_is_refused_before_anything_slow(name: str) -> None:
-    planning = pytest.importorskip("ftplan.launcher.planning")
-    with pytest.raises(InputError, match=f"`{name}` is counted, but ftplan does not train it"):
-        planning.check_settings({"method": name})
-    exact = pytest.importorskip("ftplan.launcher.exact")
-    with pytest.raises(InputError, match=f"`{name}` is counted"):
-        exact.case_of(None, TrainingPlan(method=name), None)
 
 
 def test_a_plans_settings_reach_the_count(tiny_spec: MakeSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ftplan.launcher import merge_adapter, stage_runs
+from ftplan.launcher import stage_runs
 from ftplan.launcher.cli import main
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.run_dir import RunDir
@@ -92,7 +93,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return run.read_record()
 
     def merge(run: RunDir, folder: Path) -> None:
-        merge_adapter.main(str(run.root), str(folder))
+        words = ["merge", str(run.root), "--out", str(folder), "--dtype", "float32"]
+        assert main(words) == 0
+        logging.disable(logging.NOTSET)  # which the command turns off for its own process
 
     monkeypatch.setattr(stage_runs, "carry_out", carry_out)
     monkeypatch.setattr(stage_runs, "merge_adapter", merge)
