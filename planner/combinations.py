@@ -78,6 +78,12 @@ def _flash_attention_cannot_run(asked: Asked) -> bool:
     return capability < _FLASH_ATTENTION_CAPABILITY
 
 
+QUANTIZED_ON_PROCESSOR = (
+    "4- and 8-bit bases are for GPUs: a processor expands their weights for each product, which "
+    "saves memory and takes far longer"
+)
+
+
 def _quantizes_on_processor(asked: Asked) -> bool:
     on_cpu = asked.device is not None and asked.device.kind == "cpu"
     return on_cpu and asked.plan.quantization != "none"
@@ -173,10 +179,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         name="quantized-on-processor",
         outcome="warned",
         applies=_quantizes_on_processor,
-        text=lambda a: (
-            "a processor expands the weights of a 4- or 8-bit base for each product: that saves "
-            "memory, not time"
-        ),
+        text=lambda a: QUANTIZED_ON_PROCESSOR,
         way_out=lambda a: "use `--method lora` where its memory fits",
         source="bitsandbytes 0.50, backends/cpu/ops.py",
     ),

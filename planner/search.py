@@ -13,6 +13,7 @@ from typing import Any
 
 from msgspec import structs
 
+from ftplan.planner.combinations import QUANTIZED_ON_PROCESSOR
 from ftplan.planner.concessions import Settings
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import InputError, UnknownNameError
@@ -68,6 +69,9 @@ def choose_plan(
     teams = teams_of(device, given.get("num_gpus"))
     batches, tried = Batches(data), _Tried(margin)
     for number, method in enumerate(_candidate_methods(model, data, teams[0].device, given)):
+        if _only_slows_down(method, teams[0].device, given):
+            tried.rejected.append(Rejection(method=method, reason=QUANTIZED_ON_PROCESSOR))
+            continue
         space = Space(
             model,
             data,
@@ -189,6 +193,12 @@ def _candidate_methods(
     return [
         name for name in (*preferred, *others) if not (unquantized and METHODS[name].quantized_base)
     ]
+
+
+def _only_slows_down(method: str, device: Device, given: Mapping[str, Any]) -> bool:
+    """Whether a processor takes far longer by a quantized base, which nobody asked for."""
+    asked = "method" in given or given.get("quantization", "none") != "none"
+    return device.kind == "cpu" and not asked and METHODS[method].quantized_base
 
 
 def _left_out(method: str, refused: Sequence[InputError]) -> list[LeftOut]:

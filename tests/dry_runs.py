@@ -218,6 +218,9 @@ def num_checkpointed(plan: TrainingPlan, num_layers: int = NUM_LAYERS) -> int:
 # thousands of times as much.
 GENERATOR_STATE_BYTES = 5056
 
+# oneDNN's own buffers for a product in 16 bits on the processor (torch 2.13), whatever its size.
+WORKSPACE_BYTES = 190 * 1024
+
 FREEZE: dict[str, Any] = {"method": "freeze", "num_trainable_layers": 1}
 REENTRANT: dict[str, Any] = {"gradient_checkpointing": True, "use_reentrant": True}
 EVERY_SECOND: dict[str, Any] = {"gradient_checkpointing": True, "every_n_layers": 2}

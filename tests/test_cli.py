@@ -29,7 +29,7 @@ from ftplan.planner.errors import (
     InterruptedRunError,
     RunFailedError,
 )
-from ftplan.planner.plan import SETTING_NAMES, TrainingPlan
+from ftplan.planner.plan import SETTING_NAMES, TrainingPlan, setting_type
 
 ROOT = Path(__file__).parents[1]
 ON_DISK = sorted(
@@ -50,6 +50,9 @@ SETTING_FLAGS = [
     "--target-modules",
     "--modules-to-save",
     "--peft-config",
+    "--add-tokens",
+    "--train-tokens",
+    "--num-tasks",
     "--autocast-adapter-dtype",
     "--num-trainable-layers",
     "--trainable-modules",
@@ -63,6 +66,7 @@ SETTING_FLAGS = [
     "--per-device-train-batch-size",
     "--gradient-accumulation-steps",
     "--max-length",
+    "--chat-template",
     "--overlong",
     "--packing",
     "--gradient-checkpointing",
@@ -76,7 +80,11 @@ SETTING_FLAGS = [
     "--num-generations",
     "--max-completion-length",
     "--steps-per-generation",
+    "--reward-model",
+    "--reward",
     "--beta",
+    "--loss-type",
+    "--gamma-beta-ratio",
     "--num-gpus",
     "--sharding",
     "--dp-replicate-size",
@@ -91,6 +99,9 @@ SETTING_FLAGS = [
     "--num-train-epochs",
     "--max-steps",
     "--save-steps",
+    "--task-weighting",
+    "--task-temperature",
+    "--task-weights",
     "--seed",
 ]
 
@@ -432,7 +443,7 @@ class TestSettingsFlags:
     @pytest.mark.parametrize("item", dataclasses.fields(TrainingPlan), ids=lambda item: item.name)
     def test_each_gives_a_value_of_its_setting_s_type(self, item: dataclasses.Field[Any]) -> None:
         optional = item.default is None
-        default = 7 if optional else item.default
+        default = setting_type(item.name)(7) if optional else item.default
         text = ",".join(default) if isinstance(default, tuple) else str(default).lower()
         flag = "--" + item.name.replace("_", "-")
         for words in ([flag, text], [f"{flag}={text}"]):

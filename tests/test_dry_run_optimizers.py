@@ -31,6 +31,7 @@ from ftplan.planner.units import KIB
 from tests.dry_runs import (
     LLAMA,
     PHASES,
+    WORKSPACE_BYTES,
     assert_equal_records,
     case,
     cuda_case,
@@ -105,7 +106,10 @@ def test_a_dry_step_takes_what_the_real_one_takes(optim: str, tmp_path: Path) ->
     peaks = dry_run(structs.replace(dry_case, few_layers=False)).record.phase_peaks()
     for phase in PHASES:
         predicted = peaks[phase].allocated_bytes
-        assert predicted == pytest.approx(measured[phase] - unseen, rel=0.01), phase
+        # Muon multiplies in 16 bits, for which oneDNN has buffers of its own on a processor.
+        buffers = WORKSPACE_BYTES if optim == "muon" else 0
+        expected = pytest.approx(measured[phase] - unseen, rel=0.01, abs=buffers)
+        assert predicted == expected, phase
 
 
 # --- a GPU ---------------------------------------------------------------------------------------

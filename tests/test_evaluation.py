@@ -189,7 +189,11 @@ def config(objective: str = "sft") -> Any:
     }
     settings = {"lora_rank": 16}
     return SimpleNamespace(
-        objective=objective, method="lora", training_arguments=arguments, method_settings=settings
+        objective=objective,
+        method="lora",
+        training_arguments=arguments,
+        method_settings=settings,
+        task_number=lambda row: 0,
     )
 
 

@@ -369,7 +369,7 @@ def test_options_change_what_they_change_in_peft(
         ("lora", "layers_pattern=layers"),
         ("lora", "target_parameters=[experts.down_proj]"),
         ("lora", "use_dorra=true"),
-        ("p-tuning", "encoder_reparameterization_type=LSTM"),
+        ("p-tuning", "encoder_reparameterization_type=GRU"),
         ("supertuning", "r=8"),
         ("waveft", "proportional_parameters=true"),
     ],

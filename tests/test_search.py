@@ -561,12 +561,13 @@ def test_a_model_of_one_layer_has_a_plan(
 
 
 @pytest.mark.parametrize("given", [{"method": "qlora"}, {"quantization": "nf4"}])
-def test_a_quantized_base_asked_for_on_a_processor_is_refused(
+def test_a_processor_has_a_quantized_base_where_it_is_asked_for(
     given: dict[str, Any], small_llama: ModelSpec, devices: Devices, few_short_rows: DataProfile
 ) -> None:
-    with pytest.raises(InputError, match="for GPUs") as refused:
-        choose_plan(small_llama, few_short_rows, devices["CPU"], given)
-    assert "--method lora" in (refused.value.hint or "")
+    asked = choose_plan(small_llama, few_short_rows, devices["CPU"], given)
+    assert asked.best is not None and asked.best.plan.quantization == "nf4"
+    unasked = choose_plan(small_llama, few_short_rows, devices["CPU"], {})
+    assert "for GPUs" in {r.method: r.reason for r in unasked.rejected}["qlora"]
 
 
 def test_settings_that_contradict_each_other_are_refused(

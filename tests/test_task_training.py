@@ -174,7 +174,8 @@ def test_tuners_of_many_tasks_are_given_each_row_s(
     record = run.read_record()
     assert chosen.num_tasks == 2
     assert record["num_trainable_parameters"] == counted.num_trainable_parameters
-    assert record["sample"]["after"] is not None
+    assert all(sample["after"] is not None for sample in record["samples"])
+    assert record["samples"]
     weights = load_file(run.adapter / "adapter_model.safetensors")
     of_tasks = "prefix_task_rows" if method != "poly" else "module_logits"
     (name, *_) = (name for name in weights if of_tasks in name)

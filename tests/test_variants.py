@@ -42,6 +42,7 @@ from tests.dry_runs import (
     PHASES,
     QWEN3,
     SHAPE,
+    WORKSPACE_BYTES,
     case,
     measured_peaks,
     real_trainer,
@@ -172,9 +173,6 @@ def test_a_variant_learns_and_is_loaded_again(name: str, family: str, tmp_path: 
 
 
 # --- memory
-
-# oneDNN's own buffers for a product in 16 bits on the processor (torch 2.13), whatever its size.
-WORKSPACE_BYTES = 190 * 1024
 
 
 @pytest.mark.parametrize("family", CONFIGS)
