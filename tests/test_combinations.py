@@ -361,12 +361,16 @@ def test_more_gpus_than_there_are_is_refused(ftplan: Ftplan) -> None:
 
 
 @pytest.mark.usefixtures("on_a_processor")
-def test_a_4_bit_base_on_a_processor_is_offered_behind_a_whole_one(ftplan: Ftplan) -> None:
+def test_a_4_bit_base_on_a_processor_is_taken_only_where_asked_for(ftplan: Ftplan) -> None:
     answer = ftplan("plan", str(DATA), "--model", SMALL, "--json")
     assert answer.status == 0
     planned = json.loads(answer.out)
     assert planned["plan"]["method"]["value"] == "lora"
-    assert "qlora" not in [item["method"] for item in planned["rejected"]]
+    reasons = {item["method"]: item["reason"] for item in planned["rejected"]}
+    assert "are for GPUs" in reasons["qlora"]
+    asked = ftplan("plan", str(DATA), "--model", SMALL, "--method", "qlora", "--json")
+    assert asked.status == 0
+    assert json.loads(asked.out)["plan"]["quantization"]["value"] == "nf4"
 
 
 def test_the_hint_names_what_the_card_can_do(
