@@ -475,7 +475,8 @@ def test_the_example_data_are_clean() -> None:
         rows = []
         for line in (ROOT / "examples" / name).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            rows.append(("\n\n".join((row["instruction"], row.get("input", ""))), row["output"]))
+            asked = row.get("prompt") or "\n\n".join((row["instruction"], row.get("input", "")))
+            rows.append((asked, row.get("chosen") or row["output"]))
         assert findings(*rows) == {}, name
 
 
