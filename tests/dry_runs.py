@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 from benchmarks.gpu.meters import held_bytes, mark, phase_peaks
 from ftplan.launcher.dry_run.case import DryRunCase
 from ftplan.launcher.emit import method_settings, training_arguments
-from ftplan.launcher.training.build import apply_method, quantization_config
+from ftplan.launcher.training.build import apply_method, quantization_config, switched_on
 from ftplan.launcher.training.loop import sft_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.stacks import blank_tokenizer
@@ -131,7 +131,8 @@ def real_model(case: DryRunCase, folder: Path) -> Any:
         "dtype": getattr(torch, plan.dtype),
         "attn_implementation": plan.attn_implementation,
     }
-    config = AutoConfig.for_model(**case.config)
+    switched = switched_on(case.config, method_settings(plan))
+    config = AutoConfig.for_model(**{**case.config, **switched})
     quantization = quantization_config(method_settings(plan))
     if quantization is None:
         return AutoModelForCausalLM.from_config(config, **loaded)
