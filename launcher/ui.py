@@ -44,6 +44,7 @@ class Ui:
         self.stdout = stdout or sys.stdout
         self.out = _console(self.stdout, width)
         self.err = _console(stderr or sys.stderr, width)
+        self._unbroken = not (self.err.is_terminal or width or _columns())
 
     @property
     def interactive(self) -> bool:
@@ -70,7 +71,7 @@ class Ui:
 
     def say(self, message: str) -> None:
         """A message beside the data."""
-        self.err.print(Text(message, style="dim"))
+        self._tell(Text(message, style="dim"))
 
     @contextlib.contextmanager
     def progress(self, what: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
@@ -118,13 +119,18 @@ class Ui:
             self.err.print(Text(f"a number from 1 to {len(choices)}, please"))
 
     def warn(self, message: str) -> None:
-        self.err.print(Text.assemble(("warning: ", "yellow"), message))
+        self._tell(Text.assemble(("warning: ", "yellow"), message))
 
     def fail(self, error: FtplanError) -> None:
         """`error: ...` then `hint: ...`."""
-        self.err.print(Text.assemble(("error: ", "bold red"), error.message))
+        self._tell(Text.assemble(("error: ", "bold red"), error.message))
         if error.hint:
-            self.err.print(Text.assemble(("hint: ", "bold"), error.hint))
+            self._tell(Text.assemble(("hint: ", "bold"), error.hint))
+
+    def _tell(self, message: Text) -> None:
+        """A message. Where nobody has a width, as in a log, it keeps to one line: its paths and
+        commands can be searched for and copied."""
+        self.err.print(message, soft_wrap=self._unbroken)
 
     def json(self, value: Any) -> None:
         """One JSON object on stdout, under --json only. It is ASCII: valid in any encoding."""
@@ -150,12 +156,16 @@ def _console(stream: TextIO, width: int | None) -> Console:
 
 def _width(stream: TextIO) -> int | None:
     """Columns of the output; None where rich asks the terminal, again whenever it is resized."""
-    columns = os.environ.get("COLUMNS", "")
     if not stream.isatty():
-        given = int(columns) if columns.isdecimal() else 0
-        return given or _WIDTH_WITHOUT_TERMINAL
+        return _columns() or _WIDTH_WITHOUT_TERMINAL
     # Some editors' shells say 0, which rich believes.
-    return shutil.get_terminal_size().columns if columns == "0" else None
+    return shutil.get_terminal_size().columns if _columns() == 0 else None
+
+
+def _columns() -> int | None:
+    """The width that the environment asks for."""
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() else None
 
 
 def table(

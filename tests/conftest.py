@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -15,6 +16,9 @@ from ftplan.planner.families import spec_from_config
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.units import GIB
+
+# Workers of pytest-xdist have the width of the terminal that pytest was started in.
+os.environ.pop("COLUMNS", None)
 
 # The same examples on every machine, however slow it is at the moment.
 settings.register_profile("ftplan", deadline=None, derandomize=True)

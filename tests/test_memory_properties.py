@@ -143,7 +143,10 @@ def test_memory_never_falls_when_layers_grow(case: ModelledCase, times: int) -> 
 def shards_evenly(case: ModelledCase) -> bool:
     """FSDP2 divides each parameter by its rows and fills up the last share. With fewer rows than
     GPUs (a stack of 4 experts on 8, a gate's single row) what is gathered grows with their number,
-    in the dry run as well."""
+    in the dry run as well. A share of a tiny model falls below the size from which 8-bit optimizers
+    quantize, and its states grow fourfold."""
+    if case.plan.optim.endswith("8bit"):
+        return False
     experts = any(layer.feed_forward.experts for layer in case.model.layers)
     return case.plan.sharding in ZERO or (case.plan.sharding == "fsdp" and not experts)
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import structs
 
 from ftplan.launcher import cli
 from ftplan.launcher.cases import (
@@ -139,7 +139,7 @@ class TestCases:
         )
         assert case.gpu == find_gpu("t4").device()
         expected = require_model("smollm2-135m").spec
-        assert structs.asdict(case.model.spec) == structs.asdict(expected)
+        assert msgspec.to_builtins(case.model.spec) == msgspec.to_builtins(expected)
         assert case.measured == {"allocated_bytes": 10**9, "device_bytes": None}
         assert (case.kbit_prepare, case.packing, case.length_is) == (False, False, "exact")
         plan = case.plan
