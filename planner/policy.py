@@ -15,6 +15,7 @@ from msgspec import Struct, structs
 
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.hardware_spec import DeviceKind
+from ftplan.planner.method_rates import METHOD_RATES
 from ftplan.planner.methods import METHODS, Method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import Objective
@@ -57,6 +58,8 @@ def learning_rate(method: Method, model: ModelSpec, objective: Objective | None 
     if method.name == "lora-plus":
         rate = 1e-4 if model.num_parameters < 30e9 else 5e-5
         return Advice(value=rate, why="half of LoRA's: B has `loraplus_lr_ratio` times as much")
+    if (own := METHOD_RATES.get(method.name)) is not None:
+        return Advice(value=own.rate, why=own.source)
     if method.adapter:
         rate = 2e-4 if model.num_parameters < 30e9 else 1e-4
         return Advice(value=rate, why="QLoRA's rate: 2e-4 up to 13B, 1e-4 from 33B (table 9)")

@@ -50,6 +50,7 @@ from ftplan.planner.hardware_spec import (
 )
 from ftplan.planner.host_memory import SAVED_AT_ONCE_BYTES
 from ftplan.planner.memory import MEMORY_MARGIN, RESERVED_OVER_ALLOCATED, estimate_memory
+from ftplan.planner.method_rates import METHOD_RATES
 from ftplan.planner.methods import COMPARED_METHODS, METHODS
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import OBJECTIVES
@@ -455,6 +456,19 @@ def test_the_learning_rates_are_the_policys() -> None:
     methods = [METHODS[name] for name in (*2 * ("lora",), *2 * ("lora-plus",), *2 * ("full",))]
     advised = [policy.learning_rate(m, s).value for m, s in zip(methods, models, strict=True)]
     assert rates == advised
+
+
+def test_the_page_has_each_methods_own_rate() -> None:
+    listed = {
+        name: (float(row[1]), row[2])
+        for row in table("policy.md", "Rates of single methods")
+        for name in codes(row[0])
+    }
+    assert listed == {name: (own.rate, own.source) for name, own in METHOD_RATES.items()}
+    model = spec_from_size(70_000_000_000, "70B")
+    for name, (rate, source) in listed.items():
+        advice = policy.learning_rate(METHODS[name], model)
+        assert (advice.value, advice.why) == (rate, source), name
 
 
 def test_the_page_has_each_objectives_rate_and_weight() -> None:
