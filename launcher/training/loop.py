@@ -41,6 +41,7 @@ from ftplan.launcher.training.measure import (
 )
 from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
+from ftplan.launcher.training.prefix_start import begin_with_words
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.stages import (
@@ -204,6 +205,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     settle_adapters(trainer.model, config.method_settings, tasks.losses if tasks else None)
     if config.method == "loftq" and config.adapter is None:
         begin_with_what_is_lost(trainer.model, config.model)
+    if config.adapter is None:
+        begin_with_words(trainer.model, session.tokenizer.tokenizer, config.method_settings)
     optim = config.training_arguments["optim"]
     settle_optimizer(trainer, config.method, optim, config.method_settings)
     save_rows_alone(trainer.model)
