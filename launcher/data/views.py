@@ -102,7 +102,7 @@ def labels_table(profile: DataProfile) -> Table:
         ]
         for name, counts in profile.labels.items()
     ]
-    title = "Answers are labels: exact match has to exceed the share of the most frequent"
+    title = "Answers are labels"
     return table(title, ("label", ">to train on", ">share", ">held out"), rows)
 
 
