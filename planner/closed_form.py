@@ -183,6 +183,7 @@ def _modelled_instead(plan: TrainingPlan, model: ModelSpec) -> Iterator[str]:
         options = () if setting == "method" else plan.peft_config
         try:
             other = plan.replace(**{setting: value, "peft_config": options})
+            other.resolved_method.count(model, other.method_settings)
         except InputError:
             continue
         if not (unmodelled(other) or _unmodelled_with_model(other, model)):

@@ -427,7 +427,7 @@ def test_a_prompt_leaves_the_final_norm_where_accelerate_finds_it(small_llama: M
 @pytest.mark.parametrize(
     ("words", "instead"),
     [
-        (("--method", "bitfit", *ZERO3), "`--sharding zero2`"),
+        (("--method", "dora", *ZERO3), "`--method lora` or `--sharding zero2`"),
         (("--method", "ia3", "--quantization", "nf4", *FSDP), "`--method qlora`"),
     ],
 )
