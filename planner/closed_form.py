@@ -67,11 +67,18 @@ def _unmodelled_together(plan: TrainingPlan) -> str | None:
 
 def _unmodelled_with_method(plan: TrainingPlan) -> str | None:
     """The same of settings that are modelled with some methods only."""
+    quantized = plan.quantization != "none"
     if plan.resolved_objective.generates and _reads_ahead(plan):
         return f"{_spelled(plan, 'method')} with {_spelled(plan, 'objective')}"
+    if plan.resolved_objective.generates and plan.method == "randlora" and quantized:
+        # TRL holds the adapters in bfloat16 there and generates without autocast.
+        return (
+            f"{_spelled(plan, 'method')} of a quantized base with {_spelled(plan, 'objective')}, "
+            "which meets its float32 matrices with bfloat16 adapters"
+        )
     if plan.method == "poly" and plan.gradient_checkpointing:
         return "`--method poly` with checkpointing, in which PEFT loses the rows' tasks"
-    if plan.quantization != "none" and plan.trainer == "trl" and _computes_in_float16(plan):
+    if quantized and plan.trainer == "trl" and _computes_in_float16(plan):
         return (
             "`--dtype float16` without mixed precision beside a quantized base: TRL holds adapters "
             "in bfloat16, and torch computes with both in float32"

@@ -429,6 +429,10 @@ def test_a_prompt_leaves_the_final_norm_where_accelerate_finds_it(small_llama: M
     [
         (("--method", "dora", *ZERO3), "`--method lora` or `--sharding zero2`"),
         (("--method", "ia3", "--quantization", "nf4", *FSDP), "`--method qlora`"),
+        (
+            ("--method", "randlora", "--quantization", "nf4", "--objective", "grpo"),
+            "`--method qlora`",
+        ),
     ],
 )
 def test_what_is_not_modelled_is_told_with_what_is(
