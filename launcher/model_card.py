@@ -43,6 +43,7 @@ _MEASURES = (
     ("reward", "reward"),
     ("exact match, share", "exact_match"),
     ("F1 of words", "f1"),
+    ("exact match of always the same label, share", "majority_share"),
     ("F1 of labels, mean", "macro_f1"),
 )
 

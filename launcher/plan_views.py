@@ -16,6 +16,7 @@ from ftplan.launcher.costs import usd_for
 from ftplan.launcher.token_settings import said_tokens
 from ftplan.launcher.ui import StackedBar, facts, table
 from ftplan.planner.front import thinned
+from ftplan.planner.labels import said_labels
 from ftplan.planner.memory import MemoryEstimate, needed_bytes
 from ftplan.planner.overlong import said_counts
 from ftplan.planner.phases import COMPONENTS
@@ -76,6 +77,8 @@ def _facts(planned: Planned) -> Iterator[tuple[str, str]]:
         f"{profile.path}: {profile.num_train_rows:,} rows, {profile.num_eval_rows:,} held out"
         f"{test}; {profile.format}",
     )
+    if labels := said_labels(profile.labels):
+        yield "labels", labels
     measured = "" if profile.exact else "; estimated from characters"
     yield (
         "tokens",

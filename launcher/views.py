@@ -417,6 +417,7 @@ _MEASURES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     ("reward", "reward", "{:.3f}".format, "higher is better"),
     ("exact_match", "exact match", _share, "higher is better"),
     ("f1", "F1 of words", _share, "higher is better"),
+    ("majority_share", "always the same label", _share, "exact match has to exceed it"),
     ("macro_f1", "F1 of labels, mean", _share, "higher is better"),
 )
 

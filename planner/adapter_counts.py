@@ -641,7 +641,7 @@ def beft_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions)
 def _no_default(options: PeftOptions, model: ModelSpec) -> InputError:
     return InputError(
         f"PEFT has no modules of its own for method `{options.method}` on `{model.model_type}`",
-        "name some with `--peft-config target_modules=[...]`",
+        "name some with `--peft-config target_modules=[...]`, or use `--method lora`",
     )
 
 

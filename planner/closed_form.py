@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ftplan.planner.adapter_counts import CONV1D_MODEL_TYPES
 from ftplan.planner.errors import InputError
 from ftplan.planner.methods import METHODS
@@ -25,6 +27,8 @@ _UNTOLD_ROWS = frozenset(("ADAPTION_PROMPT", "POLY"))
 
 # Settings that say what is trained beside the method's own.
 _BESIDE = ("modules_to_save", "peft_config", "trainable_modules", "add_tokens", "train_tokens")
+
+_OTHER_SHARDINGS = (("sharding", "fsdp"), ("sharding", "zero2"))
 
 # Options of PEFT that change a step, and in which way is not modelled.
 _UNMODELLED_OPTIONS = frozenset(
@@ -63,11 +67,18 @@ def _unmodelled_together(plan: TrainingPlan) -> str | None:
 
 def _unmodelled_with_method(plan: TrainingPlan) -> str | None:
     """The same of settings that are modelled with some methods only."""
+    quantized = plan.quantization != "none"
     if plan.resolved_objective.generates and _reads_ahead(plan):
         return f"{_spelled(plan, 'method')} with {_spelled(plan, 'objective')}"
+    if plan.resolved_objective.generates and plan.method == "randlora" and quantized:
+        # TRL holds the adapters in bfloat16 there and generates without autocast.
+        return (
+            f"{_spelled(plan, 'method')} of a quantized base with {_spelled(plan, 'objective')}, "
+            "which meets its float32 matrices with bfloat16 adapters"
+        )
     if plan.method == "poly" and plan.gradient_checkpointing:
         return "`--method poly` with checkpointing, in which PEFT loses the rows' tasks"
-    if plan.quantization != "none" and plan.trainer == "trl" and _computes_in_float16(plan):
+    if quantized and plan.trainer == "trl" and _computes_in_float16(plan):
         return (
             "`--dtype float16` without mixed precision beside a quantized base: TRL holds adapters "
             "in bfloat16, and torch computes with both in float32"
@@ -162,10 +173,28 @@ def check_closed_form(plan: TrainingPlan, model: ModelSpec) -> None:
     """Raises InputError for a plan that only a dry run knows."""
     what = unmodelled(plan) or _unmodelled_with_model(plan, model)
     if what is not None:
+        instead = " or ".join(_modelled_instead(plan, model))
         raise InputError(
             f"the closed form does not model {what}",
-            "`ftplan estimate` with `--exact` carries out the step itself, on tensors without data",
+            "`ftplan estimate` with `--exact` carries out the step itself, on tensors without data"
+            + (f"; what is modelled: {instead}" if instead else ""),
         )
+
+
+def _modelled_instead(plan: TrainingPlan, model: ModelSpec) -> Iterator[str]:
+    """The settings each of which, alone, makes of the plan one that is modelled."""
+    base = "lora" if plan.quantization == "none" else "qlora"
+    for setting, value in (("method", base), *_OTHER_SHARDINGS):
+        if getattr(plan, setting) == value or (setting, plan.sharding) == ("sharding", "none"):
+            continue
+        options = () if setting == "method" else plan.peft_config
+        try:
+            other = plan.replace(**{setting: value, "peft_config": options})
+            other.resolved_method.count(model, other.method_settings)
+        except InputError:
+            continue
+        if not (unmodelled(other) or _unmodelled_with_model(other, model)):
+            yield _spelled(other, setting)
 
 
 def check_modelled_method(name: str) -> None:

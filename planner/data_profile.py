@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.errors import InputError
+from ftplan.planner.labels import LabelRows
 from ftplan.planner.overlong import RowCounts, overlong_to_dict
 from ftplan.planner.tasks import TaskWeighting, drawn_lengths
 
@@ -38,7 +39,8 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     `lengths` are the usable training rows' lengths in tokens, template included, sorted from
     the longest; `exact` says whether the model's own tokenizer measured them. `trained_tokens` of
     them carry loss. `task_lengths`: where rows are of several tasks, the `trained_lengths` of each
-    one's. `language`: of most rows whose language is plain; empty where none is.
+    one's. `labels`: where all answers are labels, the rows of
+    each. `language`: of most rows whose language is plain; empty where none is.
 
     `overlong`: what becomes of rows longer than `limit` (None: no row is too long, whatever its
     length), as `planner.overlong` names it. `train_counts`, `eval_counts`: what became of which.
@@ -62,6 +64,7 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     duplicates: int = 0
     has_margins: bool = False
     task_lengths: Mapping[str, tuple[int, ...]] = {}
+    labels: Mapping[str, LabelRows] = {}
     language: str = ""
     rows_each: float = 1.0
     """Rows that each of `lengths` stands for: more than one where they are a sample."""

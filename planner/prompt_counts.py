@@ -206,7 +206,7 @@ def norms_count(model: ModelSpec, settings: MethodSettings, options: PeftOptions
     if targets is None:
         raise InputError(
             f"PEFT has no norms of its own for method `{options.method}` on `{model.model_type}`",
-            "name some with `--peft-config target_modules=[...]`",
+            "name some with `--peft-config target_modules=[...]`, or use `--method lora`",
         )
     inside = [
         (norm, times)

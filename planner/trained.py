@@ -294,7 +294,8 @@ def bitfit_count(model: ModelSpec, settings: MethodSettings, options: PeftOption
     if not trained.own:
         raise InputError(
             f"method `bitfit` trains biases, and {model.name} neither has nor can have any",
-            "use `--method beft`, which adds some, `--method ln-tuning` or `--method lora`",
+            "use `--method lora`; `--method beft`, which adds some, and `ln-tuning` may need "
+            "`--peft-config target_modules=[...]`",
         )
     return trained
 

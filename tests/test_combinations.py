@@ -422,3 +422,24 @@ def test_a_prompt_leaves_the_final_norm_where_accelerate_finds_it(small_llama: M
     check_together(model, TrainingPlan(method="prompt-tuning", **sharded))
     with pytest.raises(InputError, match="has not gathered it"):
         check_together(model, TrainingPlan(method="lora", **sharded))
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (("--method", "dora", *ZERO3), "`--method lora` or `--sharding zero2`"),
+        (("--method", "ia3", "--quantization", "nf4", *FSDP), "`--method qlora`"),
+        (
+            ("--method", "randlora", "--quantization", "nf4", "--objective", "grpo"),
+            "`--method qlora`",
+        ),
+    ],
+)
+def test_what_is_not_modelled_is_told_with_what_is(
+    words: tuple[str, ...], instead: str, ftplan: Ftplan
+) -> None:
+    refused = ftplan("estimate", "7B", *words)
+    assert refused.status == 2 and "does not model" in refused.said
+    assert f"what is modelled: {instead}" in refused.said
+    goes = instead.partition(" or ")[0].strip("`").split()
+    assert ftplan("estimate", "7B", *words, *goes).status == 0

@@ -213,6 +213,11 @@ def test_restarts_reach_a_higher_rank_than_the_adapters_have(
     """ReLoRA's claim: of three cycles of rank 4 the update of a weight has rank 12 (a random A and
     trained B of each), where LoRA's has 4."""
     model = make_model("llama")
+    _, plain = trained(model, data_file, tmp_path, method="lora")
+    merged = AutoPeftModelForCausalLM.from_pretrained(plain.adapter).merge_and_unload()
+    begun = AutoModelForCausalLM.from_pretrained(model)
+    first, last = (one.model.layers[0].mlp.down_proj.weight.detach() for one in (begun, merged))
+    assert update_rank(first, last) == 4
     plan, run = trained(model, data_file, tmp_path, method="relora", jagged_restart_steps=6)
     restarts = [row for row in run.metric_rows() if row.get("event") == "restart"]
     assert [row["after_step"] for row in restarts] == [6, 12]

@@ -157,3 +157,10 @@ def test_options_reach_peft_as_they_are_written() -> None:
     assert config.use_rslora is True
     assert config.layers_to_transform == [0, 1]
     assert (config.r, config.lora_alpha) == (16, 32)
+
+
+def test_llama_adapter_computes_the_loss_that_trl_puts_into_the_model() -> None:
+    """Its model has the forward of before, which knows no log-probabilities."""
+    options = {"peft_config": ("adapter_layers=2",), "loss": "trl-fused"}
+    done = dry_run(case(method="adaption-prompt", **options))
+    assert done.num_trainable_parameters

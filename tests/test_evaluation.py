@@ -24,7 +24,6 @@ from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.merging.check import CHECKED_TOKENS, TOLERATED_EPSILONS
 from ftplan.launcher.model_card import card
 from ftplan.launcher.training.answer_scores import (
-    MAX_LABELS,
     SHORT_ANSWER_TOKENS,
     are_short,
     normalized,
@@ -52,6 +51,7 @@ from ftplan.launcher.training.general_text import (
 from ftplan.launcher.training.rows import ASKED_ROWS, _Asked
 from ftplan.launcher.ui import Ui
 from ftplan.planner.forgetting import PERPLEXITY_RISE, has_forgotten, what_helps
+from ftplan.planner.labels import MAX_LABELS
 from ftplan.profiles.text_facts import general_text
 from tests.launcher_fixtures import CHATML, chat, tiny_tokenizer
 from tests.test_plan_views import rendered
@@ -71,6 +71,7 @@ class TestScores:
         found = score(["yes", "yes", "yes", "no", "eh"], ["yes", "yes", "no", "no", "no"])
         assert found.exact_match == 0.6
         assert found.macro_f1 == pytest.approx((0.8 + 2 * 1 / (1 + 3)) / 2)
+        assert found.majority_share == 0.6
 
     def test_many_different_answers_are_no_labels(self) -> None:
         few = [str(n % MAX_LABELS) for n in range(4 * MAX_LABELS)]

@@ -50,6 +50,7 @@ from ftplan.launcher.data.survey import (
 from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.planner.data_profile import Problem
 from ftplan.planner.errors import InputError
+from ftplan.planner.labels import are_labels
 
 # Below, a pass is over before processes have started.
 _BYTES_FOR_PROCESSES = 32 * 2**20
@@ -162,6 +163,14 @@ class DataFile(Struct, frozen=True, kw_only=True):
     def groups(self) -> Sequence[int]:
         """The prompts of the used rows."""
         return array("Q", compress(self.survey.groups, self.used()))
+
+    def labels(self) -> Sequence[str] | None:
+        """The used rows' answers where all are labels; None for others."""
+        if self.objective != "sft":
+            return None
+        found = self.survey.labels.of_rows(self.used())
+        different = len(set(found or ()))
+        return found if found and different > 1 and are_labels(different, len(found)) else None
 
     def lengths(self, split: Split) -> list[int]:
         """Tokens of the used rows that are trained on."""

@@ -8,12 +8,14 @@ from typing import Any
 from msgspec import structs
 
 from ftplan.launcher.data.data_file import DataFile
+from ftplan.launcher.data.labels import count_labels, label_warnings
 from ftplan.launcher.data.overlong import Fate
 from ftplan.launcher.data.split import MAX_EVAL_ROWS, Split, rows_of, split_groups
 from ftplan.launcher.data.survey import Place
 from ftplan.launcher.data.tasks import task_lengths, tasks_of
 from ftplan.planner.data_profile import DataProfile, Problem
 from ftplan.planner.errors import InputError
+from ftplan.planner.labels import LabelRows
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.overlong import refuse_overlong
 from ftplan.planner.policy import data_advice
@@ -28,7 +30,7 @@ _DUPLICATES = "repeats an earlier row"
 def make_split(data: DataFile, eval_data: DataFile | None, test_share: float = 0.0) -> Split:
     """A split of the data file; nothing of it is held out beside a file of held-out rows."""
     if eval_data is None:
-        return split_groups(data.groups(), test_share=test_share)
+        return split_groups(data.groups(), test_share=test_share, labels=data.labels())
     return Split()
 
 
@@ -38,6 +40,7 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
     test = rows_of(groups, split)[2]
     trained = data.fate(split.trains)
     held_out = held_out_fate(data, split, eval_data)
+    labels = _labels(data, split, eval_data)
     problems = _problems(data) + (data.leaks_of(eval_data) if eval_data else ())
     profile = DataProfile(
         path=", ".join(str(file.path) for file in data.source.files),
@@ -55,6 +58,7 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
         duplicates=sum(p.count for p in problems if p.kind == _DUPLICATES),
         has_margins=data.survey.num_margins > 0,
         task_lengths=task_lengths(data, tasks_of(data, eval_data), trained),
+        labels=labels,
         language=data.survey.language,
         rows_each=data.rows_each,
         overlong=data.rule.mode,
@@ -69,7 +73,7 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
             *_lengths_problems(data, trained),
             *_lengths_problems(eval_data or data, held_out, "held out: "),
         ),
-        warnings=_warnings(data, problems),
+        warnings=(*_warnings(data, problems), *label_warnings(labels)),
     )
     if held_out.counts.num_rows and not held_out.left:
         raise InputError(
@@ -77,6 +81,19 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
             "raise `--max-length`, or give held-out rows with `--eval-data FILE`",
         )
     return profile
+
+
+def _labels(data: DataFile, split: Split, eval_data: DataFile | None) -> dict[str, LabelRows]:
+    """Rows of each label on both sides; empty where answers are none."""
+    labels = data.labels()
+    if labels is None or data.sample:
+        return {}
+    rows = list(zip(labels, data.groups(), strict=True))
+    trained = [label for label, group in rows if split.trains(group)]
+    if eval_data is None:
+        return count_labels(trained, [label for label, group in rows if group in split.held_out])
+    evaluated = eval_data.survey.labels.of_rows(eval_data.used()) or []
+    return count_labels(trained, evaluated[:MAX_EVAL_ROWS])
 
 
 def held_out_fate(data: DataFile, split: Split, eval_data: DataFile | None) -> Fate:
@@ -222,6 +239,7 @@ def profile_to_dict(
         "by_max_length": cuts(profile, model.max_position_embeddings),
         "duplicates": profile.duplicates,
         "tasks": dict(profile.tasks),
+        "labels": {name: structs.asdict(rows) for name, rows in profile.labels.items()},
         "language": profile.language or None,
         "advice": [
             {"setting": setting, "value": item.value, "why": item.why}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -27,11 +28,17 @@ class Split(Struct, frozen=True):
 
 
 def split_groups(
-    groups: Sequence[int], *, share: float = EVAL_SHARE, test_share: float = 0.0
+    groups: Sequence[int],
+    *,
+    share: float = EVAL_SHARE,
+    test_share: float = 0.0,
+    labels: Sequence[str] | None = None,
 ) -> Split:
     """A split of rows with these prompts.
 
     No more rows than the share are held out; where every prompt has more, those of the rarest.
+    `labels`: the rows' answers where these are labels; each has its part of what is held out, and
+    one row at least where there is room for that.
     The same rows are always split alike, whatever their order. Raises InputError when there are
     too few different prompts to hold any out.
     """
@@ -40,10 +47,49 @@ def split_groups(
             "at least two different rows are needed: one to train on and one to hold out",
             "add rows, or give held-out rows with `--eval-data FILE`",
         )
-    held_out = _taken(groups, min(share * len(groups), MAX_EVAL_ROWS))
+    wanted = min(share * len(groups), MAX_EVAL_ROWS)
+    held_out = (labels and _of_each_label(groups, labels, wanted)) or _taken(groups, wanted)
     if not test_share:
         return Split(held_out)
     return Split(held_out, _taken(groups, test_share * len(groups), held_out))
+
+
+def _of_each_label(groups: Sequence[int], labels: Sequence[str], wanted: float) -> frozenset[int]:
+    """Prompts with about so many rows, of each label by its share (largest remainders). None, where
+    each label's prompts have more rows than that."""
+    strata = _strata(groups, labels)
+    room = min(max(1, round(wanted)), len(groups) - 1)
+    parts = {label: room * len(rows) / len(groups) for label, rows in strata.items()}
+    rooms = {label: int(part) for label, part in parts.items()}
+    # Labels that would have no row come first, the larger ones before.
+    order = sorted(parts, key=lambda label: (rooms[label] > 0, rooms[label] - parts[label], label))
+    for label in order[: room - sum(rooms.values())]:
+        rooms[label] += 1
+    return frozenset(
+        group for label, rows in strata.items() for group in _fitting(rows, rooms[label])
+    )
+
+
+def _strata(groups: Sequence[int], labels: Sequence[str]) -> dict[str, list[int]]:
+    """The prompts by label, one for each row; a prompt of several labels is of the first."""
+    of_group: dict[int, str] = {}
+    for group, label in zip(groups, labels, strict=True):
+        of_group[group] = min(label, of_group.get(group, label))
+    strata: dict[str, list[int]] = {label: [] for label in sorted(set(of_group.values()))}
+    for group in groups:
+        strata[of_group[group]].append(group)
+    return strata
+
+
+def _fitting(groups: Sequence[int], room: int) -> list[int]:
+    """The smallest of the prompts for which there is room, not all of them."""
+    counts = sorted(Counter(groups).items())
+    taken: list[int] = []
+    for group, count in counts:
+        if count <= room and len(taken) < len(counts) - 1:
+            taken.append(group)
+            room -= count
+    return taken
 
 
 def _fewer_than(count: int, groups: Sequence[int]) -> bool:

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from msgspec import structs
 
 from ftplan.launcher.data.checks import TextChecks, row_language
+from ftplan.launcher.data.labels import LabelCodes
 from ftplan.launcher.data.overlong import Lengths, Pieces, Rule, text_pieces, turns_apart
 from ftplan.launcher.data.patterns import Segment
 from ftplan.launcher.data.records import FIRST_NUMBERS, Note, Record, merged
@@ -191,6 +192,7 @@ class Survey:
         self.trained = array("I")
         self.first = array("I")
         self.task_codes = array("I")
+        self.labels = LabelCodes()
         self.pieces = Pieces()
         self.troubles: dict[str, Trouble] = {}
         self.readings: Counter[tuple[str, str]] = Counter()
@@ -219,6 +221,7 @@ class Survey:
         for other in others:
             self.readings[shape.name, other.name] += 1
         self._name_task(row.task)
+        self.labels.take(row)
         self.num_margins += row.margin is not None
         self.files.append(record.file)
         self.numbers.append(record.number)
@@ -284,6 +287,7 @@ class Survey:
         self.task_codes.extend(place_here[code] for code in later.task_codes)
         for task, count in later.tasks.items():
             self.tasks[task] += count
+        self.labels.merge(later.labels)
         self.num_margins += later.num_margins
         self._languages += later._languages
         self.notes = merged((*self.notes, *later.notes))

@@ -28,6 +28,8 @@ def report(
     parts: list[RenderableType] = [data_table(profile, template), ""]
     if profile.problems:
         parts += [problems_table(profile), ""]
+    if profile.labels:
+        parts += [labels_table(profile), ""]
     if "task_weighting" in described:
         parts += [tasks_table(described["task_weighting"]), ""]
     parts += [histogram(profile), "", cuts_table(described["by_max_length"]), ""]
@@ -86,6 +88,22 @@ def problems_table(profile: DataProfile) -> Table:
             ]
         )
     return table("Rows with problems", ("", ">rows", "what"), rows)
+
+
+def labels_table(profile: DataProfile) -> Table:
+    """How often each label is trained on and evaluated."""
+    total = max(1, sum(rows.num_train_rows for rows in profile.labels.values()))
+    rows = [
+        [
+            name,
+            f"{counts.num_train_rows:,}",
+            f"{100 * counts.num_train_rows / total:.1f} %",
+            f"{counts.num_eval_rows:,}",
+        ]
+        for name, counts in profile.labels.items()
+    ]
+    title = "Answers are labels"
+    return table(title, ("label", ">to train on", ">share", ">held out"), rows)
 
 
 def tasks_table(described: Mapping[str, Any]) -> Table:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners import AdaptionPromptModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
@@ -122,6 +123,9 @@ def settle_adapters(
         return
     if tells_tasks_apart(model):
         _name_the_task(model, tasks)
+    if isinstance(model.base_model, AdaptionPromptModel):
+        # It has the forward that the model had before TRL put its loss into it.
+        model.base_model.forward = model.base_model.model.forward
     _keep_rank_numbers(model)
     _name_the_bias(model)
     if not settings["autocast_adapter_dtype"]:

@@ -10,27 +10,28 @@ import re
 import statistics
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
+
+from ftplan.planner.labels import are_labels
 
 # Answers are short where half of them are no longer. SQuAD's are spans of three words in the mean;
 # labels are shorter still, and what explains itself is longer.
 SHORT_ANSWER_TOKENS = 8
-
-# Distinct answers that are labels: no more of them, and each twice in the mean.
-MAX_LABELS = 20
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class AnswerScores(Struct, frozen=True, kw_only=True):
-    """Shares from 0 to 1. `macro_f1`: of labels, the mean of each label's F1; None for others."""
+    """Shares from 0 to 1. `macro_f1`: of labels, the mean of each label's F1; `majority_share`: of
+    the most frequent one, which is the exact match of always answering it. None for others."""
 
     exact_match: float
     f1: float
     macro_f1: float | None = None
+    majority_share: float | None = None
 
 
 def are_short(answer_tokens: Sequence[int]) -> bool:
@@ -49,16 +50,14 @@ def score(answers: Sequence[str], references: Sequence[str]) -> AnswerScores:
         (normalized(answer), normalized(reference))
         for answer, reference in zip(answers, references, strict=True)
     ]
-    labels = {reference for _, reference in pairs}
+    labels = Counter(reference for _, reference in pairs)
+    classifies = are_labels(len(labels), len(pairs))
     return AnswerScores(
         exact_match=statistics.fmean(answer == reference for answer, reference in pairs),
         f1=statistics.fmean(token_f1(answer, reference) for answer, reference in pairs),
-        macro_f1=_macro_f1(pairs, labels) if _are_labels(labels, len(pairs)) else None,
+        macro_f1=_macro_f1(pairs, labels) if classifies else None,
+        majority_share=max(labels.values()) / len(pairs) if classifies else None,
     )
-
-
-def _are_labels(distinct: set[str], num_rows: int) -> bool:
-    return len(distinct) <= min(MAX_LABELS, num_rows // 2)
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -70,7 +69,7 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * shared / (len(said) + len(wanted))
 
 
-def _macro_f1(pairs: Sequence[tuple[str, str]], labels: set[str]) -> float:
+def _macro_f1(pairs: Sequence[tuple[str, str]], labels: Iterable[str]) -> float:
     """What is no label counts as a miss of the right one."""
     return statistics.fmean(_label_f1(pairs, label) for label in labels)
 

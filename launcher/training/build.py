@@ -133,7 +133,8 @@ def train_biases_only(model: nn.Module) -> None:
     if not biases:
         raise InputError(
             "method `bitfit` trains biases, and this model neither has nor can have any",
-            "use `--method beft`, which adds some, `--method ln-tuning` or `--method lora`",
+            "use `--method lora`; `--method beft`, which adds some, and `ln-tuning` may need "
+            "`--peft-config target_modules=[...]`",
         )
     model.requires_grad_(False)
     for bias in biases:

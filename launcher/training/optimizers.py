@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -46,10 +47,12 @@ def _maker(method: str, optim: str) -> Maker | None:
 
 
 def freeze_first_matrices(model: nn.Module) -> None:
-    """LoRA-FA's: with A frozen, its input is not kept for backward."""
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            parameter.requires_grad_(False)
+    """LoRA-FA's: with A frozen, its input is not kept for backward. PEFT is told so as well: it
+    would train A again once adapters are switched off and on, as objectives with a reference do."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.frozen_peft_weight_names = dict.fromkeys(module.lora_A, ("lora_A",))
+            module.lora_A.requires_grad_(False)
 
 
 def _lora_fa(arguments: TrainingArguments, settings: Settings, model: Any) -> torch.optim.Optimizer:
