@@ -8,13 +8,13 @@ from __future__ import annotations
 from msgspec import structs
 
 from ftplan.launcher.exact import DryRunner, case_of, memory_of, shown_dry_runs
+from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.planning import Planned
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import DoesNotFitError, InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.memory import fits, needed_bytes
 from ftplan.planner.ranking import Evaluated
-from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.teams import roomiest
 from ftplan.planner.units import format_bytes
 
@@ -108,15 +108,12 @@ def _with_all_memory(found: Evaluated, planned: Planned) -> Evaluated:
 def _with_exact_memory(planned: Planned, candidate: Evaluated, runner: DryRunner) -> Evaluated:
     plan = candidate.plan
     longest = min(planned.profile.longest_in_run, plan.max_length)
-    lengths = planned.profile.epoch_lengths(TaskWeighting.of(plan))
-    batch = lengths[: plan.per_device_train_batch_size]
     case = case_of(
         planned.source,
         plan,
         candidate.device,
         row_length=longest,
-        # Two answers to a question are seldom of one length.
-        padded=batch[-1] < longest or plan.resolved_objective.sequences_per_row > 1,
+        padded=planned.profile.on(installed_stack(candidate.device), plan).padded,
     )
     memory = memory_of(runner.run(case), planned.source, plan, candidate.device)
     return structs.replace(candidate, memory=memory)

@@ -39,7 +39,7 @@ def explained(planned: Planned) -> Explained:
     """Raises nothing that planning has not."""
     spec, profile = planned.source.spec, planned.profile
     plan, device = planned.chosen.plan, planned.device
-    stack = installed_stack(device)
+    stack = profile.on(installed_stack(device), plan)
     return Explained(
         memory=explain(spec, plan, device, stack, profile.longest_in_run),
         host=explain_host(planned.chosen.memory, plan),

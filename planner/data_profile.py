@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from operator import neg
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.errors import InputError
 from ftplan.planner.labels import LabelRows
 from ftplan.planner.overlong import RowCounts, overlong_to_dict
+from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.stack import Stack
 from ftplan.planner.tasks import TaskWeighting, drawn_lengths
 
 
@@ -159,6 +161,17 @@ class DataProfile(Struct, frozen=True, kw_only=True):
         rows = min(batch_size, len(self.lengths))
         mean = (sum(self.lengths) - self._tokens_beyond(max_length)) / len(self.lengths)
         return max(0.0, 1 - rows * mean / tokens)
+
+    def on(self, stack: Stack, plan: TrainingPlan) -> Stack:
+        """The stack as these rows make it work: where a micro-batch holds rows of unlike lengths,
+        the shorter ones are padded and attention is masked. Two answers to a question are seldom
+        of one length."""
+        longest, shortest = self.longest_in_run, self.trained_lengths[-1]
+        unlike = min(shortest, plan.max_length) < min(longest, plan.max_length)
+        several = plan.per_device_train_batch_size > 1 and not plan.packing
+        if (several and unlike) or plan.resolved_objective.sequences_per_row > 1:
+            return structs.replace(stack, padded=True)
+        return stack
 
     def summary(self) -> dict[str, Any]:
         """Minimum, median, mean, 95th and 99th percentile, maximum of the token lengths."""

@@ -9,7 +9,11 @@ forgetting: it says how large a change is, not where it comes from.
 
 from __future__ import annotations
 
+import math
+
 PERPLEXITY_RISE = 0.10
+# The same of a loss in nats a token.
+RISE_NATS = math.log(1 + PERPLEXITY_RISE)
 
 # Rates and ranks below which lowering them is not the first advice.
 _LOW_RANK = 8

@@ -149,7 +149,7 @@ class _Trial:
             plan,
             device=self._team.device,
             longest_row=wish.data.longest_in_run,
-            stack=self._stack,
+            stack=wish.data.on(self._stack, plan),
         )
 
 

@@ -442,7 +442,7 @@ def _replayed(model: ModelSpec, data: DataProfile, stack: Stack, evaluated: Eval
         evaluated.plan,
         device=evaluated.device,
         longest_row=data.longest_in_run,
-        stack=stack,
+        stack=data.on(stack, evaluated.plan),
     )
     return structs.replace(evaluated, memory=memory)
 

@@ -417,7 +417,7 @@ class Space:
                 candidate.reasoned.plan,
                 device=candidate.team.device,
                 longest_row=self._data.longest_in_run,
-                stack=self._stack,
+                stack=self._data.on(self._stack, candidate.reasoned.plan),
             )
         return Evaluated(
             reasoned=candidate.reasoned,
@@ -464,7 +464,7 @@ class Space:
             team.device,
             tokens_per_micro_batch=tokens,
             mean_length=tokens / plan.per_device_train_batch_size,
-            stack=self._stack,
+            stack=self._data.on(self._stack, plan),
         )
 
     def _with_batch(self, base: ReasonedPlan, size: int) -> ReasonedPlan:

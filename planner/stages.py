@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from ftplan.planner.errors import InputError
+from ftplan.planner.forgetting import RISE_NATS
 from ftplan.planner.methods import Method
 from ftplan.planner.peft_options import PROMPTING
 from ftplan.planner.plan import TrainingPlan
@@ -28,8 +28,6 @@ _OF_THE_METHOD = ("method", "quantization", "double_quant")
 # Adapters that PEFT 0.21 cannot merge: prompts have no place in the weights, and two tuners raise.
 _UNMERGED = PROMPTING | {"ADAPTION_PROMPT", "POLY", "SHADOW", "LILY"}
 
-# A rise of a loss in nats a token that multiplies the perplexity by 1.1.
-LOST_NATS = math.log(1.1)
 # Of losses that are not of tokens: this share of what the stage had gained.
 LOST_SHARE = 0.1
 
@@ -146,10 +144,10 @@ class Kept(Struct, frozen=True, kw_only=True):
 
     @property
     def is_lost(self) -> bool:
-        """Whether the rise is past the threshold: 10 % of the perplexity, or, of another loss, a
+        """Whether the rise is past the threshold: that of the perplexity, or, of another loss, a
         tenth of what the stage had gained."""
         if self.objective == "sft":
-            return self.rise > LOST_NATS
+            return self.rise > RISE_NATS
         gained = self.before - self.at_its_end
         return gained > 0 and self.rise > LOST_SHARE * gained
 
