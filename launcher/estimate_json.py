@@ -56,7 +56,7 @@ def estimate_to_dict(
         "fits": _fits(memory, device, margin),
         "estimated_by": "dry-run" if dry_run or confirmed else "closed-form",
         **({"dry_run": _dry_run(dry_run)} if dry_run else {}),
-        "calibration": calibration_to_dict(device),
+        **({"calibration": used} if (used := calibration_to_dict(device)) else {}),
         "warnings": [caution.to_dict() for caution in (*_stand_in(model), *warnings)],
     }
 
