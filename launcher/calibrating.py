@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,27 @@ class Learned(Struct, frozen=True, kw_only=True):
         )
 
 
-def imported_runs(paths: Sequence[Path]) -> list[StoredRun]:
+def imported_runs(paths: Sequence[Path], say: Callable[[str], None]) -> list[StoredRun]:
     """The rows of finished run directories, of stages one for each, and of folders of such.
-    Raises InputError where one of them is none, or has not finished."""
-    return [stored_run(run) for path in paths for run in _run_dirs(path)]
+
+    In a folder, runs that cannot be used are passed over, and `say` is told. Raises InputError
+    where what is named itself is none, or has not finished.
+    """
+    return [row for path in paths for row in _rows(path, say)]
 
 
-def _run_dirs(path: Path) -> Iterator[RunDir]:
+def _rows(path: Path, say: Callable[[str], None]) -> Iterator[StoredRun]:
     if not path.is_dir():
         raise InputError(f"no run directory at `{path}`", "runs are made by `ftplan auto`")
     if is_stages_dir(path):
-        yield from (stage.run for stage in StagesDir(path).runs() if stage.run.finished)
+        finished = (stage.run for stage in StagesDir(path).runs() if stage.run.finished)
+        yield from map(stored_run, finished)
         return
     run = RunDir(path)
     if run.plan.is_file():
         if not run.finished:
             raise InputError(f"`{path}` has not finished", f"`ftplan resume {path}` goes on")
-        yield run
+        yield stored_run(run)
         return
     inside = [
         folder
@@ -72,7 +76,10 @@ def _run_dirs(path: Path) -> Iterator[RunDir]:
             "name run directories, or a folder of them such as `runs`",
         )
     for folder in inside:
-        yield from _run_dirs(folder)
+        try:
+            yield from _rows(folder, say)
+        except InputError as error:
+            say(f"passed over: {error.message}")
 
 
 def learned(

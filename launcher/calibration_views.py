@@ -26,12 +26,13 @@ def stored_parts(stored: Stored) -> list[RenderableType]:
         (str(stored.stack), "bold"), f": {calibration.num_runs} runs, {calibration.fitted_on}"
     )
     held_out = "configuration" if stored.by_configuration else "run"
+    refused = " What is refused would bring them no nearer." if stored.refused else ""
     return [
         head,
         held_out_table(stored),
         Text(
             "How far predictions are off, without the corrections and with them, on runs that they "
-            f"were not fitted to: each {held_out} in turn is held out.",
+            f"were not fitted to: each {held_out} in turn is held out.{refused}",
             style="dim",
         ),
     ]
@@ -59,7 +60,7 @@ def _verdict(quantity: str, calibration: Calibration, refused: Mapping[str, floa
     if said := said_factors(kept):
         return said
     tried = {name: refused[name] for name in names if name in refused}
-    return f"no: {said_factors(tried) or 'it'} would bring runs no nearer"
+    return f"refused: {said_factors(tried)}"
 
 
 def _said_margin(margin: float | None) -> str:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,16 +19,14 @@ from ftplan.launcher.calibration_file import (
     read_calibrations,
 )
 from ftplan.launcher.cli import main
-from ftplan.launcher.history import History, stored_run
+from ftplan.launcher.history import stored_run
 from ftplan.launcher.own_stack import torch_release
 from ftplan.launcher.past_runs import margin_of
-from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.version import version
 from ftplan.planner.calibration import Calibration
 from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.units import GIB
 from ftplan.profiles import find_gpu
-from tests.launcher_fixtures import save_tiny_llama
 from tests.past_runs import past_runs
 from tests.run_directories import write_finished
 
@@ -200,6 +195,16 @@ def test_a_run_that_has_not_finished_is_not_taken_in(
     status, _, said = calibrate("--import", runs / "run-04")
     assert status == 2 and "has not finished" in said
     assert "11 of 11 runs are new" in calibrate("--import", runs)[2]
+
+
+def test_one_run_of_a_folder_that_cannot_be_used_is_passed_over(
+    home: Path, runs: Path, calibrate: Callable[..., Answer]
+) -> None:
+    (runs / "run-04" / "environment.json").unlink()
+    status, found, said = calibrate("--import", runs)
+    assert status == 0 and found["calibrations"][0]["calibration"]["num_runs"] == 11
+    assert "passed over" in said and "run-04" in said
+    assert calibrate("--import", runs / "run-04")[0] == 2
 
 
 def test_a_damaged_history_is_no_traceback(
@@ -405,43 +410,3 @@ def test_the_margin_is_raised_by_runs_planned_since(
     finished("since", 1020, learned.to_dict())
     found = margin_of(gpu, tmp_path)
     assert found.share == pytest.approx(0.03) and found.num_runs == 10
-
-
-# --- a real run
-
-
-@pytest.mark.train
-def test_a_real_run_is_remembered_and_told_by_the_next_plan(tmp_path: Path) -> None:
-    """One small training on the processor; three like it correct the rates that it was off by."""
-    pytest.importorskip("trl", reason="needs the `train` extra")
-    save_tiny_llama(tmp_path / "tiny-llama")
-    rows = (
-        {"instruction": f"Where is {n}?", "output": "It is here." * (1 + n % 3)} for n in range(24)
-    )
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-
-    def ftplan(*words: str) -> tuple[dict[str, Any], str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "ftplan", *words, "--json"],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout), done.stderr
-
-    given = ("rows.jsonl", "--model", "tiny-llama", "--max-steps", "8", "--name", "run")
-    ftplan("auto", *given, "--yes")
-    history = History(tmp_path / "home" / "ftplan", print)
-    (kept,) = history.runs()
-    assert kept == stored_run(RunDir(tmp_path / "runs" / "run"))
-    run = past_run(kept)
-    assert why_left_out(kept, version()) is None
-    assert run.kind == "cpu" and run.parts and run.step_seconds
-    plan = ("plan", *given[:-2], "--runs-dir", "elsewhere")
-    history.add([structs.replace(kept, run_id=str(number)) for number in range(2)])
-    found, _ = ftplan("calibrate")
-    (row,) = found["calibrations"][0]["held_out"]
-    assert row["quantity"] == "seconds a step" and row["num_runs"] == 3
-    assert row["median_after"] < row["median_before"]
-    planned, _ = ftplan(*plan)
-    assert planned["calibration"]["num_runs"] == 3

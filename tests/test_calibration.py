@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -301,3 +303,16 @@ def test_a_calibration_names_its_constants(small_llama: ModelSpec) -> None:
     assert set(UNCALIBRATED.factors) == set(CONSTANTS)
     for constant in CONSTANTS.values():
         assert constant.least < 1 < constant.most
+
+
+def test_the_page_states_the_bounds() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "calibration.md").read_text(encoding="utf-8")
+    for name, constant in CONSTANTS.items():
+        row = re.search(rf"^\| `{name}` \|.*\| ([\d.]+) \| ([\d.]+) \| ", page, re.MULTILINE)
+        assert row, name
+        assert (float(row[1]), float(row[2])) == (round(constant.least, 3), constant.most)
+        said = "rates" if name in ("arithmetic", "traffic", "launching") else f"`{name}`"
+        row = re.search(rf"^\| {said} \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE)
+        assert row, said
+        assert float(row[1]) == pytest.approx(constant.spread, rel=0.02)
+        assert float(row[2]) == pytest.approx(constant.noise, rel=0.02)

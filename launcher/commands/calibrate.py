@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
 
     history = History(data_folder(), ui.warn)
     if arguments.runs:
-        runs = imported_runs(arguments.runs)
+        runs = imported_runs(arguments.runs, ui.say)
         count = history.add(runs)
         ui.say(f"{count} of {len(runs)} runs are new in the history")
     today = time.strftime("%Y-%m-%d", time.gmtime())
