@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "merge": "a run's adapter in the weights of its base model",
     "data": "what is in a data file",
     "validate": "predictions beside measured runs",
+    "calibrate": "learn this machine's constants from its finished runs",
     "gpus": "what this machine has, free and total",
     "doctor": "what keeps this machine from training, and how to mend it",
     "hardware": "which GPUs, how many, how long, how much",

@@ -56,8 +56,16 @@ def estimate_to_dict(
         "fits": _fits(memory, device, margin),
         "estimated_by": "dry-run" if dry_run or confirmed else "closed-form",
         **({"dry_run": _dry_run(dry_run)} if dry_run else {}),
+        **({"calibration": used} if (used := calibration_to_dict(device)) else {}),
         "warnings": [caution.to_dict() for caution in (*_stand_in(model), *warnings)],
     }
+
+
+def calibration_to_dict(device: Device | None) -> dict[str, Any] | None:
+    """What predictions are corrected by; None without a calibration."""
+    if device is None or not device.calibration.in_force:
+        return None
+    return device.calibration.to_dict()
 
 
 def _stand_in(model: ModelSpec) -> list[Caution]:

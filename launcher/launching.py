@@ -22,6 +22,7 @@ from ftplan.launcher.data.profiling import (
 )
 from ftplan.launcher.data.tasks import tasks_of
 from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.formula_figures import uncalibrated
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
 from ftplan.launcher.packages import require_training
@@ -32,6 +33,7 @@ from ftplan.launcher.process import run_to_end
 from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
 from ftplan.launcher.ui import Ui
+from ftplan.launcher.user_data import remember
 from ftplan.launcher.version import version
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
@@ -165,7 +167,12 @@ def plan_to_dict(planned: Planned) -> dict[str, Any]:
             "num_parameters": spec.num_parameters,
             "why": planned.model_why,
         },
-        "device": {"name": device.name, "kind": device.kind, "free_bytes": device.free_bytes},
+        "device": {
+            "name": device.name,
+            "kind": device.kind,
+            "free_bytes": device.free_bytes,
+            "rates_source": device.rates_source,
+        },
         "steps": planned.steps,
         "plan": planned.chosen.reasoned.to_dict(),
         "predicted": predicted(planned),
@@ -193,6 +200,7 @@ def predicted(planned: Planned) -> dict[str, Any]:
         "step_seconds": step.step_seconds,
         "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
         "train_seconds": planned.steps * step.step_seconds,
+        **uncalibrated(planned),
     }
 
 
@@ -210,6 +218,7 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
         run_to_end(run, emit.launch_command(run, resume), environment, live.update)
     record = run.read_record()
+    remember(ui, run)
     from ftplan.launcher import views
 
     if not ui.as_json:

@@ -22,11 +22,11 @@ def installed_stack(device: Device | None) -> Stack:
     Ampere the release of torch, whose memory-efficient attention stands in for FlashAttention."""
     if device is None or device.kind == "cpu" or kernel_capability(device) >= FLASH_CAPABILITY:
         return OWN_STACK
-    return Stack(efficient_takes_groups=_torch_release() >= TAKES_GROUPS_SINCE)
+    return Stack(efficient_takes_groups=torch_release() >= TAKES_GROUPS_SINCE)
 
 
 @cache
-def _torch_release() -> tuple[int, ...]:
+def torch_release() -> tuple[int, ...]:
     """(major, minor) of the installed torch; (0,) without it. Read from its `version.py`, which
     takes a millisecond: importlib.metadata takes 40, and importing torch seconds."""
     spec = find_spec("torch")

@@ -9,19 +9,31 @@ from typing import Any
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.margin import ASSUMED_MARGIN, Margin, measured_margin
+from ftplan.planner.margin import (
+    ASSUMED_MARGIN,
+    Margin,
+    measured_margin,
+    raised_margin,
+)
 
 
 def margin_of(device: Device, runs_dir: Path) -> Margin:
-    """What to keep free on a GPU by the runs that were trained on such ones. What a processor's
-    runs take varies from one to the next, so theirs is assumed."""
+    """What to keep free on a GPU by the runs that were trained on such ones; where it is
+    calibrated, by the runs that were held out then and those planned since. What a processor's runs
+    take varies from one to the next, so theirs is assumed."""
     if device.kind == "cpu":
         return ASSUMED_MARGIN
-    return measured_margin(list(_underestimates(device.name, runs_dir)))
+    found, calibration = _underestimates(device.name, runs_dir), device.calibration
+    if calibration.margin is None:
+        return measured_margin([under for under, _ in found])
+    since = [under for under, told in found if told == calibration.to_dict()]
+    fitted = Margin(share=calibration.margin, num_runs=calibration.num_runs)
+    return raised_margin(fitted, since)
 
 
-def _underestimates(device_name: str, runs_dir: Path) -> Iterator[float]:
-    """Of each finished run how much more the device held than was predicted, as a share."""
+def _underestimates(device_name: str, runs_dir: Path) -> Iterator[tuple[float, object]]:
+    """Of each finished run how much more the device held than was predicted, as a share, and the
+    calibration by which it was."""
     stages = runs_dir.glob("*/*-*/record.json")
     for path in sorted([*runs_dir.glob("*/record.json"), *stages]):
         try:
@@ -37,7 +49,7 @@ def _underestimates(device_name: str, runs_dir: Path) -> Iterator[float]:
             if (size := _bytes(record.get("predicted"), name))
         ]
         if measured and predicted:
-            yield measured / min(predicted) - 1
+            yield measured / min(predicted) - 1, record["predicted"].get("calibration")
 
 
 def _bytes(figures: object, name: str) -> int | None:

@@ -34,6 +34,7 @@ from ftplan.planner.units import (
 if TYPE_CHECKING:
     from ftplan.launcher.plan_explained import Explained
     from ftplan.launcher.planning import Planned
+    from ftplan.planner.calibration import Calibration
     from ftplan.planner.data_profile import DataProfile
     from ftplan.planner.explain_time import TimeTerm
     from ftplan.planner.hardware_spec import Device, Machine
@@ -99,6 +100,8 @@ def _facts(planned: Planned) -> Iterator[tuple[str, str]]:
         speed.append(f"MFU {100 * planned.chosen.step.mfu:.0f} %")
     speed.append(f"bound by {planned.chosen.step.bound_by}")
     yield "speed", f"{', '.join(speed)}; rates: {planned.device.rates_source}"
+    if learned := said_calibration(planned.device.calibration):
+        yield "calibrated", learned
     yield from _price(planned)
     memory = planned.chosen.memory
     on_gpu = planned.device.kind != "cpu"
@@ -157,6 +160,22 @@ def _time(planned: Planned) -> str:
         f"{format_seconds(run.most_seconds)}): {run.steps:,} steps of {plan.effective_batch_size} "
         f"rows, {step} each"
     )
+
+
+def said_calibration(calibration: Calibration) -> str | None:
+    """What predictions are corrected by, and how to do without; None without a calibration."""
+    if not calibration.in_force:
+        return None
+    factors = said_factors(calibration.factors) or "the margin alone"
+    return (
+        f"on {calibration.num_runs} runs, {calibration.fitted_on}: {factors}; "
+        "`--no-calibration` leaves it out"
+    )
+
+
+def said_factors(factors: Mapping[str, float]) -> str:
+    """Those that change something: `arithmetic x 0.91, traffic x 1.2`."""
+    return ", ".join(f"{name} x {value:.3g}" for name, value in factors.items() if value != 1)
 
 
 def _price(planned: Planned) -> Iterator[tuple[str, str]]:

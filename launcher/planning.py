@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from ftplan.launcher.calibration_file import calibrated
 from ftplan.launcher.costs import usd_for
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.data.data_file import DataFile
@@ -139,8 +140,10 @@ def make_plan(
     for_launch: bool,
     wanted: Wanted = ANY_PLAN,
     machine: Machine | None = None,
+    calibrate: bool = True,
 ) -> Planned:
     """Find out what is there and choose a plan. `machine`: what was found of it already.
+    `calibrate`: correct predictions by what was learned of finished runs here.
 
     With `for_launch` weights and tokenizer are fetched where need be. Raises InputError for
     input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
@@ -158,7 +161,7 @@ def make_plan(
     judge = reward_source(given)
     asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
-    machine = None if named_device else machine or _probe(ui, runs_dir)
+    machine = None if named_device else machine or _probe(ui, runs_dir, calibrate)
     devices = named_device or _offered(machine, given)
     offer = Offer(
         devices=devices,
@@ -316,14 +319,12 @@ def host_lacks(
     return [(lack, hint) for lack, hint in found if lack is not None]
 
 
-def _probe(ui: Ui, runs_dir: Path) -> Machine:
+def _probe(ui: Ui, runs_dir: Path, calibrate: bool) -> Machine:
     machine = probe_machine(run_dir=runs_dir)
-    if machine.gpus:
-        return machine
-    if importlib.util.find_spec("torch"):
+    if not machine.gpus and importlib.util.find_spec("torch"):
         ui.say("no GPU found; measuring what this processor computes ...")
-        return probe_machine(run_dir=runs_dir, measure_cpu=True)
-    return machine
+        machine = probe_machine(run_dir=runs_dir, measure_cpu=True)
+    return calibrated(ui, machine) if calibrate else machine
 
 
 def _offered(machine: Machine | None, given: Mapping[str, Any]) -> Device | Sequence[Device]:

@@ -51,6 +51,7 @@ def run_plan(arguments: argparse.Namespace, ui: Ui) -> int:
         runs_dir=arguments.runs_dir,
         for_launch=False,
         wanted=wanted(arguments),
+        calibrate=arguments.calibration,
     )
     if arguments.out is not None:
         write_stage_file(stages, arguments.out)
@@ -72,6 +73,7 @@ def run_auto(arguments: argparse.Namespace, ui: Ui) -> int:
         for_launch=True,
         wanted=wanted(arguments),
         checked=partial(confirm, ui),
+        calibrate=arguments.calibration,
     )
     show_stages(ui, stages)
     if not arguments.yes and not ui.confirm("Start these stages?"):
@@ -91,6 +93,7 @@ def run_stage_file(arguments: argparse.Namespace, ui: Ui) -> int:
         named_device=None,
         runs_dir=arguments.runs_dir,
         for_launch=True,
+        calibrate=arguments.calibration,
     )
     show_stages(ui, stages)
     return _carry_out_new(ui, stages, arguments.name, arguments.runs_dir)

@@ -87,6 +87,7 @@ def plan_stages(
     for_launch: bool,
     wanted: Wanted = ANY_PLAN,
     checked: Callable[[Planned], Planned] = lambda planned: planned,
+    calibrate: bool = True,
 ) -> list[PlannedStage]:
     """Every stage's plan. `checked`: what a plan goes through before the next one is made.
 
@@ -115,6 +116,7 @@ def plan_stages(
                     for_launch=for_launch,
                     wanted=wanted,
                     checked=checked,
+                    calibrate=calibrate,
                 )
             )
         except FtplanError as error:
@@ -146,6 +148,7 @@ def _planned_stage(
     for_launch: bool,
     wanted: Wanted,
     checked: Callable[[Planned], Planned],
+    calibrate: bool,
 ) -> PlannedStage:
     before = earlier[-1].plan if earlier else None
     taken = inherited(before, stage.settings) if before else {}
@@ -160,6 +163,7 @@ def _planned_stage(
         for_launch=for_launch,
         wanted=wanted,
         machine=earlier[0].planned.machine if earlier else None,
+        calibrate=calibrate,
     )
     if stage.sha256 and planned.data.sha256 != stage.sha256:
         raise InputError(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from ftplan.planner.calibration import UNCALIBRATED, Calibration
 from ftplan.planner.units import KIB, MIB
 
 DeviceKind = Literal["cuda", "cpu"]
@@ -94,6 +95,7 @@ class Device(Struct, frozen=True, kw_only=True):
     `link_bytes_per_second`: what collective operations reach to other GPUs beside it, in one
     direction, by NVLink or the like where it has that, else by PCIe; None where unknown.
     `host_link_bytes_per_second`: what copies reach from or to the host's memory.
+    `calibration`: what finished runs say of the device's constants; none of a catalogued card.
     `power_watts`: the limit in force, `default_power_watts` the board's own; on a catalogued card
     both are the data sheet's. What another vendor's card does is modelled as on NVIDIA's: kind
     `cuda`, no compute capability.
@@ -118,6 +120,7 @@ class Device(Struct, frozen=True, kw_only=True):
     rates_source: str = ""
     holders: tuple[MemoryHolder, ...] = ()
     uuid: str | None = None
+    calibration: Calibration = UNCALIBRATED
 
     @property
     def power_capped(self) -> bool:

@@ -10,7 +10,7 @@ from ftplan.planner.memory import MEMORY_MARGIN
 
 # Fewer runs say little about the next. Added to the worst of them, since the next may be worse.
 # Both are judgements.
-_LEAST_RUNS = 3
+LEAST_RUNS = 3
 _ADDED = 0.01
 
 
@@ -29,7 +29,18 @@ def measured_margin(underestimates: Sequence[float]) -> Margin:
 
     The worst of them and 1 %, at least 1 % and at most what is assumed where nothing was measured.
     """
-    if len(underestimates) < _LEAST_RUNS:
+    if len(underestimates) < LEAST_RUNS:
         return ASSUMED_MARGIN
-    share = _ADDED + max(0.0, *underestimates)
-    return Margin(share=min(share, MEMORY_MARGIN), num_runs=len(underestimates))
+    return Margin(share=_beyond(underestimates), num_runs=len(underestimates))
+
+
+def raised_margin(margin: Margin, underestimates: Sequence[float]) -> Margin:
+    """A margin that was measured before, after further runs: one that needed more raises it."""
+    if not underestimates:
+        return margin
+    share = max(margin.share, _beyond(underestimates))
+    return Margin(share=share, num_runs=margin.num_runs + len(underestimates))
+
+
+def _beyond(underestimates: Sequence[float]) -> float:
+    return min(_ADDED + max(0.0, *underestimates), MEMORY_MARGIN)

@@ -47,6 +47,7 @@ class MemoryEstimate:
     """What one GPU (or the processor) holds over a run, and what the host and disk need.
 
     `list_phases` gives the phases; it is asked once they are looked at.
+    `uncalibrated_reserved_bytes`: what would be reserved without the device's calibration.
     """
 
     allocated_peak_bytes: int
@@ -56,6 +57,7 @@ class MemoryEstimate:
     host: HostMemory
     disk: DiskNeeds
     list_phases: Callable[[], tuple[Phase, ...]] = field(compare=False, repr=False)
+    uncalibrated_reserved_bytes: int
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -186,18 +188,17 @@ def _with_surroundings(
     """Tensors, and what the allocator, the process and the host hold around them; where the
     allocator's part is not known, it follows from a share."""
     if device and device.kind == "cpu":
-        reserved = round(allocated * (1 + CPU_HEAP_HOLES))
+        uncalibrated = reserved = round(allocated * (1 + CPU_HEAP_HOLES))
         device_peak = reserved + CPU_PROCESS_BYTES
         required = round(allocated * (1 + CPU_WORST_HEAP_HOLES)) + CPU_PROCESS_BYTES
         host = host.trained_on_processor(device_peak)
     else:
         context = context_bytes(device)
         share = RESERVED_OVER_ALLOCATED[plan.trainer]
-        reserved = round(allocated * share) if reserved_bytes is None else reserved_bytes
-        device_peak = reserved + context
-        required = context + (
-            reserved if required_reserved_bytes is None else required_reserved_bytes
-        )
+        uncalibrated = round(allocated * share) if reserved_bytes is None else reserved_bytes
+        least = uncalibrated if required_reserved_bytes is None else required_reserved_bytes
+        reserved, least = calibrated_reserved(device, allocated, uncalibrated, least)
+        device_peak, required = reserved + context, least + context
     return MemoryEstimate(
         allocated_peak_bytes=allocated,
         reserved_peak_bytes=reserved,
@@ -206,12 +207,29 @@ def _with_surroundings(
         host=host,
         disk=disk,
         list_phases=list_phases,
+        uncalibrated_reserved_bytes=uncalibrated,
     )
+
+
+def calibrated_reserved(
+    device: Device | None, allocated: int, reserved: int, required: int
+) -> tuple[int, int]:
+    """What the allocator reserves, and what it requires, by what runs on the device reserved.
+
+    A factor under 1 leaves what is required as it is: those runs do not say with how little the
+    allocator would have gone on.
+    """
+    factor = device.calibration.reserved if device else 1.0
+    if factor == 1:
+        return reserved, required
+    return max(allocated, round(factor * reserved)), round(max(1.0, factor) * required)
 
 
 def context_bytes(device: Device | None) -> int:
     """What a process holds of the GPU beside torch's allocator: kernels, libraries."""
-    return device.context_bytes if device else ASSUMED_CUDA_CONTEXT_BYTES
+    if device is None:
+        return ASSUMED_CUDA_CONTEXT_BYTES
+    return round(device.calibration.context * device.context_bytes)
 
 
 def needed_bytes(memory: MemoryEstimate, margin: float = MEMORY_MARGIN) -> int:

@@ -13,7 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from ftplan.planner.allocator import allocator_peaks, replay
 from ftplan.planner.compiled_step import CompiledStep, compiled_step
 from ftplan.planner.hardware_spec import Device
-from ftplan.planner.memory import MemoryEstimate, context_bytes, estimate_memory
+from ftplan.planner.memory import (
+    MemoryEstimate,
+    calibrated_reserved,
+    context_bytes,
+    estimate_memory,
+)
 from ftplan.planner.model_spec import ModelSpec, Parameter
 from ftplan.planner.objectives import keeps_reference, trained_model, trained_part
 from ftplan.planner.optimizer_steps import Updated
@@ -69,9 +74,13 @@ def replayed_memory(
             reserved = replay(
                 run.sizes, events, capacity_bytes=free_bytes, expandable_segments=expandable
             ).reserved_peak_bytes
-    reserved, required = reserved + small_bytes, required + small_bytes
+    uncalibrated = reserved + small_bytes
+    reserved, required = calibrated_reserved(
+        device, memory.allocated_peak_bytes, uncalibrated, required + small_bytes
+    )
     return dataclasses.replace(
         memory,
+        uncalibrated_reserved_bytes=uncalibrated,
         reserved_peak_bytes=reserved,
         device_peak_bytes=reserved + context,
         required_bytes=required + context,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ftplan.planner.achieved import (
     ASSUMED_HOST_LINK_BYTES_PER_SECOND,
@@ -23,6 +23,7 @@ from ftplan.planner.achieved import (
     SLOWEST,
     Achieved,
 )
+from ftplan.planner.calibration import Calibration
 from ftplan.planner.compiled_step import compiled_step
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.model_spec import ModelSpec
@@ -107,7 +108,7 @@ class StepTime(Struct, frozen=True, kw_only=True):
 
     `least_step_seconds`, `most_step_seconds`: its bounds. `model_flops`: without what is computed
     again; `mfu`: the share of the data sheet's peak that these are, None on a processor.
-    `step_joules`: of the card alone, None where its power is not known.
+    `step_joules`: of the card alone, None where its power is not known. `work`: what takes it.
     """
 
     step_seconds: float
@@ -120,6 +121,7 @@ class StepTime(Struct, frozen=True, kw_only=True):
     bound_by: Bound
     mfu: float | None
     step_joules: float | None
+    work: StepWork | None = None
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -230,6 +232,7 @@ def time_of(work: StepWork, device: Device) -> StepTime:
         bound_by=bound,
         mfu=work.model_flops / (seconds * peak) if peak else None,
         step_joules=SHARE_OF_POWER * watts * seconds if watts else None,
+        work=work,
     )
 
 
@@ -241,7 +244,13 @@ def _seconds(work: StepWork, device: Device, achieved: Achieved) -> tuple[float,
     adapters beside a 16-bit base without autocast, or of the hidden states that k-bit preparation
     makes fp32. A GPU computes beside the host that launches its kernels; a processor is the host.
     """
-    parts = step_parts(work, device, achieved)
+    return joined_seconds(step_parts(work, device, achieved), device.kind, achieved)
+
+
+def joined_seconds(
+    parts: StepParts, kind: DeviceKind, achieved: Achieved = ESTIMATE
+) -> tuple[float, Bound]:
+    """What the parts of a step take together, and which of them takes the longest: Eq. (T1)."""
     arithmetic, moving, sending = parts.arithmetic, parts.traffic, parts.sending
     both = max(arithmetic, moving) if achieved.overlaps_traffic else arithmetic + moving
     computing = both + parts.optimizer
@@ -253,7 +262,7 @@ def _seconds(work: StepWork, device: Device, achieved: Achieved) -> tuple[float,
     bound: Bound = "arithmetic" if arithmetic >= moving else "memory bandwidth"
     if beside > computing:
         bound = "links between GPUs" if sending >= copying else "links to the host"
-    if device.kind == "cpu":
+    if kind == "cpu":
         return together + launching, bound if launching < computing else "launching kernels"
     return max(together, launching), bound if launching < together else "launching kernels"
 
@@ -272,13 +281,25 @@ def step_parts(work: StepWork, device: Device, achieved: Achieved = ESTIMATE) ->
         sending=work.exchanged_bytes / link if link else 0.0,
         copying=work.copied_bytes / to_host,
         on_host=work.host_bytes / achieved.host_bandwidth,
-        launching=achieved.host * host_seconds(work),
+        launching=achieved.host * device.calibration.launching * host_seconds(work),
+    )
+
+
+def corrected(parts: StepParts, calibration: Calibration) -> StepParts:
+    """Parts of a step that were predicted without a calibration, with it."""
+    return structs.replace(
+        parts,
+        arithmetic=parts.arithmetic / calibration.arithmetic,
+        traffic=parts.traffic / calibration.traffic,
+        optimizer=parts.optimizer / calibration.traffic,
+        launching=parts.launching * calibration.launching,
     )
 
 
 def achieved_bytes_per_second(device: Device, achieved: Achieved = ESTIMATE) -> float:
     """Bytes a second that kernels move on the device."""
-    return device.memory_bandwidth_bytes_per_second * achieved.bandwidth[device.kind]
+    share = achieved.bandwidth[device.kind] * device.calibration.traffic
+    return device.memory_bandwidth_bytes_per_second * share
 
 
 def host_seconds(work: StepWork) -> float:
@@ -293,11 +314,12 @@ def host_seconds(work: StepWork) -> float:
 def achieved_flops_per_second(dtype: str, device: Device, achieved: Achieved = ESTIMATE) -> float:
     """FLOP/s that products of training reach on the device."""
     peaks: Mapping[str, float] = device.peak_flops_per_second
+    learned = device.calibration.arithmetic
     if device.kind == "cpu":  # measured with training's products
-        return achieved.measured * (peaks.get(dtype) or peaks["float32"])
+        return learned * achieved.measured * (peaks.get(dtype) or peaks["float32"])
     measured = device.matmul_flops_per_second.get(dtype)
     matmul = measured or achieved.peak * (peaks.get(dtype) or peaks["float32"])
-    return achieved.matmul * matmul
+    return learned * achieved.matmul * matmul
 
 
 def _trace(

@@ -8,6 +8,7 @@ from itertools import groupby, product
 
 from msgspec import Struct, structs
 
+from ftplan.planner.calibration import UNCALIBRATED
 from ftplan.planner.hardware_spec import Device
 
 
@@ -85,6 +86,8 @@ def _least(one: Device, other: Device) -> Device:
         host_link_bytes_per_second=min((link for link in to_host if link), default=None),
         power_watts=None if None in watts else max(watt for watt in watts if watt),
         context_bytes=max(one.context_bytes, other.context_bytes),
+        # What was learned of one card is not known of the other.
+        calibration=one.calibration if one.calibration == other.calibration else UNCALIBRATED,
     )
 
 

@@ -175,6 +175,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs of tests are no part of the user's history, and what it taught is not used in them."""
+    with mock.patch.dict(os.environ, XDG_DATA_HOME=str(tmp_path_factory.mktemp("data-home"))):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., dict[str, Any]]:
     """`tiny_config("qwen2", vocab_size=256)`: a config.json of a very small model."""

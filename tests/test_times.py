@@ -168,28 +168,28 @@ def test_before_ampere_the_installed_torch_decides(
         (tmp_path / "torch" / "version.py").write_text(text)
     spec = PathFinder.find_spec("torch", [str(tmp_path)])
     monkeypatch.setattr(own_stack, "find_spec", lambda name: spec)
-    own_stack._torch_release.cache_clear()
+    own_stack.torch_release.cache_clear()
     stack = own_stack.installed_stack(find_gpu("t4").device())
-    own_stack._torch_release.cache_clear()
+    own_stack.torch_release.cache_clear()
     assert stack == Stack(efficient_takes_groups=takes_groups)
 
 
 def test_the_release_is_the_one_that_is_imported() -> None:
     torch = pytest.importorskip("torch", reason="its own version is the reference")
-    own_stack._torch_release.cache_clear()
-    assert own_stack._torch_release() == tuple(map(int, torch.__version__.split(".")[:2]))
+    own_stack.torch_release.cache_clear()
+    assert own_stack.torch_release() == tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def test_without_torch_the_stack_is_the_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_stack, "find_spec", lambda name: None)
-    own_stack._torch_release.cache_clear()
+    own_stack.torch_release.cache_clear()
     assert own_stack.installed_stack(find_gpu("t4").device()) == OWN_STACK
-    own_stack._torch_release.cache_clear()
+    own_stack.torch_release.cache_clear()
 
 
 @pytest.mark.parametrize("gpu", ["a100-80gb-sxm", "l4", "mi300x", None])
 def test_elsewhere_nothing_is_asked(gpu: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_stack, "_torch_release", None)
+    monkeypatch.setattr(own_stack, "torch_release", None)
     device = find_gpu(gpu).device() if gpu else None
     assert own_stack.installed_stack(device) == OWN_STACK
 
@@ -205,7 +205,7 @@ def test_the_commands_hand_the_stack_down(monkeypatch: pytest.MonkeyPatch) -> No
     for takes_groups in (False, True):
         stack = Stack(efficient_takes_groups=takes_groups)
         release = (2, 14) if takes_groups else (2, 13)
-        monkeypatch.setattr(own_stack, "_torch_release", lambda of=release: of)
+        monkeypatch.setattr(own_stack, "torch_release", lambda of=release: of)
         told = as_json(*words)
         memory = estimate_memory(model, plan, device=device, stack=stack)
         assert told["per_gpu"]["allocated_peak_bytes"] == memory.allocated_peak_bytes

@@ -22,14 +22,20 @@ pytest.importorskip("trl", reason="needs the `train` extra")
 import pyarrow
 from pyarrow import parquet
 
+from ftplan.launcher.calibrating import past_run, why_left_out
 from ftplan.launcher.data.asked import DataAsked
+from ftplan.launcher.history import History, stored_run
 from ftplan.launcher.launching import result_lines, write_run
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training import loop
 from ftplan.launcher.ui import Ui
+from ftplan.launcher.user_data import data_folder
+from ftplan.launcher.version import version
+from ftplan.planner.calibration_fit import fit
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.step_time import joined_seconds
 from ftplan.planner.units import GIB
 from tests.launcher_fixtures import CHATML, save_tiny_llama, tiny_tokenizer
 from tests.test_training_rows import write as write_rows
@@ -115,6 +121,21 @@ def test_auto_leaves_a_record_of_predictions_and_measurements(finished: SimpleNa
         assert record["measured"][key] > 0
     assert record["steps"] == 12
     assert [row["step"] for row in finished.run.metric_rows() if "step" in row] == [*range(1, 13)]
+
+
+def test_auto_keeps_the_run_in_the_history_that_calibrations_learn_from(
+    finished: SimpleNamespace,
+) -> None:
+    """Three runs like it correct the rates by as much as its step time was off."""
+    kept = stored_run(finished.run)
+    assert kept in History(data_folder(), print).runs()
+    assert why_left_out(kept, version()) is None
+    run = past_run(kept)
+    assert run.kind == "cpu" and run.parts and run.step_seconds
+    predicted = finished.run.read_record()["predicted"]
+    assert joined_seconds(run.parts, "cpu")[0] == pytest.approx(predicted["step_seconds"])
+    (found,) = fit([run] * 3).held_out
+    assert found.quantity == "seconds a step" and found.median_after < found.median_before
 
 
 def test_auto_makes_the_held_out_loss_fall(finished: SimpleNamespace) -> None:

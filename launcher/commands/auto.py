@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         wanted=wanted(arguments),
         runs_dir=arguments.runs_dir,
         for_launch=True,
+        calibrate=arguments.calibration,
     )
     planned = confirm(ui, planned)
     show_plan(ui, planned)

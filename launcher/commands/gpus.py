@@ -64,4 +64,5 @@ def device_to_dict(device: Device) -> dict[str, Any]:
     """A device's fields as JSON holds them."""
     fields: dict[str, Any] = to_builtins(device)
     fields["peak_flops_per_second"] = dict(device.peak_flops_per_second)
+    del fields["calibration"]  # of plans; `ftplan calibrate --show` has it
     return fields

@@ -6,7 +6,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ftplan.launcher.commands.plan import planned_to_dict, show_plan
+from ftplan.launcher.commands.plan import (
+    add_calibration_argument,
+    planned_to_dict,
+    show_plan,
+)
 from ftplan.launcher.launching import carry_out, write_run
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_file import read_plan_file
@@ -27,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
     )
+    add_calibration_argument(parser)
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
@@ -59,6 +64,7 @@ def _launch_plan_file(arguments: argparse.Namespace, ui: Ui) -> int:
         given=file.settings,
         runs_dir=arguments.runs_dir,
         for_launch=True,
+        calibrate=arguments.calibration,
     )
     if file.sha256 and planned.data.sha256 != file.sha256:
         raise InputError(

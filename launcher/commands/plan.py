@@ -13,7 +13,7 @@ from ftplan.launcher.amounts import parse_seconds, parse_usd
 from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.data.asked import DataAsked, checked_share, read_columns
 from ftplan.launcher.data.readings import said_columns
-from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.estimate_json import calibration_to_dict, estimate_to_dict
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.plan_file import write_plan_file
 from ftplan.launcher.planning import Planned, make_plan
@@ -75,6 +75,16 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
+    )
+    add_calibration_argument(parser)
+
+
+def add_calibration_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-calibration",
+        dest="calibration",
+        action="store_false",
+        help="predict without what `ftplan calibrate` has learned of this machine",
     )
 
 
@@ -156,6 +166,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         wanted=wanted(arguments),
         runs_dir=arguments.runs_dir,
         for_launch=False,
+        calibrate=arguments.calibration,
     )
     if arguments.out is not None:
         write_plan_file(planned, arguments.out)
@@ -220,6 +231,7 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
             "num_evaluated": planned.ranking.num_evaluated,
         },
         "margin": structs.asdict(planned.offer.margin),
+        "calibration": calibration_to_dict(planned.device),
         "left_out": [structs.asdict(left) for left in planned.ranking.left_out],
         "warnings": [caution.to_dict() for caution in warnings],
     }

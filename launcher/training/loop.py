@@ -34,10 +34,12 @@ from ftplan.launcher.training.evaluation import (
     samples_record,
 )
 from ftplan.launcher.training.loftq import begin_with_what_is_lost
+from ftplan.launcher.training.machine_facts import machine_facts
 from ftplan.launcher.training.measure import (
     CpuAllocationRecorder,
     mean_step_seconds,
     measured_memory,
+    settled_tokens_per_second,
 )
 from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
@@ -321,6 +323,7 @@ def make_record(
             **memory,
             "step_seconds": mean_step_seconds([row["seconds"] for row in steps]),
             "tokens_per_second_per_gpu": tokens / spent if spent else None,
+            "settled_tokens_per_second_per_gpu": settled_tokens_per_second(steps),
             "train_seconds": spent,
             "seconds": seconds,
         },
@@ -376,7 +379,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
         "num_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **machine_facts(),
         "argv": sys.argv[1:],
     }
 

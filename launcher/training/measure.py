@@ -160,6 +160,14 @@ def process_device_bytes(fallback: int) -> int:
     return fallback
 
 
+def settled_tokens_per_second(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    """Tokens a second of the steps after the profiled ones, by their rows of metrics.jsonl; None
+    where there are no others."""
+    settled = steps[PROFILED_STEPS:]
+    seconds = sum(row["seconds"] for row in settled)
+    return sum(row["tokens"] for row in settled) / seconds if seconds else None
+
+
 def mean_step_seconds(seconds: Sequence[float]) -> float | None:
     """Mean seconds of the steps after the profiled ones; of all when there are no others.
 
