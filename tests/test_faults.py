@@ -30,8 +30,9 @@ from tests.test_training import environment, ftplan, planned
 
 pytestmark = pytest.mark.train
 
-STEPS = 60
 KILLS = 20
+STEPS = 50  # of the run that is killed: more than are done between so many kills
+FEW_STEPS = 16
 
 
 class Forks:
@@ -104,7 +105,25 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 @pytest.fixture(scope="module")
 def unbroken(written: RunDir, forks: Forks) -> RunDir:
     """The run as it goes when nothing happens."""
-    run = copied(written, "unbroken")
+    return finished(written, forks)
+
+
+@pytest.fixture(scope="module")
+def short(written: RunDir) -> RunDir:
+    """The same with fewer steps."""
+    run = copied(written, "short")
+    text = run.train.read_text()
+    run.train.write_text(text.replace(f"max_steps: {STEPS}", f"max_steps: {FEW_STEPS}"))
+    return run
+
+
+@pytest.fixture(scope="module")
+def short_unbroken(short: RunDir, forks: Forks) -> RunDir:
+    return finished(short, forks)
+
+
+def finished(written: RunDir, forks: Forks) -> RunDir:
+    run = copied(written, f"{written.root.name}-unbroken")
     assert forks.train(run, resume=False) == 0, run.stderr.read_text()
     return run
 
@@ -122,6 +141,18 @@ def until(condition: Callable[[], Any], why: str, seconds: float = 60.0) -> None
         time.sleep(0.005)
 
 
+def until_training(run: RunDir, pid: int) -> None:
+    def trains() -> bool:
+        status = run.read_status()
+        return status.get("pid") == pid and status.get("stage") == "training"
+
+    until(trains, "it did not train")
+
+
+def until_steps(run: RunDir, number: int) -> None:
+    until(lambda: len(steps(run)) >= number, f"there was no step {number}")
+
+
 def steps(run: RunDir) -> list[int]:
     return [row["step"] for row in run.metric_rows() if "step" in row]
 
@@ -132,7 +163,7 @@ def check_same(run: RunDir, unbroken: RunDir) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (run.adapter / name).read_bytes() == (unbroken.adapter / name).read_bytes()
     assert run.read_record()["evaluation"] == unbroken.read_record()["evaluation"]
-    assert run.read_record()["steps"] == STEPS
+    assert run.read_record()["steps"] == unbroken.read_record()["steps"]
 
 
 def told(run: RunDir) -> list[dict[str, Any]]:
@@ -163,10 +194,9 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
         left = (run.checkpoints / ".saving").exists()
         assert left, f"killed at `{place}`, something half done is left"
         resume = True
-    before = run.last_checkpoint()
-    assert before is not None
     pid = forks.start(run, resume=True, environ={"FTPLAN_GRACE_SECONDS": "0"})
-    until(lambda: f"checkpoint-{steps(run)[-1]}" > before.name, "no new step")
+    until_training(run, pid)
+    until_steps(run, len(steps(run)) + 1)
     os.kill(pid, signal.SIGTERM)
     assert forks.status() == 128 + signal.SIGTERM
     for number in range(KILLS):
@@ -177,9 +207,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
         if wanted is None:
             time.sleep(chance.uniform(0, 1.5))
         else:
-            until(lambda: run.read_status().get("pid") == pid, "it did not start")
-            until(lambda: run.read_status().get("stage") == "training", "it did not train")
-            until(lambda: len(steps(run)) >= done + wanted, "no step", 20)  # noqa: B023
+            until_training(run, pid)
+            until_steps(run, done + wanted)
             time.sleep(chance.uniform(0, 0.08))
         os.kill(pid, signal.SIGKILL)
         assert forks.status() == -signal.SIGKILL, f"kill {number}: {run.stderr.read_text()[-2000:]}"
@@ -190,38 +219,38 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
     assert sorted(run.checkpoint_steps()) == [STEPS - 1, STEPS]
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(unbroken: RunDir, forks: Forks) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_said(short_unbroken: RunDir, forks: Forks) -> None:
     """Its steps are done again, to the same end."""
-    run = copied(unbroken, "damaged")
+    run = copied(short_unbroken, "damaged")
     for path in (run.record, run.adapter / "adapter_model.safetensors"):
         path.unlink()
-    torn = run.checkpoints / f"checkpoint-{STEPS}" / "optimizer.pt"
+    torn = run.checkpoints / f"checkpoint-{FEW_STEPS}" / "optimizer.pt"
     content = bytearray(torn.read_bytes())
     content[len(content) // 2] ^= 1  # one bit
     torn.write_bytes(content)
     assert forks.train(run, resume=True) == 0, run.stderr.read_text()
     (notice,) = run.read_status()["notices"]
     assert notice == (
-        f"checkpoint-{STEPS} is damaged and passed over: `optimizer.pt` holds something else than "
-        "was written"
+        f"checkpoint-{FEW_STEPS} is damaged and passed over: `optimizer.pt` holds something else "
+        "than was written"
     )
     check_nothing_torn(run)
-    check_same(run, unbroken)
+    check_same(run, short_unbroken)
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_a_second_one_at_once(
-    written: RunDir, forks: Forks
+    short: RunDir, forks: Forks
 ) -> None:
-    run = copied(written, "stopped")
+    run = copied(short, "stopped")
     pid = forks.start(run, resume=False)
-    until(lambda: len(steps(run)) >= 2, "no step")
+    until_steps(run, 2)
     os.kill(pid, signal.SIGINT)
     assert forks.status() == 130
     first = run.last_checkpoint()
     assert first is not None and first.name == f"checkpoint-{steps(run)[-1]}"
     assert run.read_status()["checkpoint"] == first.name
     pid = forks.start(run, resume=True)
-    until(lambda: run.read_status().get("stage") == "training", "it did not train")
+    until_training(run, pid)
     os.kill(pid, signal.SIGINT)
     os.kill(pid, signal.SIGINT)
     assert forks.status() == 130
@@ -253,11 +282,11 @@ def fill(path: Path) -> None:
 
 
 def test_a_full_disk_pauses_saving_and_nothing_else(
-    written: RunDir, unbroken: RunDir, forks: Forks, small_disk: Path
+    short: RunDir, short_unbroken: RunDir, forks: Forks, small_disk: Path
 ) -> None:
-    run = copied(written, "full", small_disk)
+    run = copied(short, "full", small_disk)
     forks.start(run, resume=False)
-    until(lambda: len(steps(run)) >= 2, "no step")
+    until_steps(run, 2)
     fill(small_disk / "filler")
     until(lambda: run.read_status().get("notices"), "nothing is said")
     kept = run.last_checkpoint()
@@ -270,17 +299,17 @@ def test_a_full_disk_pauses_saving_and_nothing_else(
     assert forks.status() == 0, run.stderr.read_text()
     again = run.read_status()["notices"][-1]
     assert again.startswith("there is room again: checkpoint-") and again.endswith(" is saved")
-    check_same(run, unbroken)
+    check_same(run, short_unbroken)
 
 
 def test_a_quota_in_the_middle_of_a_file_tears_nothing_and_results_wait(
-    written: RunDir, unbroken: RunDir, forks: Forks
+    short: RunDir, short_unbroken: RunDir, forks: Forks
 ) -> None:
     """Free room does not show it: writing fails. The weights wait in memory until it is lifted."""
-    run = copied(written, "quota")
+    run = copied(short, "quota")
     pid = forks.start(run, resume=False)
     until(lambda: run.last_checkpoint(), "no checkpoint")
-    limit = (unbroken.adapter / "adapter_model.safetensors").stat().st_size // 2
+    limit = (short_unbroken.adapter / "adapter_model.safetensors").stat().st_size // 2
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     until(lambda: run.read_status().get("notices"), "nothing is said")
     assert "the disk or a quota refused it" in run.read_status()["notices"][0]
@@ -290,14 +319,14 @@ def test_a_quota_in_the_middle_of_a_file_tears_nothing_and_results_wait(
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     assert forks.status() == 0, run.stderr.read_text()
     assert f"`{run.adapter}` is saved" in run.read_status()["notices"][-1]
-    check_same(run, unbroken)
+    check_same(run, short_unbroken)
 
 
 def test_a_launched_run_outlives_its_launcher_and_is_resumed_after_kill_9(
-    written: RunDir, unbroken: RunDir, tmp_path: Path
+    short: RunDir, short_unbroken: RunDir, tmp_path: Path
 ) -> None:
     """`ftplan launch`, SIGKILL, `ftplan resume`; meanwhile nobody else may have the directory."""
-    run = copied(written, "launched")
+    run = copied(short, "launched")
     launcher = subprocess.Popen(
         [sys.executable, "-m", "ftplan", "launch", str(run.root)],
         cwd=tmp_path,
@@ -327,4 +356,4 @@ def test_a_launched_run_outlives_its_launcher_and_is_resumed_after_kill_9(
     done = ftplan("resume", run.root, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on from checkpoint-" in done.stderr
-    check_same(open_run(run.root), unbroken)
+    check_same(open_run(run.root), short_unbroken)
