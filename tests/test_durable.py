@@ -213,7 +213,7 @@ class TestRoom:
         room(monkeypatch, lambda: free)
         assert save(trainer, 3) == save(trainer, 4) == {"checkpoint-1", "checkpoint-2"}
         (said,) = told
-        assert "4 MiB, 10 bytes is free" in said and "checkpoint-2 is kept" in said
+        assert "10 B is free" in said and "checkpoint-2 is kept" in said
         assert trainer.keeper is not None and not trainer.keeper.room_again()
         free = 10**9
         assert trainer.keeper.room_again()

@@ -296,7 +296,7 @@ def _checkpoint_of(session: _Session, resume: bool | str) -> Path | None:
         return None
     session.say("checking the checkpoints")
     checkpoint = session.run.last_checkpoint(session.notice, hashes=True)
-    if checkpoint is None:
+    if checkpoint is None and os.environ.get("RANK", "0") == "0":
         session.run.metrics.unlink(missing_ok=True)  # all of it is going to be repeated
     return checkpoint
 

@@ -83,11 +83,11 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
-        asked = self.number is not None
         wanted = self.keeper is not None and self.keeper.room_again()
         if args.world_size > 1:
-            asked, wanted = _of_any_rank(args.device, asked, wanted)
-        if asked:
+            number, wanted_of_any = _of_any_rank(args.device, self.number or 0, int(wanted))
+            self.number, wanted = number or None, bool(wanted_of_any)
+        if self.number is not None:
             self._end(control)
         elif wanted:
             control.should_save = True
@@ -96,11 +96,11 @@ class StopOnSignal(TrainerCallback):
         control.should_save = control.should_training_stop = True
 
 
-def _of_any_rank(device: torch.device, *flags: bool) -> tuple[bool, ...]:
-    """Signals reach one rank only, and all have to stop at the same step."""
-    together = torch.tensor([float(flag) for flag in flags], device=device)
-    torch.distributed.all_reduce(together)
-    return tuple(bool(flag) for flag in together.tolist())
+def _of_any_rank(device: torch.device, *numbers: int) -> list[int]:
+    """The highest of all ranks: signals reach some only, and all have to stop at the same step."""
+    together = torch.tensor(numbers, device=device)
+    torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX)
+    return [int(number) for number in together.tolist()]
 
 
 def random_states() -> dict[str, Any]:
