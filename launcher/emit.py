@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ftplan.launcher.host import CPU_THREADS
@@ -206,11 +207,12 @@ def rewards(plan: TrainingPlan, reward_model: Mapping[str, str | None] | None) -
     }
 
 
-def launch_command(run: RunDir, resume: bool = False) -> list[str]:
-    """`accelerate launch` of the training module on a run directory."""
+def launch_command(run: RunDir, checkpoint: Path | None = None) -> list[str]:
+    """`accelerate launch` of the training module on a run directory. `checkpoint`: of it, which the
+    run goes on from."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(run.accelerate), "-m", TRAIN_MODULE, str(run.root)]
-    return [*command, "--resume"] if resume else command
+    return [*command, "--resume", checkpoint.name] if checkpoint else command
 
 
 def environment_changes(

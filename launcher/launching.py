@@ -25,27 +25,40 @@ from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.formula_figures import uncalibrated
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
+from ftplan.launcher.lock import HELD_BY_LAUNCHER, held
+from ftplan.launcher.manifest import total_bytes
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.process import run_to_end
 from ftplan.launcher.reward_source import folders
-from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
+from ftplan.launcher.run_dir import (
+    RunDir,
+    create_run,
+    read_mapping,
+    write_json,
+    write_text,
+    write_yaml,
+)
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.user_data import remember
 from ftplan.launcher.version import version
+from ftplan.launcher.versions import unlike
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.teams import roomiest
 from ftplan.planner.trained import target_names
-from ftplan.planner.units import MIB, format_bytes
+from ftplan.planner.units import GIB, MIB, format_bytes
 
 # Data files up to this size are copied into the run directory, so that the run can be repeated
 # from it alone; larger ones are pointed at, and their SHA-256 is checked.
 COPIED_DATA_BYTES = 64 * MIB
+
+# The check of a checkpoint this large takes a second or more, which is said.
+_SAID_BYTES = GIB
 
 
 def write_run(
@@ -204,19 +217,50 @@ def predicted(planned: Planned) -> dict[str, Any]:
     }
 
 
-def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True) -> dict[str, Any]:
-    """Launch the run, show how it goes, and report; returns its record. `is_last`: nothing follows
-    that goes on with what was made.
+def carry_out(
+    ui: Ui, run: RunDir, *, resume: bool = False, anew: bool = False, is_last: bool = True
+) -> dict[str, Any]:
+    """Launch the run, show how it goes, and report; returns its record. `resume`: from its last
+    whole checkpoint; `anew`: after the results of an earlier attempt have been set aside;
+    `is_last`: nothing follows that goes on with what was made.
 
-    Raises RunFailedError, InterruptedRunError, or InputError when it cannot start here.
+    Raises RunFailedError, InterruptedRunError, or InputError when it cannot start here or goes on
+    already.
     """
     require_training()
+    with held(run.root):
+        checkpoint = going_on_from(ui, run) if resume else None
+        anew = anew or (resume and checkpoint is None)
+        if anew and (kept := run.set_results_aside()) is not None:
+            ui.say(f"results of the earlier attempt are kept in {kept}")
+        return _carry_out(ui, run, checkpoint, is_last)
+
+
+def going_on_from(ui: Ui, run: RunDir) -> Path | None:
+    """The last checkpoint whose files are what was written; None without any."""
+    newest = run.last_checkpoint()
+    size = (total_bytes(newest) if newest else None) or 0
+    if size > _SAID_BYTES:
+        ui.say(f"checking the last checkpoint, {format_bytes(size)} ...")
+    checkpoint = run.last_checkpoint(ui.warn, hashes=True)
+    if checkpoint is None:
+        ui.say("there is no checkpoint to go on from: beginning anew")
+        return None
+    ui.say(f"going on from {checkpoint.name}")
+    if run.environment.is_file():
+        for said in unlike(read_mapping(run.environment)):
+            ui.warn(said)
+    return checkpoint
+
+
+def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> dict[str, Any]:
     written = run.read_plan()
     plan = planned_settings(run, written)
     devices = _devices_for(ui, run, written, plan)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
+    environment[HELD_BY_LAUNCHER] = "1"
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
-        run_to_end(run, emit.launch_command(run, resume), environment, live.update)
+        run_to_end(run, emit.launch_command(run, checkpoint), environment, live.update)
     record = run.read_record()
     remember(ui, run)
     from ftplan.launcher import views

@@ -30,6 +30,7 @@ class LiveView(AbstractContextManager["LiveView"]):
         self.total_steps = total_steps
         self.stage = ""
         self.last_step = 0
+        self.num_notices = 0
         self.rows = 0  # a quiet line tells of more only
         self.began = time.monotonic()
         self.progress: Progress | None = None
@@ -59,6 +60,9 @@ class LiveView(AbstractContextManager["LiveView"]):
 
     def update(self, status: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Take in the latest status and metric rows."""
+        for text in status.get("notices", [])[self.num_notices :]:
+            self.num_notices += 1
+            self.ui.warn(text)
         stage = str(status.get("stage", "starting"))
         steps = [row for row in rows if "step" in row]
         latest = steps[-1] if steps else None

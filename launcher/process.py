@@ -43,9 +43,11 @@ class _Request(Struct):
 
     wanted: int = _GO_ON
     told: int = _GO_ON
+    number: int | None = None
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Only Ctrl-C asks twice: a closed terminal may well send two SIGHUP."""
+        self.number = self.number or number
         again = number == signal.SIGINT and self.wanted >= _STOP
         self.wanted = _KILL if again else max(self.wanted, _STOP)
 
@@ -78,7 +80,7 @@ def run_to_end(
     if child.returncode == 0 and run.finished:
         return
     if request.wanted or run.read_status().get("stage") == "interrupted":
-        raise interrupted(run)
+        raise interrupted(run, request.number)
     raise failed(run, child.returncode, log_start)
 
 
@@ -103,13 +105,29 @@ def _signals_as_request() -> Iterator[_Request]:
 def _until_exit(
     run: RunDir, child: subprocess.Popen[bytes], request: _Request, watch: Watch
 ) -> None:
-    while child.poll() is None:
+    while child.poll() is None or _outlives(run, child):
         if request.told < request.wanted:
             request.told = request.wanted
             _end(run, child, kill=request.wanted == _KILL)
         watch(run.read_status(), list(run.metric_rows()))
         time.sleep(_POLL_SECONDS)
     watch(run.read_status(), list(run.metric_rows()))
+
+
+def _outlives(run: RunDir, child: subprocess.Popen[bytes]) -> bool:
+    """Whether the training process goes on though what started it has been ended by a signal: a
+    batch system sends SIGTERM to all, and only the training process has something to finish."""
+    pid = run.read_status().get("pid")
+    if child.returncode is None or child.returncode >= 0 or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, PermissionError):
+        return False
+    except OSError:
+        return True  # no /proc, and it is there
+    return state not in "ZX"
 
 
 def _end(run: RunDir, child: subprocess.Popen[bytes], *, kill: bool) -> None:
@@ -142,7 +160,15 @@ def _descendants(pid: int) -> list[int]:
     return [*children, *(below for child in children for below in _descendants(child))]
 
 
-def interrupted(run: RunDir) -> InterruptedRunError:
+def interrupted(run: RunDir, number: int | None = None) -> InterruptedRunError:
+    """`number`: of the signal that the launcher got; None where training itself was stopped."""
+    error = _interrupted(run)
+    if number is not None:
+        error.exit_status = 128 + number
+    return error
+
+
+def _interrupted(run: RunDir) -> InterruptedRunError:
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
         return InterruptedRunError(

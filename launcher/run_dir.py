@@ -6,17 +6,22 @@ presence means that the run finished.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from msgspec import Struct
 
+from ftplan.launcher.manifest import damage
 from ftplan.planner.errors import InputError
+
+CHECKPOINT_PREFIX = "checkpoint-"
+LOCK_NAME = "run.lock"
 
 # Kept when a run is repeated: what it was started from.
 _INPUTS = frozenset(
@@ -29,6 +34,7 @@ _INPUTS = frozenset(
         "left_out.jsonl",
         "data",
         "base",
+        LOCK_NAME,
     }
 )
 
@@ -135,6 +141,11 @@ class RunDir(Struct, frozen=True):
         return self.root / "record.json"
 
     @property
+    def lock(self) -> Path:
+        """Held while the run goes on; `launcher.lock` says by whom."""
+        return self.root / LOCK_NAME
+
+    @property
     def previous(self) -> Path:
         """Results of earlier attempts in this directory, numbered."""
         return self.root / "previous"
@@ -143,15 +154,27 @@ class RunDir(Struct, frozen=True):
     def finished(self) -> bool:
         return self.record.is_file()
 
-    def last_checkpoint(self) -> Path | None:
-        """The whole checkpoint of the highest step, None without any."""
-        found = {
+    def checkpoint_steps(self) -> dict[int, Path]:
+        """The checkpoints by step, whole or not."""
+        return {
             int(step): path
-            for path in self.checkpoints.glob("checkpoint-*")
-            if (step := path.name.removeprefix("checkpoint-")).isdecimal()
+            for path in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*")
+            if (step := path.name.removeprefix(CHECKPOINT_PREFIX)).isdecimal()
         }
-        newest_first = (found[step] for step in sorted(found, reverse=True))
-        return next(filter(_whole, newest_first), None)
+
+    def last_checkpoint(
+        self, told: Callable[[str], None] | None = None, *, hashes: bool = False
+    ) -> Path | None:
+        """The whole checkpoint of the highest step, None without any. `told`: of each that is
+        passed over, and why. `hashes`: read the files, instead of comparing their sizes alone."""
+        found = self.checkpoint_steps()
+        for step in sorted(found, reverse=True):
+            wrong = damage(found[step], hashes=hashes)
+            if wrong is None:
+                return found[step]
+            if told is not None:
+                told(f"{found[step].name} is damaged and passed over: {wrong}")
+        return None
 
     def set_results_aside(self) -> Path | None:
         """Move what an earlier attempt left to `previous/N`; the inputs stay. Loses nothing.
@@ -195,15 +218,6 @@ class RunDir(Struct, frozen=True):
                 continue
             if isinstance(row, dict):
                 yield row
-
-
-def _whole(checkpoint: Path) -> bool:
-    """Whether the trainer has written all of it: its state comes last."""
-    try:
-        read_mapping(checkpoint / "trainer_state.json")
-    except InputError:
-        return False
-    return True
 
 
 def open_run(path: Path) -> RunDir:
@@ -259,6 +273,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def overwrite_json(path: Path, value: Any) -> None:
+    """Write into a file that is there, which a full disk may still allow; not whole or absent."""
+    with contextlib.suppress(OSError), path.open("r+", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.truncate()
 
 
 def write_yaml(path: Path, value: Mapping[str, Any], comment: str = "") -> None:

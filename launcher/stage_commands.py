@@ -11,6 +11,7 @@ from typing import Any
 from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.commands.plan import data_asked, planned_to_dict, wanted
 from ftplan.launcher.confirm import confirm
+from ftplan.launcher.lock import held
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.settings_flags import given_settings
@@ -102,8 +103,9 @@ def run_stage_file(arguments: argparse.Namespace, ui: Ui) -> int:
 def run_again(path: Path, ui: Ui) -> int:
     """`ftplan launch` of a directory of stages: all of them from the beginning."""
     stages = StagesDir(path)
-    begin_anew(ui, stages)
-    return _carry_out(ui, stages, {"schema": 1})
+    with held(stages.root):
+        begin_anew(ui, stages)
+        return _carry_out(ui, stages, {"schema": 1})
 
 
 def run_rest(path: Path, ui: Ui) -> int:
@@ -111,7 +113,8 @@ def run_rest(path: Path, ui: Ui) -> int:
     stages = StagesDir(path)
     if stages.finished:
         raise InputError(f"`{path}` has finished", f"`ftplan launch {path}` runs it again")
-    return _carry_out(ui, stages, {"schema": 1})
+    with held(stages.root):
+        return _carry_out(ui, stages, {"schema": 1})
 
 
 def _carry_out_new(
@@ -119,7 +122,8 @@ def _carry_out_new(
 ) -> int:
     stages = write_stages(planned, name, runs_dir)
     ui.say(f"run directory: {stages.root}")
-    return _carry_out(ui, stages, stages_to_dict(planned))
+    with held(stages.root):
+        return _carry_out(ui, stages, stages_to_dict(planned))
 
 
 def _carry_out(ui: Ui, stages: StagesDir, told: dict[str, Any]) -> int:

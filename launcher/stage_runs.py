@@ -19,6 +19,7 @@ from ftplan.launcher.launching import (
     result_lines,
     write_run,
 )
+from ftplan.launcher.lock import held
 from ftplan.launcher.merge_adapter import merge_adapter
 from ftplan.launcher.run_dir import (
     RunDir,
@@ -174,7 +175,8 @@ def _base_of(stage: PlannedStage, stages: Sequence[PlannedStage]) -> str | None:
 def begin_anew(ui: Ui, stages: StagesDir) -> None:
     """Set aside what earlier attempts have left, of each stage in its own folder."""
     for stage in stages.runs():
-        stage.run.set_results_aside()
+        with held(stage.run.root):  # its launcher may have been killed, and it may go on
+            stage.run.set_results_aside()
         shutil.rmtree(stage.run.base, ignore_errors=True)  # of a stage that is trained again
     if stages.finished:
         number = 1 + sum(1 for _ in stages.previous.glob("*/record.json"))
@@ -199,11 +201,9 @@ def carry_out_stages(ui: Ui, stages: StagesDir) -> dict[str, Any]:
             continue
         try:
             _begin(ui, runs, number)
-            checkpoint = stage.run.last_checkpoint()
-            if checkpoint is None:
-                stage.run.set_results_aside()
-            ui.say(f"{said}: " + (f"going on from {checkpoint.name}" if checkpoint else "training"))
-            carry_out(ui, stage.run, resume=checkpoint is not None, is_last=False)
+            goes_on = stage.run.last_checkpoint() is not None
+            ui.say(f"{said}: {'going on' if goes_on else 'training'}")
+            carry_out(ui, stage.run, resume=True, is_last=False)
         except FtplanError as error:
             hint = f"then go on with `ftplan resume {stages.root}`"
             raise of_stage(error, number, _hint(error, stage, stages, hint)) from error

@@ -17,7 +17,14 @@ from ftplan.planner.errors import FtplanError
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ftplan.launcher.train", description=__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from the last whole checkpoint, or from the one of this name",
+    )
     arguments = parser.parse_args(argv)
     try:
         run = open_run(arguments.run_dir)

@@ -5,7 +5,7 @@ FtplanError                exit status 2: bad usage or input
 │   └── UnknownNameError   a model, GPU, method, ... that is not known; names the nearest
 ├── DoesNotFitError        exit status 1: no plan fits the memory at hand
 ├── RunFailedError         exit status 1: the training process failed
-└── InterruptedRunError    exit status 130: stopped by Ctrl-C or SIGTERM; can be resumed
+└── InterruptedRunError    exit status 130, 143: stopped by Ctrl-C, SIGTERM; can be resumed
 """
 
 from __future__ import annotations

@@ -109,12 +109,12 @@ class TestAccelerate:
     ) -> None:
         launch = pytest.importorskip("accelerate.commands.launch")
         written(run, ON_CPU, CPU)
-        command = emit.launch_command(run, resume)
+        command = emit.launch_command(run, run.checkpoints / "checkpoint-5" if resume else None)
         parsed = launch.launch_command_parser().parse_args(command[3:])
         parsed, _, _ = launch._validate_launch_command(parsed)
         child, environment = launch.prepare_simple_launcher_cmd_env(parsed)
         expected = [sys.executable, "-m", "ftplan.launcher.train", str(run.root)]
-        assert child == expected + ["--resume"] * resume
+        assert child == expected + ["--resume", "checkpoint-5"] * resume
         assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
         assert environment["ACCELERATE_USE_CPU"] == "True"
 
@@ -131,7 +131,8 @@ class TestAccelerate:
             "runs/mine",
         ]
         assert emit.launch_command(run) == expected
-        assert emit.launch_command(run, resume=True) == [*expected, "--resume"]
+        checkpoint = run.checkpoints / "checkpoint-5"
+        assert emit.launch_command(run, checkpoint) == [*expected, "--resume", "checkpoint-5"]
 
 
 class TestTrainConfig:

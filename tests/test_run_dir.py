@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftplan.launcher import run_dir
+from ftplan.launcher import manifest, run_dir
+from ftplan.launcher.manifest import MANIFEST, damage, read_manifest, seal
 from ftplan.launcher.run_dir import (
     RunDir,
     create_run,
@@ -49,10 +51,12 @@ def tree(root: Path) -> dict[str, str]:
     }
 
 
-def checkpoint(run: RunDir, name: str, files: tuple[str, ...] = ("trainer_state.json",)) -> Path:
-    for file in files:
-        write_text(run.checkpoints / name / file, "{}")
-    return run.checkpoints / name
+def checkpoint(run: RunDir, name: str) -> Path:
+    folder = run.checkpoints / name
+    for file in ("model.safetensors", "trainer_state.json", "part/rng.pth"):
+        write_text(folder / file, f"of {name}")
+    seal(folder, {"metrics_bytes": 0})
+    return folder
 
 
 class TestNames:
@@ -75,6 +79,7 @@ class TestNames:
             "environment": "environment.json",
             "data_profile": "data_profile.json",
             "left_out": "left_out.jsonl",
+            "lock": "run.lock",
             "data": "data",
             "metrics": "metrics.jsonl",
             "status": "status.json",
@@ -343,25 +348,51 @@ class TestCheckpoints:
         with tempfile.TemporaryDirectory() as folder:
             run = RunDir(Path(folder))
             for step in steps:
-                (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-                (run.checkpoints / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+                checkpoint(run, f"checkpoint-{step}")
             assert run.last_checkpoint() == run.checkpoints / f"checkpoint-{max(steps)}"
 
-    def test_a_half_written_one_is_passed_over(self, tmp_path: Path) -> None:
-        """The trainer writes trainer_state.json after weights and optimizer."""
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("part/rng.pth", None, "`part/rng.pth` is missing"),
+            ("trainer_state.json", "", "`trainer_state.json` has 0 bytes instead of 16"),
+            ("model.safetensors", "of checkpoint-9!", None),
+            (MANIFEST, None, "it has no whole `manifest.json`"),
+            (MANIFEST, '{"schema": 1, "files": {"a"', "it has no whole `manifest.json`"),
+            (MANIFEST, '{"files": {"trainer_state.json": {}}}', "`manifest.json` is damaged"),
+        ],
+    )
+    def test_one_that_is_not_what_was_written_is_passed_over(
+        self, tmp_path: Path, name: str, content: str | None, said: str | None
+    ) -> None:
+        """Sizes are looked at always, what the files hold where it is asked for."""
         run = RunDir(tmp_path)
-        whole = checkpoint(run, "checkpoint-5")
-        checkpoint(run, "checkpoint-10", ("adapter_model.safetensors", "optimizer.pt"))
-        (run.checkpoints / "checkpoint-15").mkdir()
-        assert run.last_checkpoint() == whole
+        whole, torn = checkpoint(run, "checkpoint-5"), checkpoint(run, "checkpoint-10")
+        if content is None:
+            (torn / name).unlink()
+        else:
+            (torn / name).write_text(content)
+        told: list[str] = []
+        assert run.last_checkpoint(told.append, hashes=True) == whole
+        hashed = "`model.safetensors` holds something else than was written"
+        assert told == [f"checkpoint-10 is damaged and passed over: {said or hashed}"]
+        assert run.last_checkpoint() == (torn if said is None else whole)
 
-    @pytest.mark.parametrize("state", ["", '{"global_step": 1'])
-    def test_one_whose_state_is_cut_off_is_passed_over(self, tmp_path: Path, state: str) -> None:
-        """Killed, or out of disk, while the last file was written: resuming would fail."""
-        run = RunDir(tmp_path)
-        whole = checkpoint(run, "checkpoint-5")
-        write_text(run.checkpoints / "checkpoint-10" / "trainer_state.json", state)
-        assert run.last_checkpoint() == whole
+    def test_a_large_file_is_hashed_in_pieces(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(manifest, "_PIECE_BYTES", 1000)
+        folder = tmp_path / "checkpoint-1"
+        folder.mkdir()
+        content = bytes(range(256)) * 10
+        (folder / "optimizer.pt").write_bytes(content)
+        seal(folder, {})
+        (kept,) = read_manifest(folder)["files"].values()
+        pieces = [content[start : start + 1000] for start in (0, 1000, 2000)]
+        assert kept["sha256"] == [hashlib.sha256(piece).hexdigest() for piece in pieces]
+        assert damage(folder, hashes=True) is None
+        (folder / "optimizer.pt").write_bytes(content[:-1] + b"\0")
+        assert damage(folder) is None and damage(folder, hashes=True)
 
     def test_other_folders_and_files_are_passed_over(self, tmp_path: Path) -> None:
         run = RunDir(tmp_path)

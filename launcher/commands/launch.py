@@ -43,10 +43,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         return run_again(arguments.run, ui)
     check_whole(arguments.run)
     run_dir = open_run(arguments.run)
-    kept = run_dir.set_results_aside()
-    if kept is not None:
-        ui.say(f"results of the earlier attempt are kept in {kept}")
-    record = carry_out(ui, run_dir)
+    record = carry_out(ui, run_dir, anew=True)
     ui.json({"schema": 1, "run_dir": str(run_dir.root), "record": record})
     return 0
 

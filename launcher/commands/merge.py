@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan.launcher.live import with_progress
+from ftplan.launcher.lock import held
 from ftplan.launcher.packages import require_training
+from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.planner.units import format_bytes, format_seconds
@@ -49,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    with held(open_run(arguments.run).root, "being merged"):
+        return _run(arguments, ui)
+
+
+def _run(arguments: argparse.Namespace, ui: Ui) -> int:
     from ftplan.launcher.merging.gguf import find_tools
     from ftplan.launcher.merging.request import merge_request
 

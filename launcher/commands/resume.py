@@ -22,13 +22,10 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         return run_rest(arguments.run_dir, ui)
     check_whole(arguments.run_dir)
     run_dir = open_run(arguments.run_dir)
-    again = f"`ftplan launch {run_dir.root}` runs it again"
     if run_dir.finished:
-        raise InputError(f"`{run_dir.root}` has finished", again)
-    checkpoint = run_dir.last_checkpoint()
-    if checkpoint is None:
-        raise InputError(f"`{run_dir.root}` has no checkpoint to go on from", again)
-    ui.say(f"going on from {checkpoint.name}")
+        raise InputError(
+            f"`{run_dir.root}` has finished", f"`ftplan launch {run_dir.root}` runs it again"
+        )
     record = carry_out(ui, run_dir, resume=True)
     ui.json({"schema": 1, "run_dir": str(run_dir.root), "record": record})
     return 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 import platform
 import signal
@@ -18,10 +16,14 @@ from msgspec import Struct, field, to_builtins
 from transformers import set_seed
 
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
+from ftplan.launcher.disk_full import is_disk_full
+from ftplan.launcher.lock import held_for_training
+from ftplan.launcher.manifest import read_manifest
 from ftplan.launcher.model_card import write_card
-from ftplan.launcher.run_dir import RunDir, write_json, write_text
+from ftplan.launcher.run_dir import RunDir, overwrite_json, write_json, write_text
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
+from ftplan.launcher.training.checkpoints import CheckpointKeeper
 from ftplan.launcher.training.config import TrainConfig, read_train_config
 from ftplan.launcher.training.cycles.choice import add_cycle
 from ftplan.launcher.training.cycles.cycle import Cycle
@@ -46,6 +48,7 @@ from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.prefix_start import begin_with_words
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
+from ftplan.launcher.training.saving import write_whole
 from ftplan.launcher.training.stages import (
     going_on,
     keep_rows,
@@ -53,6 +56,7 @@ from ftplan.launcher.training.stages import (
     with_replayed,
     with_trained_adapter,
 )
+from ftplan.launcher.training.stopping import StopOnSignal, Stopped
 from ftplan.launcher.training.tasks import TaskMix, TaskReporter
 from ftplan.launcher.training.trainer import PlannedTrainer, StepReporter, append_metric
 from ftplan.launcher.training.vocabulary import (
@@ -61,18 +65,9 @@ from ftplan.launcher.training.vocabulary import (
     save_tokenizer,
     settle_ends,
 )
+from ftplan.launcher.versions import installed
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.overlong import overlong_to_dict
-
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
-
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM outside the training loop; carries the exit status."""
-
-    def __init__(self, exit_status: int) -> None:
-        super().__init__(exit_status)
-        self.exit_status = exit_status
 
 
 class _Session(Struct):
@@ -83,15 +78,34 @@ class _Session(Struct):
     tokenizer: RowTokenizer
     reporter: StepReporter
     recorder: CpuAllocationRecorder
-    stop_status: int | None = None
+    stopping: StopOnSignal = field(default_factory=StopOnSignal)
     training: bool = False
+    status: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
     cycle: Cycle | None = None
     told: float = field(default_factory=time.monotonic)
 
     def say(self, stage: str, **details: Any) -> None:
         """Tell the launcher what is going on."""
-        if os.environ.get("RANK", "0") == "0":
-            write_json(self.run.status, {"stage": stage, "pid": os.getpid(), **details})
+        self.status = {"stage": stage, "pid": os.getpid(), **details}
+        self._write_status()
+
+    def notice(self, text: str) -> None:
+        """Tell the person at the terminal of something, once."""
+        self.notices.append(text)
+        self._write_status()
+
+    def _write_status(self) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return
+        told = {"notices": self.notices} if self.notices else {}
+        try:
+            write_json(self.run.status, {**self.status, **told})
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            # What fits into the file's own block needs no room.
+            overwrite_json(self.run.status, {**self.status, **told})
 
     def tell_rows(self, done: int, of: int) -> None:
         """How many rows have been put into tokens; once a second."""
@@ -100,16 +114,21 @@ class _Session(Struct):
             self.say("reading the data", rows=done, of_rows=of)
 
     def on_signal(self, number: int, frame: object) -> None:
-        status = 128 + number
-        if self.training and self.stop_status is None:
-            self.stop_status = status
-            self.reporter.stop_requested = True
-            return
-        raise Stopped(status)
+        if not self.training:
+            raise Stopped(128 + number)
+        self.stopping.ask(number)
 
 
-def train(run: RunDir, *, resume: bool) -> int:
-    """Carry the run out; returns the exit status. `record.json` is written last."""
+def train(run: RunDir, *, resume: bool | str) -> int:
+    """Carry the run out; returns the exit status. `record.json` is written last.
+
+    `resume`: from the last whole checkpoint, or from that of a name.
+    """
+    with held_for_training(run.root):
+        return _train_alone(run, resume)
+
+
+def _train_alone(run: RunDir, resume: bool | str) -> int:
     started = time.time()
     config = read_train_config(run)
     recorder = CpuAllocationRecorder()
@@ -127,7 +146,7 @@ def train(run: RunDir, *, resume: bool) -> int:
         remove_token_files(run.tokens)
 
 
-def _train(session: _Session, *, resume: bool, started: float) -> int:
+def _train(session: _Session, *, resume: bool | str, started: float) -> int:
     run, config = session.run, session.config
     session.say("reading the data")
     rows = read_rows(config, session.tokenizer, run.tokens, session.tell_rows)
@@ -137,25 +156,26 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     asked = asked_rows(config, session.tokenizer, rows.asked)
     evaluator = Evaluator(trainer, session.tokenizer, config, asked, session.say)
     loaded = time.time()
-    checkpoint = run.last_checkpoint() if resume else None
-    if checkpoint:
-        forget_steps_after(run, checkpoint)
+    checkpoint = _checkpoint_of(session, resume)
+    if checkpoint and trainer.is_world_process_zero():
+        forget_rows_after(run, checkpoint)
     before = _earlier_evaluation(run) if checkpoint else None
     if before is None:
         before = _evaluate(session, evaluator, "before")
-    write_json(run.environment, environment())
+    if trainer.is_world_process_zero():
+        write_json(run.environment, environment())
     if session.cycle is not None:
         session.say("preparing the adapters")
         session.cycle.prepare(trainer, checkpoint)
     session.say("training", step=trainer.state.global_step)
     began = time.time()
+    keep_checkpoints(session, trainer)
     session.training = True
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     session.training = False
     trained = time.time()
-    if session.stop_status is not None:
-        session.say("interrupted", checkpoint=_checkpoint_name(run))
-        return session.stop_status
+    if session.stopping.exit_status is not None:
+        raise Stopped(session.stopping.exit_status)
     memory = measured_memory(session.recorder)
     after = _evaluate(session, evaluator, "after", before)
     earlier = _of_stages(session, trainer, rows.train)
@@ -197,7 +217,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         "row_lengths": train_rows.lengths,
         "processing_class": session.tokenizer.tokenizer,
         "peft_config": peft_config,
-        "callbacks": [*reporters, session.reporter],
+        "callbacks": [*reporters, session.reporter, session.stopping],
         **({"tasks": tasks} if tasks else {}),
     }
     if config.rewards:
@@ -215,6 +235,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     for reporter in (*reporters, session.reporter):
         reporter.trainer = trainer
     session.cycle = add_cycle(trainer, run, config, session.recorder)
+    if session.cycle is not None:
+        session.cycle.notice = session.notice
     return trainer
 
 
@@ -271,11 +293,32 @@ def _earlier_evaluation(run: RunDir) -> dict[str, Any] | None:
     return next(rows, None)
 
 
-def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
-    """Take the steps that are going to be repeated out of metrics.jsonl."""
-    last = int(checkpoint.name.removeprefix("checkpoint-"))
-    kept = [row for row in run.metric_rows() if row.get("step", 0) <= last]
-    write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+def _checkpoint_of(session: _Session, resume: bool | str) -> Path | None:
+    """What to go on from; None to begin."""
+    if isinstance(resume, str):
+        return session.run.checkpoints / resume
+    if not resume:
+        return None
+    session.say("checking the checkpoints")
+    checkpoint = session.run.last_checkpoint(session.notice, hashes=True)
+    if checkpoint is None and os.environ.get("RANK", "0") == "0":
+        session.run.metrics.unlink(missing_ok=True)  # all of it is going to be repeated
+    return checkpoint
+
+
+def forget_rows_after(run: RunDir, checkpoint: Path) -> None:
+    """Take what is going to be repeated out of metrics.jsonl: all after the checkpoint."""
+    length = read_manifest(checkpoint).get("metrics_bytes")
+    if length is not None and run.metrics.is_file():
+        write_text(run.metrics, run.metrics.read_bytes()[:length].decode("utf-8", "replace"))
+
+
+def keep_checkpoints(session: _Session, trainer: Any) -> None:
+    """From now on the trainer's checkpoints are whole or absent."""
+    parts = [session.cycle] if session.cycle is not None else []
+    trainer.keeper = session.stopping.keeper = CheckpointKeeper(
+        session.run, trainer, session.notice, parts
+    )
 
 
 def save(session: _Session, trainer: PlannedTrainer) -> str:
@@ -284,13 +327,23 @@ def save(session: _Session, trainer: PlannedTrainer) -> str:
     method, cycle = resolve_method(session.config.method), session.cycle
     folder = run.adapter if method.adapter and not method.merges else run.model
     if isinstance(cycle, Restarts):
-        cycle.save(trainer, folder)
-    else:
-        trainer.save_model(str(folder))
+        cycle.merge_last(trainer)
+
+    def write(beside: Path) -> None:
+        if isinstance(cycle, Restarts):
+            cycle.save(trainer, beside)
+        else:
+            trainer.save_model(str(beside))
+        if trainer.is_world_process_zero():
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            save_tokenizer(model, session.tokenizer, beside)
+            (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle; plan.yaml says it
+
     if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        save_tokenizer(model, session.tokenizer, folder)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; plan.yaml says it all
+        spare = trainer.keeper.spare if trainer.keeper else lambda: None
+        write_whole(folder, write, session.notice, spare)
+    else:
+        write(folder)
     return folder.name
 
 
@@ -368,16 +421,10 @@ def _tasks_record(
 
 def environment() -> dict[str, Any]:
     """Versions and machine; no environment variables, which may hold secrets."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
+        "packages": installed(),
         "num_threads": torch.get_num_threads(),
         **machine_facts(),
         "argv": sys.argv[1:],

@@ -6,8 +6,10 @@ from typing import Any
 
 from trl import GRPOTrainer, RLOOTrainer
 
+from ftplan.launcher.training.checkpoints import DurableCheckpoints
 
-class TokenizedPrompts:
+
+class TokenizedPrompts(DurableCheckpoints):
     """Rows have `prompt`, its tokens, and what reward functions ask for: `conversation`, the
     messages before the completion as JSON, and `answer`. The trainer takes `reward_funcs` besides.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from ftplan.launcher.metrics_file import append_row
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training.importance import importance
 from ftplan.launcher.training.measure import PROFILED_STEPS, CpuAllocationRecorder
@@ -48,13 +48,12 @@ class PlannedTrainer(PlannedOrder, SFTTrainer):
 
 
 class StepReporter(TrainerCallback):
-    """Writes a row of metrics.jsonl for every step; stops with a checkpoint when asked to."""
+    """Writes a row of metrics.jsonl for every step."""
 
     def __init__(self, run: RunDir, recorder: CpuAllocationRecorder) -> None:
         self.run = run
         self.recorder = recorder
         self.trainer: PlannedTrainer | None = None
-        self.stop_requested = False
         self._began = 0.0
         self._seconds = 0.0
         self._tokens = 0
@@ -85,15 +84,11 @@ class StepReporter(TrainerCallback):
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    ) -> None:
         _synchronize(args)
         self._seconds = time.monotonic() - self._began
         self.recorder.stop()
         self._tokens = self.trainer.step_tokens if self.trainer else 0
-        if self.stop_requested:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
 
     def on_log(
         self,
@@ -139,8 +134,7 @@ def _task_metrics(trainer: Any) -> dict[str, Any]:
 
 def append_metric(run: RunDir, row: dict[str, Any]) -> None:
     """One more line of metrics.jsonl."""
-    with run.metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(run.metrics, row)
 
 
 def _synchronize(args: TrainingArguments) -> None:

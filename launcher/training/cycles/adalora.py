@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class RankSchedule(Cycle):
     ) -> None:
         for name, value in adalora_schedule(state.max_steps, self.given).to_dict().items():
             setattr(self._config, name, value)
-        self._restore()
+        if self._pattern is not None:
+            self._config.rank_pattern = self._pattern
 
     def on_optimizer_step(
         self,
@@ -73,21 +75,14 @@ class RankSchedule(Cycle):
     ) -> None:
         model.base_model.update_and_allocate(state.global_step + 1)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
-    ) -> None:
-        super().on_step_end(args, state, control, **parts)
-        if control.should_save:
-            self._pattern, self._config.rank_pattern = self._config.rank_pattern, None
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
-    ) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        if self._pattern is not None:
-            self._config.rank_pattern = self._pattern
+    @contextmanager
+    def saving(self, checkpoint: Path) -> Iterator[None]:
+        with super().saving(checkpoint):
+            pattern, self._config.rank_pattern = self._config.rank_pattern, None
+            try:
+                yield
+            finally:
+                self._config.rank_pattern = pattern
 
     def state(self) -> dict[str, Any]:
         return {"rank_pattern": self._config.rank_pattern}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_json
 from ftplan.launcher.training.trainer import append_metric
@@ -25,12 +26,12 @@ ADAPTER = "default"
 class Cycle(TrainerCallback):
     """A method's part in the training loop.
 
-    What it keeps of itself in a checkpoint is written before the trainer writes there, whose state
-    comes last: a checkpoint with that state is whole.
+    What it keeps of itself in a checkpoint is written before the trainer writes there.
     """
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
+        self.notice: Callable[[str], None] = lambda text: None
 
     def prepare(self, trainer: Any, checkpoint: Path | None) -> None:
         """What comes before training, or before it goes on from a checkpoint."""
@@ -50,8 +51,13 @@ class Cycle(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
         self.advance(state, parts)
-        if control.should_save and state.is_world_process_zero:
-            self.keep(checkpoint_folder(args, state))
+
+    @contextmanager
+    def saving(self, checkpoint: Path) -> Iterator[None]:
+        """While the trainer writes this checkpoint."""
+        if os.environ.get("RANK", "0") == "0":
+            self.keep(checkpoint)
+        yield
 
     def keep(self, checkpoint: Path) -> None:
         """Write what a resumed run needs."""
@@ -62,11 +68,6 @@ class Cycle(TrainerCallback):
     def tell(self, event: str, **details: Any) -> None:
         """A row of metrics.jsonl that is no step's."""
         append_metric(self.run, {"event": event, **details})
-
-
-def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the trainer keeps its state after these steps."""
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -25,6 +26,7 @@ from ftplan.launcher.training.cycles.merging import (
 )
 from ftplan.launcher.training.cycles.pruning import prune_states
 from ftplan.launcher.training.cycles.rates import JaggedRate, StagedRate, follow, renew
+from ftplan.launcher.training.saving import write_whole
 from ftplan.planner.cycles import cycle_steps, restart_warmup_steps
 
 
@@ -87,7 +89,7 @@ class Restarts(Cycle):
         self.num_restarts += 1
         values = matrices(self.modules)
         if state.is_world_process_zero:
-            save_file(values, self._merged(self.num_restarts))
+            self._keep_merged(values)
             self.tell("restart", after_step=state.global_step, number=self.num_restarts)
         merge(self.modules, values, self.share)
         begin_anew(parts["model"], self.modules, self.seed + self.num_restarts)
@@ -109,14 +111,23 @@ class Restarts(Cycle):
     def state(self) -> dict[str, Any]:
         return {"num_restarts": self.num_restarts, "restarted_at": self._restarted_at}
 
-    def save(self, trainer: Any, folder: Path) -> None:
-        """The whole model; the last adapters are merged whole and begun anew, so that the model
-        in memory stays what it is."""
+    def merge_last(self, trainer: Any) -> None:
+        """Merge the last adapters whole and begin them anew, so that the model in memory stays what
+        it is; `save` comes after."""
         merge(self.modules, matrices(self.modules), 1.0)
         begin_anew(trainer.model, self.modules, self.seed)
+
+    def save(self, trainer: Any, folder: Path) -> None:
+        """The whole model."""
         if trainer.is_world_process_zero():
             base = trainer.model.get_base_model()
             base.save_pretrained(folder, state_dict=merged_state_dict(trainer.model))
+
+    def _keep_merged(self, values: Mapping[str, torch.Tensor]) -> None:
+        """On the disk before a checkpoint says that it is there; waits for room, as no later
+        checkpoint is of use without it."""
+        target = self._merged(self.num_restarts)
+        write_whole(target, lambda beside: save_file(dict(values), beside), self.notice)
 
     def _merged(self, number: int) -> Path:
         return self.run.checkpoints / f"merged-{number}.safetensors"
