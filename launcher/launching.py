@@ -24,11 +24,12 @@ from ftplan.launcher.data.tasks import tasks_of
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
+from ftplan.launcher.notices import Notices
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned
 from ftplan.launcher.probe import probe_machine
-from ftplan.launcher.process import run_to_end
+from ftplan.launcher.process import run_to_end, watched_by
 from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
 from ftplan.launcher.ui import Ui
@@ -208,7 +209,8 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     devices = _devices_for(ui, run, written, plan)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
-        run_to_end(run, emit.launch_command(run, resume), environment, live.update)
+        watch = watched_by(live.update, Notices(ui).update)
+        run_to_end(run, emit.launch_command(run, resume), environment, watch)
     record = run.read_record()
     from ftplan.launcher import views
 

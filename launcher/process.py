@@ -38,6 +38,16 @@ _DIED_BY = re.compile(r"(?:died with <Signals\.|Signal \d+ \()(SIG\w+)")
 Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 
 
+def watched_by(*watches: Watch) -> Watch:
+    """All of them, in turn."""
+
+    def watch(status: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        for each in watches:
+            each(status, rows)
+
+    return watch
+
+
 class _Request(Struct):
     """What the person wants of the run, and what the run has been told of it."""
 
@@ -158,7 +168,7 @@ def failed(run: RunDir, returncode: int, log_start: int = 0) -> RunFailedError:
     """The process's own error, and what to do about it. Its log begins at byte `log_start`."""
     said = last_words(run.stderr, log_start)
     died_by = _DIED_BY.findall(_read_log(run.stderr, log_start))
-    hint = f"the whole output is in {run.stderr}"
+    hint = said_hint(run.stderr, log_start) or f"the whole output is in {run.stderr}"
     if not said and (returncode == -signal.SIGKILL or "SIGKILL" in died_by):
         said = "the process was killed"
         hint = "the system does so most often for lack of RAM: try a smaller model or batch"
@@ -176,6 +186,13 @@ def last_words(stderr: Path, log_start: int = 0, limit: int = 300) -> str:
     lines = (_RANK.sub("", line) for line in _read_log(stderr, log_start).splitlines())
     telling = [line.strip() for line in lines if _tells_an_error(line)]
     return telling[-1].removeprefix("error: ")[:limit] if telling else ""
+
+
+def said_hint(stderr: Path, log_start: int = 0) -> str:
+    """What the training process itself advises beside its error; empty where it crashed."""
+    lines = [_RANK.sub("", line) for line in _read_log(stderr, log_start).splitlines()]
+    hints = [line for line in lines if line.startswith("hint: ")]
+    return hints[-1].removeprefix("hint: ") if hints else ""
 
 
 def _tells_an_error(line: str) -> bool:

@@ -21,6 +21,7 @@ from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.model_card import write_card
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
 from ftplan.launcher.training.adapters import settle_adapters
+from ftplan.launcher.training.bad_steps import StepGuard
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.config import TrainConfig, read_train_config
 from ftplan.launcher.training.cycles.choice import add_cycle
@@ -83,6 +84,7 @@ class _Session(Struct):
     stop_status: int | None = None
     training: bool = False
     cycle: Cycle | None = None
+    guard: StepGuard | None = None
     told: float = field(default_factory=time.monotonic)
 
     def say(self, stage: str, **details: Any) -> None:
@@ -153,6 +155,9 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     if session.stop_status is not None:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return session.stop_status
+    if session.guard is not None and session.guard.failure is not None:
+        session.say("failed", checkpoint=_checkpoint_name(run))
+        raise session.guard.failure
     memory = measured_memory(session.recorder)
     after = _evaluate(session, evaluator, "after", before)
     earlier = _of_stages(session, trainer, rows.train)
@@ -209,6 +214,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     save_rows_alone(trainer.model)
     for reporter in (*reporters, session.reporter):
         reporter.trainer = trainer
+    session.guard = StepGuard(trainer, run, config, train_rows, session.reporter)
+    trainer.add_callback(session.guard)
     session.cycle = add_cycle(trainer, run, config, session.recorder)
     return trainer
 
@@ -269,7 +276,7 @@ def _earlier_evaluation(run: RunDir) -> dict[str, Any] | None:
 def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
     """Take the steps that are going to be repeated out of metrics.jsonl."""
     last = int(checkpoint.name.removeprefix("checkpoint-"))
-    kept = [row for row in run.metric_rows() if row.get("step", 0) <= last]
+    kept = [row for row in run.metric_rows() if row.get("step", row.get("at_step", 0)) <= last]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
 

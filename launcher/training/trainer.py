@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ class StepReporter(TrainerCallback):
         self.recorder = recorder
         self.trainer: PlannedTrainer | None = None
         self.stop_requested = False
+        self.skipped_step = -1  # has no row: `bad_steps.StepGuard` tells of it
         self._began = 0.0
         self._seconds = 0.0
         self._tokens = 0
@@ -105,6 +108,8 @@ class StepReporter(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
+        if state.global_step == self.skipped_step:
+            return
         row = {
             "step": state.global_step,
             "loss": float(logs["loss"]),
@@ -138,9 +143,17 @@ def _task_metrics(trainer: Any) -> dict[str, Any]:
 
 
 def append_metric(run: RunDir, row: dict[str, Any]) -> None:
-    """One more line of metrics.jsonl."""
+    """One more line of metrics.jsonl. JSON has no number that is not finite: such are `null`."""
     with run.metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(_as_json(row), allow_nan=False) + "\n")
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _as_json(each) for name, each in value.items()}
+    return [_as_json(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _synchronize(args: TrainingArguments) -> None:

@@ -1,0 +1,303 @@
+"""NaN and exploding losses: what is skipped, what is said, and when a run ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ftplan.launcher.notices import Notices
+from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.ui import Ui
+from ftplan.planner.bad_steps import (
+    EXPLODED_STEPS,
+    FEWEST_STEPS,
+    SKIPPED_IN_A_ROW,
+    SKIPPED_OF_LAST,
+    Circumstances,
+    LossLevel,
+    SkipCount,
+    remedies,
+)
+from ftplan.planner.errors import RunFailedError
+from tests.launcher_fixtures import save_tiny_llama
+
+CIRCUMSTANCES = Circumstances(
+    mixed_precision="no", dtype="float32", learning_rate=2e-4, max_grad_norm=1.0
+)
+
+
+def test_a_few_skips_in_a_row_end_a_run_and_scattered_ones_do_only_when_they_are_many() -> None:
+    count = SkipCount()
+    for _ in range(SKIPPED_IN_A_ROW - 1):
+        count.add(skipped=True)
+        assert count.verdict() == ""
+    count.add(skipped=True)
+    assert count.verdict() == f"in {SKIPPED_IN_A_ROW} steps in a row"
+    count, (many, window) = SkipCount(), SKIPPED_OF_LAST
+    for number in range(1, many * 11):  # every eleventh, for ever: fewer than a tenth
+        count.add(skipped=number % 11 == 0)
+        assert count.verdict() == ""
+    count = SkipCount()
+    said = []
+    for number in range(window):
+        count.add(skipped=number % 8 == 0)
+        said.append(count.verdict())
+    assert said.index(f"in {many} of the last {8 * many - 7} steps") == 8 * (many - 1)
+
+
+def noisy_falling_losses(steps: int) -> list[float]:
+    chance = random.Random(3)
+    return [(1.0 + math.exp(-step / 40)) * chance.lognormvariate(0, 0.25) for step in range(steps)]
+
+
+def test_noisy_losses_are_no_spikes() -> None:
+    level = LossLevel()
+    assert not any(level.add(loss) for loss in noisy_falling_losses(2000))
+
+
+def test_a_loss_near_zero_may_jump_a_little() -> None:
+    level = LossLevel()
+    steady = [level.add(0.01) for _ in range(40)]
+    assert not any([*steady, level.add(0.3)]) and level.add(3.0)
+
+
+def test_a_spike_that_recovers_is_told_once_and_one_that_stays_explodes() -> None:
+    level = LossLevel()
+    for loss in noisy_falling_losses(100):
+        level.add(loss)
+    assert level.add(40.0) and not level.add(1.1)
+    assert level.spikes == 0
+    for _ in range(EXPLODED_STEPS - 1):
+        assert level.add(40.0)
+    assert not level.has_exploded()
+    assert level.add(40.0) and level.has_exploded()
+
+
+def test_what_stays_below_the_loss_at_the_start_does_not_explode() -> None:
+    level = LossLevel()
+    for loss in (*[6.0] * FEWEST_STEPS, *[1.0] * 100, *[4.0] * (EXPLODED_STEPS + 5)):
+        level.add(loss)
+    assert not level.has_exploded()
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"bad_weights": "model.norm.weight"}, "`model.norm.weight`"),
+        ({"mixed_precision": "fp16", "dtype": "bfloat16"}, "as the model was made in it"),
+        ({"rows_without_loss": 3}, "3 rows of these steps have no token"),
+        ({"one_row": "row 7 of a.jsonl"}, "look at row 7 of a.jsonl"),
+        ({}, "`--learning-rate 2e-05`"),
+    ],
+)
+def test_the_likeliest_remedy_comes_first(changes: dict[str, Any], first: str) -> None:
+    values = {name: getattr(CIRCUMSTANCES, name) for name in CIRCUMSTANCES.__struct_fields__}
+    assert first in remedies("loss", Circumstances(**{**values, **changes}))[0]
+
+
+def test_clipping_is_advised_where_there_is_none() -> None:
+    values = {name: getattr(CIRCUMSTANCES, name) for name in CIRCUMSTANCES.__struct_fields__}
+    unclipped = Circumstances(**{**values, "max_grad_norm": 0.0})
+    assert "clip gradients" in " ".join(remedies("explosion", unclipped))
+    assert "clip" not in " ".join(remedies("explosion", CIRCUMSTANCES))
+
+
+def test_notices_name_the_rows_and_fall_silent_after_a_few(capsys: pytest.CaptureFixture) -> None:
+    rows = [
+        {
+            "event": "skipped step", "at_step": step, "why": "loss", "num_rows": 5,
+            "rows": [{"file": "a.jsonl", "number": n, "sha256": "0"} for n in range(5)],
+        }
+        for step in range(1, 12)
+    ]  # fmt: skip
+    notices = Notices(Ui())
+    notices.update({}, rows[:1])
+    notices.update({}, rows)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("was skipped") == 5
+    assert "row 0 of a.jsonl, row 1 of a.jsonl, row 2 of a.jsonl and 2 more" in said
+
+
+pytest.importorskip("trl", reason="needs the `train` extra")
+
+from ftplan.launcher.launching import write_run
+from ftplan.launcher.training import loop
+from tests.test_training import planned
+
+train = pytest.mark.train
+
+QUESTIONS = [f"Where is the start of the {thing}?" for thing in ("list", "file", "set", "dict")]
+BAD_TOKEN = "\x07"  # in one row only, and in none that is held out
+
+
+@pytest.fixture(autouse=True)
+def _kept_signals() -> Iterator[None]:
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one token whose embedding is not a number."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "spoiled"
+    save_tiny_llama(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (token,) = tokenizer(BAD_TOKEN, add_special_tokens=False)["input_ids"]
+    # Tied weights would spoil every logit.
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = type(model.lm_head.weight)(model.lm_head.weight.detach().clone())
+    model.model.embed_tokens.weight.data[token] = math.nan
+    model.save_pretrained(folder)
+    return folder
+
+
+def data_file(folder: Path, bad_rows: tuple[int, ...]) -> Path:
+    rows = [
+        {
+            "instruction": f"{QUESTIONS[number % 4]} {number}",
+            "output": "It is " + "here " * (number % 5) + (BAD_TOKEN if number in bad_rows else ""),
+        }
+        for number in range(24)
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def trained(model: Path, data: Path, folder: Path, **given: Any) -> SimpleNamespace:
+    """The run, and the error that it ended with."""
+    settings = {"method": "lora", "per_device_train_batch_size": 2, **given}
+    run = write_run(planned(model, data, folder, **settings), None, folder)
+    try:
+        loop.train(run, resume=False)
+    except RunFailedError as error:
+        return SimpleNamespace(run=run, error=error)
+    return SimpleNamespace(run=run, error=None)
+
+
+def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
+    return [row for row in run.metric_rows() if row.get("event") == kind]
+
+
+@pytest.fixture(scope="module")
+def skipping(spoiled: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A run over one bad row, in micro-batches of two rows, two of them a step."""
+    folder = tmp_path_factory.mktemp("skipping")
+    data = data_file(folder, (9,))
+    settings = {"max_steps": 6, "gradient_accumulation_steps": 2, "save_steps": 1}
+    first = trained(spoiled, data, folder, **settings)
+    (event,) = events(first.run, "skipped step")
+    # Of a run that ends with the skipped step, the checkpoints before and after it are there.
+    ended = {**settings, "max_steps": event["at_step"]}
+    again = trained(spoiled, data, folder, **ended)
+    return SimpleNamespace(first=first, again=again, event=event)
+
+
+@train
+def test_the_step_of_a_row_that_makes_nan_is_skipped_and_the_row_named(
+    skipping: SimpleNamespace,
+) -> None:
+    run, event = skipping.first.run, skipping.event
+    assert skipping.first.error is None and run.read_record()["steps"] == 6
+    assert event["why"] == "loss"
+    assert event["num_rows"] == 2, "of the micro-batch, not of the step"
+    assert 10 in [row["number"] for row in event["rows"]]
+    for row in event["rows"]:
+        assert row["file"] == "rows.jsonl" and len(row["sha256"]) == 12
+        assert 0 < row["tokens_with_loss"] < row["tokens"]
+    assert "here" not in json.dumps(event), "a row's text"
+    steps = [row["step"] for row in run.metric_rows() if "step" in row]
+    assert steps == [step for step in range(1, 7) if step != event["at_step"]]
+
+
+@train
+def test_metrics_are_json_without_not_a_number(skipping: SimpleNamespace) -> None:
+    for line in skipping.first.run.metrics.read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+@train
+def test_a_skipped_step_leaves_weights_states_and_schedule_as_they_were(
+    skipping: SimpleNamespace,
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    checkpoints, step = skipping.again.run.checkpoints, skipping.event["at_step"]
+    before, after = (checkpoints / f"checkpoint-{number}" for number in (step - 1, step))
+    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"):
+        load = load_file if name.endswith("safetensors") else torch.load
+        one, other = load(before / name), load(after / name)
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@train
+def test_a_run_that_only_skips_ends_with_a_checkpoint_and_the_cause(
+    spoiled: Path, tmp_path: Path
+) -> None:
+    done = trained(spoiled, data_file(tmp_path, tuple(range(24))), tmp_path, max_steps=9)
+    assert "not a finite number in 3 steps in a row" in done.error.message
+    assert "embed_tokens" in done.error.hint
+    assert done.error.exit_status == 1 and not done.run.finished
+    assert done.run.read_status()["stage"] == "failed"
+    assert done.run.last_checkpoint().name == "checkpoint-3"
+
+
+@train
+def test_a_loss_that_explodes_is_told_and_ends_the_run(model: Path, tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e4, "warmup_ratio": 0.2, "lr_scheduler_type": "constant"}
+    done = trained(
+        model, data_file(tmp_path, ()), tmp_path, method="full", max_steps=60, **settings
+    )
+    assert "has exploded" in done.error.message
+    assert "`--learning-rate 1e+03`" in done.error.hint
+    spikes = events(done.run, "loss spike")
+    assert len(spikes) == EXPLODED_STEPS and spikes[0]["rows"]
+
+
+@train
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+def test_other_objectives_skip_bad_steps_too(
+    objective: str, spoiled: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "prompt": f"{QUESTIONS[number % 4]} {number}" + (BAD_TOKEN if number == 9 else ""),
+            **(
+                {"chosen": f"here {number}", "rejected": "no"}
+                if objective == "dpo"
+                else {"completion": f"here {number}", "label": number % 2 == 0}
+                if objective == "kto"
+                else {}
+            ),
+        }
+        for number in range(16)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"objective": objective, "max_steps": 8}
+    done = trained(spoiled, data, tmp_path, **asked)
+    assert done.error is None
+    for event in events(done.run, "skipped step"):
+        assert 10 in [row["number"] for row in event["rows"]]
+    assert events(done.run, "skipped step")
