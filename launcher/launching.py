@@ -22,6 +22,7 @@ from ftplan.launcher.data.profiling import (
 )
 from ftplan.launcher.data.tasks import tasks_of
 from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.hangs import HangWatch
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
 from ftplan.launcher.notices import Notices
@@ -209,7 +210,8 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     devices = _devices_for(ui, run, written, plan)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
-        watch = watched_by(live.update, Notices(ui).update)
+        hangs = HangWatch(ui, run, written["predicted"].get("step_seconds"))
+        watch = watched_by(live.update, Notices(ui).update, hangs.update)
         run_to_end(run, emit.launch_command(run, resume), environment, watch)
     record = run.read_record()
     from ftplan.launcher import views

@@ -90,6 +90,11 @@ class RunDir(Struct, frozen=True):
         return self.root / "stderr.log"
 
     @property
+    def stacks(self) -> Path:
+        """A file for each rank, which gets its stack when the run hangs."""
+        return self.root / "stacks"
+
+    @property
     def loss_plot(self) -> Path:
         return self.root / "loss.png"
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ftplan.launcher.hangs import write_stack_when_asked
 from ftplan.launcher.run_dir import open_run
 from ftplan.planner.errors import FtplanError
 
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = open_run(arguments.run_dir)
+        write_stack_when_asked(run)
         from ftplan.launcher.training.loop import train
 
         return train(run, resume=arguments.resume)

@@ -40,11 +40,17 @@ EXPLODED_STEPS = 20
 """So many spikes without a step between that is not one, all above the loss that training began
 with: the model is worse than it was, and does not come back."""
 
-Trouble = Literal["loss", "gradient", "overflow"]
+DEAD_STEPS, DEAD_LOSS = 20, 0.01
+"""A gradient of exactly 0 in so many steps in a row, while there is a loss of more nats: weights
+have grown until activations overflow, norms turn those into zeros, and nothing is learned any more.
+What has been learned to the last digit has such gradients, too, and hardly a loss."""
+
+Trouble = Literal["loss", "gradient", "overflow", "sampling"]
 
 SAID: dict[Trouble, str] = {
     "loss": "the loss was not a finite number",
     "gradient": "the gradient was not finite",
+    "sampling": "no completion can be made: the model's probabilities are not finite numbers",
     "overflow": f"gradients overflowed fp16 at every loss scale down to {LOWEST_LOSS_SCALE:g}",
 }
 
@@ -82,14 +88,17 @@ class LossLevel:
     def __init__(self) -> None:
         self.began_at: float | None = None
         self.spikes = 0  # without a step between that is none
+        self.dead_steps = 0  # in a row
         self._recent: deque[float] = deque(maxlen=LEVEL_STEPS)
 
     @property
     def level(self) -> float | None:
         return statistics.median(self._recent) if len(self._recent) >= FEWEST_STEPS else None
 
-    def add(self, loss: float) -> bool:
+    def add(self, loss: float, grad_norm: float = 1.0) -> bool:
         """Whether this step is a spike. Spikes do not count for the level."""
+        is_dead = grad_norm == 0 and loss > DEAD_LOSS
+        self.dead_steps = self.dead_steps + 1 if is_dead else 0
         if self._is_spike(loss):
             self.spikes += 1
             return True
@@ -98,6 +107,9 @@ class LossLevel:
         if self.began_at is None:
             self.began_at = self.level
         return False
+
+    def is_dead(self) -> bool:
+        return self.dead_steps >= DEAD_STEPS
 
     def has_exploded(self) -> bool:
         return self.spikes >= EXPLODED_STEPS
@@ -129,7 +141,7 @@ class Circumstances(Struct, frozen=True, kw_only=True):
     """The row that all skipped steps have in common, if there is one: `row 7 of rows.jsonl`."""
 
 
-def remedies(trouble: Trouble | Literal["explosion"], found: Circumstances) -> list[str]:
+def remedies(trouble: Trouble | Literal["explosion", "dead"], found: Circumstances) -> list[str]:
     """What may be the cause and what to do about it, the likeliest first."""
     if found.bad_weights:
         return [
@@ -137,7 +149,7 @@ def remedies(trouble: Trouble | Literal["explosion"], found: Circumstances) -> l
             "not finite; get the model anew, or choose another with `--model`"
         ]
     advice = []
-    if trouble != "explosion":
+    if trouble not in ("explosion", "dead"):
         advice += _of_rows(found)
     if found.mixed_precision == "fp16" or found.dtype == "float16":
         native = " as the model was made in it" if found.dtype == "bfloat16" else ""

@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("trl", reason="needs the `train` extra")
+
+from ftplan.launcher.launching import write_run
 from ftplan.launcher.notices import Notices
 from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.training import loop
 from ftplan.launcher.ui import Ui
 from ftplan.planner.bad_steps import (
     EXPLODED_STEPS,
@@ -28,6 +32,9 @@ from ftplan.planner.bad_steps import (
 )
 from ftplan.planner.errors import RunFailedError
 from tests.launcher_fixtures import save_tiny_llama
+from tests.test_training import planned
+
+train = pytest.mark.train
 
 CIRCUMSTANCES = Circumstances(
     mixed_precision="no", dtype="float32", learning_rate=2e-4, max_grad_norm=1.0
@@ -126,14 +133,6 @@ def test_notices_name_the_rows_and_fall_silent_after_a_few(capsys: pytest.Captur
     assert "row 0 of a.jsonl, row 1 of a.jsonl, row 2 of a.jsonl and 2 more" in said
 
 
-pytest.importorskip("trl", reason="needs the `train` extra")
-
-from ftplan.launcher.launching import write_run
-from ftplan.launcher.training import loop
-from tests.test_training import planned
-
-train = pytest.mark.train
-
 QUESTIONS = [f"Where is the start of the {thing}?" for thing in ("list", "file", "set", "dict")]
 BAD_TOKEN = "\x07"  # in one row only, and in none that is held out
 
@@ -203,7 +202,7 @@ def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
 def skipping(spoiled: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run over one bad row, in micro-batches of two rows, two of them a step."""
     folder = tmp_path_factory.mktemp("skipping")
-    data = data_file(folder, (9,))
+    data = data_file(folder, (6,))
     settings = {"max_steps": 6, "gradient_accumulation_steps": 2, "save_steps": 1}
     first = trained(spoiled, data, folder, **settings)
     (event,) = events(first.run, "skipped step")
@@ -221,7 +220,7 @@ def test_the_step_of_a_row_that_makes_nan_is_skipped_and_the_row_named(
     assert skipping.first.error is None and run.read_record()["steps"] == 6
     assert event["why"] == "loss"
     assert event["num_rows"] == 2, "of the micro-batch, not of the step"
-    assert 10 in [row["number"] for row in event["rows"]]
+    assert 7 in [row["number"] for row in event["rows"]]
     for row in event["rows"]:
         assert row["file"] == "rows.jsonl" and len(row["sha256"]) == 12
         assert 0 < row["tokens_with_loss"] < row["tokens"]
@@ -264,40 +263,74 @@ def test_a_run_that_only_skips_ends_with_a_checkpoint_and_the_cause(
 
 
 @train
-def test_a_loss_that_explodes_is_told_and_ends_the_run(model: Path, tmp_path: Path) -> None:
-    settings = {"learning_rate": 1e4, "warmup_ratio": 0.2, "lr_scheduler_type": "constant"}
-    done = trained(
-        model, data_file(tmp_path, ()), tmp_path, method="full", max_steps=60, **settings
-    )
+def test_a_loss_that_explodes_is_told_and_ends_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a step that was far too long: what is trained is a hundred times what it was."""
+    from ftplan.launcher.training.trainer import StepReporter
+
+    def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **parts: Any) -> None:
+        usual(self, args, state, *rest, **parts)
+        if state.global_step == FEWEST_STEPS + 2:
+            parts["model"].model.norm.weight.data *= 100
+
+    usual = StepReporter.on_step_begin
+    monkeypatch.setattr(StepReporter, "on_step_begin", on_step_begin)
+    done = trained(model, data_file(tmp_path, ()), tmp_path, method="full", max_steps=60)
     assert "has exploded" in done.error.message
-    assert "`--learning-rate 1e+03`" in done.error.hint
     spikes = events(done.run, "loss spike")
     assert len(spikes) == EXPLODED_STEPS and spikes[0]["rows"]
+    assert spikes[0]["at_step"] == FEWEST_STEPS + 3
+    assert done.error.hint.startswith("lower the learning rate (`--learning-rate ")
 
 
 @train
-@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
-def test_other_objectives_skip_bad_steps_too(
-    objective: str, spoiled: Path, tmp_path: Path
-) -> None:
-    rows = [
-        {
-            "prompt": f"{QUESTIONS[number % 4]} {number}" + (BAD_TOKEN if number == 9 else ""),
-            **(
-                {"chosen": f"here {number}", "rejected": "no"}
-                if objective == "dpo"
-                else {"completion": f"here {number}", "label": number % 2 == 0}
-                if objective == "kto"
-                else {}
-            ),
-        }
+def test_a_learning_rate_that_kills_the_model_ends_the_run(model: Path, tmp_path: Path) -> None:
+    data, settings = data_file(tmp_path, ()), {"method": "full", "max_steps": 60}
+    done = trained(model, data, tmp_path, learning_rate=1e4, **settings)
+    assert "nothing is learned any more" in done.error.message
+    assert "`--learning-rate 1e+03`" in done.error.hint
+    steps = [row["step"] for row in done.run.metric_rows() if "step" in row]
+    assert steps[-1] < 40
+
+
+@train
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_other_objectives_skip_bad_steps_too(objective: str, spoiled: Path, tmp_path: Path) -> None:
+    answers: list[dict[str, Any]] = [
+        {"chosen": f"here {number}", "rejected": "no"}
+        if objective == "dpo"
+        else {"completion": f"here {number}", "label": number % 2 == 0}
         for number in range(16)
     ]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = {"objective": objective, "max_steps": 8}
-    done = trained(spoiled, data, tmp_path, **asked)
+    done = trained(spoiled, prompts(tmp_path, answers), tmp_path, objective=objective, max_steps=8)
     assert done.error is None
     for event in events(done.run, "skipped step"):
-        assert 10 in [row["number"] for row in event["rows"]]
+        assert 7 in [row["number"] for row in event["rows"]]
     assert events(done.run, "skipped step")
+
+
+def prompts(folder: Path, answers: list[dict[str, Any]]) -> Path:
+    """The seventh row holds the bad token."""
+    path = folder / "rows.jsonl"
+    rows = [
+        {"prompt": f"{QUESTIONS[n % 4]} {n}" + (BAD_TOKEN if n == 6 else ""), **answer}
+        for n, answer in enumerate(answers)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@train
+def test_completions_that_cannot_be_made_end_a_run_with_the_rows(
+    spoiled: Path, tmp_path: Path
+) -> None:
+    answers = [{"completion": f"here {number}"} for number in range(16)]
+    rewarded = {"objective": "grpo", "reward": ("exact-match",), "num_generations": 2}
+    data = prompts(tmp_path, answers)
+    done = trained(spoiled, data, tmp_path, max_steps=16, max_completion_length=4, **rewarded)
+    assert "no completion can be made" in done.error.message
+    assert "embed_tokens" in done.error.hint
+    (event,) = events(done.run, "skipped step")
+    assert 7 in [row["number"] for row in event["rows"]]
+    assert done.run.read_status()["stage"] == "failed"

@@ -19,6 +19,7 @@ from ftplan.launcher.training.config import TrainConfig
 from ftplan.launcher.training.rows import TrainingRows
 from ftplan.launcher.training.trainer import StepReporter, append_metric
 from ftplan.planner.bad_steps import (
+    DEAD_STEPS,
     EXPLODED_STEPS,
     LOWEST_LOSS_SCALE,
     SAID,
@@ -34,6 +35,10 @@ from ftplan.planner.errors import InputError, RunFailedError
 
 # Enough to tell rows apart, and nothing to read them from.
 _HASH_DIGITS = 12
+
+# What `torch.multinomial` says where no token can be drawn. On a GPU it is an assertion of the
+# device, which may be any other.
+_SAMPLING_FAILED = ("probability tensor contains either",)
 
 # Rows that one event names; a step may have thousands.
 _ROWS_NAMED = 32
@@ -101,7 +106,13 @@ class StepGuard(TrainerCallback):
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self._batches.append(self.batches.take())
-            loss = step(*args, **kwargs)
+            try:
+                loss = step(*args, **kwargs)
+            except RuntimeError as error:
+                if not any(said in str(error) for said in _SAMPLING_FAILED):
+                    raise
+                self._record(self.trainer.state.global_step + 1, "sampling", [-1])
+                raise self._failed(SAID["sampling"], "sampling") from error
             self._losses.append(loss.detach())
             return loss
 
@@ -254,16 +265,21 @@ class StepGuard(TrainerCallback):
         if self.config.rewards:  # such a loss is around 0, whatever the model learns
             return control
         loss, level = float(logs["loss"]), self.level.level
-        if not self.level.add(loss):
-            return control
-        if state.is_world_process_zero:
+        if self.level.add(loss, self._grad_norm) and state.is_world_process_zero:
             self._record_spike(step, loss, level)
-        if self.level.has_exploded() and self.failure is None:
+        if self.failure is None and self.level.has_exploded():
             said = (
                 f"the loss has exploded: {loss:.3g} at step {step}, where {level:.3g} was usual; "
                 f"for {EXPLODED_STEPS} steps it has not come back"
             )
             self.failure = self._failed(said, "explosion")
+        elif self.failure is None and self.level.is_dead():
+            said = (
+                f"nothing is learned any more: the gradient was exactly 0 in {DEAD_STEPS} steps "
+                f"in a row, and the loss is {loss:.3g}"
+            )
+            self.failure = self._failed(said, "dead")
+        if self.failure is not None:
             control.should_training_stop = True
         return control
 
@@ -289,18 +305,18 @@ class StepGuard(TrainerCallback):
             dtype=_published_dtype(self.config.model),
             learning_rate=arguments["learning_rate"],
             max_grad_norm=arguments["max_grad_norm"],
-            bad_weights="" if trouble == "explosion" else bad_weights(self.trainer.model),
+            bad_weights=bad_weights(self.trainer.model),
             rows_without_loss=self._without_loss,
             one_row=next(iter(self._common or ())) if len(self._common or ()) == 1 else "",
         )
         return RunFailedError(said, "; ".join(remedies(trouble, found)))
 
 
-def bad_weights(model: torch.nn.Module) -> str:
+def bad_weights(model: Any) -> str:
     """The name of the first floating-point weight that is not finite throughout."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            return name
+            return str(name)
     return ""
 
 

@@ -34,6 +34,7 @@ from ftplan.launcher.training.evaluation import (
     forgetting_record,
     samples_record,
 )
+from ftplan.launcher.training.heartbeat import Heartbeat
 from ftplan.launcher.training.loftq import begin_with_what_is_lost
 from ftplan.launcher.training.measure import (
     CpuAllocationRecorder,
@@ -59,6 +60,7 @@ from ftplan.launcher.training.vocabulary import (
     save_tokenizer,
     settle_ends,
 )
+from ftplan.planner.errors import RunFailedError
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.overlong import overlong_to_dict
 
@@ -122,6 +124,9 @@ def train(run: RunDir, *, resume: bool) -> int:
     except Stopped as stopped:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return stopped.exit_status
+    except RunFailedError:
+        session.say("failed", checkpoint=_checkpoint_name(run))
+        raise
     finally:
         remove_token_files(run.tokens)
 
@@ -156,7 +161,6 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return session.stop_status
     if session.guard is not None and session.guard.failure is not None:
-        session.say("failed", checkpoint=_checkpoint_name(run))
         raise session.guard.failure
     memory = measured_memory(session.recorder)
     after = _evaluate(session, evaluator, "after", before)
@@ -216,6 +220,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         reporter.trainer = trainer
     session.guard = StepGuard(trainer, run, config, train_rows, session.reporter)
     trainer.add_callback(session.guard)
+    trainer.add_callback(Heartbeat(run))
     session.cycle = add_cycle(trainer, run, config, session.recorder)
     return trainer
 

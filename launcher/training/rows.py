@@ -254,12 +254,10 @@ class _Side:
         path = self.file.path.with_suffix(".paired.arrow")
         paired = with_mismatched_answers(dataset, order, size, path)
         self.file.path.unlink()
-        lengths, files, numbers = (
+        ordered, files, numbers = (
             [values[row] for row in order] for values in (lengths, self.files, self.numbers)
         )
-        return TrainingRows(
-            paired, lengths, self.tally.counts, files=files, numbers=numbers
-        )
+        return TrainingRows(paired, ordered, self.tally.counts, files=files, numbers=numbers)
 
 
 Made = tuple[dict[str, Any], int]
