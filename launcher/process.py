@@ -24,6 +24,7 @@ from msgspec import Struct
 from ftplan.launcher.hangs import forget_stacks
 from ftplan.launcher.oom_kills import oom_kills
 from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.secrets import mask_files, secrets_of
 from ftplan.planner.errors import InterruptedRunError, RunFailedError
 
 _POLL_SECONDS = 0.25
@@ -96,6 +97,7 @@ def run_to_end(
             request.wanted = max(request.wanted, _STOP)
             _until_exit(run, child, request, lambda status, rows: None)
             raise
+    mask_files(run, secrets_of(environment))
     if child.returncode == 0 and run.finished:
         return
     if request.wanted or run.read_status().get("stage") == "interrupted":

@@ -115,7 +115,7 @@ def test_where_one_of_two_ranks_is_killed_the_run_ends_with_its_name_and_resumes
     killed: list[int] = []
 
     def kill_one(status: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        if not killed and max([row.get("step", 0) for row in rows], default=0) > 8:
+        if not killed and max([row.get("step", 0) for row in rows], default=0) > 4:
             heading = (run.stacks / "rank-1.txt").read_text().split()
             killed.append(int(heading[-1]))
             os.kill(killed[0], signal.SIGKILL)

@@ -42,6 +42,18 @@ def keys_in(text: str) -> Iterator[str]:
                 break
 
 
+def keys_masked(text: str, mask: str) -> str:
+    """The text with what `keys_in` finds replaced."""
+    examples = secret_patterns().examples.contains
+    for name, contains, pattern in _patterns():
+        if any(part in text for part in contains):
+            text = pattern.sub(
+                lambda found, name=name: mask if _is_key(name, found[0], examples) else found[0],
+                text,
+            )
+    return text
+
+
 def assigned_in(text: str) -> Iterator[str]:
     """What looks random and is assigned to a name such as `password` or `api_key`."""
     lowered = text.lower()

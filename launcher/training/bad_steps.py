@@ -158,7 +158,9 @@ class StepGuard(TrainerCallback):
         self._skip(optimizer)
         step = state.global_step + 1
         self.reporter.skipped_step = step
-        self._record(step, trouble, bad_batches or range(len(self._batches)))
+        # A gradient is that of all rows; a loss, perhaps on another process, that of some.
+        every = range(len(self._batches))
+        self._record(step, trouble, bad_batches if trouble == "loss" else every)
         why = self.skips.verdict()
         if steps_in_backward(str(args.optim)):
             why = f"in step {step}, which `{args.optim}` takes while gradients are computed"
