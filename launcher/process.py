@@ -22,9 +22,9 @@ from typing import Any
 from msgspec import Struct
 
 from ftplan.launcher.hangs import forget_stacks
+from ftplan.launcher.masking import mask_files, secrets_of
 from ftplan.launcher.oom_kills import oom_kills
 from ftplan.launcher.run_dir import RunDir
-from ftplan.launcher.secrets import mask_files, secrets_of
 from ftplan.planner.errors import InterruptedRunError, RunFailedError
 
 _POLL_SECONDS = 0.25

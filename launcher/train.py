@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from ftplan.launcher.hangs import write_stack_when_asked
+from ftplan.launcher.masking import MaskedStream, secrets_of
 from ftplan.launcher.run_dir import open_run
-from ftplan.launcher.secrets import MaskedStream, secrets_of
 from ftplan.planner.errors import FtplanError
 
 
@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     arguments = parser.parse_args(argv)
     secrets = secrets_of()
-    sys.stdout = MaskedStream(sys.stdout, secrets)  # type: ignore[assignment]
-    sys.stderr = MaskedStream(sys.stderr, secrets)  # type: ignore[assignment]
+    sys.stdout = MaskedStream(sys.stdout, secrets)
+    sys.stderr = MaskedStream(sys.stderr, secrets)
     try:
         run = open_run(arguments.run_dir)
         write_stack_when_asked(run)

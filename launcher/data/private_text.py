@@ -47,10 +47,9 @@ def keys_masked(text: str, mask: str) -> str:
     examples = secret_patterns().examples.contains
     for name, contains, pattern in _patterns():
         if any(part in text for part in contains):
-            text = pattern.sub(
-                lambda found, name=name: mask if _is_key(name, found[0], examples) else found[0],
-                text,
-            )
+            for key in {found[0] for found in pattern.finditer(text)}:
+                if _is_key(name, key, examples):
+                    text = text.replace(key, mask)
     return text
 
 
