@@ -23,9 +23,9 @@ class Notices:
         self._said: dict[str, int] = {}
 
     def update(self, status: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """What a resumed run has been told of before is not said again."""
-        new = rows[self._seen or 0 :]
-        self._seen = len(rows)
+        """What has been told of before a run is resumed is not said again."""
+        seen = len(rows) if self._seen is None else min(self._seen, len(rows))
+        new, self._seen = rows[seen:], len(rows)
         for row in new:
             say = _SAYS.get(str(row.get("event")))
             if say:

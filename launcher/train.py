@@ -21,9 +21,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     arguments = parser.parse_args(argv)
-    secrets = secrets_of()
-    sys.stdout = MaskedStream(sys.stdout, secrets)
-    sys.stderr = MaskedStream(sys.stderr, secrets)
     try:
         run = open_run(arguments.run_dir)
         write_stack_when_asked(run)
@@ -37,5 +34,13 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
 
 
+def mask_output() -> None:
+    """From now on, to the traceback at the end, nothing printed holds a token or key."""
+    secrets = secrets_of()
+    sys.stdout = MaskedStream(sys.stdout, secrets)
+    sys.stderr = MaskedStream(sys.stderr, secrets)
+
+
 if __name__ == "__main__":
+    mask_output()
     sys.exit(main())

@@ -19,6 +19,7 @@ from ftplan.launcher.launching import write_run
 from ftplan.launcher.notices import Notices
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training import loop
+from ftplan.launcher.training.bad_steps import StepGuard
 from ftplan.launcher.ui import Ui
 from ftplan.planner.bad_steps import (
     EXPLODED_STEPS,
@@ -123,13 +124,13 @@ def test_notices_name_the_rows_and_fall_silent_after_a_few(capsys: pytest.Captur
             "event": "skipped step", "at_step": step, "why": "loss", "num_rows": 5,
             "rows": [{"file": "a.jsonl", "number": n, "sha256": "0"} for n in range(5)],
         }
-        for step in range(1, 12)
+        for step in range(12)
     ]  # fmt: skip
     notices = Notices(Ui())
-    notices.update({}, rows[:1])
-    notices.update({}, rows)
+    for known in (rows[:1], rows[:2], rows):  # the first is of the attempt that is resumed
+        notices.update({}, known)
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("was skipped") == 5
+    assert said.count("was skipped") == 5 and "step 0" not in said
     assert "row 0 of a.jsonl, row 1 of a.jsonl, row 2 of a.jsonl and 2 more" in said
 
 
@@ -334,3 +335,54 @@ def test_completions_that_cannot_be_made_end_a_run_with_the_rows(
     (event,) = events(done.run, "skipped step")
     assert 7 in [row["number"] for row in event["rows"]]
     assert done.run.read_status()["stage"] == "failed"
+
+
+class ScaledOptimizer:
+    """As accelerate's: `step` goes through the scaler."""
+
+    def __init__(self, scaler: Any, optimizer: Any) -> None:
+        self.scaler = scaler
+        self.optimizer = optimizer
+        self._is_overflow = False
+
+    def step(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def guard_with_scaler(scale: float) -> tuple[StepGuard, Any, Any]:
+    """A guard, a weight and its optimizer, where losses are multiplied by a scale as under fp16."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    optimizer = ScaledOptimizer(scaler, torch.optim.SGD([weight], lr=1.0))
+    accelerator = SimpleNamespace(scaler=scaler, num_processes=1)
+    trainer = SimpleNamespace(accelerator=accelerator, training_step=None, _get_grad_norm=None)
+    missing: Any = None
+    return StepGuard(trainer, missing, missing, missing, missing), weight, optimizer
+
+
+@pytest.mark.parametrize(("scale", "trouble"), [(65536.0, None), (1.0, None), (0.5, "overflow")])
+def test_a_gradient_that_overflows_fp16_is_the_scalers_affair_while_a_scale_is_left(
+    scale: float, trouble: str | None
+) -> None:
+    guard, _, _ = guard_with_scaler(scale)
+    guard._grad_norm = math.inf
+    assert guard._trouble(bad_loss=False) == trouble
+    assert guard._trouble(bad_loss=True) == "loss"
+
+
+def test_a_step_skipped_under_fp16_keeps_weight_and_scale_and_the_next_one_goes_ahead() -> None:
+    guard, weight, optimizer = guard_with_scaler(1024.0)
+    for loss_factor in (math.nan, 1.0):
+        optimizer.scaler.scale((weight * loss_factor).sum()).backward()
+        optimizer.scaler.unscale_(optimizer.optimizer)  # as the trainer does to clip
+        if math.isnan(loss_factor):
+            guard._skip(optimizer)
+        optimizer.step()
+        optimizer.optimizer.zero_grad()
+        if math.isnan(loss_factor):
+            assert optimizer._is_overflow and weight.tolist() == [1.0, 1.0]
+            assert optimizer.scaler.get_scale() == 1024.0
+    assert weight.tolist() == [0.0, 0.0]

@@ -327,6 +327,7 @@ def open_run(path):
     os.write(1, os.environ["WANDB_API_KEY"].encode())
     raise ValueError("refused: " + os.environ["HF_TOKEN"])
 train.open_run = open_run
+train.mask_output()
 sys.exit(train.main([sys.argv[1]]))
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
