@@ -211,7 +211,7 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
         hangs = HangWatch(ui, run, written["predicted"].get("step_seconds"))
-        watch = watched_by(live.update, Notices(ui).update, hangs.update)
+        watch = watched_by(Notices(ui).update, live.update, hangs.update)
         run_to_end(run, emit.launch_command(run, resume), environment, watch)
     record = run.read_record()
     from ftplan.launcher import views

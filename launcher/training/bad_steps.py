@@ -318,7 +318,7 @@ def bad_weights(model: Any) -> str:
     """The name of the first floating-point weight that is not finite throughout."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            return str(name)
+            return str(name).removeprefix("base_model.model.")  # PEFT's
     return ""
 
 
