@@ -218,7 +218,8 @@ def test_what_a_plan_sets_is_not_refused(tmp_path: Path) -> None:
     from ftplan.planner.plan import TrainingPlan
 
     for objective in OBJECTIVES:
-        plan = TrainingPlan(objective=objective, loss="stock", per_device_train_batch_size=8)
+        loss = "stock" if objective == "reward" else "trl-fused"
+        plan = TrainingPlan(objective=objective, loss=loss, per_device_train_batch_size=8)
         arguments = training_arguments(plan, "cpu")
         assert _checked_arguments(RunDir(tmp_path), arguments) == arguments
 
