@@ -23,15 +23,17 @@ from ftplan.launcher.data.profiling import (
 from ftplan.launcher.data.tasks import tasks_of
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.formula_figures import uncalibrated
+from ftplan.launcher.hangs import HangWatch
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
 from ftplan.launcher.lock import HELD_BY_LAUNCHER, held
 from ftplan.launcher.manifest import total_bytes
+from ftplan.launcher.notices import Notices
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned
 from ftplan.launcher.probe import probe_machine
-from ftplan.launcher.process import run_to_end
+from ftplan.launcher.process import run_to_end, watched_by
 from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import (
     RunDir,
@@ -260,7 +262,9 @@ def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> d
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     environment[HELD_BY_LAUNCHER] = "1"
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
-        run_to_end(run, emit.launch_command(run, checkpoint), environment, live.update)
+        hangs = HangWatch(ui, run, written["predicted"].get("step_seconds"))
+        watch = watched_by(Notices(ui).update, live.update, hangs.update)
+        run_to_end(run, emit.launch_command(run, checkpoint), environment, watch)
     record = run.read_record()
     remember(ui, run)
     from ftplan.launcher import views

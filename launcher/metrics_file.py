@@ -6,6 +6,7 @@ Where the disk is full, rows wait in memory until there is room.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,19 @@ _WAITING: dict[Path, bytes] = {}
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """One more line, or none for now where the disk is full."""
-    _WAITING[path] = _WAITING.get(path, b"") + json.dumps(row).encode() + b"\n"
+    """One more line, or none for now where the disk is full. JSON has no number that is not finite:
+    such are `null`."""
+    line = json.dumps(_as_json(row), allow_nan=False).encode() + b"\n"
+    _WAITING[path] = _WAITING.get(path, b"") + line
     write_waiting(path)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _as_json(each) for name, each in value.items()}
+    return [_as_json(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def write_waiting(path: Path, *, sync: bool = False) -> bool:

@@ -11,7 +11,13 @@ from msgspec import structs
 from ftplan.launcher import default_model
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.data.profiling import make_split, profile_data
-from ftplan.launcher.model_source import ModelSource, cached_folder, has_weights, hub_offline
+from ftplan.launcher.model_source import (
+    ModelSource,
+    cached_folder,
+    check_safetensors,
+    has_weights,
+    hub_offline,
+)
 from ftplan.launcher.offer import Offer
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.ui import Ui
@@ -218,6 +224,7 @@ def with_weights(ui: Ui, source: ModelSource) -> ModelSource:
         return source
     if source.hub_id is None:
         if source.folder is not None:
+            check_safetensors(source.folder)
             raise InputError(
                 f"`{source.folder}` has no safetensors weights",
                 "put model.safetensors (or its shards and index) beside config.json",
@@ -229,6 +236,11 @@ def with_weights(ui: Ui, source: ModelSource) -> ModelSource:
     folder = cached_folder(source.hub_id)
     if folder is None or not has_weights(folder):
         folder = _fetch(ui, source.hub_id)
+        if not has_weights(folder):
+            raise InputError(
+                f"`{source.hub_id}` has no safetensors weights on the Hub; ftplan reads no pickles",
+                "choose a copy that has them, or convert one that you trust and give its folder",
+            )
     return structs.replace(source, folder=folder)
 
 

@@ -172,6 +172,22 @@ def has_weights(folder: Path) -> bool:
         return False
 
 
+def check_safetensors(folder: Path) -> None:
+    """Raises InputError where the weights of a model or adapter are there as pickles alone: reading
+    those can run any code."""
+    pickles = sorted(
+        path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind)
+    )
+    if not pickles or any(folder.glob("*.safetensors")):
+        return
+    raise InputError(
+        f"`{folder}` holds its weights as a pickle (`{pickles[0]}`), and reading one can run any "
+        "code",
+        "get a copy in safetensors; or, if you trust where it is from, load it with transformers "
+        "or PEFT and `save_pretrained` it again",
+    )
+
+
 def _source_from_hub(
     hub_id: str, environ: Mapping[str, str], any_architecture: bool
 ) -> ModelSource:

@@ -21,6 +21,9 @@ from typing import Any
 
 from msgspec import Struct
 
+from ftplan.launcher.hangs import forget_stacks
+from ftplan.launcher.masking import mask_files, secrets_of
+from ftplan.launcher.oom_kills import oom_kills
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.errors import InterruptedRunError, RunFailedError
 
@@ -35,7 +38,24 @@ _RANK = re.compile(r"^\[rank\d+\]: ")
 _WRAPPERS = ("CalledProcessError", "ChildFailedError")
 _DIED_BY = re.compile(r"(?:died with <Signals\.|Signal \d+ \()(SIG\w+)")
 
+# torchrun's report of the process that failed first.
+_ROOT_CAUSE = re.compile(
+    r"Root Cause \(first observed failure\):\n.*?\n\s*rank\s*: (?P<rank>\d+) .*?\n"
+    r"\s*exitcode\s*: -?\d+ \(pid: \d+\)(?:\s*\((?P<signal>SIG\w+)\))?",
+    re.DOTALL,
+)
+
 Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
+
+
+def watched_by(*watches: Watch) -> Watch:
+    """All of them, in turn."""
+
+    def watch(status: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        for each in watches:
+            each(status, rows)
+
+    return watch
 
 
 class _Request(Struct):
@@ -61,6 +81,8 @@ def run_to_end(
     that was asked in its last moment and finished all the same is finished.
     """
     run.status.unlink(missing_ok=True)
+    forget_stacks(run)
+    kills_before = oom_kills()
     log_start = run.stderr.stat().st_size if run.stderr.exists() else 0
     with _signals_as_request() as request, run.stdout.open("a") as out, run.stderr.open("a") as err:
         child = subprocess.Popen(
@@ -77,11 +99,12 @@ def run_to_end(
             request.wanted = max(request.wanted, _STOP)
             _until_exit(run, child, request, lambda status, rows: None)
             raise
+    mask_files(run, secrets_of(environment))
     if child.returncode == 0 and run.finished:
         return
     if request.wanted or run.read_status().get("stage") == "interrupted":
         raise interrupted(run, request.number)
-    raise failed(run, child.returncode, log_start)
+    raise failed(run, child.returncode, log_start, kills_before)
 
 
 @contextlib.contextmanager
@@ -180,14 +203,31 @@ def _interrupted(run: RunDir) -> InterruptedRunError:
     )
 
 
-def failed(run: RunDir, returncode: int, log_start: int = 0) -> RunFailedError:
-    """The process's own error, and what to do about it. Its log begins at byte `log_start`."""
-    said = last_words(run.stderr, log_start)
-    died_by = _DIED_BY.findall(_read_log(run.stderr, log_start))
-    hint = f"the whole output is in {run.stderr}"
-    if not said and (returncode == -signal.SIGKILL or "SIGKILL" in died_by):
-        said = "the process was killed"
-        hint = "the system does so most often for lack of RAM: try a smaller model or batch"
+class _RootCause(Struct, frozen=True):
+    """Which of several processes failed first, as torchrun reports it."""
+
+    rank: int
+    signal: str
+
+
+def failed(
+    run: RunDir, returncode: int, log_start: int = 0, kills_before: int | None = None
+) -> RunFailedError:
+    """The process's own error, and what to do about it. Its log begins at byte `log_start`.
+    `kills_before`: for lack of memory, counted when it began."""
+    log = _read_log(run.stderr, log_start)
+    root = _root_cause(log)
+    said = last_words(run.stderr, log_start, rank=root.rank if root else None)
+    died_by = _DIED_BY.findall(log)
+    hint = said_hint(run.stderr, log_start) or f"the whole output is in {run.stderr}"
+    if root and root.signal:  # what the others say is that one has gone
+        said = f"rank {root.rank} was ended by {root.signal}"
+        resumable = run.last_checkpoint() is not None
+        hint = f"go on with `ftplan resume {run.root}`" if resumable else hint
+        if root.signal == "SIGKILL":
+            hint = f"{_why_killed(kills_before)}; {hint}"
+    elif not said and (returncode == -signal.SIGKILL or "SIGKILL" in died_by):
+        said, hint = "the process was killed", _why_killed(kills_before)
     elif "out of memory" in said.lower():
         hint = (
             "plan again with `--per-device-train-batch-size 1 --gradient-checkpointing yes`, "
@@ -197,11 +237,40 @@ def failed(run: RunDir, returncode: int, log_start: int = 0) -> RunFailedError:
     return RunFailedError(f"training failed: {said or end}", hint)
 
 
-def last_words(stderr: Path, log_start: int = 0, limit: int = 300) -> str:
-    """The last line of the log that looks like an error; the launchers' own wrapping left out."""
-    lines = (_RANK.sub("", line) for line in _read_log(stderr, log_start).splitlines())
-    telling = [line.strip() for line in lines if _tells_an_error(line)]
+def _why_killed(kills_before: int | None) -> str:
+    kills = oom_kills()
+    if kills is None or kills_before is None:
+        return "the system does so most often for lack of RAM: try a smaller model or batch"
+    if kills > kills_before:
+        return "the system did so for lack of RAM, by its own count: try a smaller model or batch"
+    return (
+        "the system does so most often for lack of RAM, but its count of such kills has not risen: "
+        "a person or a batch system may have done it"
+    )
+
+
+def _root_cause(log: str) -> _RootCause | None:
+    found = _ROOT_CAUSE.search(log)
+    return _RootCause(int(found["rank"]), found["signal"] or "") if found else None
+
+
+def last_words(stderr: Path, log_start: int = 0, limit: int = 300, rank: int | None = None) -> str:
+    """The last line of the log that looks like an error; the launchers' own wrapping left out. Of
+    several ranks, where it said something, that of `rank`."""
+    lines = _read_log(stderr, log_start).splitlines()
+    own = [line for line in lines if line.startswith(f"[rank{rank}]: ")]
+    for each in (own, lines):
+        words = (_RANK.sub("", line) for line in each)
+        if telling := [line.strip() for line in words if _tells_an_error(line)]:
+            break
     return telling[-1].removeprefix("error: ")[:limit] if telling else ""
+
+
+def said_hint(stderr: Path, log_start: int = 0) -> str:
+    """What the training process itself advises beside its error; empty where it crashed."""
+    lines = [_RANK.sub("", line) for line in _read_log(stderr, log_start).splitlines()]
+    hints = [line for line in lines if line.startswith("hint: ")]
+    return hints[-1].removeprefix("hint: ") if hints else ""
 
 
 def _tells_an_error(line: str) -> bool:

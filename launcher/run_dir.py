@@ -96,6 +96,11 @@ class RunDir(Struct, frozen=True):
         return self.root / "stderr.log"
 
     @property
+    def stacks(self) -> Path:
+        """A file for each rank, which gets its stack when the run hangs."""
+        return self.root / "stacks"
+
+    @property
     def loss_plot(self) -> Path:
         return self.root / "loss.png"
 
@@ -231,6 +236,16 @@ def open_run(path: Path) -> RunDir:
     return run
 
 
+def checked_folder_name(name: str, where: Path) -> str:
+    """A name within a run directory; raises InputError for one that leads out of it."""
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise InputError(
+            f"`{where}` names a folder `{name}`, which is not a plain name",
+            "folders of a run stay within it: put back the name that was planned",
+        )
+    return name
+
+
 def create_run(base: Path, name: str) -> RunDir:
     """A new, empty directory `base/name`, or `name-2`, `name-3`, ... where that is taken."""
     root = base / name
@@ -259,11 +274,16 @@ def _made(folder: Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -23,6 +23,7 @@ from ftplan.launcher.lock import held
 from ftplan.launcher.merge_adapter import merge_adapter
 from ftplan.launcher.run_dir import (
     RunDir,
+    checked_folder_name,
     create_run,
     open_run,
     read_mapping,
@@ -66,7 +67,10 @@ class StagesDir(Struct, frozen=True):
         raw = read_mapping(self.stages)
         try:
             return [
-                StageRun(run=open_run(self.root / stage["folder"]), **stage)
+                StageRun(
+                    run=open_run(self.root / checked_folder_name(stage["folder"], self.stages)),
+                    **stage,
+                )
                 for stage in raw["stages"]
             ]
         except (KeyError, TypeError) as error:

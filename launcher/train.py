@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ftplan.launcher.hangs import write_stack_when_asked
+from ftplan.launcher.masking import MaskedStream, secrets_of
 from ftplan.launcher.run_dir import open_run
 from ftplan.planner.errors import FtplanError
 
@@ -28,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = open_run(arguments.run_dir)
+        write_stack_when_asked(run)
         from ftplan.launcher.training.loop import train
 
         return train(run, resume=arguments.resume)
@@ -38,5 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
 
 
+def mask_output() -> None:
+    """From now on, to the traceback at the end, nothing printed holds a token or key."""
+    secrets = secrets_of()
+    sys.stdout = MaskedStream(sys.stdout, secrets)
+    sys.stderr = MaskedStream(sys.stderr, secrets)
+
+
 if __name__ == "__main__":
+    mask_output()
     sys.exit(main())

@@ -8,14 +8,16 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from ftplan.launcher.escaped import escaped
 from ftplan.planner.errors import FtplanError
 
 # Width of output that goes to a file or a pipe and has no terminal to ask.
@@ -27,6 +29,13 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """rich would exit with status 1, which means that something does not fit."""
         raise BrokenPipeError
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        """All that is printed comes by here, as text and styles: what of the text a terminal would
+        obey has come from data, files or models."""
+        return super()._render_buffer(
+            one if one.control else one._replace(text=escaped(one.text)) for one in buffer
+        )
 
 
 class Ui:

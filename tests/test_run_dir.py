@@ -85,6 +85,7 @@ class TestNames:
             "status": "status.json",
             "stdout": "stdout.log",
             "stderr": "stderr.log",
+            "stacks": "stacks",
             "loss_plot": "loss.png",
             "checkpoints": "checkpoints",
             "tokens": "tokens",

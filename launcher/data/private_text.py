@@ -42,6 +42,17 @@ def keys_in(text: str) -> Iterator[str]:
                 break
 
 
+def keys_masked(text: str, mask: str) -> str:
+    """The text with what `keys_in` finds replaced."""
+    examples = secret_patterns().examples.contains
+    for name, contains, pattern in _patterns():
+        if any(part in text for part in contains):
+            for key in {found[0] for found in pattern.finditer(text)}:
+                if _is_key(name, key, examples):
+                    text = text.replace(key, mask)
+    return text
+
+
 def assigned_in(text: str) -> Iterator[str]:
     """What looks random and is assigned to a name such as `password` or `api_key`."""
     lowered = text.lower()

@@ -249,7 +249,7 @@ class WholeWeights:
 
 def _model_config(request: MergeRequest) -> Any:
     settings = MODEL_CLASSES[request.objective].settings
-    config = AutoConfig.from_pretrained(str(request.base), **settings)
+    config = AutoConfig.from_pretrained(str(request.base), trust_remote_code=False, **settings)
     if (config.quantization_config if hasattr(config, "quantization_config") else None) is not None:
         raise InputError(
             f"the base model at `{request.base}` is quantized: an adapter is merged in 16 bits",

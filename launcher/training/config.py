@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ftplan.launcher.data.hashes import RowHashes
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.tasks import RowTasks
 from ftplan.launcher.data.templates import Template
-from ftplan.launcher.run_dir import RunDir, read_mapping
+from ftplan.launcher.run_dir import RunDir, checked_folder_name, read_mapping
 from ftplan.planner.errors import InputError
 from ftplan.planner.tasks import TaskWeighting
 
@@ -132,13 +133,37 @@ def read_train_config(run: RunDir) -> TrainConfig:
             method=raw["method"],
             method_settings=raw["method_settings"],
             loss=checked_loss(raw["loss"], raw["trainer"]),
-            training_arguments=raw["training_arguments"],
+            training_arguments=_checked_arguments(run, raw["training_arguments"]),
             rewards=raw["rewards"] or {},
             adapter=run.root / raw["adapter"] if raw.get("adapter") else None,
             stage=_stage_config(run, raw["stage"]) if raw.get("stage") else None,
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error
+
+
+# Of trainers' arguments, what would write or send anything outside of the run directory, run code
+# that comes with a model, or load what is no part of the run.
+_REFUSED = re.compile(
+    r".*_dir|push_to_hub|hub_.*|.*_hub_.*|trackio_.*|resume_from_checkpoint|trust_remote_code"
+    r"|.*_init_kwargs|chat_template_path|vllm_.*|accelerator_config|fsdp_config|deepspeed"
+)
+
+
+def _checked_arguments(run: RunDir, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in arguments:
+        if _REFUSED.fullmatch(name):
+            raise InputError(
+                f"`{run.train}` sets `{name}`, which a run may not set for itself",
+                f"remove `{name}` from its `training_arguments`",
+            )
+    return arguments
+
+
+def _kept_rows(run: RunDir, raw: Mapping[str, Any]) -> KeptRows:
+    kept = KeptRows(**raw)
+    checked_folder_name(kept.stage, run.train)
+    return kept
 
 
 def _task_weighting(raw: Mapping[str, Any]) -> TaskWeighting:
@@ -157,7 +182,7 @@ def _stage_config(run: RunDir, raw: Mapping[str, Any]) -> StageConfig:
     return StageConfig(
         earlier=tuple(RunDir(run.root / name) for name in raw["earlier"]),
         keeps=raw["keeps"],
-        keeps_to_replay=tuple(KeptRows(**kept) for kept in raw["keeps_to_replay"]),
+        keeps_to_replay=tuple(_kept_rows(run, kept) for kept in raw["keeps_to_replay"]),
         replayed=tuple(run.root / folder for folder in raw["replayed"]),
     )
 

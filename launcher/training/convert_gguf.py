@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def convert(gguf: Path, target: Path) -> None:
     """Write `target/` with bf16 safetensors, config and tokenizer."""
     folder, name = str(gguf.parent), gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.bfloat16, **_dequantized(name)
     )

@@ -22,6 +22,7 @@ from ftplan.launcher.manifest import read_manifest
 from ftplan.launcher.model_card import write_card
 from ftplan.launcher.run_dir import RunDir, overwrite_json, write_json, write_text
 from ftplan.launcher.training.adapters import settle_adapters
+from ftplan.launcher.training.bad_steps import StepGuard
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.checkpoints import CheckpointKeeper
 from ftplan.launcher.training.config import TrainConfig, read_train_config
@@ -35,6 +36,7 @@ from ftplan.launcher.training.evaluation import (
     forgetting_record,
     samples_record,
 )
+from ftplan.launcher.training.heartbeat import Heartbeat
 from ftplan.launcher.training.loftq import begin_with_what_is_lost
 from ftplan.launcher.training.machine_facts import machine_facts
 from ftplan.launcher.training.measure import (
@@ -66,6 +68,7 @@ from ftplan.launcher.training.vocabulary import (
     settle_ends,
 )
 from ftplan.launcher.versions import installed
+from ftplan.planner.errors import RunFailedError
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.overlong import overlong_to_dict
 
@@ -83,6 +86,7 @@ class _Session(Struct):
     status: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     cycle: Cycle | None = None
+    guard: StepGuard | None = None
     told: float = field(default_factory=time.monotonic)
 
     def say(self, stage: str, **details: Any) -> None:
@@ -142,6 +146,9 @@ def _train_alone(run: RunDir, resume: bool | str) -> int:
     except Stopped as stopped:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return stopped.exit_status
+    except RunFailedError:
+        session.say("failed", checkpoint=_checkpoint_name(run))
+        raise
     finally:
         remove_token_files(run.tokens)
 
@@ -176,6 +183,8 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
     trained = time.time()
     if session.stopping.exit_status is not None:
         raise Stopped(session.stopping.exit_status)
+    if session.guard is not None and session.guard.failure is not None:
+        raise session.guard.failure
     memory = measured_memory(session.recorder)
     after = _evaluate(session, evaluator, "after", before)
     earlier = _of_stages(session, trainer, rows.train)
@@ -234,6 +243,9 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     save_rows_alone(trainer.model)
     for reporter in (*reporters, session.reporter):
         reporter.trainer = trainer
+    session.guard = StepGuard(trainer, run, config, train_rows, session.reporter)
+    trainer.add_callback(session.guard)
+    trainer.add_callback(Heartbeat(run))
     session.cycle = add_cycle(trainer, run, config, session.recorder)
     if session.cycle is not None:
         session.cycle.notice = session.notice

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ftplan.launcher.data.rows import Message, Row
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
+from ftplan.launcher.model_source import check_safetensors
 
 Reward = Callable[..., list[float]]
 
@@ -109,8 +110,10 @@ def _reward_model(settings: Mapping[str, Any], device: torch.device) -> RewardMo
         dtype=getattr(torch, settings["dtype"]),
         attn_implementation=settings["attn_implementation"],
         use_safetensors=True,
+        trust_remote_code=False,
     )
     if adapter is not None:
+        check_safetensors(Path(adapter))
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     pad, end = tokenizer.tokenizer.pad_token_id, tokenizer.tokenizer.eos_token_id
     model.config.get_text_config().pad_token_id = end if pad is None else pad

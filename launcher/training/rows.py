@@ -46,12 +46,19 @@ _NO_LOSS = -100  # the label of a token without loss: torch's `ignore_index`
 
 class TrainingRows(Struct, frozen=True):
     """Rows as the objective's trainer takes them, each one's tokens, and what was done to them.
-    `tasks`: each one's, numbers of `TrainConfig.tasks`; None without tasks."""
+    `tasks`: each one's, numbers of `TrainConfig.tasks`; None without tasks. `files`, `numbers`:
+    where each one stands in the data."""
 
     dataset: Dataset
     lengths: Sequence[int]
     counts: RowCounts
     tasks: Sequence[int] | None = None
+    files: Sequence[int] = ()
+    numbers: Sequence[int] = ()
+
+    def source(self, row: int) -> tuple[int, int] | None:
+        """The number of a row's file, and its own there; None of a row of another stage."""
+        return (self.files[row], self.numbers[row]) if row < len(self.numbers) else None
 
 
 class RunRows(Struct, frozen=True):
@@ -190,6 +197,7 @@ class _Side:
         self.file = TokenFile(path, columns)
         self.make = MAKERS[config.objective](tokenizer, self.tally)
         self.tasks: array[int] | None = array("I") if config.tasks else None
+        self.files, self.numbers = array("I"), array("Q")
         self._pending: list[Row] = []
         self._tasks: list[int] = []
 
@@ -202,6 +210,9 @@ class _Side:
 
     def flush(self) -> None:
         made = list(self.make.rows(self._pending))
+        for row, count in zip(self._pending, self.tally.kept, strict=True):
+            self.files.extend([row.file] * count)
+            self.numbers.extend([row.number] * count)
         if self.tasks is not None:
             self._name_tasks([row for row, _ in made])
         self.file.write([row for row, _ in made], (length for _, length in made))
@@ -228,7 +239,7 @@ class _Side:
         dataset, lengths = mapped(self.file.path), self.file.lengths
         if self.config.objective == "kto":
             return self._paired(dataset, lengths, shuffled=shuffled)
-        return TrainingRows(dataset, lengths, counts, self.tasks)
+        return TrainingRows(dataset, lengths, counts, self.tasks, self.files, self.numbers)
 
     def _paired(self, dataset: Dataset, lengths: array[int], *, shuffled: bool) -> TrainingRows:
         """KTO's rows, which its trainer takes in the order in which they stand: that of training's
@@ -243,7 +254,10 @@ class _Side:
         path = self.file.path.with_suffix(".paired.arrow")
         paired = with_mismatched_answers(dataset, order, size, path)
         self.file.path.unlink()
-        return TrainingRows(paired, [lengths[row] for row in order], self.tally.counts)
+        ordered, files, numbers = (
+            [values[row] for row in order] for values in (lengths, self.files, self.numbers)
+        )
+        return TrainingRows(paired, ordered, self.tally.counts, files=files, numbers=numbers)
 
 
 Made = tuple[dict[str, Any], int]

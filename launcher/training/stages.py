@@ -13,6 +13,7 @@ from msgspec import structs
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from ftplan.launcher.model_source import check_safetensors
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training.config import StageConfig, TrainConfig, read_train_config
 from ftplan.launcher.training.objectives import make_trainer
@@ -28,6 +29,7 @@ def with_trained_adapter(
     """The model with a trained adapter that is trained further, under `config`: its rates of
     dropout may be new. Raises InputError where the folder holds none."""
     assert config is not None, "a method of PEFT's goes on"
+    check_safetensors(folder)
     try:
         return PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
     except (OSError, ValueError, RuntimeError) as error:

@@ -54,6 +54,7 @@ class StepReporter(TrainerCallback):
         self.run = run
         self.recorder = recorder
         self.trainer: PlannedTrainer | None = None
+        self.skipped_step = -1  # has no row: `bad_steps.StepGuard` tells of it
         self._began = 0.0
         self._seconds = 0.0
         self._tokens = 0
@@ -99,6 +100,8 @@ class StepReporter(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        if state.global_step == self.skipped_step:
             return
         row = {
             "step": state.global_step,
