@@ -31,6 +31,7 @@ class LiveView(AbstractContextManager["LiveView"]):
         self.stage = ""
         self.last_step = 0
         self.rows = 0  # a quiet line tells of more only
+        self.told = 0
         self.began = time.monotonic()
         self.progress: Progress | None = None
         if ui.err.is_terminal:
@@ -59,6 +60,10 @@ class LiveView(AbstractContextManager["LiveView"]):
 
     def update(self, status: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Take in the latest status and metric rows."""
+        said = [row["said"] for row in rows if "said" in row]
+        for line in said[self.told :]:
+            self._line(line)
+        self.told = len(said)
         stage = str(status.get("stage", "starting"))
         steps = [row for row in rows if "step" in row]
         latest = steps[-1] if steps else None

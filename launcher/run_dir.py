@@ -27,6 +27,7 @@ _INPUTS = frozenset(
         "command.txt",
         "data_profile.json",
         "left_out.jsonl",
+        "next_plans.json",
         "data",
         "base",
     }
@@ -80,6 +81,16 @@ class RunDir(Struct, frozen=True):
     def status(self) -> Path:
         """What the training process is doing now; replaced at every change."""
         return self.root / "status.json"
+
+    @property
+    def next_plans(self) -> Path:
+        """Plans of the ranking that need less, for a run that memory runs out in."""
+        return self.root / "next_plans.json"
+
+    @property
+    def lowered(self) -> Path:
+        """What the run computes with since memory ran out."""
+        return self.root / "lowered.json"
 
     @property
     def stdout(self) -> Path:
@@ -162,13 +173,18 @@ class RunDir(Struct, frozen=True):
         results = [p for p in self.root.iterdir() if p.name not in {*_INPUTS, "previous"}]
         if not results:
             return None
+        target = self.new_previous()
+        for path in results:
+            shutil.move(path, target / path.name)
+        return target
+
+    def new_previous(self) -> Path:
+        """A new folder of `previous`, with the next free number."""
         number = 1
         while (self.previous / str(number)).exists():
             number += 1
         target = self.previous / str(number)
         target.mkdir(parents=True)
-        for path in results:
-            shutil.move(path, target / path.name)
         return target
 
     def read_plan(self) -> dict[str, Any]:

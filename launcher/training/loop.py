@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ from ftplan.launcher.training.measure import (
 )
 from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
+from ftplan.launcher.training.out_of_memory import Recovery, StartAgain, carried_through
+from ftplan.launcher.training.preflight import (
+    WeightsMovedError,
+    check_machine,
+    is_worth_trying,
+    preflight_record,
+    try_longest_batches,
+)
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.stages import (
@@ -80,6 +89,7 @@ class _Session(Struct):
     tokenizer: RowTokenizer
     reporter: StepReporter
     recorder: CpuAllocationRecorder
+    recovery: Recovery
     stop_status: int | None = None
     training: bool = False
     cycle: Cycle | None = None
@@ -106,13 +116,20 @@ class _Session(Struct):
 
 
 def train(run: RunDir, *, resume: bool) -> int:
-    """Carry the run out; returns the exit status. `record.json` is written last."""
+    """Carry the run out; returns the exit status. `record.json` is written last.
+
+    Raises RunFailedError where memory runs out and nothing is left to give up.
+    """
+    return carried_through(run, read_train_config, partial(_attempt, run), resume=resume)
+
+
+def _attempt(run: RunDir, recovery: Recovery, resume: bool) -> int:
     started = time.time()
-    config = read_train_config(run)
+    config = recovery.lowered_config()
     recorder = CpuAllocationRecorder()
     reporter = StepReporter(run, recorder)
     tokenizer = load_tokenizer(config.model, config.template, add_tokens=config.add_tokens)
-    session = _Session(run, config, tokenizer, reporter, recorder)
+    session = _Session(run, config, tokenizer, reporter, recorder, recovery)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, session.on_signal)
     try:
@@ -126,6 +143,8 @@ def train(run: RunDir, *, resume: bool) -> int:
 
 def _train(session: _Session, *, resume: bool, started: float) -> int:
     run, config = session.run, session.config
+    for said in check_machine(run, config, resume=resume):
+        append_metric(run, {"event": "preflight", "said": said})
     session.say("reading the data")
     rows = read_rows(config, session.tokenizer, run.tokens, session.tell_rows)
     session.say("loading the model")
@@ -135,12 +154,14 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     evaluator = Evaluator(trainer, session.tokenizer, config, asked, session.say)
     loaded = time.time()
     checkpoint = run.last_checkpoint() if resume else None
-    if checkpoint:
+    if resume:
         forget_steps_after(run, checkpoint)
-    before = _earlier_evaluation(run) if checkpoint else None
+    before = _earlier_evaluation(run) if resume else None
     if before is None:
         before = _evaluate(session, evaluator, "before")
     write_json(run.environment, environment())
+    if checkpoint is None:
+        _try_longest_batches(session, trainer)
     if session.cycle is not None:
         session.say("preparing the adapters")
         session.cycle.prepare(trainer, checkpoint)
@@ -157,7 +178,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     after = _evaluate(session, evaluator, "after", before)
     earlier = _of_stages(session, trainer, rows.train)
     session.say("saving")
-    output = save(session, trainer)
+    output = session.recovery.saved(lambda: save(session, trainer), trainer)
     if trainer.is_world_process_zero():
         from ftplan.launcher.training.plot import plot_loss  # a second that a dry run need not pay
 
@@ -165,11 +186,28 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started
         record = make_record(session, trainer, rows, before, after, memory, seconds, output)
-        record |= earlier
+        record |= earlier | session.recovery.record() | preflight_record(run)
         write_card(run, record, run.root / output)
         write_json(run.record, record)
         session.say("finished")
     return 0
+
+
+def _try_longest_batches(session: _Session, trainer: Any) -> None:
+    """Where it is worth its time; once, however often the run is started."""
+    run, recovery = session.run, session.recovery
+    if recovery.tried or not is_worth_trying(run, session.config):
+        return
+    session.say("trying the longest batches")
+    try:
+        row = try_longest_batches(trainer, run.read_plan()["predicted"])
+    except WeightsMovedError:
+        recovery.tried = True
+        raise StartAgain from None
+    recovery.tried = True
+    if trainer.is_world_process_zero():
+        append_metric(run, row)
+        session.say("trying the longest batches", measured=row["measured"])
 
 
 def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: TrainingRows) -> Any:
@@ -210,7 +248,18 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     for reporter in (*reporters, session.reporter):
         reporter.trainer = trainer
     session.cycle = add_cycle(trainer, run, config, session.recorder)
+    session.recovery.apply(trainer)
+    wrap_for_all_ranks(trainer)
     return trainer
+
+
+def wrap_for_all_ranks(trainer: Any) -> None:
+    """On several GPUs the model in DDP, before it is first evaluated: an evaluation prepares it for
+    itself alone, training takes what is prepared as it stands, and no gradient would be exchanged
+    (transformers 5.23 `Trainer.evaluation_loop`, accelerate 1.15 `Accelerator.prepare_model`)."""
+    if trainer.args.world_size > 1:
+        model = trainer._wrap_model(trainer.model)
+        trainer.model_wrapped = trainer.accelerator.prepare_model(model)
 
 
 def planned_arguments(
@@ -234,7 +283,8 @@ def _evaluate(
     session: _Session, evaluator: Evaluator, when: str, before: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """What the model can do now; kept in metrics.jsonl for a resume."""
-    result = evaluator.evaluate(when, before)
+    trainer = evaluator.trainer
+    result = session.recovery.evaluated(lambda: evaluator.evaluate(when, before), trainer)
     if evaluator.trainer.is_world_process_zero():
         append_metric(session.run, result)
     return result
@@ -266,9 +316,10 @@ def _earlier_evaluation(run: RunDir) -> dict[str, Any] | None:
     return next(rows, None)
 
 
-def forget_steps_after(run: RunDir, checkpoint: Path) -> None:
-    """Take the steps that are going to be repeated out of metrics.jsonl."""
-    last = int(checkpoint.name.removeprefix("checkpoint-"))
+def forget_steps_after(run: RunDir, checkpoint: Path | None) -> None:
+    """Take the steps that are going to be repeated out of metrics.jsonl: without a checkpoint all
+    of them."""
+    last = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
     kept = [row for row in run.metric_rows() if row.get("step", 0) <= last]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 

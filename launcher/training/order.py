@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Sampler
 
+from ftplan.launcher.training.out_of_memory import InPieces
 from ftplan.planner.batching import training_order
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class PlannedSampler(Sampler[int]):
         return len(self.lengths)
 
 
-class PlannedOrder:
+class PlannedOrder(InPieces):
     """For trainers of transformers. `row_lengths`: tokens of each row; None, and the trainer takes
     rows in its own order. `tasks`: a TaskMix, where rows are of several tasks. `step_tokens`:
     padding included, since it was last set to 0."""
@@ -72,4 +73,4 @@ class PlannedOrder:
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.step_tokens += inputs["input_ids"].numel()
-        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().training_step(model, inputs, *args, **kwargs)
