@@ -32,12 +32,12 @@ from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, settled
 from ftplan.launcher.probe import probe_machine
-from ftplan.launcher.process import run_to_end
+from ftplan.launcher.process import Watch, run_to_end
 from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.version import version
-from ftplan.planner.errors import InputError
+from ftplan.planner.errors import InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.host_verdict import run_disk_bytes
 from ftplan.planner.methods import resolve_method
@@ -251,7 +251,7 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     devices = _devices_for(ui, run, written, plan)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
-        run_to_end(run, emit.launch_command(run, resume), environment, live.update)
+        _run_through(run, environment, live.update, resume=resume)
     record = run.read_record()
     from ftplan.launcher import views
 
@@ -262,6 +262,20 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     if said := views.said_forgetting(record):
         ui.warn(said)
     return record
+
+
+def _run_through(
+    run: RunDir, environment: Mapping[str, str], watch: Watch, *, resume: bool
+) -> None:
+    """The run to its end. Where memory has run out on one of several GPUs, all processes are
+    started again, with what it has given up."""
+    while True:
+        try:
+            return run_to_end(run, emit.launch_command(run, resume), environment, watch)
+        except RunFailedError:
+            if not run.read_status().get("again"):
+                raise
+        resume = True
 
 
 def planned_settings(run: RunDir, written: Mapping[str, Any]) -> TrainingPlan:

@@ -6,8 +6,8 @@ computed again, smaller evaluation batches. The next plan of the ranking comes l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from itertools import pairwise
+from typing import Literal
 
 from msgspec import Struct, structs
 
@@ -15,8 +15,10 @@ from ftplan.planner.errors import InputError
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.refused_steps import needs_whole_graph
 
+# What a row of metrics.jsonl, and the stage of status.json, call it.
+EVENT = "out of memory"
+
 Place = Literal["load", "forward", "backward", "optimizer step", "evaluation", "save"]
-PLACES: tuple[str, ...] = get_args(Place)
 
 # Where activations are alive, or what they leave of the allocator's blocks counts.
 _OF_A_STEP = ("forward", "backward", "optimizer step")
@@ -58,9 +60,6 @@ class Change(Struct, frozen=True, kw_only=True):
     lowered: Lowered
     what: str
     why: str
-
-    def to_dict(self) -> Mapping[str, Any]:
-        return {"what": self.what, "why": self.why, **structs.asdict(self.lowered)}
 
 
 def next_change(
@@ -122,7 +121,7 @@ def row_pieces(num_rows: int, at_once: int) -> list[range]:
     """Rows in pieces of at most `at_once`, as even as can be: 5 rows of at most 3 are 2 and 3."""
     count = _passes(num_rows, max(1, at_once))
     ends = [num_rows * number // count for number in range(count + 1)]
-    return [range(first, end) for first, end in zip(ends, ends[1:], strict=False)]
+    return [range(first, end) for first, end in pairwise(ends)]
 
 
 def is_divisible(plan: TrainingPlan) -> bool:

@@ -190,7 +190,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def make_run(model_folder: Path, data_file: Path, runs: Path) -> MakeRun:
     def make(data: Path = data_file, **given: Any) -> RunDir:
-        return write_run(planned(model_folder, data, runs, **{**SETTINGS, **given}), None, runs)
+        settings = {name: v for name, v in {**SETTINGS, **given}.items() if v is not None}
+        return write_run(planned(model_folder, data, runs, **settings), None, runs)
 
     return make
 

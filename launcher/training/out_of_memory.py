@@ -29,13 +29,18 @@ from ftplan.launcher.next_plans import num_next_plans, take_next_plan
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_json, write_text
 from ftplan.launcher.training.config import TrainConfig
 from ftplan.planner.errors import RunFailedError
-from ftplan.planner.out_of_memory import Change, Lowered, Place, next_change, row_pieces
+from ftplan.planner.out_of_memory import (
+    EVENT,
+    Change,
+    Lowered,
+    Place,
+    next_change,
+    row_pieces,
+)
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.units import format_bytes
 
 T = TypeVar("T")
-
-EVENT = "out of memory"
 
 # Exit status of a process whose run is to be started again as it stands (EX_TEMPFAIL).
 AGAIN = 75
@@ -208,7 +213,7 @@ class Recovery:
             trainer.args.per_device_eval_batch_size = self.lowered.eval_rows
 
     def evaluated(self, evaluate: Callable[[], T], trainer: Any) -> T:
-        """An evaluation, which changes nothing, so that it is begun anew with fewer rows at once."""
+        """An evaluation, which changes nothing: it is begun anew with fewer rows at once."""
         while True:
             try:
                 return evaluate()
@@ -476,20 +481,22 @@ class InPieces:
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """A checkpoint that there is no memory for is left out, and training goes on."""
         trainer: Any = self
-        save = super()._save_checkpoint  # type: ignore[misc]
+        save, recovery = super()._save_checkpoint, self.recovery  # type: ignore[misc]
+        if recovery is None or recovery.is_distributed:
+            save(*args, **kwargs)
+            return
         for _ in range(2):
             try:
-                return save(*args, **kwargs)
+                save(*args, **kwargs)
+                return
             except Exception as error:
-                if self.recovery is None or not is_out_of_memory(error):
-                    raise
-                if self.recovery.is_distributed:
+                if not is_out_of_memory(error):
                     raise
                 trouble = Trouble.of(error)
             folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             release_memory()
-        self.recovery.skip_checkpoint(trouble)
+        recovery.skip_checkpoint(trouble)
 
 
 def _rows_of(inputs: dict[str, Any], rows: range, num_rows: int, copies: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy
