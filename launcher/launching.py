@@ -251,7 +251,7 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     devices = _devices_for(ui, run, written, plan)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
-        _run_through(run, environment, live.update, resume=resume)
+        run_through(run, environment, live.update, resume=resume)
     record = run.read_record()
     from ftplan.launcher import views
 
@@ -264,9 +264,7 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     return record
 
 
-def _run_through(
-    run: RunDir, environment: Mapping[str, str], watch: Watch, *, resume: bool
-) -> None:
+def run_through(run: RunDir, environment: Mapping[str, str], watch: Watch, *, resume: bool) -> None:
     """The run to its end. Where memory has run out on one of several GPUs, all processes are
     started again, with what it has given up."""
     while True:

@@ -138,6 +138,7 @@ def _attempt(run: RunDir, recovery: Recovery, resume: bool) -> int:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return stopped.exit_status
     finally:
+        recorder.stop()
         remove_token_files(run.tokens)
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,8 +25,9 @@ from typing import Any, TypeVar
 import torch
 from msgspec import Struct, convert, structs
 
-from ftplan.launcher.host import ram_bytes
+from ftplan.launcher.host import ram_bytes, read_text
 from ftplan.launcher.next_plans import num_next_plans, take_next_plan
+from ftplan.launcher.process import children_of
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_json, write_text
 from ftplan.launcher.training.config import TrainConfig
 from ftplan.planner.errors import RunFailedError
@@ -71,6 +73,9 @@ _PLACES: Mapping[str, Place] = {
     "evaluate": "evaluation",
     "_of_stages": "evaluation",
 }
+
+# torch's older, reentrant function needs hooks that a trainer sets when it is made.
+_CHECKPOINTING = {"use_reentrant": False}
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -170,12 +175,10 @@ class Recovery:
         """The configuration with what is set before a trainer is made."""
         if not self.lowered.checkpoints_all:
             return self.config
-        given = self.config.training_arguments
-        reentrant = (given.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
         changed = {
-            **given,
+            **self.config.training_arguments,
             "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+            "gradient_checkpointing_kwargs": _CHECKPOINTING,
         }
         return structs.replace(self.config, training_arguments=changed)
 
@@ -203,8 +206,9 @@ class Recovery:
         release_memory()
         self.apply(trainer)
         if self.lowered.checkpoints_all and not before.checkpoints_all:
-            kwargs = self.lowered_config().training_arguments["gradient_checkpointing_kwargs"]
-            trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+            trainer.model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=_CHECKPOINTING
+            )
 
     def apply(self, trainer: Any) -> None:
         """Have a trainer compute with so many rows at once."""
@@ -245,8 +249,11 @@ class Recovery:
         rows = [row for row in self.run.metric_rows() if row.get("event") == EVENT]
         return {"out_of_memory": rows} if rows else {}
 
-    def skip_checkpoint(self, trouble: Trouble) -> None:
-        self._note(trouble, "this checkpoint", "training goes on, and the one before is kept")
+    def note_checkpoint(self, trouble: Trouble, *, again: bool) -> None:
+        if again:
+            self._note(trouble, "free blocks of memory", "the checkpoint is written again")
+        else:
+            self._note(trouble, "this checkpoint", "training goes on, and the one before is kept")
 
     def make_ready(self, trouble: Trouble | None) -> bool:
         """Make ready for another start, where `trouble` is given it gives something up first;
@@ -268,6 +275,7 @@ class Recovery:
         write_json(self.run.status, {"stage": EVENT, "pid": os.getpid(), "again": True})
         sys.stdout.flush()
         sys.stderr.flush()
+        _end_other_ranks()
         os._exit(AGAIN)  # torch's own end would wait for the other ranks
 
     def _tell(self, trouble: Trouble, change: Change | None) -> None:
@@ -318,6 +326,19 @@ _PLACE_TITLES: Mapping[Place, str] = {
     "evaluation": "evaluation",
     "save": "saving",
 }
+
+
+def _end_other_ranks() -> None:
+    """Of this machine. They wait in a collective, and torch's launcher would give them half a
+    minute before it ends them."""
+    if (run_id := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
+        return
+    own = f"TORCHELASTIC_RUN_ID={run_id}"
+    for pid in children_of(os.getppid()):
+        environ = read_text(Path(f"/proc/{pid}/environ")).split("\0")
+        if pid != os.getpid() and own in environ:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _asked(trouble: Trouble) -> str:
@@ -485,7 +506,7 @@ class InPieces:
         if recovery is None or recovery.is_distributed:
             save(*args, **kwargs)
             return
-        for _ in range(2):
+        for again in (True, False):
             try:
                 save(*args, **kwargs)
                 return
@@ -496,7 +517,7 @@ class InPieces:
             folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             release_memory()
-        recovery.skip_checkpoint(trouble)
+            recovery.note_checkpoint(trouble, again=again)
 
 
 def _rows_of(inputs: dict[str, Any], rows: range, num_rows: int, copies: int) -> dict[str, Any]:
