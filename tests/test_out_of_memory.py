@@ -19,19 +19,24 @@ import pytest
 pytest.importorskip("trl", reason="needs the `train` extra")
 
 import torch
+from msgspec import structs
 from transformers import Trainer
 
 from ftplan.launcher import launching
 from ftplan.launcher.launching import write_run
-from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.ran_out import ladder_at_the_end
+from ftplan.launcher.run_dir import RunDir, write_json, write_yaml
 from ftplan.launcher.training import loop, preflight
-from ftplan.launcher.training.out_of_memory import EVENT, is_out_of_memory
+from ftplan.launcher.training.out_of_memory import is_out_of_memory
 from ftplan.launcher.training.trainer import PlannedTrainer
+from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import RunFailedError
-from ftplan.planner.out_of_memory import Lowered, Place, next_change, row_pieces
+from ftplan.planner.hardware_spec import MemoryHolder
+from ftplan.planner.out_of_memory import EVENT, Lowered, Place, next_change, row_pieces
 from ftplan.planner.plan import TrainingPlan
+from ftplan.planner.units import GIB
 from tests.launcher_fixtures import save_tiny_llama
-from tests.test_training import planned
+from tests.test_training import CPU, planned
 
 PLAN = TrainingPlan(
     per_device_train_batch_size=4, gradient_accumulation_steps=2, gradient_checkpointing=False
@@ -125,6 +130,46 @@ def test_libraries_say_in_many_ways_that_memory_is_gone(error: Exception) -> Non
 )
 def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+# --- before the first step
+
+
+def test_a_gpu_that_others_hold_is_told_with_their_names() -> None:
+    holder = MemoryHolder(pid=4711, name="python", used_bytes=30 * GIB)
+    gpu = structs.replace(CPU, name="A100", kind="cuda", free_bytes=10 * GIB, holders=(holder,))
+    (said,) = preflight.lacking_gpu(gpu, 20 * GIB)
+    assert "10.0 GiB is free on A100" in said
+    assert "python (process 4711) holds 30.0 GiB" in said
+    assert not list(preflight.lacking_gpu(gpu, 9 * GIB))
+
+
+@pytest.mark.train
+def test_a_run_that_its_disk_cannot_hold_does_not_begin(make_run: MakeRun) -> None:
+    run = make_run()
+    written = run.read_plan()
+    assert 0 < written["needs"]["disk_bytes"] < GIB
+    write_yaml(run.plan, {**written, "needs": {**written["needs"], "disk_bytes": 2**60}})
+    with pytest.raises(RunFailedError, match="checkpoints, the trained model and the rows take"):
+        loop.train(run, resume=False)
+
+
+@pytest.mark.train
+def test_a_run_that_ends_for_want_of_memory_is_told_what_would_make_room(
+    model_folder: Path, data_file: Path, runs: Path
+) -> None:
+    given = {name: value for name, value in SETTINGS.items() if "checkpointing" not in name}
+    plan = planned(model_folder, data_file, runs, **given)
+    run = write_run(plan, None, runs)
+    write_json(run.status, {"stage": EVENT})
+    with pytest.raises(RunFailedError) as caught, ladder_at_the_end(Ui(as_json=True), plan, run):
+        raise RunFailedError("training failed: out of memory", "none yet")
+    assert caught.value.message == "training failed: out of memory"
+    assert "what would fit" in (caught.value.hint or "")
+    write_json(run.status, {"stage": "training"})
+    with pytest.raises(RunFailedError) as other, ladder_at_the_end(Ui(as_json=True), plan, run):
+        raise RunFailedError("another error", "its own hint")
+    assert other.value.hint == "its own hint"
 
 
 # --- runs that go on

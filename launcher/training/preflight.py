@@ -58,7 +58,7 @@ def check_machine(run: RunDir, config: TrainConfig, *, resume: bool) -> list[str
         gpus = probe_machine(run_dir=run.root).gpus
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         if rank < len(gpus):
-            lacking += _lacking_gpu(gpus[rank], required_bytes(written))
+            lacking += lacking_gpu(gpus[rank], required_bytes(written))
     return lacking
 
 
@@ -114,7 +114,7 @@ def required_bytes(written: Mapping[str, Any]) -> int:
     return int(written.get("estimate", {}).get("per_gpu", {}).get("required_bytes", 0))
 
 
-def _lacking_gpu(gpu: Device, required: int) -> Iterator[str]:
+def lacking_gpu(gpu: Device, required: int) -> Iterator[str]:
     if required <= gpu.free_bytes:
         return
     others = [holder for holder in gpu.holders if holder.pid != os.getpid()]
