@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.out_of_memory import Recovery, StartAgain, carried_through
 from ftplan.launcher.training.preflight import (
+    PREFLIGHT,
     WeightsMovedError,
     check_machine,
     is_worth_trying,
@@ -100,6 +102,12 @@ class _Session(Struct):
         if os.environ.get("RANK", "0") == "0":
             write_json(self.run.status, {"stage": stage, "pid": os.getpid(), **details})
 
+    def note_lacking(self, lacking: Sequence[str]) -> None:
+        """Tell what a person should know before the model is loaded."""
+        if os.environ.get("RANK", "0") == "0":
+            for said in lacking:
+                append_metric(self.run, {"event": PREFLIGHT, "said": said})
+
     def tell_rows(self, done: int, of: int) -> None:
         """How many rows have been put into tokens; once a second."""
         if time.monotonic() - self.told > 1:
@@ -138,14 +146,14 @@ def _attempt(run: RunDir, recovery: Recovery, resume: bool) -> int:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return stopped.exit_status
     finally:
-        recorder.stop()
+        with contextlib.suppress(RuntimeError, MemoryError):  # of less interest than what is raised
+            recorder.stop()
         remove_token_files(run.tokens)
 
 
 def _train(session: _Session, *, resume: bool, started: float) -> int:
     run, config = session.run, session.config
-    for said in check_machine(run, config, resume=resume):
-        append_metric(run, {"event": "preflight", "said": said})
+    session.note_lacking(check_machine(run, config, resume=resume))
     session.say("reading the data")
     rows = read_rows(config, session.tokenizer, run.tokens, session.tell_rows)
     session.say("loading the model")

@@ -29,7 +29,8 @@ from ftplan.planner.hardware_spec import Device
 from ftplan.planner.objectives import OBJECTIVES
 from ftplan.planner.units import format_bytes
 
-EVENT = "preflight"
+# What a row of metrics.jsonl, and record.json, call it.
+PREFLIGHT = "preflight"
 
 TRIAL_STEPS = 2
 
@@ -157,9 +158,9 @@ def is_tight(run: RunDir) -> bool:
 
 def preflight_record(run: RunDir) -> Row:
     """`preflight` of record.json, where something was tried."""
-    rows = [row for row in run.metric_rows() if row.get("event") == EVENT and "measured" in row]
+    rows = [row for row in run.metric_rows() if row.get("event") == PREFLIGHT and "measured" in row]
     told = ("measured", "predicted")
-    return {EVENT: {name: rows[-1][name] for name in told}} if rows else {}
+    return {PREFLIGHT: {name: rows[-1][name] for name in told}} if rows else {}
 
 
 class WeightsMovedError(Exception):
@@ -180,7 +181,7 @@ def try_longest_batches(trainer: Any, predicted: Mapping[str, Any]) -> Row:
     measured = measured_memory(CpuAllocationRecorder())
     names = ("allocated_bytes", "reserved_bytes", "device_bytes")
     return {
-        "event": EVENT,
+        "event": PREFLIGHT,
         "measured": {name: measured[name] for name in names},
         "predicted": {name: predicted.get(name) for name in names},
         "said": f"tried the longest batches: {_beside(measured, predicted)}",
