@@ -207,12 +207,16 @@ def rewards(plan: TrainingPlan, reward_model: Mapping[str, str | None] | None) -
     }
 
 
-def launch_command(run: RunDir, checkpoint: Path | None = None) -> list[str]:
+def launch_command(
+    run: RunDir, checkpoint: Path | None = None, *, again: bool = False
+) -> list[str]:
     """`accelerate launch` of the training module on a run directory. `checkpoint`: of it, which the
-    run goes on from."""
+    run goes on from; `again`: what it has measured so far is kept where there is none."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(run.accelerate), "-m", TRAIN_MODULE, str(run.root)]
-    return [*command, "--resume", checkpoint.name] if checkpoint else command
+    if checkpoint:
+        return [*command, "--resume", checkpoint.name]
+    return [*command, "--resume"] if again else command
 
 
 def environment_changes(

@@ -7,9 +7,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from msgspec import structs
 
 from ftplan.launcher import emit
 from ftplan.launcher.data.data_file import DataFile
@@ -28,12 +31,13 @@ from ftplan.launcher.host import usable_cores
 from ftplan.launcher.live import LiveView
 from ftplan.launcher.lock import HELD_BY_LAUNCHER, held
 from ftplan.launcher.manifest import total_bytes
+from ftplan.launcher.next_plans import cheaper_plans, write_next_plans
 from ftplan.launcher.notices import Notices
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_cautions import plan_cautions
-from ftplan.launcher.planning import Planned
+from ftplan.launcher.planning import Planned, settled
 from ftplan.launcher.probe import probe_machine
-from ftplan.launcher.process import run_to_end, watched_by
+from ftplan.launcher.process import Watch, run_to_end, watched_by
 from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import (
     RunDir,
@@ -47,10 +51,12 @@ from ftplan.launcher.ui import Ui
 from ftplan.launcher.user_data import remember
 from ftplan.launcher.version import version
 from ftplan.launcher.versions import unlike
-from ftplan.planner.errors import InputError
+from ftplan.planner.errors import InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.host_verdict import run_disk_bytes
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
+from ftplan.planner.ranking import Evaluated
 from ftplan.planner.teams import roomiest
 from ftplan.planner.trained import target_names
 from ftplan.planner.units import GIB, MIB, format_bytes
@@ -92,9 +98,9 @@ def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> 
     model = planned.source
     assert planned.hashes and planned.tokenizer, "what is launched has a tokenizer"
     tasks = tasks_of(planned.data, planned.eval_data)
-    train = emit.train_config(
-        plan.replace(target_modules=target_names(model.spec, plan.target_modules)),
-        device,
+    train_config = partial(
+        emit.train_config,
+        device=device,
         model=str((model.folder or Path()).resolve()),
         data=_data_config(run, planned.data),
         eval_data=_data_config(run, planned.eval_data) if planned.eval_data else None,
@@ -105,7 +111,15 @@ def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> 
         token_ids=planned.tokenizer.trained_ids,
         tasks=tasks.to_dict() if tasks else None,
     )
-    write_yaml(run.train, {**train, **of_stage}, "Read by the training process.")
+
+    def train_of(plan: TrainingPlan) -> dict[str, Any]:
+        named = target_names(model.spec, plan.target_modules)
+        return train_config(plan.replace(target_modules=named))
+
+    train = {**train_of(plan), **of_stage}
+    write_yaml(run.train, train, "Read by the training process.")
+    if not of_stage:  # the stages after it go on from what this one trains
+        _write_next_plans(run, planned, train_of)
     write_yaml(run.accelerate, emit.accelerate_config(plan, device))
     profile = profile_to_dict(planned.profile, model.spec, plan.max_length)
     write_json(run.data_profile, profile)
@@ -113,6 +127,24 @@ def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> 
     write_text(run.command, _command_text(run, team.members or (team.device,), plan))
     # Last: a directory without its plan is not a run directory.
     write_yaml(run.plan, plan_to_dict(planned), "What was planned, and why.")
+
+
+def _write_next_plans(
+    run: RunDir, planned: Planned, train_of: Callable[[TrainingPlan], dict[str, Any]]
+) -> None:
+    """The runners-up that need less, for when memory runs out."""
+
+    def files_of(other: Evaluated) -> dict[str, Any]:
+        instead = structs.replace(planned, chosen=other, closed_form=None)
+        return {
+            "plan": plan_to_dict(instead),
+            "train": train_of(other.plan),
+            "accelerate": emit.accelerate_config(other.plan, planned.device),
+        }
+
+    cheaper = cheaper_plans(planned.chosen, planned.ranking)
+    profile, given = planned.profile, planned.offer.given
+    write_next_plans(run, [settled(other, profile, given) for other in cheaper], files_of)
 
 
 def _data_config(run: RunDir, data: DataFile) -> dict[str, Any]:
@@ -191,6 +223,7 @@ def plan_to_dict(planned: Planned) -> dict[str, Any]:
         "steps": planned.steps,
         "plan": planned.chosen.reasoned.to_dict(),
         "predicted": predicted(planned),
+        "needs": _needs(planned),
         "estimate": estimate_to_dict(
             spec,
             planned.chosen.reasoned,
@@ -201,6 +234,16 @@ def plan_to_dict(planned: Planned) -> dict[str, Any]:
             confirmed=planned.confirmed,
             margin=planned.ranking.margin,
         ),
+    }
+
+
+def _needs(planned: Planned) -> dict[str, int]:
+    """Of the machine around the device, which the training process asks for once more."""
+    profile, memory = planned.profile, planned.chosen.memory
+    num_tokens = profile.train_counts.num_tokens + profile.eval_counts.num_tokens
+    return {
+        "host_ram_bytes": memory.host.required_bytes,
+        "disk_bytes": run_disk_bytes(memory, planned.chosen.plan, planned.steps, num_tokens),
     }
 
 
@@ -264,7 +307,7 @@ def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> d
     with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
         hangs = HangWatch(ui, run, written["predicted"].get("step_seconds"))
         watch = watched_by(Notices(ui).update, live.update, hangs.update)
-        run_to_end(run, emit.launch_command(run, checkpoint), environment, watch)
+        run_through(run, environment, watch, checkpoint)
     record = run.read_record()
     remember(ui, run)
     from ftplan.launcher import views
@@ -276,6 +319,21 @@ def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> d
     if said := views.said_forgetting(record):
         ui.warn(said)
     return record
+
+
+def run_through(
+    run: RunDir, environment: Mapping[str, str], watch: Watch, checkpoint: Path | None
+) -> None:
+    """The run to its end. Where memory has run out on one of several GPUs, all processes are
+    started again, with what it has given up."""
+    command = emit.launch_command(run, checkpoint)
+    while True:
+        try:
+            return run_to_end(run, command, environment, watch)
+        except RunFailedError:
+            if not run.read_status().get("again"):
+                raise
+        command = emit.launch_command(run, run.last_checkpoint(hashes=True), again=True)
 
 
 def planned_settings(run: RunDir, written: Mapping[str, Any]) -> TrainingPlan:

@@ -32,6 +32,7 @@ class LiveView(AbstractContextManager["LiveView"]):
         self.last_step = 0
         self.num_notices = 0
         self.rows = 0  # a quiet line tells of more only
+        self.told = 0
         self.began = time.monotonic()
         self.progress: Progress | None = None
         if ui.err.is_terminal:
@@ -63,6 +64,10 @@ class LiveView(AbstractContextManager["LiveView"]):
         for text in status.get("notices", [])[self.num_notices :]:
             self.num_notices += 1
             self.ui.warn(text)
+        said = [row["said"] for row in rows if "said" in row]
+        for line in said[self.told :]:
+            self._line(line)
+        self.told = len(said)
         stage = str(status.get("stage", "starting"))
         steps = [row for row in rows if "step" in row]
         latest = steps[-1] if steps else None

@@ -276,17 +276,21 @@ def planned_again(
 def _chosen(
     ui: Ui, source: ModelSource, profile: DataProfile, offer: Offer
 ) -> tuple[Ranking, Evaluated]:
-    """The ranking and its best plan, with its method's cycles; on a processor one that keeps to the
-    time budget."""
+    """The ranking and its best plan."""
     ranking = offer.ranking(source.spec, profile)
     if ranking.best is None:
         raise refusal(ui, source, profile, offer, ranking)
-    chosen = ranking.best
+    return ranking, settled(ranking.best, profile, offer.given)
+
+
+def settled(chosen: Evaluated, profile: DataProfile, given: Mapping[str, Any]) -> Evaluated:
+    """A plan with what follows from the number of its steps; on a processor one that keeps to the
+    time budget. Raises InputError for a method that has too few."""
     if chosen.device.kind == "cpu":
-        chosen = limit_to_time_budget(chosen, profile, offer.given, CPU_TIME_BUDGET_SECONDS)
+        chosen = limit_to_time_budget(chosen, profile, given, CPU_TIME_BUDGET_SECONDS)
     steps = optimizer_steps(chosen.plan, profile.num_train_rows)
     check_steps(chosen.plan, steps)
-    return ranking, with_cycles(chosen, steps)
+    return with_cycles(chosen, steps)
 
 
 def _check_host(chosen: Evaluated, host: Host, profile: DataProfile) -> None:

@@ -174,13 +174,19 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """All processes below one, by Linux's own list: torchrun gives each worker a session of its
-    own, so that a signal to the group does not reach it."""
+    """All processes below one: torchrun gives each worker a session of its own, so that a signal to
+    the group does not reach it."""
+    children = children_of(pid)
+    return [*children, *(below for child in children for below in _descendants(child))]
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that one has started, by Linux's own list; none elsewhere."""
     children: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # it has just ended
             children += [int(child) for child in path.read_text().split()]
-    return [*children, *(below for child in children for below in _descendants(child))]
+    return children
 
 
 def interrupted(run: RunDir, number: int | None = None) -> InterruptedRunError:
@@ -229,10 +235,7 @@ def failed(
     elif not said and (returncode == -signal.SIGKILL or "SIGKILL" in died_by):
         said, hint = "the process was killed", _why_killed(kills_before)
     elif "out of memory" in said.lower():
-        hint = (
-            "plan again with `--per-device-train-batch-size 1 --gradient-checkpointing yes`, "
-            "or a shorter `--max-length`"
-        )
+        hint = "plan again with a shorter `--max-length`, a smaller model or a larger GPU"
     end = f"died by {died_by[0]}" if died_by else f"exit status {returncode}"
     return RunFailedError(f"training failed: {said or end}", hint)
 

@@ -32,6 +32,7 @@ _INPUTS = frozenset(
         "command.txt",
         "data_profile.json",
         "left_out.jsonl",
+        "next_plans.json",
         "data",
         "base",
         LOCK_NAME,
@@ -86,6 +87,16 @@ class RunDir(Struct, frozen=True):
     def status(self) -> Path:
         """What the training process is doing now; replaced at every change."""
         return self.root / "status.json"
+
+    @property
+    def next_plans(self) -> Path:
+        """Plans of the ranking that need less, for a run that memory runs out in."""
+        return self.root / "next_plans.json"
+
+    @property
+    def lowered(self) -> Path:
+        """What the run computes with since memory ran out."""
+        return self.root / "lowered.json"
 
     @property
     def stdout(self) -> Path:
@@ -190,13 +201,18 @@ class RunDir(Struct, frozen=True):
         results = [p for p in self.root.iterdir() if p.name not in {*_INPUTS, "previous"}]
         if not results:
             return None
+        target = self.new_previous()
+        for path in results:
+            shutil.move(path, target / path.name)
+        return target
+
+    def new_previous(self) -> Path:
+        """A new folder of `previous`, with the next free number."""
         number = 1
         while (self.previous / str(number)).exists():
             number += 1
         target = self.previous / str(number)
         target.mkdir(parents=True)
-        for path in results:
-            shutil.move(path, target / path.name)
         return target
 
     def read_plan(self) -> dict[str, Any]:
@@ -217,12 +233,18 @@ class RunDir(Struct, frozen=True):
         if not self.metrics.is_file():
             return
         for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
+            row = parsed_row(line)
+            if row is not None:
                 yield row
+
+
+def parsed_row(line: str | bytes) -> dict[str, Any] | None:
+    """The mapping of one line of JSON; None of a damaged one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def open_run(path: Path) -> RunDir:

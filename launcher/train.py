@@ -1,7 +1,8 @@
 """The training process: `accelerate launch ... -m ftplan.launcher.train RUN_DIR [--resume]`.
 
 Reads everything from the run directory and writes everything to it. Exit status: 0 finished,
-130 or 143 stopped by SIGINT or SIGTERM with a checkpoint, 2 for input that cannot be used.
+130 or 143 stopped by SIGINT or SIGTERM with a checkpoint, 2 for input that cannot be used, 75 to be
+started again after memory ran out on one of several GPUs.
 """
 
 from __future__ import annotations

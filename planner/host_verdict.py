@@ -28,6 +28,18 @@ def lacking_ram(memory: MemoryEstimate, host: Host, device: Device) -> str | Non
 TOKEN_FILE_BYTES = 8
 
 
+def run_disk_bytes(
+    memory: MemoryEstimate, plan: TrainingPlan, steps: int | None = None, num_tokens: int = 0
+) -> int:
+    """What a run directory comes to. `steps`: optimizer steps of the run, where known;
+    `num_tokens`: of its rows, which lie there while it trains."""
+    saves = math.inf if steps is None else math.ceil(steps / plan.save_steps)
+    merges = {}
+    if steps is not None and plan.resolved_method.merges:
+        merges["num_merges"] = num_restarts(steps, restart_steps(plan, steps))
+    return memory.disk.run_bytes(saves, **merges) + plan.num_gpus * TOKEN_FILE_BYTES * num_tokens
+
+
 def lacking_disk(
     memory: MemoryEstimate,
     host: Host,
@@ -35,13 +47,8 @@ def lacking_disk(
     steps: int | None = None,
     num_tokens: int = 0,
 ) -> str | None:
-    """What is missing on the run's disk. `steps`: optimizer steps of the run, where known;
-    `num_tokens`: of its rows, which lie there while it trains."""
-    saves = math.inf if steps is None else math.ceil(steps / plan.save_steps)
-    merges = {}
-    if steps is not None and plan.resolved_method.merges:
-        merges["num_merges"] = num_restarts(steps, restart_steps(plan, steps))
-    needed = memory.disk.run_bytes(saves, **merges) + plan.num_gpus * TOKEN_FILE_BYTES * num_tokens
+    """What is missing on the run's disk; see `run_disk_bytes`."""
+    needed = run_disk_bytes(memory, plan, steps, num_tokens)
     if needed <= host.disk_free_bytes:
         return None
     return (

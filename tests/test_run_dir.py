@@ -70,6 +70,8 @@ class TestNames:
         }
         assert paths == {
             "plan": "plan.yaml",
+            "lowered": "lowered.json",
+            "next_plans": "next_plans.json",
             "accelerate": "accelerate.yaml",
             "train": "train.yaml",
             "base": "base",

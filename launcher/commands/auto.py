@@ -16,6 +16,7 @@ from ftplan.launcher.confirm import confirm
 from ftplan.launcher.launching import carry_out, write_run
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.planning import make_plan
+from ftplan.launcher.ran_out import ladder_at_the_end
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.training.config import checked_loss
 from ftplan.launcher.ui import Ui
@@ -62,6 +63,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         return 0
     run_dir = write_run(planned, arguments.name, arguments.runs_dir)
     ui.say(f"run directory: {run_dir.root}")
-    record = carry_out(ui, run_dir)
+    with ladder_at_the_end(ui, planned, run_dir):
+        record = carry_out(ui, run_dir)
     ui.json({**planned_to_dict(planned), "run_dir": str(run_dir.root), "record": record})
     return 0

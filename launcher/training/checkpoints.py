@@ -24,6 +24,7 @@ from ftplan.launcher.disk_full import free_bytes, is_disk_full
 from ftplan.launcher.manifest import seal, sync_folder, total_bytes
 from ftplan.launcher.run_dir import CHECKPOINT_PREFIX, RunDir
 from ftplan.launcher.training.measure import storage_sizes
+from ftplan.launcher.training.out_of_memory import is_out_of_memory
 from ftplan.planner.errors import InputError
 from ftplan.planner.units import MIB, format_bytes, format_seconds
 
@@ -97,9 +98,9 @@ def _told_unreadable(checkpoint: str | None) -> Iterator[None]:
     so. A full GPU is none."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"checkpoint `{checkpoint}` cannot be read here: {said[:300]}",

@@ -114,9 +114,10 @@ class Evaluator(Struct, frozen=True):
     def _tokens_at_once(self) -> int:
         """Half of what an evaluation batch has: keys and values of a layer are two, what
         checkpointing keeps of it is one."""
-        arguments = self.config.training_arguments
-        longest = int(arguments.get("max_length") or MOST_PROMPT_TOKENS)
-        return int(arguments["per_device_eval_batch_size"]) * longest // 2
+        longest = int(self.config.training_arguments.get("max_length") or MOST_PROMPT_TOKENS)
+        rows = int(self.config.training_arguments["per_device_eval_batch_size"])
+        recovery = getattr(self.trainer, "recovery", None)
+        return (recovery.lowered.eval_rows if recovery else rows) * longest // 2
 
 
 def asked_rows(config: TrainConfig, tokenizer: RowTokenizer, rows: Sequence[Row]) -> list[AskedRow]:

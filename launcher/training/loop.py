@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,13 @@ from ftplan.launcher.disk_full import is_disk_full
 from ftplan.launcher.lock import held_for_training
 from ftplan.launcher.manifest import read_manifest
 from ftplan.launcher.model_card import write_card
-from ftplan.launcher.run_dir import RunDir, overwrite_json, write_json, write_text
+from ftplan.launcher.run_dir import (
+    RunDir,
+    overwrite_json,
+    parsed_row,
+    write_bytes,
+    write_json,
+)
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.bad_steps import StepGuard
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
@@ -47,7 +55,16 @@ from ftplan.launcher.training.measure import (
 )
 from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
+from ftplan.launcher.training.out_of_memory import Recovery, StartAgain, carried_through
 from ftplan.launcher.training.prefix_start import begin_with_words
+from ftplan.launcher.training.preflight import (
+    PREFLIGHT,
+    WeightsMovedError,
+    check_machine,
+    is_worth_trying,
+    preflight_record,
+    try_longest_batches,
+)
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.saving import write_whole
@@ -70,6 +87,7 @@ from ftplan.launcher.training.vocabulary import (
 from ftplan.launcher.versions import installed
 from ftplan.planner.errors import RunFailedError
 from ftplan.planner.methods import resolve_method
+from ftplan.planner.out_of_memory import EVENT as OUT_OF_MEMORY
 from ftplan.planner.overlong import overlong_to_dict
 
 
@@ -81,6 +99,7 @@ class _Session(Struct):
     tokenizer: RowTokenizer
     reporter: StepReporter
     recorder: CpuAllocationRecorder
+    recovery: Recovery
     stopping: StopOnSignal = field(default_factory=StopOnSignal)
     training: bool = False
     status: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +130,12 @@ class _Session(Struct):
             # What fits into the file's own block needs no room.
             overwrite_json(self.run.status, {**self.status, **told})
 
+    def note_lacking(self, lacking: Sequence[str]) -> None:
+        """Tell what a person should know before the model is loaded."""
+        if os.environ.get("RANK", "0") == "0":
+            for said in lacking:
+                append_metric(self.run, {"event": PREFLIGHT, "said": said})
+
     def tell_rows(self, done: int, of: int) -> None:
         """How many rows have been put into tokens; once a second."""
         if time.monotonic() - self.told > 1:
@@ -126,19 +151,20 @@ class _Session(Struct):
 def train(run: RunDir, *, resume: bool | str) -> int:
     """Carry the run out; returns the exit status. `record.json` is written last.
 
-    `resume`: from the last whole checkpoint, or from that of a name.
+    `resume`: from the last whole checkpoint, or from that of a name. Raises RunFailedError where
+    memory runs out and nothing is left to give up.
     """
     with held_for_training(run.root):
-        return _train_alone(run, resume)
+        return carried_through(run, read_train_config, partial(_attempt, run), resume=resume)
 
 
-def _train_alone(run: RunDir, resume: bool | str) -> int:
+def _attempt(run: RunDir, recovery: Recovery, resume: bool | str) -> int:
     started = time.time()
-    config = read_train_config(run)
+    config = recovery.lowered_config()
     recorder = CpuAllocationRecorder()
     reporter = StepReporter(run, recorder)
     tokenizer = load_tokenizer(config.model, config.template, add_tokens=config.add_tokens)
-    session = _Session(run, config, tokenizer, reporter, recorder)
+    session = _Session(run, config, tokenizer, reporter, recorder, recovery)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, session.on_signal)
     try:
@@ -150,11 +176,14 @@ def _train_alone(run: RunDir, resume: bool | str) -> int:
         session.say("failed", checkpoint=_checkpoint_name(run))
         raise
     finally:
+        with contextlib.suppress(RuntimeError, MemoryError):  # of less interest than what is raised
+            recorder.stop()
         remove_token_files(run.tokens)
 
 
 def _train(session: _Session, *, resume: bool | str, started: float) -> int:
     run, config = session.run, session.config
+    session.note_lacking(check_machine(run, config, resume=bool(resume)))
     session.say("reading the data")
     rows = read_rows(config, session.tokenizer, run.tokens, session.tell_rows)
     session.say("loading the model")
@@ -164,13 +193,15 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
     evaluator = Evaluator(trainer, session.tokenizer, config, asked, session.say)
     loaded = time.time()
     checkpoint = _checkpoint_of(session, resume)
-    if checkpoint and trainer.is_world_process_zero():
+    if resume and trainer.is_world_process_zero():
         forget_rows_after(run, checkpoint)
-    before = _earlier_evaluation(run) if checkpoint else None
+    before = _earlier_evaluation(run) if resume else None
     if before is None:
         before = _evaluate(session, evaluator, "before")
     if trainer.is_world_process_zero():
         write_json(run.environment, environment())
+    if checkpoint is None:
+        _try_longest_batches(session, trainer)
     if session.cycle is not None:
         session.say("preparing the adapters")
         session.cycle.prepare(trainer, checkpoint)
@@ -189,7 +220,7 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
     after = _evaluate(session, evaluator, "after", before)
     earlier = _of_stages(session, trainer, rows.train)
     session.say("saving")
-    output = save(session, trainer)
+    output = session.recovery.saved(lambda: save(session, trainer), trainer)
     if trainer.is_world_process_zero():
         from ftplan.launcher.training.plot import plot_loss  # a second that a dry run need not pay
 
@@ -197,11 +228,28 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started
         record = make_record(session, trainer, rows, before, after, memory, seconds, output)
-        record |= earlier
+        record |= earlier | session.recovery.record() | preflight_record(run)
         write_card(run, record, run.root / output)
         write_json(run.record, record)
         session.say("finished")
     return 0
+
+
+def _try_longest_batches(session: _Session, trainer: Any) -> None:
+    """Where it is worth its time; once, however often the run is started."""
+    run, recovery = session.run, session.recovery
+    if recovery.tried or not is_worth_trying(run, session.config):
+        return
+    session.say("trying the longest batches")
+    try:
+        row = try_longest_batches(trainer, run.read_plan()["predicted"])
+    except WeightsMovedError:
+        recovery.tried = True
+        raise StartAgain from None
+    recovery.tried = True
+    if trainer.is_world_process_zero():
+        append_metric(run, row)
+        session.say("trying the longest batches", measured=row["measured"])
 
 
 def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: TrainingRows) -> Any:
@@ -249,7 +297,18 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     session.cycle = add_cycle(trainer, run, config, session.recorder)
     if session.cycle is not None:
         session.cycle.notice = session.notice
+    session.recovery.apply(trainer)
+    wrap_for_all_ranks(trainer)
     return trainer
+
+
+def wrap_for_all_ranks(trainer: Any) -> None:
+    """On several GPUs the model in DDP, before it is first evaluated: an evaluation prepares it for
+    itself alone, training takes what is prepared as it stands, and no gradient would be exchanged
+    (transformers 5.23 `Trainer.evaluation_loop`, accelerate 1.15 `Accelerator.prepare_model`)."""
+    if trainer.args.world_size > 1:
+        model = trainer._wrap_model(trainer.model)
+        trainer.model_wrapped = trainer.accelerator.prepare_model(model)
 
 
 def planned_arguments(
@@ -273,7 +332,8 @@ def _evaluate(
     session: _Session, evaluator: Evaluator, when: str, before: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """What the model can do now; kept in metrics.jsonl for a resume."""
-    result = evaluator.evaluate(when, before)
+    trainer = evaluator.trainer
+    result = session.recovery.evaluated(lambda: evaluator.evaluate(when, before), trainer)
     if evaluator.trainer.is_world_process_zero():
         append_metric(session.run, result)
     return result
@@ -312,17 +372,25 @@ def _checkpoint_of(session: _Session, resume: bool | str) -> Path | None:
     if not resume:
         return None
     session.say("checking the checkpoints")
-    checkpoint = session.run.last_checkpoint(session.notice, hashes=True)
-    if checkpoint is None and os.environ.get("RANK", "0") == "0":
-        session.run.metrics.unlink(missing_ok=True)  # all of it is going to be repeated
-    return checkpoint
+    return session.run.last_checkpoint(session.notice, hashes=True)
 
 
-def forget_rows_after(run: RunDir, checkpoint: Path) -> None:
-    """Take what is going to be repeated out of metrics.jsonl: all after the checkpoint."""
-    length = read_manifest(checkpoint).get("metrics_bytes")
-    if length is not None and run.metrics.is_file():
-        write_text(run.metrics, run.metrics.read_bytes()[:length].decode("utf-8", "replace"))
+def forget_rows_after(run: RunDir, checkpoint: Path | None) -> None:
+    """Take what is going to be repeated out of metrics.jsonl: all after the checkpoint, without one
+    all of training. What was given up for lack of memory stays given up."""
+    if not run.metrics.is_file():
+        return
+    length = read_manifest(checkpoint).get("metrics_bytes") if checkpoint else 0
+    if length is None:
+        return
+    written = run.metrics.read_bytes()
+    kept = [written[:length]]
+    for line in written[length:].splitlines(keepends=True):
+        row = parsed_row(line) or {}
+        before_training = checkpoint is None and not {"step", "at_step"} & set(row)
+        if row and (row.get("event") == OUT_OF_MEMORY or before_training):
+            kept.append(line)
+    write_bytes(run.metrics, b"".join(kept))
 
 
 def keep_checkpoints(session: _Session, trainer: Any) -> None:

@@ -51,10 +51,14 @@ class TokenizedRows(PlannedOrder):
 class PlannedDPOTrainer(TokenizedRows, DPOTrainer):
     """Rows have `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
+    has_pairs = True
+
 
 class PlannedKTOTrainer(TokenizedRows, KTOTrainer):
     """Rows have `prompt_ids`, `completion_ids`, `KL_completion_ids` (those of another row of the
     same micro-batch) and `label`. They are taken as they stand, so that micro-batches are those."""
+
+    is_divisible = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return KTOTrainer._get_train_sampler(self, train_dataset)
@@ -62,6 +66,8 @@ class PlannedKTOTrainer(TokenizedRows, KTOTrainer):
 
 class PlannedRewardTrainer(TokenizedRows, RewardTrainer):
     """Rows have `chosen_ids` and `rejected_ids`."""
+
+    has_pairs = True
 
 
 class Training(Struct, frozen=True, kw_only=True):

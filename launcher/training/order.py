@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Sampler
 
 from ftplan.launcher.training.checkpoints import DurableCheckpoints
+from ftplan.launcher.training.out_of_memory import InPieces
 from ftplan.planner.batching import training_order
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class PlannedSampler(Sampler[int]):
         return len(self.lengths)
 
 
-class PlannedOrder(DurableCheckpoints):
+class PlannedOrder(InPieces, DurableCheckpoints):
     """For trainers of transformers. `row_lengths`: tokens of each row; None, and the trainer takes
     rows in its own order. `tasks`: a TaskMix, where rows are of several tasks. `step_tokens`:
     padding included, since it was last set to 0."""
@@ -73,4 +74,4 @@ class PlannedOrder(DurableCheckpoints):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.step_tokens += inputs["input_ids"].numel()
-        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().training_step(model, inputs, *args, **kwargs)

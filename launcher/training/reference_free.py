@@ -71,6 +71,7 @@ class ReferenceFreeTrainer(PlannedTrainer):
     """Rows have `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
     loss_is_scaled_for_ga = False
+    has_pairs = True
 
     def __init__(self, *, args: Any, processing_class: Any, **kwargs: Any) -> None:
         pad_token_id = processing_class.pad_token_id
