@@ -22,8 +22,8 @@ from ftplan.launcher.data.profiling import (
 )
 from ftplan.launcher.data.tasks import tasks_of
 from ftplan.launcher.estimate_json import estimate_to_dict
+from ftplan.launcher.gpu_samples import Sampling
 from ftplan.launcher.host import usable_cores
-from ftplan.launcher.live import LiveView
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned
@@ -33,6 +33,7 @@ from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.version import version
+from ftplan.launcher.watching import live_view
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.methods import resolve_method
@@ -207,7 +208,7 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     plan = planned_settings(run, written)
     devices = _devices_for(ui, run, written, plan)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
-    with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
+    with Sampling(run, devices) as samples, live_view(ui, run, written, samples) as live:
         run_to_end(run, emit.launch_command(run, resume), environment, live.update)
     record = run.read_record()
     from ftplan.launcher import views

@@ -77,6 +77,11 @@ class RunDir(Struct, frozen=True):
         return self.root / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What GPUs and the training process's memory did while it ran."""
+        return self.root / "samples.jsonl"
+
+    @property
     def status(self) -> Path:
         """What the training process is doing now; replaced at every change."""
         return self.root / "status.json"
@@ -189,12 +194,18 @@ class RunDir(Struct, frozen=True):
         if not self.metrics.is_file():
             return
         for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
+            row = parsed_row(line)
+            if row is not None:
                 yield row
+
+
+def parsed_row(line: str | bytes) -> dict[str, Any] | None:
+    """The mapping of one line of JSON; None of a damaged one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _whole(checkpoint: Path) -> bool:

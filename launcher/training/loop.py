@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.model_card import write_card
+from ftplan.launcher.processes import named_process
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
@@ -84,11 +85,13 @@ class _Session(Struct):
     training: bool = False
     cycle: Cycle | None = None
     told: float = field(default_factory=time.monotonic)
+    process: dict[str, Any] = field(default_factory=named_process)
 
     def say(self, stage: str, **details: Any) -> None:
         """Tell the launcher what is going on."""
         if os.environ.get("RANK", "0") == "0":
-            write_json(self.run.status, {"stage": stage, "pid": os.getpid(), **details})
+            told = {"stage": stage, "pid": os.getpid(), "process": self.process, **details}
+            write_json(self.run.status, told)
 
     def tell_rows(self, done: int, of: int) -> None:
         """How many rows have been put into tokens; once a second."""
