@@ -263,17 +263,21 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
     """What was made, where it is, and how to use it: lines to be copied."""
     folder = run.root / record["output"]
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    method = resolve_method(record["method"])
-    merges = record["output"] == "adapter" and method.has_rank and method.peft_type is not None
     return [
         f"{record['output']:<10}  {folder} ({format_bytes(size)})",
         f"loss curve  {run.loss_plot}",
         f"figures     {run.record}",
         f"again       ftplan launch {run.root}",
-        *([f"one model   ftplan merge {run.root}"] if merges else []),
+        *([f"one model   ftplan merge {run.root}"] if is_merged_by_ftplan(record) else []),
         "use it",
         *(f"    {line}" for line in _loading_lines(record, folder)),
     ]
+
+
+def is_merged_by_ftplan(record: Mapping[str, Any]) -> bool:
+    """Whether a run's result is an adapter that `ftplan merge` takes."""
+    method = resolve_method(record["method"])
+    return record["output"] == "adapter" and method.has_rank and method.peft_type is not None
 
 
 def _loading_lines(record: Mapping[str, Any], folder: Path) -> list[str]:

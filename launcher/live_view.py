@@ -23,8 +23,11 @@ Part = tuple[str, str] | tuple[str, str, str]
 RECENT_STEPS = 8
 
 _LABEL_CELLS = 11
-_PLOT_ROWS = range(2, 13)
+_FEWEST_PLOT_ROWS, _MOST_PLOT_ROWS = 2, 12
 _ROWS_WITH_AXIS = 5
+
+# Where rows are few, so many facts matter more than the curve, and the others less.
+_FACTS_BEFORE_PLOT = 3
 
 # Worth a colour: a prediction that is missed by more.
 _FAR_OFF = 0.1
@@ -84,11 +87,11 @@ def view(watched: Watched, width: int, height: int) -> list[Text]:
     head = [_title(watched, width), _progress(watched, steps, width)]
     facts = list(_facts(watched, steps, width, height))
     room = height - len(head)
-    spare = room - len(facts)
-    if len(steps) > 1 and spare < _PLOT_ROWS.start and not watched.ascii_only:
-        spare = min(_PLOT_ROWS.start, room - 3)  # three facts go before a curve, others after
-    plot_rows = min(spare, _PLOT_ROWS.stop - 1)
-    plot = _plot(steps, width, plot_rows, watched) if plot_rows >= _PLOT_ROWS.start else []
+    plot_rows = min(room - len(facts), _MOST_PLOT_ROWS)
+    if plot_rows < _FEWEST_PLOT_ROWS:
+        plot_rows = min(_FEWEST_PLOT_ROWS, room - _FACTS_BEFORE_PLOT)
+    draws = plot_rows >= _FEWEST_PLOT_ROWS and not watched.ascii_only
+    plot = loss_plot(steps, width, plot_rows) if draws else []
     kept = {id(line) for _, line in sorted(facts, key=_rank)[: max(0, room - len(plot))]}
     return [*head, *plot, *(line for _, line in facts if id(line) in kept)][:height]
 
@@ -285,20 +288,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _plot(steps: Sequence[Row], width: int, rows: int, watched: Watched) -> list[Text]:
-    """The training loss, with what its edges mean."""
-    if watched.ascii_only or len(steps) < 2:
+def loss_plot(steps: Sequence[Row], width: int, rows: int) -> list[Text]:
+    """The training loss in so many lines, with what its edges mean; none where there is no room."""
+    cells = width - _LABEL_CELLS - 1
+    if len(steps) < 2 or cells < 4:
         return []
     with_axis = rows >= _ROWS_WITH_AXIS
-    losses = [float(row["loss"]) for row in steps]
-    cells = width - _LABEL_CELLS - 1
-    if cells < 4:
-        return []
-    drawn, low, high = curve(losses, cells, rows - with_axis)
+    drawn, low, high = curve([float(row["loss"]) for row in steps], cells, rows - with_axis)
     labels = {0: f"{high:#.3g}", len(drawn) - 1: f"{low:#.3g}"}
     lines = [
-        Text.assemble((f"{labels.get(number, ''):>{_LABEL_CELLS - 1}} ", "dim"), (cells_, "cyan"))
-        for number, cells_ in enumerate(drawn)
+        Text.assemble((f"{labels.get(number, ''):>{_LABEL_CELLS - 1}} ", "dim"), (line, "cyan"))
+        for number, line in enumerate(drawn)
     ]
     if with_axis:
         first, last = str(steps[0]["step"]), f"step {steps[-1]['step']}"

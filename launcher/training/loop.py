@@ -18,6 +18,7 @@ from msgspec import Struct, field, to_builtins
 from transformers import set_seed
 
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
+from ftplan.launcher.gpu_samples import sampled_peaks
 from ftplan.launcher.model_card import write_card
 from ftplan.launcher.processes import named_process
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
@@ -324,6 +325,7 @@ def make_record(
             "train_seconds": spent,
             "seconds": seconds,
         },
+        "sampled": sampled_peaks(session.run),
         "evaluation": evaluation_record(config.objective, before, after, len(trainer.eval_dataset)),
         "forgetting": forgetting_record(config, before, after),
         **_tasks_record(trainer, before, after),
