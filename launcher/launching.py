@@ -31,6 +31,7 @@ from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.process import run_to_end
 from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import RunDir, create_run, write_json, write_text, write_yaml
+from ftplan.launcher.trackers import require_trackers
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.version import version
 from ftplan.launcher.watching import live_view
@@ -207,6 +208,8 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     written = run.read_plan()
     plan = planned_settings(run, written)
     devices = _devices_for(ui, run, written, plan)
+    for notice in require_trackers(plan.report_to, os.environ, run):
+        ui.say(notice)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     with Sampling(run, devices) as samples, live_view(ui, run, written, samples) as live:
         run_to_end(run, emit.launch_command(run, resume), environment, live.update)

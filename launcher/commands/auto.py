@@ -17,6 +17,7 @@ from ftplan.launcher.launching import carry_out, write_run
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.planning import make_plan
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
+from ftplan.launcher.trackers import require_trackers
 from ftplan.launcher.training.config import checked_loss
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         )
     require_training()
     given = given_settings(arguments)
+    require_trackers(given.get("report_to", ()))
     defaults = TrainingPlan()
     checked_loss(given.get("loss", defaults.loss), given.get("trainer", defaults.trainer))
     if arguments.then:

@@ -43,6 +43,7 @@ from ftplan.launcher.training.measure import (
 )
 from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
+from ftplan.launcher.training.reporting import settle_reporting
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.stages import (
@@ -181,6 +182,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     config, run = session.config, session.run
     objective = config.objective
     arguments = planned_arguments(objective, config.training_arguments, str(run.checkpoints))
+    settle_reporting(arguments, config.report_to, run)
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
     add_rows(model, session.tokenizer)
