@@ -15,8 +15,7 @@ from rich.text import Text
 from ftplan.launcher.gpu_samples import Sample
 from ftplan.launcher.live_view import (
     Watched,
-    printable,
-    said_event,
+    said_events,
     said_rows,
     seconds_left,
     step_rows,
@@ -60,7 +59,7 @@ class LiveView(AbstractContextManager["LiveView"]):
         self.stage = ""
         self.last_step = 0
         self.rows = 0  # a quiet line tells of more only
-        self.told_rows = 0  # of metrics.jsonl, whose events have been told
+        self.told: int | None = None  # events so far
         self.began = time.monotonic() - elapsed_seconds
         self.screen = Screen(ui.err) if ui.err.is_terminal and not ui.err.is_dumb_terminal else None
 
@@ -118,10 +117,12 @@ class LiveView(AbstractContextManager["LiveView"]):
         if status.get("rows", 0) > self.rows:
             self.rows = status["rows"] + status["of_rows"] // _QUIET_LINES
             self._line(f"{stage}: {said_rows(status)}")
-        for row in rows[self.told_rows :]:
-            if (event := said_event(row)) is not None:
-                self._line(printable(event))
-        self.told_rows = len(rows)
+        events = said_events(rows)
+        if self.told is None:  # what a resumed run has been told of before is not told again
+            self.told = len(events)
+        for event in events[self.told :]:
+            self._line(event)
+        self.told = len(events)
         every = max(1, self.total_steps // _QUIET_LINES)
         if latest and latest["step"] >= self.last_step + every:
             self.last_step = latest["step"]

@@ -71,14 +71,10 @@ def said_rows(status: Mapping[str, Any]) -> str:
     return f"{status['rows']:,} of {status['of_rows']:,} rows" if "rows" in status else ""
 
 
-def said_event(row: Row) -> str | None:
-    """What a row tells that a person should see at once; None of steps and evaluations."""
-    event = row.get("event")
-    if not isinstance(event, str) or event.startswith("evaluation"):
-        return None
-    what = row.get("message") or row.get("why")
-    at = f" at step {row['step']}" if "step" in row else ""
-    return event + at + (f": {what}" if isinstance(what, str) else "")
+def said_events(rows: Sequence[Row]) -> list[str]:
+    """What a person should see of what happened, in order: rows of events that are worth it have
+    it in words, under `said`."""
+    return [printable(row["said"]) for row in rows if isinstance(row.get("said"), str)]
 
 
 def view(watched: Watched, width: int, height: int) -> list[Text]:
@@ -149,10 +145,9 @@ def _facts(
         yield from _device_facts(watched, sample, width, height)
     if watched.checkpoint:
         yield 5, _line("saved", [(watched.checkpoint, "")], width)
-    told = [said for row in watched.rows if (said := said_event(row)) is not None]
-    if told:
-        more = f"  ({len(told) - 1} more before)" if len(told) > 1 else ""
-        yield 4, _line("noted", [(printable(told[-1]), "yellow"), (more, "dim")], width, last=True)
+    if told := said_events(watched.rows):
+        more = f"  (and {len(told) - 1} before)" if len(told) > 1 else ""
+        yield 4, _line("noted", [(told[-1], "yellow"), (more, "dim")], width, last=True)
 
 
 def _loss_parts(row: Row) -> list[Part]:

@@ -132,14 +132,21 @@ class TestQuietLines:
     def test_what_happened_is_told_once_and_does_not_break_a_line(
         self, ui: Ui, log: io.StringIO
     ) -> None:
-        event = {"event": "skipped", "step": 2, "why": "the loss is nan\x1b[2J in\nrows 3"}
+        event = {"event": "skipped", "said": "step 2 was skipped: nan\x1b[2J in\nrow 3"}
         with LiveView(ui, total_steps=0) as view:
             for rows in ([step(1)], [step(1), event], [step(1), event, step(2)]):
                 view.update({"stage": "training"}, rows)
         told = [line for line in log.getvalue().splitlines() if "skipped" in line]
-        assert [line.split("] ")[1] for line in told] == [
-            "skipped at step 2: the loss is nan [2J in rows 3"
-        ]
+        assert [line.split("] ")[1] for line in told] == ["step 2 was skipped: nan [2J in row 3"]
+
+    def test_a_resumed_run_does_not_tell_again_what_it_told_before(
+        self, ui: Ui, log: io.StringIO
+    ) -> None:
+        before, now = {"event": "x", "said": "long ago"}, {"event": "x", "said": "just now"}
+        with LiveView(ui, total_steps=0) as view:
+            view.update({}, [before])
+            view.update({}, [before, now])
+        assert "just now" in log.getvalue() and "long ago" not in log.getvalue()
 
     def test_the_time_left_follows_the_latest_steps(self, ui: Ui, log: io.StringIO) -> None:
         """The first steps hold the longest rows and warm things up."""

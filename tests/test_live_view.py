@@ -76,7 +76,7 @@ def lines_of(what: Watched, width: int, height: int) -> list[str]:
 class TestView:
     def test_eighty_columns(self) -> None:
         lines = lines_of(watched(), 80, 23)
-        assert lines[0] == "tiny-llama-lora-rows" + " " * 38 + "training  2 min 30 s"
+        assert lines[0] == "tiny-llama-lora-rows" + " " * 40 + "training  2 min 30 s"
         assert lines[1].startswith("━") and lines[1].endswith("30/100 steps, 2 min 20 s left")
         assert lines[-5:] == [
             "loss       1.550  learning rate 2.00e-04  gradient norm 0.8  epoch 1.50",
@@ -91,7 +91,7 @@ class TestView:
     @pytest.mark.parametrize("height", [2, 5, 9, 23, 49])
     @pytest.mark.parametrize("steps", [0, 1, 2, 500])
     def test_it_fits_whatever_the_size(self, width: int, height: int, steps: int) -> None:
-        event = {"event": "no room", "why": "x" * 300}
+        event = {"event": "no room", "said": "x" * 300}
         what = watched(steps, sample=Sample(at=0.0, gpus=(GPU,) * 8))
         what = Watched(**{**_fields(what), "rows": [*what.rows, event]})
         lines = view(what, width, height)
@@ -130,9 +130,9 @@ class TestView:
         assert abs(bar.count("━") - bar.count("─")) <= 1
 
     def test_what_happened_is_shown_without_its_control_characters(self) -> None:
-        rows = [step(1), {"event": "skipped", "step": 1, "message": "row\x1b[2J\u202e is nan"}]
+        rows = [step(1), {"event": "skipped", "said": "row\x1b[2J\u202e is nan"}]
         text = "\n".join(lines_of(watched(rows=rows), 80, 23))
-        assert "noted      skipped at step 1: row [2J  is nan" in text
+        assert "noted      row [2J  is nan" in text
 
     def test_a_terminal_without_utf_8_gets_no_braille(self) -> None:
         text = "\n".join(lines_of(watched(ascii_only=True), 80, 23))
