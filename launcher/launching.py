@@ -211,7 +211,10 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
     for notice in require_trackers(plan.report_to, os.environ, run):
         ui.say(notice)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
-    with Sampling(run, devices) as samples, live_view(ui, run, written, samples) as live:
+    with (
+        Sampling(run, devices) as samples,
+        live_view(ui, run, written, samples, resumes=resume) as live,
+    ):
         run_to_end(run, emit.launch_command(run, resume), environment, live.update)
     record = run.read_record()
     from ftplan.launcher import views

@@ -15,6 +15,7 @@ from rich.text import Text
 from ftplan.launcher.gpu_samples import Sample
 from ftplan.launcher.live_view import (
     Watched,
+    printable,
     said_events,
     said_rows,
     seconds_left,
@@ -39,6 +40,7 @@ class LiveView(AbstractContextManager["LiveView"]):
 
     `name`, `predicted` and `run` are what a terminal shows besides: the run's name, the figures of
     its plan, and where its checkpoints are. `sampled` is told the step and gives the latest sample.
+    `resumes`: what happened before it began has been told already.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class LiveView(AbstractContextManager["LiveView"]):
         run: RunDir | None = None,
         sampled: Callable[[int], Sample | None] = lambda step: None,
         elapsed_seconds: float = 0.0,
+        resumes: bool = False,
     ) -> None:
         self.ui = ui
         self.total_steps = total_steps
@@ -59,7 +62,9 @@ class LiveView(AbstractContextManager["LiveView"]):
         self.stage = ""
         self.last_step = 0
         self.rows = 0  # a quiet line tells of more only
+        self.resumes = resumes
         self.told: int | None = None  # events so far
+        self.told_notices = 0
         self.began = time.monotonic() - elapsed_seconds
         self.screen = Screen(ui.err) if ui.err.is_terminal and not ui.err.is_dumb_terminal else None
 
@@ -79,6 +84,7 @@ class LiveView(AbstractContextManager["LiveView"]):
 
     def update(self, status: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Take in the latest status and metric rows."""
+        self._tell_events(status, rows)
         steps = step_rows(rows)
         sample = self.sampled(steps[-1]["step"] if steps else 0)
         if self.screen:
@@ -117,16 +123,23 @@ class LiveView(AbstractContextManager["LiveView"]):
         if status.get("rows", 0) > self.rows:
             self.rows = status["rows"] + status["of_rows"] // _QUIET_LINES
             self._line(f"{stage}: {said_rows(status)}")
-        events = said_events(rows)
-        if self.told is None:  # what a resumed run has been told of before is not told again
-            self.told = len(events)
-        for event in events[self.told :]:
-            self._line(event)
-        self.told = len(events)
         every = max(1, self.total_steps // _QUIET_LINES)
         if latest and latest["step"] >= self.last_step + every:
             self.last_step = latest["step"]
             self._line(f"step {latest['step']}/{self.total_steps}, {self._facts(steps)}")
+
+    def _tell_events(self, status: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """What happened, a line each: in a terminal above the view, where it stays."""
+        events = said_events(rows)
+        if self.told is None:
+            self.told = len(events) if self.resumes else 0
+        for event in events[self.told :]:
+            self._line(event)
+        self.told = len(events)
+        notices = status.get("notices", [])
+        for notice in notices[self.told_notices :]:
+            self.ui.warn(printable(str(notice)))
+        self.told_notices = len(notices)
 
     def _line(self, text: str) -> None:
         elapsed = format_seconds(time.monotonic() - self.began)

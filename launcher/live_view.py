@@ -144,10 +144,7 @@ def _facts(
     if sample is not None:
         yield from _device_facts(watched, sample, width, height)
     if watched.checkpoint:
-        yield 5, _line("saved", [(watched.checkpoint, "")], width)
-    if told := said_events(watched.rows):
-        more = f"  (and {len(told) - 1} before)" if len(told) > 1 else ""
-        yield 4, _line("noted", [(told[-1], "yellow"), (more, "dim")], width, last=True)
+        yield 4, _line("saved", [(watched.checkpoint, "")], width)
 
 
 def _loss_parts(row: Row) -> list[Part]:
@@ -252,8 +249,8 @@ def _all_gpus_parts(gpus: Sequence[GpuSample], expected: float | None) -> list[P
     return parts
 
 
-def _line(label: str, parts: Sequence[Part], width: int, *, last: bool = False) -> Text:
-    """The label and as many parts as go into the line; `last`: the first one may be cut off."""
+def _line(label: str, parts: Sequence[Part], width: int) -> Text:
+    """The label and as many parts as go into the line."""
     line = Text.assemble((f"{label:<{_LABEL_CELLS}}", "dim"))
     for number, (said, style, *shorter) in enumerate(parts):
         gap = "  " if number and said else ""
@@ -262,11 +259,11 @@ def _line(label: str, parts: Sequence[Part], width: int, *, last: bool = False) 
         if fitting is None and number:
             break
         line.append(gap + (fitting or said), style)
-    return _cropped(line, width, "ellipsis" if last else "crop")
+    return _cropped(line, width)
 
 
-def _cropped(line: Text, width: int, overflow: Any = "crop") -> Text:
-    line.truncate(width, overflow=overflow)
+def _cropped(line: Text, width: int) -> Text:
+    line.truncate(width, overflow="crop")
     return line
 
 

@@ -33,6 +33,8 @@ def live_view(
     written: Mapping[str, Any],
     samples: Sampling,
     elapsed_seconds: float = 0.0,
+    *,
+    resumes: bool = False,
 ) -> LiveView:
     """What shows a run. `written`: its plan.yaml."""
     return LiveView(
@@ -43,6 +45,7 @@ def live_view(
         run=run,
         sampled=samples.at_step,
         elapsed_seconds=elapsed_seconds,
+        resumes=resumes,
     )
 
 

@@ -143,10 +143,14 @@ class TestQuietLines:
         self, ui: Ui, log: io.StringIO
     ) -> None:
         before, now = {"event": "x", "said": "long ago"}, {"event": "x", "said": "just now"}
-        with LiveView(ui, total_steps=0) as view:
+        with LiveView(ui, total_steps=0, resumes=True) as view:
             view.update({}, [before])
             view.update({}, [before, now])
+            view.update({"notices": ["no room"]}, [before, now])
+            view.update({"notices": ["no room", "room again"]}, [before, now])
         assert "just now" in log.getvalue() and "long ago" not in log.getvalue()
+        warned = [line for line in log.getvalue().splitlines() if "warning" in line]
+        assert warned == ["warning: no room", "warning: room again"]
 
     def test_the_time_left_follows_the_latest_steps(self, ui: Ui, log: io.StringIO) -> None:
         """The first steps hold the longest rows and warm things up."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from ftplan.launcher.braille import curve
 from ftplan.launcher.gpu_samples import GpuSample, Sample
 from ftplan.launcher.live import LiveView
-from ftplan.launcher.live_view import Watched, view
+from ftplan.launcher.live_view import Watched, said_events, view
 from ftplan.launcher.screen import Screen
 from ftplan.launcher.ui import Ui
 from ftplan.planner.units import GIB
@@ -91,10 +91,7 @@ class TestView:
     @pytest.mark.parametrize("height", [2, 5, 9, 23, 49])
     @pytest.mark.parametrize("steps", [0, 1, 2, 500])
     def test_it_fits_whatever_the_size(self, width: int, height: int, steps: int) -> None:
-        event = {"event": "no room", "said": "x" * 300}
-        what = watched(steps, sample=Sample(at=0.0, gpus=(GPU,) * 8))
-        what = Watched(**{**_fields(what), "rows": [*what.rows, event]})
-        lines = view(what, width, height)
+        lines = view(watched(steps, sample=Sample(at=0.0, gpus=(GPU,) * 8)), width, height)
         assert 0 < len(lines) <= height
         assert all(line.cell_len <= width for line in lines)
         assert any("steps" in line.plain for line in lines) or height < 2 or width == 20
@@ -129,10 +126,9 @@ class TestView:
         assert bar.endswith(" 500 of 1,000 rows")
         assert abs(bar.count("━") - bar.count("─")) <= 1
 
-    def test_what_happened_is_shown_without_its_control_characters(self) -> None:
+    def test_what_happened_is_said_without_control_characters(self) -> None:
         rows = [step(1), {"event": "skipped", "said": "row\x1b[2J\u202e is nan"}]
-        text = "\n".join(lines_of(watched(rows=rows), 80, 23))
-        assert "noted      row [2J  is nan" in text
+        assert said_events(rows) == ["row [2J  is nan"]
 
     def test_a_terminal_without_utf_8_gets_no_braille(self) -> None:
         text = "\n".join(lines_of(watched(ascii_only=True), 80, 23))
@@ -142,10 +138,6 @@ class TestView:
         rows = [step(1), step(2, loss=float("nan")), step(3, loss=float("inf"))]
         text = "\n".join(lines_of(watched(rows=rows), 80, 23))
         assert "loss       inf" in text
-
-
-def _fields(what: Watched) -> dict[str, Any]:
-    return {name: getattr(what, name) for name in what.__struct_fields__}
 
 
 class TestCurve:
@@ -284,11 +276,11 @@ class TestLiveView:
             for number in range(1, 21):
                 rows.append(step(number))
                 live.update({"stage": "training"}, rows)
-            ui.warn("said between")
+            rows.append({"event": "x", "said": "what happened"})
             live.update({"stage": "finished"}, rows)
         ui.err.print("the report")
         shown = [line for line in terminal.lines if line]
-        assert shown[0] == "warning: said between"
+        assert shown[0].endswith("] what happened")
         assert shown[1].startswith("tiny") and "finished" in shown[1]
         assert "20/20 steps" in shown[2]
         assert shown[-1] == "the report"
