@@ -272,7 +272,7 @@ def _percent(share: float) -> str:
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.0f} %"
+    return f"{round(100 * share):+d} %"
 
 
 def printable(text: str) -> str:
