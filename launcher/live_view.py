@@ -117,7 +117,7 @@ def _progress(watched: Watched, steps: Sequence[Row], width: int) -> Text:
     if "rows" in watched.status and watched.status.get("of_rows"):
         done, total = watched.status["rows"], watched.status["of_rows"]
         words = [said_rows(watched.status)]
-    elif steps and done < total:
+    elif steps and done < total and watched.stage == "training":
         words.append(f"{format_seconds(seconds_left(steps, total)).strip()} left")
     elif not steps and (seconds := watched.predicted.get("train_seconds")):
         words.append(f"about {format_seconds(seconds).strip()}")
