@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases, trackio and SwanLab: what each needs to be reported to.
+"""TensorBoard, Weights & Biases and trackio: what each needs to be reported to.
 
 Keys stay where their own programs keep them. Where one has none, it is run offline, and what it
 keeps can be uploaded later.
@@ -63,17 +63,6 @@ TRACKERS: Mapping[str, Tracker] = {
     ),
     # It keeps all of its runs in one place on this machine, where `trackio show` looks for them.
     "trackio": Tracker(title="trackio", packages=("trackio",)),
-    "swanlab": Tracker(
-        title="SwanLab",
-        packages=("swanlab",),
-        folder="SWANLAB_LOG_DIR",
-        below="swanlab",
-        project="SWANLAB_PROJECT",
-        mode="SWANLAB_MODE",
-        key="SWANLAB_API_KEY",
-        keys=(".swanlab/.netrc",),
-        upload="swanlab sync {folder}/swanlab/run-*",
-    ),
 }
 
 

@@ -42,8 +42,9 @@ MIXED_PRECISIONS = ("no", "bf16", "fp16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 LOSSES = ("stock", "trl-fused", "liger", "triton_ce")
 TRAINERS = ("trl", "transformers", "loop")
-# Of transformers' `report_to`, those that have a way to work offline.
-TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
+# Of transformers' `report_to`, those that have a way to work offline. Its callback for SwanLab
+# (transformers 5.23) fails with SwanLab 0.10, which reads other variables and raises without a run.
+TRACKERS = ("tensorboard", "wandb", "trackio")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 AUTOCAST_DTYPE = {"no": None, "bf16": "bfloat16", "fp16": "float16"}

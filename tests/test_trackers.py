@@ -30,7 +30,7 @@ def test_the_variables_are_those_that_the_callbacks_read() -> None:
         "transformers.integrations.integration_utils", reason="needs the `train` extra"
     )
     text = Path(integrations.__file__).read_text(encoding="utf-8")
-    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "SWANLAB_PROJECT", "SWANLAB_MODE"):
+    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT"):
         assert name in text
 
 
@@ -46,15 +46,14 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(trackers, "_is_installed", lambda package: package == "tensorboardX")
     assert require_trackers(["tensorboard"]) == []
-    with pytest.raises(InputError, match="Weights & Biases and SwanLab") as error:
-        require_trackers(["wandb", "tensorboard", "swanlab"])
-    assert "`pip install wandb swanlab`" in (error.value.hint or "")
+    with pytest.raises(InputError, match="Weights & Biases and trackio") as error:
+        require_trackers(["wandb", "tensorboard", "trackio"])
+    assert "`pip install wandb trackio`" in (error.value.hint or "")
 
 
 class TestOffline:
     def test_without_a_key(self, tmp_path: Path) -> None:
         assert goes_offline(TRACKERS["wandb"], {}, tmp_path)
-        assert goes_offline(TRACKERS["swanlab"], {}, tmp_path)
         assert not goes_offline(TRACKERS["tensorboard"], {}, tmp_path)
         assert not goes_offline(TRACKERS["trackio"], {}, tmp_path)
 
@@ -67,9 +66,6 @@ class TestOffline:
         assert goes_offline(TRACKERS["wandb"], {}, tmp_path)
         (tmp_path / ".netrc").write_text("machine api.wandb.ai login me password x\n")
         assert not goes_offline(TRACKERS["wandb"], {}, tmp_path)
-        (tmp_path / ".swanlab").mkdir()
-        (tmp_path / ".swanlab/.netrc").write_text("machine api.swanlab.cn login me password x\n")
-        assert not goes_offline(TRACKERS["swanlab"], {}, tmp_path)
 
     def test_it_is_said_with_what_uploads_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
