@@ -12,7 +12,7 @@ from msgspec import Struct
 from ftplan.launcher.calibration_file import MachineStack, Stored, are_measured, major, release
 from ftplan.launcher.history import StoredRun, stored_run
 from ftplan.launcher.run_dir import RunDir
-from ftplan.launcher.stage_runs import StagesDir, is_stages_dir
+from ftplan.launcher.stages_dir import StagesDir, is_stages_dir
 from ftplan.planner.calibration_fit import Fit, PastRun, fit
 from ftplan.planner.errors import InputError
 from ftplan.planner.margin import LEAST_RUNS

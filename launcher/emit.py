@@ -190,6 +190,7 @@ def train_config(
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),
+        "report_to": list(plan.report_to),
         "rewards": rewards(plan, reward_model) if plan.resolved_objective.generates else None,
     }
 

@@ -26,9 +26,9 @@ from ftplan.launcher.data.profiling import (
 from ftplan.launcher.data.tasks import tasks_of
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.formula_figures import uncalibrated
+from ftplan.launcher.gpu_samples import Sampling
 from ftplan.launcher.hangs import HangWatch
 from ftplan.launcher.host import usable_cores
-from ftplan.launcher.live import LiveView
 from ftplan.launcher.lock import HELD_BY_LAUNCHER, held
 from ftplan.launcher.manifest import total_bytes
 from ftplan.launcher.next_plans import cheaper_plans, write_next_plans
@@ -47,10 +47,12 @@ from ftplan.launcher.run_dir import (
     write_text,
     write_yaml,
 )
+from ftplan.launcher.trackers import require_trackers
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.user_data import remember
 from ftplan.launcher.version import version
 from ftplan.launcher.versions import unlike
+from ftplan.launcher.watching import live_view
 from ftplan.planner.errors import InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.host_verdict import run_disk_bytes
@@ -302,9 +304,14 @@ def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> d
     written = run.read_plan()
     plan = planned_settings(run, written)
     devices = _devices_for(ui, run, written, plan)
+    for notice in require_trackers(plan.report_to, os.environ, run):
+        ui.say(notice)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     environment[HELD_BY_LAUNCHER] = "1"
-    with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
+    with (
+        Sampling(run, devices) as samples,
+        live_view(ui, run, written, samples, resumes=checkpoint is not None) as live,
+    ):
         hangs = HangWatch(ui, run, written["predicted"].get("step_seconds"))
         watch = watched_by(Notices(ui).update, live.update, hangs.update)
         run_through(run, environment, watch, checkpoint)
@@ -377,17 +384,21 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
     """What was made, where it is, and how to use it: lines to be copied."""
     folder = run.root / record["output"]
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    method = resolve_method(record["method"])
-    merges = record["output"] == "adapter" and method.has_rank and method.peft_type is not None
     return [
         f"{record['output']:<10}  {folder} ({format_bytes(size)})",
         f"loss curve  {run.loss_plot}",
         f"figures     {run.record}",
         f"again       ftplan launch {run.root}",
-        *([f"one model   ftplan merge {run.root}"] if merges else []),
+        *([f"one model   ftplan merge {run.root}"] if is_merged_by_ftplan(record) else []),
         "use it",
         *(f"    {line}" for line in _loading_lines(record, folder)),
     ]
+
+
+def is_merged_by_ftplan(record: Mapping[str, Any]) -> bool:
+    """Whether a run's result is an adapter that `ftplan merge` takes."""
+    method = resolve_method(record["method"])
+    return record["output"] == "adapter" and method.has_rank and method.peft_type is not None
 
 
 def _loading_lines(record: Mapping[str, Any], folder: Path) -> list[str]:

@@ -23,8 +23,10 @@ from msgspec import Struct
 
 from ftplan.launcher.hangs import forget_stacks
 from ftplan.launcher.masking import mask_files, secrets_of
+from ftplan.launcher.metrics_tail import MetricsTail
 from ftplan.launcher.oom_kills import oom_kills
-from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.processes import descendants, named_process
+from ftplan.launcher.run_dir import RunDir, write_json
 from ftplan.planner.errors import InterruptedRunError, RunFailedError
 
 _POLL_SECONDS = 0.25
@@ -83,6 +85,7 @@ def run_to_end(
     run.status.unlink(missing_ok=True)
     forget_stacks(run)
     kills_before = oom_kills()
+    _tell(run, stage="starting", launcher=named_process())
     log_start = run.stderr.stat().st_size if run.stderr.exists() else 0
     with _signals_as_request() as request, run.stdout.open("a") as out, run.stderr.open("a") as err:
         child = subprocess.Popen(
@@ -103,8 +106,17 @@ def run_to_end(
     if child.returncode == 0 and run.finished:
         return
     if request.wanted or run.read_status().get("stage") == "interrupted":
+        _tell(run, stage="interrupted")
         raise interrupted(run, request.number)
-    raise failed(run, child.returncode, log_start, kills_before)
+    error = failed(run, child.returncode, log_start, kills_before)
+    _tell(run, stage="failed", error=error.message)
+    raise error
+
+
+def _tell(run: RunDir, **told: Any) -> None:
+    """Add to status.json, for those who watch from elsewhere; a full disk must not end the run."""
+    with contextlib.suppress(OSError):
+        write_json(run.status, {**run.read_status(), **told})
 
 
 @contextlib.contextmanager
@@ -128,13 +140,14 @@ def _signals_as_request() -> Iterator[_Request]:
 def _until_exit(
     run: RunDir, child: subprocess.Popen[bytes], request: _Request, watch: Watch
 ) -> None:
+    metrics = MetricsTail(run.metrics)
     while child.poll() is None or _outlives(run, child):
         if request.told < request.wanted:
             request.told = request.wanted
             _end(run, child, kill=request.wanted == _KILL)
-        watch(run.read_status(), list(run.metric_rows()))
+        watch(run.read_status(), metrics.rows())
         time.sleep(_POLL_SECONDS)
-    watch(run.read_status(), list(run.metric_rows()))
+    watch(run.read_status(), metrics.rows())
 
 
 def _outlives(run: RunDir, child: subprocess.Popen[bytes]) -> bool:
@@ -159,7 +172,7 @@ def _end(run: RunDir, child: subprocess.Popen[bytes], *, kill: bool) -> None:
     pid = run.read_status().get("pid")
     started = [pid] if isinstance(pid, int) else []
     if kill:
-        for each in {child.pid, *started, *_descendants(child.pid)}:
+        for each in {child.pid, *started, *descendants(child.pid)}:
             _send(each, signal.SIGKILL)
     elif started:
         _send(started[0], signal.SIGINT)
@@ -171,22 +184,6 @@ def _end(run: RunDir, child: subprocess.Popen[bytes], *, kill: bool) -> None:
 def _send(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
         os.kill(pid, number)
-
-
-def _descendants(pid: int) -> list[int]:
-    """All processes below one: torchrun gives each worker a session of its own, so that a signal to
-    the group does not reach it."""
-    children = children_of(pid)
-    return [*children, *(below for child in children for below in _descendants(child))]
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes that one has started, by Linux's own list; none elsewhere."""
-    children: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # it has just ended
-            children += [int(child) for child in path.read_text().split()]
-    return children
 
 
 def interrupted(run: RunDir, number: int | None = None) -> InterruptedRunError:

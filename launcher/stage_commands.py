@@ -23,13 +23,13 @@ from ftplan.launcher.stage_file import (
     write_stage_file,
 )
 from ftplan.launcher.stage_runs import (
-    StagesDir,
     begin_anew,
     carry_out_stages,
     show_end,
     write_stages,
 )
 from ftplan.launcher.stages import PlannedStage, plan_stages, total_usd
+from ftplan.launcher.stages_dir import StagesDir
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 

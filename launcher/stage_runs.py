@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from ftplan.launcher.launching import (
     carry_out,
@@ -22,74 +21,18 @@ from ftplan.launcher.launching import (
 from ftplan.launcher.lock import held
 from ftplan.launcher.merge_adapter import merge_adapter
 from ftplan.launcher.run_dir import (
-    RunDir,
-    checked_folder_name,
     create_run,
-    open_run,
-    read_mapping,
     write_json,
     write_yaml,
 )
 from ftplan.launcher.stage_file import of_stage
 from ftplan.launcher.stages import PlannedStage
+from ftplan.launcher.stages_dir import StageRun, StagesDir, is_stages_dir
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import FtplanError, InputError
 from ftplan.planner.stages import Kept, backward_transfer, what_helps
 
 _SCHEMA = 1
-
-
-class StagesDir(Struct, frozen=True):
-    """Paths of stages that are trained one after the other. Making the object touches nothing."""
-
-    root: Path
-
-    @property
-    def stages(self) -> Path:
-        """What the stages are, in order: its presence makes the folder one of stages."""
-        return self.root / "stages.yaml"
-
-    @property
-    def record(self) -> Path:
-        """Written last: its presence means that all stages have finished."""
-        return self.root / "record.json"
-
-    @property
-    def previous(self) -> Path:
-        return self.root / "previous"
-
-    @property
-    def finished(self) -> bool:
-        return self.record.is_file()
-
-    def runs(self) -> list[StageRun]:
-        """Raises InputError where the folder is damaged."""
-        raw = read_mapping(self.stages)
-        try:
-            return [
-                StageRun(
-                    run=open_run(self.root / checked_folder_name(stage["folder"], self.stages)),
-                    **stage,
-                )
-                for stage in raw["stages"]
-            ]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"`{self.stages}` is damaged: {error}") from error
-
-
-class StageRun(Struct, frozen=True, kw_only=True):
-    """A stage as stages.yaml names it, and its run directory."""
-
-    run: RunDir
-    folder: str
-    name: str
-    begin: str | None
-    objective: str
-    method: str
-
-
-def is_stages_dir(path: Path) -> bool:
-    return StagesDir(path).stages.is_file()
 
 
 def check_whole(path: Path) -> None:

@@ -53,6 +53,7 @@ WHY_DEFAULT = {
     "weight_decay": "as in Stanford Alpaca's published command",
     "max_grad_norm": "transformers' default",
     "save_steps": "little is lost when a run is interrupted",
+    "report_to": "metrics.jsonl has all of it",
     "num_tasks": "what the method has without tasks",
     "task_weighting": "every row once an epoch",
     "task_temperature": "the square root of each task's rows",

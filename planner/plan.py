@@ -42,6 +42,9 @@ MIXED_PRECISIONS = ("no", "bf16", "fp16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 LOSSES = ("stock", "trl-fused", "liger", "triton_ce")
 TRAINERS = ("trl", "transformers", "loop")
+# Of transformers' `report_to`, those that have a way to work offline. Its callback for SwanLab
+# (transformers 5.23) fails with SwanLab 0.10, which reads other variables and raises without a run.
+TRACKERS = ("tensorboard", "wandb", "trackio")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 AUTOCAST_DTYPE = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -195,6 +198,9 @@ class TrainingPlan:
     num_train_epochs: float = _setting(1.0, "passes over the data", recipe=True)
     max_steps: int | None = _setting(None, "optimizer steps, instead of epochs", recipe=True)
     save_steps: int = _setting(50, "optimizer steps between checkpoints", recipe=True)
+    report_to: tuple[str, ...] = _setting(
+        (), f"where metrics go besides metrics.jsonl: {', '.join(TRACKERS)}", recipe=True
+    )
     task_weighting: str = _setting(
         "proportional", "how often each task's rows come", choices=TASK_WEIGHTINGS, recipe=True
     )
@@ -389,6 +395,10 @@ def check_setting(name: str, value: Any) -> None:
         raise InputError(f"`{flag_name(name)} {value}` must be a finite number, 0 or above")
     if name == "seed" and value not in _SEEDS:
         raise InputError(f"`--seed {value}` must be from 0 to {_SEEDS[-1]}")
+    if name == "report_to":
+        for tracker in value:
+            if tracker not in TRACKERS:
+                raise UnknownNameError("tracker", tracker, TRACKERS)
     if name == "target_modules":
         check_target_modules(value)
     if name == "peft_config":
@@ -617,6 +627,8 @@ def parse_setting(name: str, text: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
+        if name == "report_to" and text == "none":
+            return ()
         if kind is tuple:
             return tuple(part.strip() for part in _OUTER_PART.findall(text) if part.strip())
         if kind in (float, int):

@@ -67,6 +67,12 @@ class FakeProcess:
 
 
 @dataclass(frozen=True)
+class FakeUtilization:
+    gpu: int
+    """In percent."""
+
+
+@dataclass(frozen=True)
 class FakePciInfo:
     busId: str | bytes
 
@@ -91,7 +97,10 @@ class FakeGpu:
     mig_mode: int = 1
     power_limit: int = 450_000
     default_power_limit: int = 450_000
+    power: int = 300_000
     """In milliwatts."""
+    temperature: int = 60
+    utilization: int = 97
     pcie: tuple[int, int, int, int] = (1, 16, 4, 16)
     """Generation and width now (idle: 1), and at most."""
     bus_id: str | bytes = "00000000:01:00.0"
@@ -142,6 +151,22 @@ class FakeNvml:
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
         return self._device("nvmlDeviceGetHandleByIndex", self.gpus[index])
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes) -> FakeGpu:
+        for gpu in self.gpus:
+            if gpu.uuid in (uuid, uuid.decode()):
+                return self._device("nvmlDeviceGetHandleByUUID", gpu)
+        raise NVMLError_NotFound
+
+    def nvmlDeviceGetUtilizationRates(self, handle: FakeGpu) -> FakeUtilization:
+        return FakeUtilization(self._device("nvmlDeviceGetUtilizationRates", handle).utilization)
+
+    def nvmlDeviceGetTemperature(self, handle: FakeGpu, sensor: int) -> int:
+        assert sensor == 0, "NVML_TEMPERATURE_GPU"
+        return self._device("nvmlDeviceGetTemperature", handle).temperature
+
+    def nvmlDeviceGetPowerUsage(self, handle: FakeGpu) -> int:
+        return self._device("nvmlDeviceGetPowerUsage", handle).power
 
     def nvmlDeviceGetName(self, handle: FakeGpu) -> str | bytes:
         return self._device("nvmlDeviceGetName", handle).name

@@ -99,6 +99,7 @@ SETTING_FLAGS = [
     "--num-train-epochs",
     "--max-steps",
     "--save-steps",
+    "--report-to",
     "--task-weighting",
     "--task-temperature",
     "--task-weights",
@@ -205,7 +206,11 @@ class TestMistakes:
                 "did you mean `estimate`? See `ftplan --help`.",
             ),
             (["--hlep"], "unknown command `--hlep`", None),
-            (["Gpus"], "unknown command `Gpus`", "did you mean `gpus`? See `ftplan --help`."),
+            (
+                ["Gpus"],
+                "unknown command `Gpus`",
+                "did you mean `gpus` or `runs`? See `ftplan --help`.",
+            ),
             ([""], "unknown command ``", None),
             (
                 ["estimate", "7B", "--lora-rnk", "8"],

@@ -194,6 +194,7 @@ class TestTrainConfig:
             "objective": "dpo",
             "overlong": "drop",
             "num_tasks": 3,
+            "report_to": ("wandb",),
             "task_weighting": "equal",
             "task_weights": ("a=1",),
             "precompute_ref_log_probs": True,

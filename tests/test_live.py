@@ -1,4 +1,5 @@
-"""What is shown while a run goes on: quiet lines in a log, a bar in a terminal."""
+"""What is shown while a run goes on where there is no terminal, and how work that takes long tells
+of itself."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from ftplan.launcher import live
 from ftplan.launcher.live import LiveView, with_progress
@@ -129,52 +129,34 @@ class TestQuietLines:
         LiveView(ui, total_steps=1).update({}, [step(1, loss=float("nan"))])
         assert "loss nan," in log.getvalue()
 
+    def test_what_happened_is_told_once_and_does_not_break_a_line(
+        self, ui: Ui, log: io.StringIO
+    ) -> None:
+        event = {"event": "skipped", "said": "step 2 was skipped: nan\x1b[2J in\nrow 3"}
+        with LiveView(ui, total_steps=0) as view:
+            for rows in ([step(1)], [step(1), event], [step(1), event, step(2)]):
+                view.update({"stage": "training"}, rows)
+        told = [line for line in log.getvalue().splitlines() if "skipped" in line]
+        assert [line.split("] ")[1] for line in told] == ["step 2 was skipped: nan [2J in row 3"]
+
+    def test_a_resumed_run_does_not_tell_again_what_it_told_before(
+        self, ui: Ui, log: io.StringIO
+    ) -> None:
+        before, now = {"event": "x", "said": "long ago"}, {"event": "x", "said": "just now"}
+        with LiveView(ui, total_steps=0, resumes=True) as view:
+            view.update({}, [before])
+            view.update({}, [before, now])
+            view.update({"notices": ["no room"]}, [before, now])
+            view.update({"notices": ["no room", "room again"]}, [before, now])
+        assert "just now" in log.getvalue() and "long ago" not in log.getvalue()
+        warned = [line for line in log.getvalue().splitlines() if "warning" in line]
+        assert warned == ["warning: no room", "warning: room again"]
+
     def test_the_time_left_follows_the_latest_steps(self, ui: Ui, log: io.StringIO) -> None:
         """The first steps hold the longest rows and warm things up."""
         rows = [step(1, seconds=500.0), *(step(number, seconds=1.0) for number in range(2, 11))]
         LiveView(ui, total_steps=20).update({}, rows)
         assert log.getvalue().endswith(" 10 s left\n")
-
-
-class TestBar:
-    @pytest.fixture
-    def view(self, monkeypatch: pytest.MonkeyPatch) -> LiveView:
-        monkeypatch.setenv("TERM", "xterm-256color")
-        return LiveView(Ui(stdout=io.StringIO(), stderr=Terminal(), width=80), total_steps=20)
-
-    def bar(self, view: LiveView) -> str:
-        """The line as it stands, without colours."""
-        assert view.progress is not None
-        plain = Console(file=io.StringIO(), width=80, color_system=None, force_terminal=True)
-        with plain.capture() as captured:
-            plain.print(view.progress.get_renderable())
-        return captured.get().rstrip()
-
-    def test_it_is_one_line(self, view: LiveView) -> None:
-        assert self.bar(view) == "starting                       0/20"
-        view.update({"stage": "training"}, [step(1), step(5)])
-        assert self.bar(view) == (
-            "training ━━━━              5/20 loss 1.950, 1,234 tokens/s, 512.0 MiB, 30 s left"
-        )
-        view.update({"stage": "answering a held-out question after training"}, [step(20)])
-        assert self.bar(view) == (
-            "answering a held-out question after training ━━━━━━━━━━━━━━━━━━━━ 20/20"
-        )
-
-    def test_it_is_cleared_up_at_the_end_whatever_happens(self, view: LiveView) -> None:
-        with pytest.raises(ZeroDivisionError), view:
-            assert view.progress is not None
-            assert view.progress.live.is_started
-            raise ZeroDivisionError
-        assert not view.progress.live.is_started
-
-    def test_its_end_stays_on_the_screen(self, view: LiveView) -> None:
-        with view:
-            view.update({"stage": "finished"}, [step(20)])
-        terminal = view.ui.err.file
-        assert isinstance(terminal, io.StringIO)
-        assert "finished" in terminal.getvalue()
-        assert "20/20" in terminal.getvalue()
 
 
 class TestProgress:

@@ -84,6 +84,7 @@ class TestNames:
             "lock": "run.lock",
             "data": "data",
             "metrics": "metrics.jsonl",
+            "samples": "samples.jsonl",
             "status": "status.json",
             "stdout": "stdout.log",
             "stderr": "stderr.log",

@@ -19,8 +19,9 @@ from ftplan.launcher.cli import main
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.stage_file import AskedStage
-from ftplan.launcher.stage_runs import StagesDir, begin_anew, carry_out_stages, write_stages
+from ftplan.launcher.stage_runs import begin_anew, carry_out_stages, write_stages
 from ftplan.launcher.stages import PlannedStage, plan_stages
+from ftplan.launcher.stages_dir import StagesDir
 from ftplan.launcher.training import loop
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import FtplanError, RunFailedError

@@ -18,6 +18,7 @@ from ftplan.launcher.packages import require_training
 from ftplan.launcher.planning import make_plan
 from ftplan.launcher.ran_out import ladder_at_the_end
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
+from ftplan.launcher.trackers import require_trackers
 from ftplan.launcher.training.config import checked_loss
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         )
     require_training()
     given = given_settings(arguments)
+    require_trackers(given.get("report_to", ()))
     defaults = TrainingPlan()
     checked_loss(given.get("loss", defaults.loss), given.get("trainer", defaults.trainer))
     if arguments.then:

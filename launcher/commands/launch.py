@@ -19,7 +19,8 @@ from ftplan.launcher.ran_out import ladder_at_the_end
 from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.stage_commands import run_again, run_stage_file
 from ftplan.launcher.stage_file import is_stage_file
-from ftplan.launcher.stage_runs import check_whole, is_stages_dir
+from ftplan.launcher.stage_runs import check_whole
+from ftplan.launcher.stages_dir import is_stages_dir
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from ftplan.launcher.launching import carry_out
 from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.stage_commands import run_rest
-from ftplan.launcher.stage_runs import check_whole, is_stages_dir
+from ftplan.launcher.stage_runs import check_whole
+from ftplan.launcher.stages_dir import is_stages_dir
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 

@@ -14,6 +14,7 @@ from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.tasks import RowTasks
 from ftplan.launcher.data.templates import Template
 from ftplan.launcher.run_dir import RunDir, checked_folder_name, read_mapping
+from ftplan.launcher.trackers import checked_trackers
 from ftplan.planner.errors import InputError
 from ftplan.planner.tasks import TaskWeighting
 
@@ -67,6 +68,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     adapter: Path | None = None
     """A trained one that goes on being trained."""
     stage: StageConfig | None = None
+    report_to: tuple[str, ...] = ()
+    """Trackers that get the metrics besides metrics.jsonl."""
     template: Template = Template(name="model")
     add_tokens: tuple[str, ...] = ()
 
@@ -135,6 +138,7 @@ def read_train_config(run: RunDir) -> TrainConfig:
             loss=checked_loss(raw["loss"], raw["trainer"]),
             training_arguments=_checked_arguments(run, raw["training_arguments"]),
             rewards=raw["rewards"] or {},
+            report_to=checked_trackers(raw["report_to"]),
             adapter=run.root / raw["adapter"] if raw.get("adapter") else None,
             stage=_stage_config(run, raw["stage"]) if raw.get("stage") else None,
         )

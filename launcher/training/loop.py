@@ -19,9 +19,11 @@ from transformers import set_seed
 
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.disk_full import is_disk_full
+from ftplan.launcher.gpu_samples import sampled_peaks
 from ftplan.launcher.lock import held_for_training
 from ftplan.launcher.manifest import read_manifest
 from ftplan.launcher.model_card import write_card
+from ftplan.launcher.processes import named_process
 from ftplan.launcher.run_dir import (
     RunDir,
     overwrite_json,
@@ -65,6 +67,7 @@ from ftplan.launcher.training.preflight import (
     preflight_record,
     try_longest_batches,
 )
+from ftplan.launcher.training.reporting import settle_reporting
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.saving import write_whole
@@ -107,10 +110,11 @@ class _Session(Struct):
     cycle: Cycle | None = None
     guard: StepGuard | None = None
     told: float = field(default_factory=time.monotonic)
+    process: dict[str, Any] = field(default_factory=named_process)
 
     def say(self, stage: str, **details: Any) -> None:
         """Tell the launcher what is going on."""
-        self.status = {"stage": stage, "pid": os.getpid(), **details}
+        self.status = {"stage": stage, "pid": os.getpid(), "process": self.process, **details}
         self._write_status()
 
     def notice(self, text: str) -> None:
@@ -257,6 +261,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     config, run = session.config, session.run
     objective = config.objective
     arguments = planned_arguments(objective, config.training_arguments, str(run.checkpoints))
+    settle_reporting(arguments, config.report_to, run)
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
     add_rows(model, session.tokenizer)
@@ -460,6 +465,7 @@ def make_record(
             "train_seconds": spent,
             "seconds": seconds,
         },
+        "sampled": sampled_peaks(session.run),
         "evaluation": evaluation_record(config.objective, before, after, len(trainer.eval_dataset)),
         "forgetting": forgetting_record(config, before, after),
         **_tasks_record(trainer, before, after),

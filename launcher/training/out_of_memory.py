@@ -27,7 +27,7 @@ from msgspec import Struct, convert, structs
 from ftplan.launcher.host import ram_bytes, read_text
 from ftplan.launcher.metrics_file import append_row
 from ftplan.launcher.next_plans import num_next_plans, take_next_plan
-from ftplan.launcher.process import children_of
+from ftplan.launcher.processes import descendants
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_json, write_text
 from ftplan.launcher.training.config import TrainConfig
 from ftplan.planner.errors import RunFailedError
@@ -333,7 +333,7 @@ def _end_other_ranks() -> None:
     if (run_id := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
         return
     own = f"TORCHELASTIC_RUN_ID={run_id}"
-    for pid in children_of(os.getppid()):
+    for pid in descendants(os.getppid()):
         environ = read_text(Path(f"/proc/{pid}/environ")).split("\0")
         if pid != os.getpid() and own in environ:
             with contextlib.suppress(ProcessLookupError):
