@@ -41,6 +41,7 @@ from ftplan.launcher.training.measure import (
 )
 from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
+from ftplan.launcher.training.phase_peaks import PhasePeaks
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.stages import (
@@ -80,6 +81,7 @@ class _Session(Struct):
     tokenizer: RowTokenizer
     reporter: StepReporter
     recorder: CpuAllocationRecorder
+    phases: PhasePeaks
     stop_status: int | None = None
     training: bool = False
     cycle: Cycle | None = None
@@ -112,7 +114,9 @@ def train(run: RunDir, *, resume: bool) -> int:
     recorder = CpuAllocationRecorder()
     reporter = StepReporter(run, recorder)
     tokenizer = load_tokenizer(config.model, config.template, add_tokens=config.add_tokens)
-    session = _Session(run, config, tokenizer, reporter, recorder)
+    phases = PhasePeaks(run, recorder)
+    reporter.highest = phases.highest
+    session = _Session(run, config, tokenizer, reporter, recorder, phases)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, session.on_signal)
     try:
@@ -131,6 +135,7 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     session.say("loading the model")
     trained_rows = with_replayed(rows.train, config, run.tokens)
     trainer = build_trainer(session, trained_rows, rows.held_out)
+    session.phases.end("load", trainer.model)
     asked = asked_rows(config, session.tokenizer, rows.asked)
     evaluator = Evaluator(trainer, session.tokenizer, config, asked, session.say)
     loaded = time.time()
@@ -153,11 +158,13 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     if session.stop_status is not None:
         session.say("interrupted", checkpoint=_checkpoint_name(run))
         return session.stop_status
-    memory = measured_memory(session.recorder)
+    memory = measured_memory(session.recorder, session.phases.highest())
     after = _evaluate(session, evaluator, "after", before)
     earlier = _of_stages(session, trainer, rows.train)
     session.say("saving")
     output = save(session, trainer)
+    session.phases.end("save")
+    session.phases.tell()
     if trainer.is_world_process_zero():
         from ftplan.launcher.training.plot import plot_loss  # a second that a dry run need not pay
 
@@ -194,7 +201,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         "row_lengths": train_rows.lengths,
         "processing_class": session.tokenizer.tokenizer,
         "peft_config": peft_config,
-        "callbacks": [*reporters, session.reporter],
+        "callbacks": [*reporters, session.reporter, session.phases],
         **({"tasks": tasks} if tasks else {}),
     }
     if config.rewards:
@@ -235,6 +242,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     """What the model can do now; kept in metrics.jsonl for a resume."""
     result = evaluator.evaluate(when, before)
+    session.phases.end("evaluation")
+    session.phases.tell()
     if evaluator.trainer.is_world_process_zero():
         append_metric(session.run, result)
     return result
@@ -320,6 +329,7 @@ def make_record(
             "tokens_per_second_per_gpu": tokens / spent if spent else None,
             "train_seconds": spent,
             "seconds": seconds,
+            "phases": session.phases.to_list(),
         },
         "evaluation": evaluation_record(config.objective, before, after, len(trainer.eval_dataset)),
         "forgetting": forgetting_record(config, before, after),
