@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "auto": "plan, show, launch, report",
     "launch": "start or repeat the run of a run directory",
     "resume": "go on with an interrupted run",
+    "report": "the report of a run, finished or not, as one page",
     "merge": "a run's adapter in the weights of its base model",
     "data": "what is in a data file",
     "validate": "predictions beside measured runs",

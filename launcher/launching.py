@@ -202,13 +202,18 @@ def carry_out(ui: Ui, run: RunDir, *, resume: bool = False, is_last: bool = True
 
     Raises RunFailedError, InterruptedRunError, or InputError when it cannot start here.
     """
+    from ftplan.launcher.report.write import report_end
+
     require_training()
     written = run.read_plan()
     plan = planned_settings(run, written)
     devices = _devices_for(ui, run, written, plan)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
-    with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
-        run_to_end(run, emit.launch_command(run, resume), environment, live.update)
+    try:
+        with LiveView(ui, total_steps=int(written.get("steps", 0))) as live:
+            run_to_end(run, emit.launch_command(run, resume), environment, live.update)
+    finally:
+        report_end(ui, run)
     record = run.read_record()
     from ftplan.launcher import views
 
@@ -266,7 +271,7 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
     merges = record["output"] == "adapter" and method.has_rank and method.peft_type is not None
     return [
         f"{record['output']:<10}  {folder} ({format_bytes(size)})",
-        f"loss curve  {run.loss_plot}",
+        f"report      {run.report}",
         f"figures     {run.record}",
         f"again       ftplan launch {run.root}",
         *([f"one model   ftplan merge {run.root}"] if merges else []),

@@ -77,6 +77,11 @@ class RunDir(Struct, frozen=True):
         return self.root / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What GPUs and the training process's memory did while it ran."""
+        return self.root / "samples.jsonl"
+
+    @property
     def status(self) -> Path:
         """What the training process is doing now; replaced at every change."""
         return self.root / "status.json"
@@ -92,6 +97,14 @@ class RunDir(Struct, frozen=True):
     @property
     def loss_plot(self) -> Path:
         return self.root / "loss.png"
+
+    @property
+    def memory_plot(self) -> Path:
+        return self.root / "memory.png"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
 
     @property
     def checkpoints(self) -> Path:
@@ -186,15 +199,20 @@ class RunDir(Struct, frozen=True):
 
     def metric_rows(self) -> Iterator[dict[str, Any]]:
         """Rows of metrics.jsonl; damaged ones and a last one still being written are left out."""
-        if not self.metrics.is_file():
-            return
-        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+        yield from rows_of(self.metrics)
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file with one a line, as `metric_rows` reads it; none where there is no file."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
 
 
 def _whole(checkpoint: Path) -> bool:

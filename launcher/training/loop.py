@@ -20,6 +20,7 @@ from transformers import set_seed
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.model_card import write_card
 from ftplan.launcher.run_dir import RunDir, write_json, write_text
+from ftplan.launcher.step_seconds import mean_step_seconds
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
 from ftplan.launcher.training.config import TrainConfig, read_train_config
@@ -36,7 +37,6 @@ from ftplan.launcher.training.evaluation import (
 from ftplan.launcher.training.loftq import begin_with_what_is_lost
 from ftplan.launcher.training.measure import (
     CpuAllocationRecorder,
-    mean_step_seconds,
     measured_memory,
 )
 from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
@@ -166,9 +166,6 @@ def _train(session: _Session, *, resume: bool, started: float) -> int:
     session.phases.end("save")
     session.phases.tell()
     if trainer.is_world_process_zero():
-        from ftplan.launcher.training.plot import plot_loss  # a second that a dry run need not pay
-
-        plot_loss(run)
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started
         record = make_record(session, trainer, rows, before, after, memory, seconds, output)

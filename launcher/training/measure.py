@@ -8,7 +8,6 @@ states too), and the process by the kernel's high-water mark.
 from __future__ import annotations
 
 import re
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-PROFILED_STEPS = 2
 
 
 class CpuAllocationRecorder:
@@ -209,12 +206,3 @@ def process_device_bytes(fallback: int) -> int:
     except Exception:  # containers hide processes, drivers lack the query
         return fallback
     return fallback
-
-
-def mean_step_seconds(seconds: Sequence[float]) -> float | None:
-    """Mean seconds of the steps after the profiled ones; of all when there are no others.
-
-    The mean, not the median: it is what the estimate predicts, and lengths vary.
-    """
-    settled = seconds[PROFILED_STEPS:] or seconds
-    return statistics.fmean(settled) if settled else None

@@ -12,9 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import SFTTrainer
 
 from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.step_seconds import PROFILED_STEPS
 from ftplan.launcher.training.importance import importance
 from ftplan.launcher.training.measure import (
-    PROFILED_STEPS,
     CpuAllocationRecorder,
     allocated_peak,
 )
