@@ -77,11 +77,6 @@ class RunDir(Struct, frozen=True):
         return self.root / "metrics.jsonl"
 
     @property
-    def samples(self) -> Path:
-        """What GPUs and the training process's memory did while it ran."""
-        return self.root / "samples.jsonl"
-
-    @property
     def status(self) -> Path:
         """What the training process is doing now; replaced at every change."""
         return self.root / "status.json"

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftplan.launcher import cli
 from ftplan.launcher.report import pictures
 from ftplan.launcher.report.charts import Series, axis, line_chart, smoothed, thinned
+from ftplan.launcher.report.elements import escaped, printable, prose, tag
 from ftplan.launcher.report.facts import last_lines, outcome_of, read_facts, shown
-from ftplan.launcher.report.html import escaped, printable, prose, tag
 from ftplan.launcher.report.memory import phase_groups
 from ftplan.launcher.report.page import page
 from ftplan.launcher.report.style import DARK, LIGHT, NUM_COLOURS
@@ -176,8 +176,8 @@ class Page(HTMLParser):
 
 ELEMENTS = frozenset(
     ["html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section",
-     "article", "h1", "h2", "h3", "p", "a", "b", "i", "strong", "span", "div", "dl", "dt", "dd",
-     "code", "pre", "table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary",
+     "article", "small", "h1", "h2", "h3", "p", "a", "b", "i", "strong", "span", "div", "dl", "dt",
+     "dd", "code", "pre", "table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary",
      "figure", "figcaption", "svg", "line", "polyline", "path"]
 )  # fmt: skip
 
@@ -297,6 +297,7 @@ KEYS = st.sampled_from(
 )  # fmt: skip
 
 
+@settings(max_examples=40)
 @given(told=st.lists(st.dictionaries(KEYS, ANY, max_size=6), max_size=6))
 def test_rows_of_any_kind_make_a_page(told: list[dict[str, Any]], tmp_path_factory: Any) -> None:
     root = tmp_path_factory.mktemp("run")
@@ -425,7 +426,7 @@ def test_what_is_no_number_leaves_a_gap() -> None:
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
-    write_rows(run, [step(n, 2.0 + (n % 7) / 10) for n in range(1, 50_001)])
+    write_rows(run, [step(n, 2.0 + (n % 7) / 10) for n in range(1, 20_001)])
     assert len(page(read_facts(run)).encode()) < 300_000
 
 
@@ -464,6 +465,16 @@ def test_without_measured_phases_the_whole_run_is_told_of(tmp_path: Path) -> Non
     assert (last.name, last.measured_bytes) == ("whole run", 108 * MIB)
 
 
+def test_each_task_has_a_line_of_its_own(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    told = [step(n, 2.0, task_losses={"sums": 1.0, "<b>": None if n == 1 else 3.0}) for n in (1, 2)]
+    write_rows(run, told)
+    seen = Page(page(read_facts(run)))
+    labels = [str(told.get("aria-label")) for name, told in seen.tags if name == "svg"]
+    (of_tasks,) = [label for label in labels if label.startswith("Loss of each task")]
+    assert "sums: 1 at optimizer step 1, 1 at 2; <b>: 3 at optimizer step 2, 3 at 2" in of_tasks
+
+
 def test_gpus_are_drawn_where_samples_were_taken(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
     gpu = {"used_bytes": 2**33, "utilization": 0.9, "temperature_celsius": 60, "power_watts": None}
@@ -471,7 +482,9 @@ def test_gpus_are_drawn_where_samples_were_taken(tmp_path: Path) -> None:
         {"at": 1e9 + 5 * n, "gpus": [{"index": i, **gpu} for i in (0, 1)], "process_bytes": 2**30}
         for n in range(9)
     ]
-    run.samples.write_text("".join(json.dumps(row) + "\n" for row in told) + "[1]\nno\n")
+    (run.root / "samples.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in told) + "[1]\nno\n"
+    )
     seen = Page(page(read_facts(run))).text
     assert "Temperature (°C)" in seen
     assert "GPU 0" in seen

@@ -77,7 +77,6 @@ class TestNames:
             "left_out": "left_out.jsonl",
             "data": "data",
             "metrics": "metrics.jsonl",
-            "samples": "samples.jsonl",
             "status": "status.json",
             "stdout": "stdout.log",
             "stderr": "stderr.log",

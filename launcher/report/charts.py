@@ -9,7 +9,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from ftplan.launcher.report.html import Html, tag
+from ftplan.launcher.report.elements import Html, tag
 
 Point = tuple[float, float]
 

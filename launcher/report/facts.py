@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from ftplan.launcher.process import last_words
 from ftplan.launcher.run_dir import RunDir, read_mapping, rows_of
 from ftplan.launcher.step_seconds import mean_step_seconds
 from ftplan.planner.errors import InputError
+
+# What GPUs and the process did while it ran, where that was watched: objects with `at` (seconds
+# since 1970), `process_bytes`, `cores`, and `gpus` with an `index` each.
+_SAMPLES = "samples.jsonl"
 
 # Where a row of metrics.jsonl begins to be long.
 _LONGEST_TEXT = 2000
@@ -107,7 +111,7 @@ def read_facts(run: RunDir) -> RunFacts:
     rows = list(run.metric_rows())
     record, status = read(run.record), read(run.status)
     steps = [row for row in rows if _is_step(row)]
-    events = [dict(row, **_after(rows, at)) for at, row in enumerate(rows) if "event" in row]
+    events = list(_events(rows))
     phases = phases_of(record, events)
     return RunFacts(
         run=run,
@@ -123,7 +127,7 @@ def read_facts(run: RunDir) -> RunFacts:
         phases=phases,
         earlier=[row for row in events if row["event"] == "evaluation of an earlier stage"],
         events=[row for row in events if row["event"] not in _SHOWN_ELSEWHERE],
-        samples=list(rows_of(run.samples)),
+        samples=list(rows_of(run.root / _SAMPLES)),
         unreadable=unreadable,
     )
 
@@ -135,12 +139,14 @@ def _is_step(row: Mapping[str, Any]) -> bool:
     return "event" not in row and number(row.get("step")) is not None
 
 
-def _after(rows: list[dict[str, Any]], at: int) -> dict[str, Any]:
-    """The last step before a row, where it does not say itself."""
-    if "step" in rows[at]:
-        return {}
-    before = (row["step"] for row in reversed(rows[:at]) if _is_step(row))
-    return {"step": next(before, 0)}
+def _events(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows that are no steps, with the last step before each where it does not say itself."""
+    step = 0
+    for row in rows:
+        if "event" in row:
+            yield {"step": step, **row}
+        elif _is_step(row):
+            step = row["step"]
 
 
 def phases_of(record: Mapping[str, Any], events: list[dict[str, Any]]) -> dict[str, dict[str, int]]:

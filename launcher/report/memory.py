@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from ftplan.launcher.report.elements import Child, Html, join, table, tag
 from ftplan.launcher.report.facts import RunFacts, mapping, number
-from ftplan.launcher.report.html import Child, Html, join, table, tag
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES
 from ftplan.planner.units import format_bytes, format_percent
 
@@ -163,8 +163,9 @@ def _totals(facts: RunFacts) -> Html:
     for label, name, meaning in _TOTALS:
         guess, real = number(facts.predicted.get(name)), number(measured.get(name))
         if (guess or real) and not (_on_processor(facts) and name == "reserved_bytes"):
-            rows.append((label, _size(guess), _size(real), _off(guess, real), meaning))
-    columns = ("", ">predicted", ">measured", ">off by", "meaning")
+            named = join(label, tag("small", meaning))
+            rows.append((named, _size(guess), _size(real), _off(guess, real)))
+    columns = ("", ">predicted", ">measured", ">off by")
     return table("Highest of the whole run", columns, rows)
 
 

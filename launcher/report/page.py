@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ftplan.launcher.report import planned, resources, results
+from ftplan.launcher.report.elements import Html, join, prose, style, tag
 from ftplan.launcher.report.facts import Outcome, RunFacts, last_lines
-from ftplan.launcher.report.html import Html, join, prose, style, tag
 from ftplan.launcher.report.memory import memory_section
 from ftplan.launcher.report.style import CSS
 from ftplan.launcher.version import version

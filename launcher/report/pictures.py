@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ftplan.launcher.report.charts import smoothed
+from ftplan.launcher.report.elements import printable
 from ftplan.launcher.report.facts import RunFacts, read_facts
-from ftplan.launcher.report.html import printable
 from ftplan.launcher.report.memory import PhaseGroup, phase_groups, shown_components
 from ftplan.launcher.report.results import evaluation_points, loss_unit, step_points
 from ftplan.launcher.report.style import LIGHT, NUM_COLOURS

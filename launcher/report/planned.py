@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftplan.launcher.report.elements import Child, Html, join, prose, table, tag
 from ftplan.launcher.report.facts import RunFacts, mapping, number, said, shown, without_home
-from ftplan.launcher.report.html import Child, Html, join, prose, table, tag
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.units import format_bytes, format_count
 

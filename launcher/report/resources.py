@@ -7,8 +7,8 @@ from typing import Any
 
 from ftplan.launcher.costs import usd_for_gpu
 from ftplan.launcher.report.charts import Series, line_chart
+from ftplan.launcher.report.elements import Html, join, table, tag
 from ftplan.launcher.report.facts import RunFacts, mapping, number, said
-from ftplan.launcher.report.html import Html, join, table, tag
 from ftplan.launcher.report.results import step_points
 from ftplan.planner.units import GIB, format_percent, format_seconds
 
@@ -19,7 +19,7 @@ def _rate(tokens: float) -> str:
 
 _FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("a step", "step_seconds", format_seconds),
-    ("tokens a second, each GPU", "tokens_per_second_per_gpu", _rate),
+    ("tokens a second", "tokens_per_second_per_gpu", _rate),
     ("training", "train_seconds", format_seconds),
 )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from ftplan.launcher import views
 from ftplan.launcher.report.charts import Series, line_chart, smoothed
+from ftplan.launcher.report.elements import Html, join, prose, table, tag
 from ftplan.launcher.report.facts import RunFacts, mapping, number, said, shown
-from ftplan.launcher.report.html import Html, join, prose, table, tag
 from ftplan.planner.units import format_bytes, format_percent, format_seconds
 
 
@@ -45,7 +45,9 @@ def summary(facts: RunFacts) -> Html:
         ("Training", "train_seconds", format_seconds),
     ):
         if name == "train_seconds" and not facts.record and facts.steps:
-            label = "Training so far"
+            so_far = form(float(measured[name])), f"predicted {said(predicted.get(name), form)}"
+            cards.append(("Training so far", *so_far))
+            continue
         cards += _compared(label, number(measured.get(name)), number(predicted.get(name)), form)
     return tag("div", [_card(*card) for card in cards], class_="cards")
 

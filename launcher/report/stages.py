@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ftplan.launcher.report.elements import Html, join, prose, table, tag
 from ftplan.launcher.report.facts import RunFacts, mapping, number, read_facts, said
-from ftplan.launcher.report.html import Html, join, prose, table, tag
 from ftplan.launcher.report.page import badge, document
 from ftplan.launcher.report.planned import commands, shown_root
 from ftplan.launcher.run_dir import read_mapping

@@ -104,6 +104,7 @@ thead th{color:var(--dim);font-size:.85rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .settings th{white-space:nowrap}
 .settings td:nth-child(2){font-weight:600}
+small{display:block;color:var(--dim)}
 details{margin:0 0 1.2rem}
 summary{cursor:pointer;color:var(--link);padding:.3rem 0}
 dl{margin:0}
@@ -113,14 +114,14 @@ dt{color:var(--dim);font-size:.88rem}
 .facts>div,.commands>div{display:grid;grid-template-columns:14rem 1fr;gap:0 1rem;padding:.15rem 0}
 .sample{background:var(--panel);border:1px solid var(--rule);border-radius:8px;
  padding:.9rem 1rem;margin-bottom:.9rem}
-.sample dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));
- gap:.6rem 1.4rem}
+.sample dl{display:grid;grid-template-columns:1fr 1fr;gap:.6rem 1.4rem}
 .sample dl>div:first-child,.sample dl>div:last-child{grid-column:1/-1}
 dl+h3{margin-top:1.2rem}
 footer{margin-top:2.5rem;color:var(--dim);font-size:.85rem}
 a{color:var(--link)}
 :focus-visible{outline:2px solid var(--link);outline-offset:2px}
 @media (max-width:600px){
+ .sample dl{grid-template-columns:1fr}
  .bar{grid-template-columns:1fr auto;gap:0 .7rem}
  .bar .name{text-align:left}
  .bar .track{grid-column:1/-1;grid-row:2}
