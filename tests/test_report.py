@@ -177,8 +177,8 @@ class Page(HTMLParser):
 ELEMENTS = frozenset(
     ["html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section",
      "article", "small", "h1", "h2", "h3", "p", "a", "b", "i", "strong", "span", "div", "dl", "dt",
-     "dd", "code", "pre", "table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary",
-     "figure", "figcaption", "svg", "line", "polyline", "path"]
+     "dd", "code", "pre", "table", "caption", "thead", "tbody", "tr", "th", "td", "details",
+     "summary", "figure", "figcaption", "svg", "line", "polyline", "path"]
 )  # fmt: skip
 
 
