@@ -29,6 +29,7 @@ from ftplan.launcher.report.page import page
 from ftplan.launcher.report.style import DARK, LIGHT, NUM_COLOURS
 from ftplan.launcher.report.write import report_end
 from ftplan.launcher.run_dir import RunDir, write_json, write_yaml
+from ftplan.launcher.stage_runs import StagesDir
 from ftplan.launcher.ui import Ui
 from ftplan.planner.phases import COMPONENTS
 from ftplan.planner.units import MIB
@@ -561,6 +562,65 @@ def test_a_page_that_cannot_be_written_is_said(
     assert status == 2
     assert "cannot write" in err
     assert "--out" in err
+
+
+def test_the_page_is_shown_in_a_browser_where_there_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address))
+    out = tmp_path / "page.html"
+    status, _, err = ftplan_report(
+        make(tmp_path / "run").root, "--out", out, "--open", capsys=capsys
+    )
+    assert (status, opened) == (0, [out.as_uri()])
+    assert "no browser could be started" in err
+
+
+def test_commands_name_the_run_from_the_folder_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "runs" / "one")
+    for folder, said in ((tmp_path, "runs/one"), (tmp_path / "runs", "one"), (tmp_path, None)):
+        monkeypatch.chdir(folder)
+        root = Path(said) if said else tmp_path / "runs" / "one"
+        text = page(read_facts(RunDir(root)))
+        assert "ftplan launch runs/one" in text
+        assert "from_pretrained(\n    &quot;runs/one/adapter&quot;" in text
+        assert str(tmp_path) not in text
+
+
+def make_stages(root: Path) -> StagesDir:
+    folders = ("1-first", "2-<b>")
+    for folder in folders:
+        make(root / folder)
+    told = [
+        {"folder": f, "name": f, "begin": None, "objective": "sft", "method": "lora"}
+        for f in folders
+    ]
+    write(root / "stages.yaml", {"stages": told})
+    write(root / "record.json", {"lost": ["1-first"], "what_helps": ["a lower `learning_rate`"]})
+    return StagesDir(root)
+
+
+def test_stages_have_a_page_that_links_theirs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = make_stages(tmp_path / "runs" / "both")
+    status, said, _ = ftplan_report(stages.root, "--json", capsys=capsys)
+    assert status == 0
+    told = json.loads(said)
+    assert [Path(path).is_file() for path in told["stages"]] == [True, True]
+    seen = Page(stages.report.read_text(encoding="utf-8"))
+    links = [attributes["href"] for name, attributes in seen.tags if name == "a"]
+    assert links == ["./1-first/report.html", "./2-%3Cb%3E/report.html"]
+    assert (
+        "Later stages have undone part of 1-first. What helps: a lower learning_rate" in seen.text
+    )
+    assert "ftplan launch runs/both" in seen.text
+    of_one = Page((stages.root / "1-first" / "report.html").read_text(encoding="utf-8")).text
+    assert "This is one of several stages" in of_one
+    assert "ftplan launch runs/both" in of_one
 
 
 def test_without_matplotlib_the_report_is_whole(

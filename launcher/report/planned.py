@@ -11,6 +11,7 @@ from typing import Any
 from ftplan.launcher.report.elements import Child, Html, join, prose, table, tag
 from ftplan.launcher.report.facts import RunFacts, mapping, number, said, shown, without_home
 from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.stage_runs import is_stages_dir
 from ftplan.planner.units import format_bytes, format_count
 
 # The order in which settings are looked for; what else was chosen or given follows.
@@ -200,16 +201,19 @@ def environment_section(facts: RunFacts) -> Html | None:
 
 
 def shown_root(root: Path) -> Path:
-    """The run as commands name it: as it was given, or from the folder above `runs`."""
-    if not root.is_absolute() and ".." not in root.parts and root.name:
-        return root
-    whole = root.resolve()
-    return Path(whole.parent.name) / whole.name
+    """The run as commands name it, from the folder above `runs`: where that is, a report that is
+    passed on need not say."""
+    levels = 3 if _is_stage(root) else 2
+    return Path(*root.resolve().parts[-levels:])
+
+
+def _is_stage(root: Path) -> bool:
+    return is_stages_dir(root.resolve().parent)
 
 
 def commands_section(facts: RunFacts) -> Html:
     root = shown_root(facts.run.root)
-    of_stage = (facts.run.root.resolve().parent / "stages.yaml").is_file()
+    of_stage = _is_stage(facts.run.root)
     use = _use(facts, root)
     return join(
         tag("p", "This is one of several stages: they go on together.") if of_stage else None,

@@ -64,7 +64,7 @@ td:last-child:not(.number){min-width:9rem}
 .row figure{margin-bottom:.6rem}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr));
  gap:.2rem 1.6rem;margin-top:1.4rem}
-.frame{display:grid;grid-template-columns:auto 1fr;padding-top:.5rem;font-size:.78rem;
+.frame{display:grid;grid-template-columns:auto 1fr;padding:.5rem .6rem 0 0;font-size:.78rem;
  color:var(--dim);font-variant-numeric:tabular-nums}
 .plot{height:clamp(170px,34vw,300px);border-left:1px solid var(--dim);
  border-bottom:1px solid var(--dim)}
