@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "launch": "start or repeat the run of a run directory",
     "resume": "go on with an interrupted run",
     "runs": "the runs of a folder and their states; one of them, also while it goes on",
+    "report": "the report of a run, finished or not, as one page",
     "merge": "a run's adapter in the weights of its base model",
     "data": "what is in a data file",
     "validate": "predictions beside measured runs",

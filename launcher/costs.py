@@ -10,7 +10,12 @@ from ftplan.profiles import BILLINGS, lowest_prices
 
 def usd_for(device: Device, gpu_seconds: float) -> dict[str, float | None]:
     """What so many seconds of one such GPU cost by each way of billing; None without a price."""
-    known = lowest_prices(device.name)
+    return usd_for_gpu(device.name, gpu_seconds)
+
+
+def usd_for_gpu(name: str, gpu_seconds: float) -> dict[str, float | None]:
+    """The same of a GPU by its name in the catalog."""
+    known = lowest_prices(name)
     hours = gpu_seconds / SECONDS_PER_HOUR
     return {
         billing: known[billing].usd_per_gpu_hour * hours if billing in known else None

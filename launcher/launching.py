@@ -301,6 +301,8 @@ def going_on_from(ui: Ui, run: RunDir) -> Path | None:
 
 
 def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> dict[str, Any]:
+    from ftplan.launcher.report.write import report_end
+
     written = run.read_plan()
     plan = planned_settings(run, written)
     devices = _devices_for(ui, run, written, plan)
@@ -308,13 +310,16 @@ def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> d
         ui.say(notice)
     environment = emit.launch_environment(os.environ, devices, plan, usable_cores())
     environment[HELD_BY_LAUNCHER] = "1"
-    with (
-        Sampling(run, devices) as samples,
-        live_view(ui, run, written, samples, resumes=checkpoint is not None) as live,
-    ):
-        hangs = HangWatch(ui, run, written["predicted"].get("step_seconds"))
-        watch = watched_by(Notices(ui).update, live.update, hangs.update)
-        run_through(run, environment, watch, checkpoint)
+    try:
+        with (
+            Sampling(run, devices) as samples,
+            live_view(ui, run, written, samples, resumes=checkpoint is not None) as live,
+        ):
+            hangs = HangWatch(ui, run, written["predicted"].get("step_seconds"))
+            watch = watched_by(Notices(ui).update, live.update, hangs.update)
+            run_through(run, environment, watch, checkpoint)
+    finally:
+        report_end(ui, run)
     record = run.read_record()
     remember(ui, run)
     from ftplan.launcher import views
@@ -386,7 +391,7 @@ def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return [
         f"{record['output']:<10}  {folder} ({format_bytes(size)})",
-        f"loss curve  {run.loss_plot}",
+        f"report      {run.report}",
         f"figures     {run.record}",
         f"again       ftplan launch {run.root}",
         *([f"one model   ftplan merge {run.root}"] if is_merged_by_ftplan(record) else []),

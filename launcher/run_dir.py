@@ -129,6 +129,14 @@ class RunDir(Struct, frozen=True):
         return self.root / "loss.png"
 
     @property
+    def memory_plot(self) -> Path:
+        return self.root / "memory.png"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -243,12 +251,17 @@ class RunDir(Struct, frozen=True):
 
     def metric_rows(self) -> Iterator[dict[str, Any]]:
         """Rows of metrics.jsonl; damaged ones and a last one still being written are left out."""
-        if not self.metrics.is_file():
-            return
-        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            row = parsed_row(line)
-            if row is not None:
-                yield row
+        yield from rows_of(self.metrics)
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file with one a line, as `metric_rows` reads it; none where there is no file."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        row = parsed_row(line)
+        if row is not None:
+            yield row
 
 
 def parsed_row(line: str | bytes) -> dict[str, Any] | None:

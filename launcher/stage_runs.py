@@ -129,7 +129,9 @@ def begin_anew(ui: Ui, stages: StagesDir) -> None:
         number = 1 + sum(1 for _ in stages.previous.glob("*/record.json"))
         kept = stages.previous / str(number)
         kept.mkdir(parents=True)
-        stages.record.rename(kept / stages.record.name)
+        for path in (stages.record, stages.report):
+            if path.is_file():
+                path.rename(kept / path.name)
         ui.say(f"results of the earlier attempt are kept in `previous` of each stage and {kept}")
 
 
@@ -139,6 +141,15 @@ def carry_out_stages(ui: Ui, stages: StagesDir) -> dict[str, Any]:
     Raises what `carry_out` does, told of the stage. One that was broken off goes on from its last
     checkpoint.
     """
+    from ftplan.launcher.report.write import report_stages_end
+
+    try:
+        return _carried_out(ui, stages)
+    finally:
+        report_stages_end(ui, stages)
+
+
+def _carried_out(ui: Ui, stages: StagesDir) -> dict[str, Any]:
     runs = stages.runs()
     began = time.time()
     for number, stage in enumerate(runs, start=1):

@@ -26,6 +26,10 @@ class StagesDir(Struct, frozen=True):
         return self.root / "record.json"
 
     @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def previous(self) -> Path:
         return self.root / "previous"
 

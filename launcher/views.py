@@ -424,9 +424,16 @@ _MEASURES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
 
 def evaluation_table(record: Mapping[str, Any]) -> Table:
     """What was measured on the held-out rows, and the perplexity of general text."""
+    return table("On held-out rows", EVALUATION_COLUMNS, evaluation_rows(record))
+
+
+EVALUATION_COLUMNS = ("", ">before", ">after", ">change", "")
+
+
+def evaluation_rows(record: Mapping[str, Any]) -> list[list[str]]:
     evaluation, forgetting = record["evaluation"], record.get("forgetting")
     num_scored = evaluation.get("num_scored") or 0
-    rows: list[list[RenderableType]] = []
+    rows: list[list[str]] = []
     if evaluation["before"] is not None and evaluation["after"] is not None:
         name = f"loss, {evaluation['num_rows']} rows"
         rows.append(_before_and_after(name, evaluation, "{:.3f}".format, "lower is better"))
@@ -438,12 +445,12 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     if forgetting:
         name = "perplexity of general text"
         rows.append(_before_and_after(name, forgetting, "{:.2f}".format, "a rise is forgetting"))
-    return table("On held-out rows", ("", ">before", ">after", ">change", ""), rows)
+    return rows
 
 
 def _before_and_after(
     label: str, values: Mapping[str, Any], form: Callable[[float], str], better: str
-) -> list[RenderableType]:
+) -> list[str]:
     before, after = values["before"], values["after"]
     is_share = form is _share
     if is_share:
@@ -471,7 +478,7 @@ def _change(before: float, after: float) -> str:
     return format_percent(after / before - 1) if before > 0 else f"{after - before:+.3f}"
 
 
-def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[RenderableType]]:
+def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
     """Of each task: its held-out loss, and its share of the rows that were drawn."""
     for name, told in tasks.items():
         before, after = told["before"], told["after"]

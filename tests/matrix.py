@@ -155,7 +155,7 @@ def plan_of(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> Pl
 
 
 def carry_out(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> Done:
-    """Plan and train, in this process; without answers, general text and a plot, which take
+    """Plan and train, in this process; without answers, general text, which take
     longer."""
     plan = plan_of(model, data, runs, given)
     run = write_run(plan, None, runs)
@@ -170,7 +170,6 @@ def carry_out(model: Path, data: Path, runs: Path, given: Mapping[str, Any]) -> 
         mock.patch.object(loop, "save", save),
         mock.patch.object(Evaluator, "_answered", lambda *args: _NOTHING_ASKED),
         mock.patch.object(Evaluator, "_general", lambda *args: None),
-        mock.patch("ftplan.launcher.training.plot.plot_loss", lambda run: None),
         mock.patch("signal.signal"),
     ):
         assert loop.train(run, resume=False) == 0

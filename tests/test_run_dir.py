@@ -90,6 +90,8 @@ class TestNames:
             "stderr": "stderr.log",
             "stacks": "stacks",
             "loss_plot": "loss.png",
+            "memory_plot": "memory.png",
+            "report": "report.html",
             "checkpoints": "checkpoints",
             "tokens": "tokens",
             "adapter": "adapter",

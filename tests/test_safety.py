@@ -188,7 +188,7 @@ def test_a_folder_of_a_run_stays_within_it(name: str) -> None:
 
 
 def test_stages_are_folders_of_their_own_folder(tmp_path: Path) -> None:
-    from ftplan.launcher.stage_runs import StagesDir
+    from ftplan.launcher.stages_dir import StagesDir
 
     stages = StagesDir(tmp_path)
     write_yaml(stages.stages, {"stages": [{"folder": "../elsewhere"}]})

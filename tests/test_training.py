@@ -148,7 +148,8 @@ def test_the_run_directory_holds_what_the_design_names(finished: SimpleNamespace
     names = {path.name for path in finished.run.root.iterdir()}
     assert names >= {
         *("plan.yaml", "accelerate.yaml", "train.yaml", "command.txt", "environment.json"),
-        *("data_profile.json", "metrics.jsonl", "stdout.log", "stderr.log", "loss.png"),
+        *("data_profile.json", "metrics.jsonl", "stdout.log", "stderr.log"),
+        *("loss.png", "memory.png", "report.html"),
         *("checkpoints", "adapter", "record.json", "data"),
     }
     assert finished.run.loss_plot.read_bytes().startswith(b"\x89PNG")

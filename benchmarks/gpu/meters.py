@@ -18,8 +18,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ftplan.launcher.dry_run.fakes import held_tensors, quantization_tensors
+from ftplan.launcher.step_seconds import PROFILED_STEPS
 from ftplan.launcher.training.measure import (
-    PROFILED_STEPS,
     bytes_beside_cache,
     process_peak_bytes,
     storage_sizes,

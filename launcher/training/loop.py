@@ -31,6 +31,7 @@ from ftplan.launcher.run_dir import (
     write_bytes,
     write_json,
 )
+from ftplan.launcher.step_seconds import mean_step_seconds, settled_tokens_per_second
 from ftplan.launcher.training.adapters import settle_adapters
 from ftplan.launcher.training.bad_steps import StepGuard
 from ftplan.launcher.training.build import apply_method, count_trainable, load_model
@@ -51,13 +52,12 @@ from ftplan.launcher.training.loftq import begin_with_what_is_lost
 from ftplan.launcher.training.machine_facts import machine_facts
 from ftplan.launcher.training.measure import (
     CpuAllocationRecorder,
-    mean_step_seconds,
     measured_memory,
-    settled_tokens_per_second,
 )
 from ftplan.launcher.training.objectives import make_trainer, trainer_arguments
 from ftplan.launcher.training.optimizers import settle_optimizer
 from ftplan.launcher.training.out_of_memory import Recovery, StartAgain, carried_through
+from ftplan.launcher.training.phase_peaks import PhasePeaks
 from ftplan.launcher.training.prefix_start import begin_with_words
 from ftplan.launcher.training.preflight import (
     PREFLIGHT,
@@ -103,6 +103,7 @@ class _Session(Struct):
     reporter: StepReporter
     recorder: CpuAllocationRecorder
     recovery: Recovery
+    phases: PhasePeaks
     stopping: StopOnSignal = field(default_factory=StopOnSignal)
     training: bool = False
     status: dict[str, Any] = field(default_factory=dict)
@@ -168,7 +169,9 @@ def _attempt(run: RunDir, recovery: Recovery, resume: bool | str) -> int:
     recorder = CpuAllocationRecorder()
     reporter = StepReporter(run, recorder)
     tokenizer = load_tokenizer(config.model, config.template, add_tokens=config.add_tokens)
-    session = _Session(run, config, tokenizer, reporter, recorder, recovery)
+    phases = PhasePeaks(run, recorder)
+    reporter.highest = phases.highest
+    session = _Session(run, config, tokenizer, reporter, recorder, recovery, phases)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, session.on_signal)
     try:
@@ -193,6 +196,7 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
     session.say("loading the model")
     trained_rows = with_replayed(rows.train, config, run.tokens)
     trainer = build_trainer(session, trained_rows, rows.held_out)
+    session.phases.end("load", trainer.model)
     asked = asked_rows(config, session.tokenizer, rows.asked)
     evaluator = Evaluator(trainer, session.tokenizer, config, asked, session.say)
     loaded = time.time()
@@ -220,15 +224,14 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
         raise Stopped(session.stopping.exit_status)
     if session.guard is not None and session.guard.failure is not None:
         raise session.guard.failure
-    memory = measured_memory(session.recorder)
+    memory = measured_memory(session.recorder, session.phases.highest())
     after = _evaluate(session, evaluator, "after", before)
     earlier = _of_stages(session, trainer, rows.train)
     session.say("saving")
     output = session.recovery.saved(lambda: save(session, trainer), trainer)
+    session.phases.end("save")
+    session.phases.tell()
     if trainer.is_world_process_zero():
-        from ftplan.launcher.training.plot import plot_loss  # a second that a dry run need not pay
-
-        plot_loss(run)
         seconds = {"load": loaded - started, "train": trained - began}
         seconds["total"] = time.time() - started
         record = make_record(session, trainer, rows, before, after, memory, seconds, output)
@@ -279,7 +282,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         "row_lengths": train_rows.lengths,
         "processing_class": session.tokenizer.tokenizer,
         "peft_config": peft_config,
-        "callbacks": [*reporters, session.reporter, session.stopping],
+        "callbacks": [*reporters, session.reporter, session.phases, session.stopping],
         **({"tasks": tasks} if tasks else {}),
     }
     if config.rewards:
@@ -339,6 +342,8 @@ def _evaluate(
     """What the model can do now; kept in metrics.jsonl for a resume."""
     trainer = evaluator.trainer
     result = session.recovery.evaluated(lambda: evaluator.evaluate(when, before), trainer)
+    session.phases.end("evaluation")
+    session.phases.tell()
     if evaluator.trainer.is_world_process_zero():
         append_metric(session.run, result)
     return result
@@ -464,6 +469,7 @@ def make_record(
             "settled_tokens_per_second_per_gpu": settled_tokens_per_second(steps),
             "train_seconds": spent,
             "seconds": seconds,
+            "phases": session.phases.to_list(),
         },
         "sampled": sampled_peaks(session.run),
         "evaluation": evaluation_record(config.objective, before, after, len(trainer.eval_dataset)),

@@ -8,15 +8,13 @@ states too), and the process by the kernel's high-water mark.
 from __future__ import annotations
 
 import re
-import statistics
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-PROFILED_STEPS = 2
 
 
 class CpuAllocationRecorder:
@@ -25,7 +23,9 @@ class CpuAllocationRecorder:
     def __init__(self) -> None:
         self._profiler: Any = None
         self._base_bytes = 0
+        self._marks: list[tuple[int, str]] = []
         self.peak_bytes: int | None = None
+        self.peaks: dict[str, int] = {}  # by phase
 
     def start(
         self,
@@ -42,7 +42,13 @@ class CpuAllocationRecorder:
         self._profiler = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         )
+        self._marks = []
         self._profiler.__enter__()
+
+    def mark(self, phase: str) -> None:
+        """A phase ends here. Its peak is known once the recorder has stopped."""
+        if self._profiler is not None:
+            self._marks.append((time.time_ns(), phase))
 
     def stop(self) -> None:
         if self._profiler is None:
@@ -50,21 +56,46 @@ class CpuAllocationRecorder:
         self._profiler.__exit__(None, None, None)
         peak = self._base_bytes + highest_rise(self._profiler)
         self.peak_bytes = max(self.peak_bytes or 0, peak)
+        for phase, rise in rises_by_phase(levels(self._profiler), self._marks).items():
+            self.peaks[phase] = max(self.peaks.get(phase, 0), self._base_bytes + rise)
         self._profiler = None
 
 
 def highest_rise(profiler: Any) -> int:
     """How far allocations rose above the start of the profile, in bytes."""
+    return max([0, *(level for _, level in levels(profiler))])
+
+
+def levels(profiler: Any) -> list[tuple[int, int]]:
+    """After each allocation and release: nanoseconds since 1970, and bytes above the start of the
+    profile."""
     events = [
         (event.start_ns(), event.nbytes())
         for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]
-    level = highest = 0
-    for _, num_bytes in sorted(events, key=lambda event: event[0]):
+    level, found = 0, []
+    for when, num_bytes in sorted(events, key=lambda event: event[0]):
         level += num_bytes
-        highest = max(highest, level)
-    return highest
+        found.append((when, level))
+    return found
+
+
+def rises_by_phase(
+    levels: Sequence[tuple[int, int]], marks: Sequence[tuple[int, str]]
+) -> dict[str, int]:
+    """The highest level of each phase. `marks`: when phases end, in order, and their names; what
+    a phase begins with is its own too."""
+    found: dict[str, int] = {}
+    level, at = 0, 0
+    for end, phase in marks:
+        highest = level
+        while at < len(levels) and levels[at][0] <= end:
+            level = levels[at][1]
+            highest = max(highest, level)
+            at += 1
+        found[phase] = max(found.get(phase, 0), highest)
+    return found
 
 
 def live_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
@@ -116,19 +147,36 @@ def process_peak_bytes() -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def measured_memory(recorder: CpuAllocationRecorder) -> dict[str, int | None]:
-    """Peak bytes: allocated, reserved, device, in the sense of the estimate."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        reserved = torch.cuda.max_memory_reserved()
+def on_cuda() -> bool:
+    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())
+
+
+def allocated_peak(recorder: CpuAllocationRecorder, earlier: Mapping[str, int]) -> int | None:
+    """The highest bytes of tensors so far, as `measured_memory` has them; None until known."""
+    if on_cuda():
+        return max(int(torch.cuda.max_memory_allocated()), earlier.get("allocated_bytes", 0))
+    return recorder.peak_bytes
+
+
+def measured_memory(
+    recorder: CpuAllocationRecorder, earlier: Mapping[str, int] | None = None
+) -> dict[str, int | None]:
+    """Peak bytes: allocated, reserved, device, in the sense of the estimate. `earlier`: the highest
+    of each before the counters were last reset."""
+    earlier = earlier or {}
+    allocated = allocated_peak(recorder, earlier)
+    if on_cuda():
+        reserved = max(torch.cuda.max_memory_reserved(), earlier.get("reserved_bytes", 0))
         return {
-            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "allocated_bytes": allocated,
             "reserved_bytes": reserved,
             "device_bytes": bytes_beside_cache() + reserved,
         }
+    resident = process_peak_bytes()
     return {
-        "allocated_bytes": recorder.peak_bytes,
+        "allocated_bytes": allocated,
         "reserved_bytes": recorder.peak_bytes,
-        "device_bytes": process_peak_bytes(),
+        "device_bytes": resident and max(resident, earlier.get("device_bytes", 0)),
     }
 
 
@@ -158,20 +206,3 @@ def process_device_bytes(fallback: int) -> int:
     except Exception:  # containers hide processes, drivers lack the query
         return fallback
     return fallback
-
-
-def settled_tokens_per_second(steps: Sequence[Mapping[str, Any]]) -> float | None:
-    """Tokens a second of the steps after the profiled ones, by their rows of metrics.jsonl; None
-    where there are no others."""
-    settled = steps[PROFILED_STEPS:]
-    seconds = sum(row["seconds"] for row in settled)
-    return sum(row["tokens"] for row in settled) / seconds if seconds else None
-
-
-def mean_step_seconds(seconds: Sequence[float]) -> float | None:
-    """Mean seconds of the steps after the profiled ones; of all when there are no others.
-
-    The mean, not the median: it is what the estimate predicts, and lengths vary.
-    """
-    settled = seconds[PROFILED_STEPS:] or seconds
-    return statistics.fmean(settled) if settled else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from trl import SFTTrainer
 
 from ftplan.launcher.metrics_file import append_row
 from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.step_seconds import PROFILED_STEPS
 from ftplan.launcher.training.importance import importance
-from ftplan.launcher.training.measure import PROFILED_STEPS, CpuAllocationRecorder
+from ftplan.launcher.training.measure import (
+    CpuAllocationRecorder,
+    allocated_peak,
+)
 from ftplan.launcher.training.order import PlannedOrder
 from ftplan.launcher.training.tasks import TaskCollator
 
@@ -55,6 +60,7 @@ class StepReporter(TrainerCallback):
         self.recorder = recorder
         self.trainer: PlannedTrainer | None = None
         self.skipped_step = -1  # has no row: `bad_steps.StepGuard` tells of it
+        self.highest: Callable[[], dict[str, int]] = dict  # bytes, before counters were reset
         self._began = 0.0
         self._seconds = 0.0
         self._tokens = 0
@@ -112,7 +118,7 @@ class StepReporter(TrainerCallback):
             "seconds": self._seconds,
             "tokens": self._tokens,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else None,
-            "allocated_bytes": _allocated_bytes(self.recorder),
+            "allocated_bytes": allocated_peak(self.recorder, self.highest()),
             **{name: value for name, value in logs.items() if name.startswith(_TOLD)},
             **_task_metrics(self.trainer),
         }
@@ -143,9 +149,3 @@ def append_metric(run: RunDir, row: dict[str, Any]) -> None:
 def _synchronize(args: TrainingArguments) -> None:
     if args.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _allocated_bytes(recorder: CpuAllocationRecorder) -> int | None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    return recorder.peak_bytes

@@ -11,9 +11,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.step_seconds import PROFILED_STEPS
 from ftplan.launcher.training.cycles.cycle import ADAPTER, Cycle, read_state
 from ftplan.launcher.training.cycles.merging import Adapted, adapted_modules, begin_anew
-from ftplan.launcher.training.measure import PROFILED_STEPS, CpuAllocationRecorder
+from ftplan.launcher.training.measure import CpuAllocationRecorder
 from ftplan.planner.cycles import scoring_steps
 
 
