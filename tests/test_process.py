@@ -273,7 +273,7 @@ class TestFailure:
         with pytest.raises(RunFailedError) as caught:
             start(run, through_launcher(script, run))
         assert words in caught.value.message
-        assert "`--per-device-train-batch-size 1" in (caught.value.hint or "")
+        assert "`--max-length`" in (caught.value.hint or "")
 
     @pytest.mark.parametrize("how", [directly, through_launcher])
     def test_a_process_that_the_system_killed_is_told_so(

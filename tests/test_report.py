@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftplan.launcher import cli
+from ftplan.launcher.manifest import seal
 from ftplan.launcher.report import pictures
 from ftplan.launcher.report.charts import Series, axis, line_chart, smoothed, thinned
 from ftplan.launcher.report.elements import escaped, printable, prose, tag
@@ -345,6 +346,7 @@ def test_a_failed_run_tells_its_error_and_the_command_that_goes_on(tmp_path: Pat
     write_json(run.status, {"stage": "training", "pid": NOBODY})
     run.stderr.write_text("loading\nRuntimeError: mat1 and mat2\n")
     write_json(run.checkpoints / "checkpoint-2" / "trainer_state.json", {})
+    seal(run.checkpoints / "checkpoint-2", {})
     seen = Page(page(read_facts(run))).text
     assert "RuntimeError: mat1 and mat2" in seen
     assert "ftplan resume 'runs/my run'" in seen

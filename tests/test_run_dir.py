@@ -85,6 +85,7 @@ class TestNames:
             "data": "data",
             "metrics": "metrics.jsonl",
             "samples": "samples.jsonl",
+            "trackers": "trackers",
             "status": "status.json",
             "stdout": "stdout.log",
             "stderr": "stderr.log",
