@@ -425,7 +425,7 @@ def test_a_run_that_has_nothing_left_to_give_up_says_so(
     ):
         loop.train(run, resume=False)
     assert [event["what"] is None for event in events(run)] == [False, False, False, True]
-    assert run.read_status()["stage"] == EVENT
+    assert run.read_status()["stage"] == "failed"
 
 
 @pytest.mark.train
@@ -464,14 +464,14 @@ def test_two_ranks_agree_on_what_is_given_up(
     assert loop.train(alone, resume=False) == 0
     run = make_run(gradient_accumulation_steps=1)
 
-    def two_ranks(run: RunDir, resume: bool = False) -> list[str]:
+    def two_ranks(run: RunDir, checkpoint: Path | None, *, again: bool = False) -> list[str]:
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
         module = ("-m", "tests.broken_rank", str(tmp_path / "failed"), str(run.root))
-        return [sys.executable, *launcher, *module, *(["--resume"] if resume else [])]
+        return [sys.executable, *launcher, *module, *(["--resume"] if again else [])]
 
     monkeypatch.setattr(launching.emit, "launch_command", two_ranks)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    launching.run_through(run, environment, lambda status, rows: None, resume=False)
+    launching.run_through(run, environment, lambda status, rows: None, None)
     (event,) = events(run)
     assert event["at_step"] == 3 and event["now"]["train_rows"] == 2
     assert losses(run)[:4] == pytest.approx(losses(alone)[:4], rel=1e-4)

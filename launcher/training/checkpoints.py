@@ -149,7 +149,9 @@ class CheckpointKeeper:
             self._saved(name, time.monotonic() - began)
         else:
             self._drop_staging()
-            self._pause(Shortage(self._needed_bytes(), None))
+            needed, free = self._needed_bytes(), free_bytes(self.run.checkpoints)
+            # A quota refuses although there is room.
+            self._pause(Shortage(needed, free if free < needed else None))
 
     def spare(self) -> None:
         """Make room for results: all but the newest and the best checkpoint go."""

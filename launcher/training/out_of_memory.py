@@ -309,7 +309,7 @@ class Recovery:
         hint = "take a shorter `--max-length`, a smaller model, or a larger GPU"
         if trouble.place == "save" and checkpoint is not None:
             hint = f"end other programs, then go on with `ftplan resume {self.run.root}`"
-        write_json(self.run.status, {"stage": EVENT, "pid": os.getpid()})
+        write_json(self.run.status, {"stage": "failed", "pid": os.getpid()})
         return RunFailedError(
             f"out of memory in {_PLACE_TITLES[trouble.place]} with {rows} row"
             f"{'' if rows == 1 else 's'} at once, and nothing is left to give up: {trouble.said}",
