@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -289,6 +290,19 @@ def make_data() -> Callable[[Iterable[int]], DataProfile]:
 def few_short_rows(make_data: Callable[[Iterable[int]], DataProfile]) -> DataProfile:
     """480 rows of 50 to 449 tokens."""
     return make_data(50 + 37 * i % 400 for i in range(480))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_general_text() -> Iterator[None]:
+    """Runs within the tests' own process read the beginning of the general text: all of it, before
+    and after, would take most of their time."""
+    module = sys.modules.get("ftplan.launcher.training.general_text")
+    if module is None:  # nothing of this file trains
+        yield
+        return
+    whole = module.text_pieces
+    with mock.patch.object(module, "text_pieces", lambda t: whole(t)[: module.LEAST_PIECES]):
+        yield
 
 
 @pytest.fixture(scope="module")
