@@ -105,7 +105,12 @@ def _run(words: list[str]) -> int:
         if unknown:
             raise _unknown_argument(parser, unknown[0])
         ui.as_json = arguments.json
-        return command.run(arguments, ui)
+        if not getattr(arguments, "trust_remote_code", False):
+            return command.run(arguments, ui)
+        from ftplan.launcher import remote_code
+
+        with remote_code.allowed(ui.warn):
+            return command.run(arguments, ui)
     except FtplanError as error:
         with contextlib.suppress(BrokenPipeError):
             ui.fail(error)

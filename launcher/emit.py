@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftplan.launcher import remote_code
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.cycles import CYCLE_SETTINGS
@@ -209,12 +210,14 @@ def rewards(plan: TrainingPlan, reward_model: Mapping[str, str | None] | None) -
 
 
 def launch_command(
-    run: RunDir, checkpoint: Path | None = None, *, again: bool = False
+    run: RunDir, checkpoint: Path | None = None, *, again: bool = False, trusts_code: bool = False
 ) -> list[str]:
     """`accelerate launch` of the training module on a run directory. `checkpoint`: of it, which the
-    run goes on from; `again`: what it has measured so far is kept where there is none."""
+    run goes on from; `again`: what it has measured so far is kept where there is none;
+    `trusts_code`: of the model's repository, which may run."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(run.accelerate), "-m", TRAIN_MODULE, str(run.root)]
+    command += [remote_code.FLAG] if trusts_code else []
     if checkpoint:
         return [*command, "--resume", checkpoint.name]
     return [*command, "--resume"] if again else command

@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec import structs
 
-from ftplan.launcher import emit
+from ftplan.launcher import emit, remote_code
 from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.overlong import Fate
 from ftplan.launcher.data.profiling import (
@@ -31,6 +31,7 @@ from ftplan.launcher.hangs import HangWatch
 from ftplan.launcher.host import usable_cores
 from ftplan.launcher.lock import HELD_BY_LAUNCHER, held
 from ftplan.launcher.manifest import total_bytes
+from ftplan.launcher.model_source import source_from_folder
 from ftplan.launcher.next_plans import cheaper_plans, write_next_plans
 from ftplan.launcher.notices import Notices
 from ftplan.launcher.packages import require_training
@@ -275,6 +276,9 @@ def carry_out(
     already.
     """
     require_training()
+    model = Path(read_mapping(run.train).get("model", ""))
+    if (model / "config.json").is_file():
+        remote_code.check(source_from_folder(model, any_architecture=True))
     with held(run.root):
         checkpoint = going_on_from(ui, run) if resume else None
         anew = anew or (resume and checkpoint is None)
@@ -338,14 +342,16 @@ def run_through(
 ) -> None:
     """The run to its end. Where memory has run out on one of several GPUs, all processes are
     started again, with what it has given up."""
-    command = emit.launch_command(run, checkpoint)
+    trusts_code = remote_code.is_allowed()
+    command = emit.launch_command(run, checkpoint, trusts_code=trusts_code)
     while True:
         try:
             return run_to_end(run, command, environment, watch)
         except RunFailedError:
             if not run.read_status().get("again"):
                 raise
-        command = emit.launch_command(run, run.last_checkpoint(hashes=True), again=True)
+        checkpoint = run.last_checkpoint(hashes=True)
+        command = emit.launch_command(run, checkpoint, again=True, trusts_code=trusts_code)
 
 
 def planned_settings(run: RunDir, written: Mapping[str, Any]) -> TrainingPlan:

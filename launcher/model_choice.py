@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msgspec import structs
 
-from ftplan.launcher import default_model
+from ftplan.launcher import default_model, remote_code
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.data.profiling import make_split, profile_data
 from ftplan.launcher.model_source import (
@@ -234,7 +234,8 @@ def with_weights(ui: Ui, source: ModelSource) -> ModelSource:
             "name a model, such as `--model smollm2-135m-instruct`; see `ftplan models`",
         )
     folder = cached_folder(source.hub_id)
-    if folder is None or not has_weights(folder):
+    wants_code = remote_code.is_allowed() and folder is not None and remote_code.lacks_code(folder)
+    if folder is None or not has_weights(folder) or wants_code:
         folder = _fetch(ui, source.hub_id)
         if not has_weights(folder):
             raise InputError(
@@ -245,7 +246,7 @@ def with_weights(ui: Ui, source: ModelSource) -> ModelSource:
 
 
 def _fetch(ui: Ui, hub_id: str) -> Path:
-    """Weights and tokenizer of a Hub model; safetensors only, no code."""
+    """Weights and tokenizer of a Hub model; safetensors only, no code unless it may run."""
     if hub_id == default_model.HUB_ID:
         return default_model.find_default_model(ui.say)
     if _hub_is_out_of_reach():
@@ -258,6 +259,7 @@ def _fetch(ui: Ui, hub_id: str) -> Path:
 
     ui.say(f"fetching {hub_id} from the Hub ...")
     patterns = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
+    patterns += ["*.py"] if remote_code.is_allowed() else []
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, OSError) as error:

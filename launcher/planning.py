@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from ftplan.launcher import remote_code
 from ftplan.launcher.calibration_file import calibrated
 from ftplan.launcher.costs import usd_for
 from ftplan.launcher.data.asked import DataAsked
@@ -177,6 +179,7 @@ def make_plan(
         source, choice = choose_model(asked, offer, here=named_device is None)
     if for_launch:
         source = with_weights(ui, source)
+        remote_code.check(source)
         judge = judge and with_weights(ui, judge)
     tokenizer = tokenizer_of(ui, source, given)
     tokens = token_settings(tokenizer, given)
@@ -365,6 +368,7 @@ def tokenizer_of(
         ui.say("no tokenizer at hand: token lengths are estimated from characters")
         return None
     ui.say("reading the rows with the model's tokenizer ...")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return load_tokenizer(
             folder,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+from ftplan.launcher import remote_code
 from ftplan.launcher.hangs import write_stack_when_asked
 from ftplan.launcher.masking import MaskedStream, secrets_of
 from ftplan.launcher.run_dir import open_run
@@ -28,18 +30,25 @@ def main(argv: list[str] | None = None) -> int:
         metavar="CHECKPOINT",
         help="go on from the last whole checkpoint, or from the one of this name",
     )
+    remote_code.add_trust_argument(parser)
     arguments = parser.parse_args(argv)
     try:
         run = open_run(arguments.run_dir)
         write_stack_when_asked(run)
         from ftplan.launcher.training.loop import train
 
-        return train(run, resume=arguments.resume)
+        trusts = arguments.trust_remote_code
+        with remote_code.allowed(_say) if trusts else nullcontext():
+            return train(run, resume=arguments.resume)
     except FtplanError as error:
         print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)  # noqa: T201
         return error.exit_status
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201
 
 
 def mask_output() -> None:

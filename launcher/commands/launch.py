@@ -16,6 +16,7 @@ from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_file import read_plan_file
 from ftplan.launcher.planning import make_plan
 from ftplan.launcher.ran_out import ladder_at_the_end
+from ftplan.launcher.remote_code import add_trust_argument
 from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.stage_commands import run_again, run_stage_file
 from ftplan.launcher.stage_file import is_stage_file
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
     )
     add_calibration_argument(parser)
+    add_trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ftplan.launcher.live import with_progress
 from ftplan.launcher.lock import held
 from ftplan.launcher.packages import require_training
+from ftplan.launcher.remote_code import add_trust_argument
 from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="of the weights (the base's, or bfloat16 for one in 32 bits)",
     )
+    add_trust_argument(parser)
     parser.add_argument(
         "--gguf",
         metavar="TYPE",

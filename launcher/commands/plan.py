@@ -17,6 +17,7 @@ from ftplan.launcher.estimate_json import calibration_to_dict, estimate_to_dict
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.plan_file import write_plan_file
 from ftplan.launcher.planning import Planned, make_plan
+from ftplan.launcher.remote_code import add_trust_argument
 from ftplan.launcher.settings_flags import add_setting_flags, command_line, given_settings
 from ftplan.launcher.ui import Ui
 from ftplan.planner.combination import Caution
@@ -77,6 +78,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
     )
     add_calibration_argument(parser)
+    add_trust_argument(parser)
 
 
 def add_calibration_argument(parser: argparse.ArgumentParser) -> None:

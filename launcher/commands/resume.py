@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ftplan.launcher.launching import carry_out
+from ftplan.launcher.remote_code import add_trust_argument
 from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.stage_commands import run_rest
 from ftplan.launcher.stage_runs import check_whole
@@ -16,6 +17,7 @@ from ftplan.planner.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="an interrupted run")
+    add_trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from ftplan.launcher import remote_code
 from ftplan.launcher.data.patterns import Patterns, Segment
 from ftplan.launcher.data.rows import Message, Messages, Row
 from ftplan.launcher.data.special_tokens import (
@@ -339,14 +340,6 @@ def _of_row(row: Row, error: InputError) -> InputError:
     return InputError(f"row {row.number}: {error.message}", error.hint)
 
 
-def brings_code(model: str | Path) -> InputError:
-    """What is said of a model whose repository wants its own Python code to be run."""
-    return InputError(
-        f"`{model}` brings Python code of its own, and ftplan runs no code of a model's repository",
-        "take a model that transformers itself knows; its config.json has no `auto_map`",
-    )
-
-
 def load_tokenizer(
     model: str | Path,
     template: Template | str = "auto",
@@ -359,12 +352,9 @@ def load_tokenizer(
     imports transformers. Raises InputError where template or tokens are not to be had."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise brings_code(model) from error
-        raise
+    trust = remote_code.trusted(model, remote_code.TOKENIZER)
+    with remote_code.refused(model):
+        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust)
     if isinstance(template, str):
         template = choose_template(tokenizer, template, is_base=is_base)
     return RowTokenizer(tokenizer, template, add_tokens=add_tokens, train_tokens=train_tokens)

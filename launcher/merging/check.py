@@ -10,6 +10,7 @@ import torch
 from msgspec import Struct
 from peft import PeftModel
 
+from ftplan.launcher import remote_code
 from ftplan.launcher.data.tokens import load_tokenizer
 from ftplan.launcher.host import ram_bytes
 from ftplan.launcher.merging.request import MergeRequest
@@ -99,7 +100,11 @@ def _tokens(request: MergeRequest) -> torch.Tensor:
 def _loaded(request: MergeRequest, folder: Path) -> Any:
     kind = MODEL_CLASSES[request.objective]
     return kind.auto.from_pretrained(
-        str(folder), dtype=_COMPUTED_IN, use_safetensors=True, **kind.settings
+        str(folder),
+        dtype=_COMPUTED_IN,
+        use_safetensors=True,
+        trust_remote_code=remote_code.trusted(request.base),
+        **kind.settings,
     )
 
 

@@ -15,6 +15,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
+from ftplan.launcher import remote_code
 from ftplan.launcher.data.tokens import load_tokenizer
 from ftplan.launcher.merging.base import BaseTensors, Group
 from ftplan.launcher.merging.request import MergeRequest, check_ram
@@ -66,6 +67,7 @@ class Merger:
         own = self.base_dtype if self.base_dtype in _SIXTEEN_BITS else DEFAULT_DTYPE
         self.dtype = dtype or own
         self.config = _model_config(request)
+        self.trust = remote_code.trusted(request.base)
         self.whole = WholeWeights(request.adapter, self._skeleton())
         if self.whole.vocab_size is not None:
             self.config.vocab_size = self.whole.vocab_size
@@ -83,7 +85,9 @@ class Merger:
     def _skeleton(self) -> PreTrainedModel:
         auto = MODEL_CLASSES[self.request.objective].auto
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(self.config, dtype=_MERGED_IN)
+            model: PreTrainedModel = auto.from_config(
+                self.config, dtype=_MERGED_IN, trust_remote_code=self.trust
+            )
         return model.eval()
 
     def _loaded(self) -> PreTrainedModel:
@@ -92,7 +96,10 @@ class Merger:
         check_ram(sum(sizes) * _MERGED_IN.itemsize, "to merge this method")
         auto = MODEL_CLASSES[self.request.objective].auto
         model: PreTrainedModel = auto.from_pretrained(
-            str(self.request.base), config=self.config, dtype=_MERGED_IN
+            str(self.request.base),
+            config=self.config,
+            dtype=_MERGED_IN,
+            trust_remote_code=self.trust,
         )
         return model.eval()
 
@@ -249,7 +256,10 @@ class WholeWeights:
 
 def _model_config(request: MergeRequest) -> Any:
     settings = MODEL_CLASSES[request.objective].settings
-    config = AutoConfig.from_pretrained(str(request.base), trust_remote_code=False, **settings)
+    base = str(request.base)
+    trust = remote_code.trusted(base)
+    with remote_code.refused(base):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust, **settings)
     if (config.quantization_config if hasattr(config, "quantization_config") else None) is not None:
         raise InputError(
             f"the base model at `{request.base}` is quantized: an adapter is merged in 16 bits",

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from ftplan.launcher.data.tokens import brings_code
+from ftplan.launcher import remote_code
 from ftplan.launcher.training.adapters import peft_config_of
 from ftplan.launcher.training.bottlenecks import insert_bottlenecks
 from ftplan.launcher.training.model_classes import MODEL_CLASSES, check_model_class
@@ -27,18 +27,15 @@ Settings = Mapping[str, Any]
 def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedModel:
     """The base model with its weights, on the device it trains on. Raises InputError for one that
     needs code of its own."""
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise brings_code(model) from error
-        raise
+    trust = remote_code.trusted(model)
+    with remote_code.refused(model):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, settings["dtype"]),
         "attn_implementation": settings["attn_implementation"],
         **switched_on(config.to_dict(), settings),
         # Without a word, transformers would ask whoever sits at the terminal.
-        "trust_remote_code": False,
+        "trust_remote_code": trust,
     }
     quantization = quantization_config(settings)
     if quantization is not None:

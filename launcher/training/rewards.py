@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from ftplan.launcher import remote_code
 from ftplan.launcher.data.rows import Message, Row
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.model_source import check_safetensors
@@ -110,7 +111,7 @@ def _reward_model(settings: Mapping[str, Any], device: torch.device) -> RewardMo
         dtype=getattr(torch, settings["dtype"]),
         attn_implementation=settings["attn_implementation"],
         use_safetensors=True,
-        trust_remote_code=False,
+        trust_remote_code=remote_code.trusted(folder),
     )
     if adapter is not None:
         check_safetensors(Path(adapter))
