@@ -160,7 +160,7 @@ def file_lines(run: RunDir) -> list[str]:
     """What there is to look at, with sizes; lines to be copied."""
     shown = (
         run.adapter, run.model, run.merged, run.checkpoints, run.record, run.loss_plot,
-        run.root / "memory.png", run.root / "report.html", run.trackers, run.metrics,
+        run.memory_plot, run.report, run.trackers, run.metrics,
         run.samples, run.stderr,
     )  # fmt: skip
     return [f"  {path} ({format_bytes(_size(path))})" for path in shown if path.exists()]
@@ -178,12 +178,13 @@ def commands(run: RunSummary, *, merges: bool) -> list[tuple[str, str]]:
 def _commands(run: RunSummary, path: str, merges: bool) -> Iterator[tuple[str, str]]:
     if run.state == "running":
         yield "watch it", f"ftplan runs show {path} --follow"
-        return
-    if run.state == "finished":
+    elif run.state == "finished":
         if merges:
             yield "one model", f"ftplan merge {path}"
         yield "again", f"ftplan launch {path}"
-        return
-    if run.checkpoint or run.stages:
-        yield "go on", f"ftplan resume {path}"
-    yield "from the start", f"ftplan launch {path}"
+    else:
+        if run.checkpoint or run.stages:
+            yield "go on", f"ftplan resume {path}"
+        yield "from the start", f"ftplan launch {path}"
+    if run.step is not None or run.stages:
+        yield "report", f"ftplan report {path}"

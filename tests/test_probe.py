@@ -256,7 +256,7 @@ class TestNoDriver:
         pynvml = pytest.importorskip("pynvml")
         asked = {name for name in vars(NvmlModule) if name.lower().startswith("nvml")}
         errors = {error.__name__ for error in NVMLError.__subclasses__()}
-        assert len(asked) == 30
+        assert len(asked) == 34
         assert [name for name in asked if not hasattr(FakeNvml, name)] == []
         assert [name for name in asked | errors if not hasattr(pynvml, name)] == []
 

@@ -259,7 +259,7 @@ class TestShow:
         told = json.loads(capsys.readouterr().out)
         assert (told["state"], told["why"], told["step"]) == ("failed", "no room", 4)
         assert told["measured"]["step_seconds"] == 2.0
-        assert told["commands"] == [f"ftplan launch {run.root}"]
+        assert told["commands"] == [f"ftplan {verb} {run.root}" for verb in ("launch", "report")]
 
     def test_what_is_none_is_told(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         make_run(tmp_path, "first-run")
