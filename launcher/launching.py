@@ -39,6 +39,7 @@ from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, settled
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.process import Watch, run_to_end, watched_by
+from ftplan.launcher.ran_out import ladder_at_the_end
 from ftplan.launcher.reward_source import folders
 from ftplan.launcher.run_dir import (
     RunDir,
@@ -266,11 +267,18 @@ def predicted(planned: Planned) -> dict[str, Any]:
 
 
 def carry_out(
-    ui: Ui, run: RunDir, *, resume: bool = False, anew: bool = False, is_last: bool = True
+    ui: Ui,
+    run: RunDir,
+    planned: Planned | None = None,
+    *,
+    resume: bool = False,
+    anew: bool = False,
+    is_last: bool = True,
 ) -> dict[str, Any]:
-    """Launch the run, show how it goes, and report; returns its record. `resume`: from its last
-    whole checkpoint; `anew`: after the results of an earlier attempt have been set aside;
-    `is_last`: nothing follows that goes on with what was made.
+    """Launch the run, show how it goes, and report; returns its record. `planned`: what it came
+    of, where that is at hand; `resume`: from its last whole checkpoint; `anew`: after the results
+    of an earlier attempt have been set aside; `is_last`: nothing follows that goes on with what
+    was made.
 
     Raises RunFailedError, InterruptedRunError, or InputError when it cannot start here or goes on
     already.
@@ -284,7 +292,8 @@ def carry_out(
         anew = anew or (resume and checkpoint is None)
         if anew and (kept := run.set_results_aside()) is not None:
             ui.say(f"results of the earlier attempt are kept in {kept}")
-        return _carry_out(ui, run, checkpoint, is_last)
+        with ladder_at_the_end(ui, run, planned):
+            return _carry_out(ui, run, checkpoint, is_last)
 
 
 def going_on_from(ui: Ui, run: RunDir) -> Path | None:

@@ -8,12 +8,14 @@ from typing import Any
 
 from msgspec import structs
 
+from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.next_plans import cheaper_plans
-from ftplan.launcher.planning import Planned
+from ftplan.launcher.plan_file import read_settings
+from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.refusal import does_not_fit, rungs_of
-from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.run_dir import RunDir, read_mapping
 from ftplan.launcher.ui import Ui
-from ftplan.planner.errors import FtplanError, RunFailedError
+from ftplan.planner.errors import DoesNotFitError, FtplanError, RunFailedError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.ladder import Rung
 from ftplan.planner.memory import needed_bytes
@@ -29,20 +31,49 @@ _SMALLEST: dict[str, Any] = {
 
 
 @contextmanager
-def ladder_at_the_end(ui: Ui, planned: Planned, run: RunDir) -> Iterator[None]:
-    """Where the run ends for want of memory, the planner's ladder, shown and as the hint."""
+def ladder_at_the_end(ui: Ui, run: RunDir, planned: Planned | None = None) -> Iterator[None]:
+    """Where the run ends for want of memory, the planner's ladder, shown and as the hint.
+
+    `planned`: what the run came of; without it, it is planned anew from its directory.
+    """
     try:
         yield
     except RunFailedError as error:
         if run.read_status().get("stage") != EVENT:
             raise
         try:
+            planned = planned or planned_again(ui, run)
             nearest, rungs = rungs_after(planned)
+        except DoesNotFitError as refused:  # by now less is free, which has a ladder of its own
+            raise RunFailedError(error.message, refused.hint) from None
         except FtplanError:  # what is given leaves no plan to begin the ladder from
             raise error from None
         _show(ui, rungs, nearest.device)
         told = does_not_fit(planned.source, nearest, rungs, planned.ranking.margin, launches=True)
         raise RunFailedError(error.message, told.hint) from None
+
+
+def planned_again(ui: Ui, run: RunDir) -> Planned:
+    """The plan of a run directory, made anew on this machine with what was given for it; raises as
+    `make_plan` does."""
+    ui.say("looking for what would make room ...")
+    train = read_mapping(run.train)
+    settings, reasons = read_settings(run.read_plan()["plan"])
+    held_out = train["eval_data"] or {"files": ()}
+    return make_plan(
+        ui,
+        asked=DataAsked(
+            paths=tuple(str(run.root / name) for name in train["data"]["files"]),
+            eval_paths=tuple(str(run.root / name) for name in held_out["files"]),
+            columns=train["data"]["columns"],
+            test_share=train["test_share"],
+        ),
+        model_name=train["model"],
+        named_device=None,
+        given={name: settings[name] for name, why in reasons.items() if why.origin == "given"},
+        runs_dir=run.root.parent,
+        for_launch=True,
+    )
 
 
 def _show(ui: Ui, rungs: Sequence[Rung], device: Device) -> None:

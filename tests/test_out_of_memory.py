@@ -162,12 +162,15 @@ def test_a_run_that_ends_for_want_of_memory_is_told_what_would_make_room(
     plan = planned(model_folder, data_file, runs, **given)
     run = write_run(plan, None, runs)
     write_json(run.status, {"stage": EVENT})
-    with pytest.raises(RunFailedError) as caught, ladder_at_the_end(Ui(as_json=True), plan, run):
+    with pytest.raises(RunFailedError) as caught, ladder_at_the_end(Ui(as_json=True), run, plan):
         raise RunFailedError("training failed: out of memory", "none yet")
     assert caught.value.message == "training failed: out of memory"
     assert "what would fit" in (caught.value.hint or "")
+    with pytest.raises(RunFailedError) as anew, ladder_at_the_end(Ui(as_json=True), run):
+        raise RunFailedError("training failed: out of memory", "none yet")
+    assert anew.value.hint == caught.value.hint, "the run directory tells what was planned"
     write_json(run.status, {"stage": "training"})
-    with pytest.raises(RunFailedError) as other, ladder_at_the_end(Ui(as_json=True), plan, run):
+    with pytest.raises(RunFailedError) as other, ladder_at_the_end(Ui(as_json=True), run, plan):
         raise RunFailedError("another error", "its own hint")
     assert other.value.hint == "its own hint"
 

@@ -16,7 +16,6 @@ from ftplan.launcher.confirm import confirm
 from ftplan.launcher.launching import carry_out, write_run
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.planning import make_plan
-from ftplan.launcher.ran_out import ladder_at_the_end
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
 from ftplan.launcher.trackers import require_trackers
 from ftplan.launcher.training.config import checked_loss
@@ -65,7 +64,6 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         return 0
     run_dir = write_run(planned, arguments.name, arguments.runs_dir)
     ui.say(f"run directory: {run_dir.root}")
-    with ladder_at_the_end(ui, planned, run_dir):
-        record = carry_out(ui, run_dir)
+    record = carry_out(ui, run_dir, planned)
     ui.json({**planned_to_dict(planned), "run_dir": str(run_dir.root), "record": record})
     return 0

@@ -15,7 +15,6 @@ from ftplan.launcher.launching import carry_out, write_run
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_file import read_plan_file
 from ftplan.launcher.planning import make_plan
-from ftplan.launcher.ran_out import ladder_at_the_end
 from ftplan.launcher.remote_code import add_trust_argument
 from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.stage_commands import run_again, run_stage_file
@@ -76,7 +75,6 @@ def _launch_plan_file(arguments: argparse.Namespace, ui: Ui) -> int:
     show_plan(ui, planned)
     run_dir = write_run(planned, arguments.name, arguments.runs_dir)
     ui.say(f"run directory: {run_dir.root}")
-    with ladder_at_the_end(ui, planned, run_dir):
-        record = carry_out(ui, run_dir)
+    record = carry_out(ui, run_dir, planned)
     ui.json({**planned_to_dict(planned), "run_dir": str(run_dir.root), "record": record})
     return 0
