@@ -14,9 +14,11 @@ import pytest
 pytest.importorskip("trl", reason="needs the `train` extra")
 
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig
 
 from ftplan.launcher import views
 from ftplan.launcher.data.rows import Row
@@ -48,7 +50,10 @@ from ftplan.launcher.training.general_text import (
     general_loss,
     text_pieces,
 )
+from ftplan.launcher.training.labels import NO_LOSS, predicted
 from ftplan.launcher.training.rows import ASKED_ROWS, _Asked
+from ftplan.launcher.training.tasks import _summed_loss
+from ftplan.launcher.training.trainer import PlannedTrainer
 from ftplan.launcher.ui import Ui
 from ftplan.planner.forgetting import PERPLEXITY_RISE, has_forgotten, what_helps
 from ftplan.planner.labels import MAX_LABELS
@@ -142,6 +147,43 @@ def trainer(tokenizer: RowTokenizer) -> Any:
         autocast_smart_context_manager=contextlib.nullcontext,
         evaluate=lambda: {"eval_loss": 2.0, "eval_rewards/accuracies": 0.75},
     )
+
+
+@pytest.mark.parametrize("stock_loss", [True, False])
+def test_the_held_out_loss_is_a_mean_over_tokens_whatever_the_batch(
+    stock_loss: bool, trainer: Any, tokenizer: RowTokenizer, tmp_path: Path
+) -> None:
+    ids = list(range(len(tokenizer.tokenizer)))
+    rows = [
+        {"input_ids": ids[:n], "labels": [NO_LOSS] * asked + ids[asked:n]}
+        for n, asked in ((30, 3), (4, 1), (17, 16), (9, 0), (25, 20))
+    ]
+    nats, num_tokens = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            labels = torch.tensor([row["labels"]])
+            logits = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits
+            nats += float(_summed_loss(logits[0, :-1], labels[0, 1:]))
+            num_tokens += int(predicted(labels).sum())
+    found = []
+    for size in (1, 2, 5):
+        real = PlannedTrainer(
+            model=trainer.model,
+            args=SFTConfig(
+                output_dir=str(tmp_path),
+                per_device_eval_batch_size=size,
+                use_cpu=True,
+                report_to=[],
+                dataset_kwargs={"skip_prepare_dataset": True},
+            ),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer.tokenizer,
+            stock_loss=stock_loss,
+        )
+        found.append(real.evaluate()["eval_loss"])
+    trainer.model.train()
+    assert found == pytest.approx([nats / num_tokens] * 3, rel=1e-4)
 
 
 def test_a_batch_padded_on_the_left_answers_as_each_alone(

@@ -30,6 +30,7 @@ from ftplan.launcher.next_plans import num_next_plans, take_next_plan
 from ftplan.launcher.processes import descendants
 from ftplan.launcher.run_dir import RunDir, read_mapping, write_json, write_text
 from ftplan.launcher.training.config import TrainConfig
+from ftplan.launcher.training.labels import predicted
 from ftplan.planner.errors import RunFailedError
 from ftplan.planner.out_of_memory import (
     EVENT,
@@ -495,7 +496,7 @@ class InPieces:
             return [
                 (piece, len(rows) / num_rows) for piece, rows in zip(pieces, ranges, strict=True)
             ]
-        counts = [max(1, int((piece["labels"][:, 1:] != -100).sum())) for piece in pieces]
+        counts = [max(1, int(predicted(piece["labels"]).sum())) for piece in pieces]
         return [(piece, n / sum(counts)) for piece, n in zip(pieces, counts, strict=True)]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

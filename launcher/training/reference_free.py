@@ -16,10 +16,9 @@ from trl import SFTConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model
 
+from ftplan.launcher.training.labels import NO_LOSS
 from ftplan.launcher.training.trainer import PlannedTrainer
 from ftplan.planner.objectives import OBJECTIVES
-
-_NO_LOSS = -100  # the label of a token without loss: torch's `ignore_index`
 
 
 @dataclass
@@ -104,7 +103,7 @@ class ReferenceFreeTrainer(PlannedTrainer):
         if self.aux_loss_enabled:
             given["output_router_logits"] = True
         answers = inputs["completion_mask"]
-        labels = inputs["input_ids"].masked_fill(answers == 0, _NO_LOSS)
+        labels = inputs["input_ids"].masked_fill(answers == 0, NO_LOSS)
         outputs = model(**given, use_cache=False, labels=labels, fused_lm_head=True)
         counts = answers[:, 1:].sum(dim=1).clamp(min=1)
         # What a method puts in front of the rows has no label, and so no log-probability.

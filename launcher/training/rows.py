@@ -24,6 +24,7 @@ from ftplan.launcher.data.split import MAX_EVAL_ROWS, Split
 from ftplan.launcher.data.survey import group_of
 from ftplan.launcher.data.tokens import RowTokenizer, TokenPair, TokenRow
 from ftplan.launcher.training.config import DataConfig, TrainConfig
+from ftplan.launcher.training.labels import NO_LOSS
 from ftplan.launcher.training.token_file import (
     COLUMNS,
     TASK_COLUMN,
@@ -40,8 +41,6 @@ _ROWS_AT_ONCE = 256
 
 # Held-out rows that the model is asked, at most.
 ASKED_ROWS = 64
-
-_NO_LOSS = -100  # the label of a token without loss: torch's `ignore_index`
 
 
 class TrainingRows(Struct, frozen=True):
@@ -322,7 +321,7 @@ def _lengths(row: TokenRow) -> Lengths:
 
 def _labels(row: TokenRow, length: int) -> list[int]:
     tokens = zip(row.input_ids[:length], row.completion_mask, strict=False)
-    return [token if carries else _NO_LOSS for token, carries in tokens]
+    return [token if carries else NO_LOSS for token, carries in tokens]
 
 
 class _Compared(_Maker):

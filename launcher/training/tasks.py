@@ -14,14 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ftplan.launcher.training.config import TrainConfig
+from ftplan.launcher.training.labels import predicted
 from ftplan.launcher.training.order import PlannedSampler
 from ftplan.planner.batching import BATCHES_SORTED_TOGETHER, training_order
 from ftplan.planner.task_draws import RecentLosses, TaskDraws
 
 # Tokens whose logits are looked at together, where a trainer gives logits only.
 _TOKENS_AT_ONCE = 256
-
-_NO_LOSS = -100  # torch's `ignore_index`
 
 
 class TaskMix:
@@ -196,7 +195,7 @@ def _row_losses(output: Any, labels: torch.Tensor | None) -> tuple[torch.Tensor,
     assert labels is not None, "rows that are trained on have labels"
     targets = labels[:, 1:]
     logits = output.logits[:, -labels.shape[1] : -1]  # behind the prompts of a tuner, if any
-    mask = targets != _NO_LOSS
+    mask = predicted(labels)
     totals = [
         _summed_loss(row[kept], target[kept])
         for row, target, kept in zip(logits, targets, mask, strict=True)

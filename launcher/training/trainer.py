@@ -20,9 +20,10 @@ from ftplan.launcher.training.measure import (
 )
 from ftplan.launcher.training.order import PlannedOrder
 from ftplan.launcher.training.tasks import TaskCollator
+from ftplan.launcher.training.token_mean import TokenMeanEvaluation
 
 
-class PlannedTrainer(PlannedOrder, SFTTrainer):
+class PlannedTrainer(TokenMeanEvaluation, PlannedOrder, SFTTrainer):
     """Plain fine-tuning in the planned order.
 
     `stock_loss`: the loss from the full logits, as transformers computes it, instead of TRL's
