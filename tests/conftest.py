@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -20,6 +21,10 @@ from ftplan.planner.units import GIB
 
 # Workers of pytest-xdist have the width of the terminal that pytest was started in.
 os.environ.pop("COLUMNS", None)
+
+# Shells have what they start in the background ignore Ctrl-C, and so would what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine, however slow it is at the moment.
 settings.register_profile("ftplan", deadline=None, derandomize=True)
