@@ -24,7 +24,7 @@ TRAIN_MODULE = "ftplan.launcher.train"
 
 # Settings of which runs are launched with these values only.
 _LAUNCHED: dict[str, tuple[Any, ...]] = {
-    "sharding": ("none",),
+    "sharding": ("none", "fsdp"),
     "tp_size": (1,),
     "cp_size": (1,),
     "packing": (False,),
@@ -34,22 +34,48 @@ _LAUNCHED: dict[str, tuple[Any, ...]] = {
 
 
 def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
-    """accelerate's configuration file for one machine. Raises InputError for a sharded run."""
+    """accelerate's configuration file for one machine. Raises InputError for what is not launched.
+
+    Several processes on processors are started as if they were on GPUs: with `use_cpu`, `accelerate
+    launch` starts one process, whatever `num_processes` says (accelerate 1.15,
+    `commands/launch.py`, `launch_command`).
+    """
     check_launched(dataclasses.asdict(plan))
     several = plan.num_gpus > 1
     return {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU" if several else "NO",
+        **_distribution(plan),
         "mixed_precision": plan.mixed_precision,
         "num_machines": 1,
         "num_processes": plan.num_gpus,
         "machine_rank": 0,
-        "use_cpu": device.kind == "cpu",
+        "use_cpu": device.kind == "cpu" and not several,
         "rdzv_backend": "static",
         "same_network": True,
         "main_training_function": "main",
         "downcast_bf16": "no",
         "debug": False,
+    }
+
+
+def _distribution(plan: TrainingPlan) -> dict[str, Any]:
+    """How processes share the work: each a copy of the model, or each a part of it."""
+    if plan.sharding == "fsdp":
+        return {"distributed_type": "FSDP", "fsdp_config": fsdp_config(plan)}
+    return {"distributed_type": "MULTI_GPU" if plan.num_gpus > 1 else "NO"}
+
+
+def fsdp_config(plan: TrainingPlan) -> dict[str, Any]:
+    """accelerate's settings of FSDP2. The layers to wrap are those that the model names itself
+    (`_no_split_modules`); checkpointing is the trainer's; checkpoints hold each process's part."""
+    return {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_offload_params": plan.offload == "parameters",
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_activation_checkpointing": False,
     }
 
 

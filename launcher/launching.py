@@ -61,7 +61,7 @@ from ftplan.planner.host_verdict import run_disk_bytes
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.plan import ReasonedPlan, TrainingPlan
 from ftplan.planner.ranking import Evaluated
-from ftplan.planner.teams import roomiest
+from ftplan.planner.teams import divided, roomiest
 from ftplan.planner.trained import target_names
 from ftplan.planner.units import GIB, MIB, format_bytes
 
@@ -378,7 +378,7 @@ def _devices_for(
     kind = (written.get("device") or {}).get("kind")
     machine = probe_machine(run_dir=run.root)
     if kind == "cpu":
-        return (machine.cpu,)
+        return (divided(machine.cpu, plan.num_gpus),)
     if not machine.gpus:
         raise InputError(
             "this run was planned for a GPU, and there is none here",

@@ -54,6 +54,7 @@ from ftplan.planner.ranking import Evaluated, Ranking
 from ftplan.planner.recipe import asks_for_tasks
 from ftplan.planner.rewards import check_rewarded
 from ftplan.planner.run_time import RunTime, limit_to_time_budget, optimizer_steps
+from ftplan.planner.teams import divided
 
 
 class Planned(Struct, frozen=True, kw_only=True):
@@ -335,11 +336,13 @@ def _probe(ui: Ui, runs_dir: Path, calibrate: bool) -> Machine:
 
 
 def _offered(machine: Machine | None, given: Mapping[str, Any]) -> Device | Sequence[Device]:
-    """The machine's GPUs, else its processor; raises InputError where more GPUs are asked for than
-    there are."""
+    """The machine's GPUs; else its processor, of which each of several processes has its part.
+    Raises InputError where more GPUs are asked for than there are."""
     assert machine is not None
     wanted, count = given.get("num_gpus", 1), len(machine.gpus)
-    if wanted > max(1, count):
+    if not machine.gpus:
+        return divided(machine.cpu, wanted)
+    if wanted > count:
         raise InputError(
             f"`--num-gpus {wanted}` asks for more GPUs than this machine has: {count}",
             "leave it out; `ftplan plan DATA --gpu NAME` plans for GPUs that are elsewhere",

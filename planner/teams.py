@@ -55,6 +55,25 @@ def roomiest(gpus: Sequence[Device], num_gpus: int) -> Team:
     return Team(reduce(_least, members), len(members), members)
 
 
+def divided(processor: Device, num_processes: int) -> Device:
+    """What each of so many processes has of one processor: memory, bandwidth and cores in equal
+    parts."""
+    if num_processes == 1:
+        return processor
+    return structs.replace(
+        processor,
+        total_bytes=processor.total_bytes // num_processes,
+        free_bytes=processor.free_bytes // num_processes,
+        memory_bandwidth_bytes_per_second=(
+            processor.memory_bandwidth_bytes_per_second / num_processes
+        ),
+        peak_flops_per_second={
+            dtype: rate / num_processes for dtype, rate in processor.peak_flops_per_second.items()
+        },
+        link_bytes_per_second=processor.memory_bandwidth_bytes_per_second / num_processes,
+    )
+
+
 def _kind(gpu: Device) -> tuple[object, ...]:
     """What is the same of alike GPUs."""
     return gpu.name, gpu.total_bytes, gpu.compute_capability or (0, 0), gpu.power_watts or 0.0

@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from ftplan.launcher.dry_run.case import DryRunCase
-from ftplan.launcher.dry_run.recorder import Recorder, local_tensor
+from ftplan.launcher.dry_run.recorder import Recorder
+from ftplan.launcher.training.measure import local_tensor
 from ftplan.planner.plan import TrainingPlan
 
 # What these allocate serves communication: gathered parameters, and gradients on their way.

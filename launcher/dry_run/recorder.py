@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftplan.launcher.dry_run.draft import REFERENCE_PATH, REWARD_MODEL_PATH, Draft
 from ftplan.launcher.dry_run.shape_memory import ShapeMemory
+from ftplan.launcher.training.measure import local_tensor
 
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -308,8 +309,3 @@ def _sums_gradients(first: Any, second: Any, *args: Any, **kwargs: Any) -> bool:
         return False
     storage = first.untyped_storage()
     return bool(torch._C._storage_Use_Count(storage._cdata) == _USES_OF_OWN_STORAGE)
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this GPU holds of a tensor that may be spread over several."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -71,6 +71,7 @@ from ftplan.launcher.training.reporting import settle_reporting
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.saving import write_whole
+from ftplan.launcher.training.sharded import fsdp_on_processors, is_divided, spread, whole_state
 from ftplan.launcher.training.stages import (
     going_on,
     keep_rows,
@@ -287,7 +288,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     }
     if config.rewards:
         common["reward_funcs"] = reward_functions(config.rewards, arguments.device)
-    with going_on(model):
+    with going_on(model), fsdp_on_processors():
         trainer = make_trainer(objective, config.loss, **common)
     settle_adapters(trainer.model, config.method_settings, tasks.losses if tasks else None)
     if config.method == "loftq" and config.adapter is None:
@@ -306,17 +307,8 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     if session.cycle is not None:
         session.cycle.notice = session.notice
     session.recovery.apply(trainer)
-    wrap_for_all_ranks(trainer)
+    spread(trainer)
     return trainer
-
-
-def wrap_for_all_ranks(trainer: Any) -> None:
-    """On several GPUs the model in DDP, before it is first evaluated: an evaluation prepares it for
-    itself alone, training takes what is prepared as it stands, and no gradient would be exchanged
-    (transformers 5.23 `Trainer.evaluation_loop`, accelerate 1.15 `Accelerator.prepare_model`)."""
-    if trainer.args.world_size > 1:
-        model = trainer._wrap_model(trainer.model)
-        trainer.model_wrapped = trainer.accelerator.prepare_model(model)
 
 
 def planned_arguments(
@@ -418,12 +410,16 @@ def save(session: _Session, trainer: PlannedTrainer) -> str:
     folder = run.adapter if method.adapter and not method.merges else run.model
     if isinstance(cycle, Restarts):
         cycle.merge_last(trainer)
+    # All processes give their parts, once, however often the first has to wait for room.
+    state = whole_state(trainer) if is_divided(trainer.model) else None
 
     def write(beside: Path) -> None:
         if isinstance(cycle, Restarts):
             cycle.save(trainer, beside)
-        else:
+        elif state is None:
             trainer.save_model(str(beside))
+        elif trainer.is_world_process_zero():
+            trainer._save(str(beside), state_dict=state)
         if trainer.is_world_process_zero():
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_tokenizer(model, session.tokenizer, beside)

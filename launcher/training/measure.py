@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class CpuAllocationRecorder:
@@ -128,11 +129,16 @@ def _held(model: nn.Module) -> Iterator[torch.Tensor]:
             state = getattr(state, "state2", None)
 
 
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that may be spread over several."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def storage_sizes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes of each distinct storage, by address."""
+    """Bytes of each distinct storage in this process, by address."""
     sizes = {}
     for tensor in tensors:
-        storage = tensor.untyped_storage()
+        storage = local_tensor(tensor).untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
     return sizes
 

@@ -1,0 +1,99 @@
+"""Training in several processes: DDP, or FSDP2, where each holds a part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from peft import PeftModel, get_peft_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from ftplan.launcher.training.measure import local_tensor
+
+
+@contextmanager
+def fsdp_on_processors() -> Iterator[None]:
+    """Within, accelerate divides models among processors as it does among GPUs: it looks for FSDP
+    on accelerators only (accelerate 1.15, `AcceleratorState.__init__`), torch's FSDP2 runs on any
+    device."""
+    init = AcceleratorState.__init__
+
+    def with_fsdp(state: Any, *args: Any, **kwargs: Any) -> None:
+        init(state, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is not None and state.distributed_type is DistributedType.MULTI_CPU:
+            if state._mixed_precision != "no":
+                plugin.set_mixed_precision(state._mixed_precision)
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with mock.patch.object(AcceleratorState, "__init__", with_fsdp):
+        yield
+
+
+def spread(trainer: Any) -> None:
+    """The model as all processes hold it, before it is first evaluated: an evaluation prepares it
+    for itself alone, and training takes what is prepared as it stands, so that DDP would exchange
+    no gradient (transformers 5.23 `Trainer.evaluation_loop`, accelerate 1.15
+    `Accelerator.prepare_model`), and FSDP2 would not find an optimizer beside the model."""
+    if trainer.args.world_size == 1:
+        return
+    if trainer.is_fsdp_enabled:
+        _divide(trainer)
+    else:
+        model = trainer._wrap_model(trainer.model)
+        trainer.model_wrapped = trainer.accelerator.prepare_model(model)
+
+
+def _divide(trainer: Any) -> None:
+    """FSDP2 needs model and optimizer at once, and once: training and each evaluation ask for it
+    again."""
+    accelerator = trainer.accelerator
+    trainer.create_optimizer()
+    model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model = trainer.model_wrapped = model
+    trainer.optimizer = optimizer
+    prepare = accelerator.prepare
+
+    def once(*objects: Any, **kwargs: Any) -> Any:
+        if all(one is model or one is optimizer for one in objects):
+            return objects if len(objects) > 1 else objects[0]
+        return prepare(*objects, **kwargs)
+
+    accelerator.prepare = once
+
+
+def is_divided(model: Any) -> bool:
+    """Whether processes hold a part of each parameter."""
+    return isinstance(model, FSDPModule)
+
+
+def whole_state(trainer: Any) -> dict[str, torch.Tensor]:
+    """What is saved of a divided model, put together in the first process's RAM, one tensor after
+    the other: an adapter's tensors, else all. All processes call it; the others get nothing."""
+    model = trainer.model
+    parts = model.state_dict()
+    kept = set(_saved_with_adapter(model, parts) if isinstance(model, PeftModel) else parts)
+    state: dict[str, torch.Tensor] = {}
+    by_address: dict[int, torch.Tensor] = {}  # what is tied is saved once
+    for name, part in parts.items():
+        if name in kept:
+            address = local_tensor(part).data_ptr()
+            if address not in by_address:
+                whole = part.full_tensor() if isinstance(part, DTensor) else part
+                first = trainer.is_world_process_zero()
+                by_address[address] = whole.cpu() if first else whole.new_empty(0)
+            state[name] = by_address[address]
+    return state
+
+
+def _saved_with_adapter(model: PeftModel, parts: dict[str, Any]) -> list[str]:
+    """The names of what PEFT keeps of these tensors."""
+    names = {id(part): name for name, part in parts.items()}
+    return [names[id(part)] for part in get_peft_model_state_dict(model, parts).values()]
