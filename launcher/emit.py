@@ -23,7 +23,7 @@ from ftplan.planner.trained import ALL_LINEAR
 TRAIN_MODULE = "ftplan.launcher.train"
 
 # Settings of which runs are launched with these values only.
-_LAUNCHED: dict[str, tuple[Any, ...]] = {
+LAUNCHED: dict[str, tuple[Any, ...]] = {
     "sharding": ("none", "fsdp"),
     "tp_size": (1,),
     "cp_size": (1,),
@@ -81,7 +81,7 @@ def fsdp_config(plan: TrainingPlan) -> dict[str, Any]:
 
 def check_launched(settings: Mapping[str, Any]) -> None:
     """Raises InputError for what ftplan predicts and does not launch."""
-    for name, launched in _LAUNCHED.items():
+    for name, launched in LAUNCHED.items():
         value = settings.get(name, launched[0])
         if value not in launched:
             shown = flag_name(name) + ("" if value is True else f" {value}")
@@ -217,6 +217,7 @@ def train_config(
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),
+        "num_processes": plan.num_gpus,
         "report_to": list(plan.report_to),
         "rewards": rewards(plan, reward_model) if plan.resolved_objective.generates else None,
     }
@@ -236,13 +237,21 @@ def rewards(plan: TrainingPlan, reward_model: Mapping[str, str | None] | None) -
 
 
 def launch_command(
-    run: RunDir, checkpoint: Path | None = None, *, again: bool = False, trusts_code: bool = False
+    run: RunDir,
+    checkpoint: Path | None = None,
+    *,
+    again: bool = False,
+    trusts_code: bool = False,
+    num_processes: int | None = None,
 ) -> list[str]:
     """`accelerate launch` of the training module on a run directory. `checkpoint`: of it, which the
     run goes on from; `again`: what it has measured so far is kept where there is none;
-    `trusts_code`: of the model's repository, which may run."""
+    `trusts_code`: of the model's repository, which may run; `num_processes`: None for as many as
+    were planned."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(run.accelerate), "-m", TRAIN_MODULE, str(run.root)]
+    command += ["--config_file", str(run.accelerate)]
+    command += ["--num_processes", str(num_processes)] if num_processes else []
+    command += ["-m", TRAIN_MODULE, str(run.root)]
     command += [remote_code.FLAG] if trusts_code else []
     if checkpoint:
         return [*command, "--resume", checkpoint.name]

@@ -50,6 +50,7 @@ from ftplan.launcher.run_dir import (
     write_yaml,
 )
 from ftplan.launcher.trackers import require_trackers
+from ftplan.launcher.training.config import MicroBatches
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.user_data import remember
 from ftplan.launcher.version import version
@@ -274,11 +275,12 @@ def carry_out(
     resume: bool = False,
     anew: bool = False,
     is_last: bool = True,
+    num_gpus: int | None = None,
 ) -> dict[str, Any]:
     """Launch the run, show how it goes, and report; returns its record. `planned`: what it came
     of, where that is at hand; `resume`: from its last whole checkpoint; `anew`: after the results
     of an earlier attempt have been set aside; `is_last`: nothing follows that goes on with what
-    was made.
+    was made; `num_gpus`: another number than was planned, with the same rows in each step.
 
     Raises RunFailedError, InterruptedRunError, or InputError when it cannot start here or goes on
     already.
@@ -293,7 +295,7 @@ def carry_out(
         if anew and (kept := run.set_results_aside()) is not None:
             ui.say(f"results of the earlier attempt are kept in {kept}")
         with ladder_at_the_end(ui, run, planned):
-            return _carry_out(ui, run, checkpoint, is_last)
+            return _carry_out(ui, run, checkpoint, is_last, num_gpus)
 
 
 def going_on_from(ui: Ui, run: RunDir) -> Path | None:
@@ -313,11 +315,16 @@ def going_on_from(ui: Ui, run: RunDir) -> Path | None:
     return checkpoint
 
 
-def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> dict[str, Any]:
+def _carry_out(
+    ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool, num_gpus: int | None
+) -> dict[str, Any]:
     from ftplan.launcher.report.write import report_end
 
     written = run.read_plan()
     plan = planned_settings(run, written)
+    if num_gpus is not None:
+        MicroBatches.planned(read_mapping(run.train)).accumulation_steps_of(num_gpus)
+        plan = plan.replace(num_gpus=num_gpus)
     devices = _devices_for(ui, run, written, plan)
     for notice in require_trackers(plan.report_to, os.environ, run):
         ui.say(notice)
@@ -330,7 +337,7 @@ def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> d
         ):
             hangs = HangWatch(ui, run, written["predicted"].get("step_seconds"))
             watch = watched_by(Notices(ui).update, live.update, hangs.update)
-            run_through(run, environment, watch, checkpoint)
+            run_through(run, environment, watch, checkpoint, num_gpus)
     finally:
         report_end(ui, run)
     record = run.read_record()
@@ -347,20 +354,28 @@ def _carry_out(ui: Ui, run: RunDir, checkpoint: Path | None, is_last: bool) -> d
 
 
 def run_through(
-    run: RunDir, environment: Mapping[str, str], watch: Watch, checkpoint: Path | None
+    run: RunDir,
+    environment: Mapping[str, str],
+    watch: Watch,
+    checkpoint: Path | None,
+    num_processes: int | None = None,
 ) -> None:
     """The run to its end. Where memory has run out on one of several GPUs, all processes are
-    started again, with what it has given up."""
-    trusts_code = remote_code.is_allowed()
-    command = emit.launch_command(run, checkpoint, trusts_code=trusts_code)
+    started again, with what it has given up. `num_processes`: None for as many as planned."""
+    command_for = partial(
+        emit.launch_command,
+        run,
+        trusts_code=remote_code.is_allowed(),
+        num_processes=num_processes,
+    )
+    command = command_for(checkpoint)
     while True:
         try:
             return run_to_end(run, command, environment, watch)
         except RunFailedError:
             if not run.read_status().get("again"):
                 raise
-        checkpoint = run.last_checkpoint(hashes=True)
-        command = emit.launch_command(run, checkpoint, again=True, trusts_code=trusts_code)
+        command = command_for(run.last_checkpoint(hashes=True), again=True)
 
 
 def planned_settings(run: RunDir, written: Mapping[str, Any]) -> TrainingPlan:
@@ -386,8 +401,8 @@ def _devices_for(
         )
     if plan.num_gpus > len(machine.gpus):
         raise InputError(
-            f"this run was planned for {plan.num_gpus} GPUs, and {len(machine.gpus)} are here",
-            f"plan again for this machine with `ftplan auto {run.data}/...`",
+            f"this run is for {plan.num_gpus} GPUs, and {len(machine.gpus)} are here",
+            f"`ftplan resume {run.root} --num-gpus {len(machine.gpus)}` carries it out on those",
         )
     team = roomiest(machine.gpus, plan.num_gpus)
     device = team.device

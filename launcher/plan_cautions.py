@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ftplan.launcher import emit
 from ftplan.launcher.planning import Planned, host_lacks
 from ftplan.launcher.token_settings import is_base_model
 from ftplan.planner.combination import Caution
@@ -75,7 +76,7 @@ def _left_out(planned: Planned) -> list[Caution]:
 
 def _not_launched(planned: Planned) -> list[Caution]:
     plan = planned.chosen.plan
-    if plan.sharding == "none":
+    if plan.sharding in emit.LAUNCHED["sharding"]:
         return []
     text = (
         f"GPUs that divide state (`--sharding {plan.sharding}`) are planned for, not launched: "

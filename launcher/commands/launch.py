@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ftplan.launcher.commands.num_gpus import add_num_gpus_argument, check_one_run
 from ftplan.launcher.commands.plan import (
     add_calibration_argument,
     planned_to_dict,
@@ -33,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
     )
+    add_num_gpus_argument(parser)
     add_calibration_argument(parser)
     add_trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    check_one_run(arguments.run, arguments.num_gpus)
     if arguments.run.is_file():
         if is_stage_file(arguments.run):
             return run_stage_file(arguments, ui)
@@ -46,7 +49,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         return run_again(arguments.run, ui)
     check_whole(arguments.run)
     run_dir = open_run(arguments.run)
-    record = carry_out(ui, run_dir, anew=True)
+    record = carry_out(ui, run_dir, anew=True, num_gpus=arguments.num_gpus)
     ui.json({"schema": 1, "run_dir": str(run_dir.root), "record": record})
     return 0
 

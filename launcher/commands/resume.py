@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ftplan.launcher.commands.num_gpus import add_num_gpus_argument, check_one_run
 from ftplan.launcher.launching import carry_out
 from ftplan.launcher.remote_code import add_trust_argument
 from ftplan.launcher.run_dir import open_run
@@ -17,10 +18,12 @@ from ftplan.planner.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="an interrupted run")
+    add_num_gpus_argument(parser)
     add_trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
+    check_one_run(arguments.run_dir, arguments.num_gpus)
     if is_stages_dir(arguments.run_dir):
         return run_rest(arguments.run_dir, ui)
     check_whole(arguments.run_dir)
@@ -29,6 +32,6 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         raise InputError(
             f"`{run_dir.root}` has finished", f"`ftplan launch {run_dir.root}` runs it again"
         )
-    record = carry_out(ui, run_dir, resume=True)
+    record = carry_out(ui, run_dir, resume=True, num_gpus=arguments.num_gpus)
     ui.json({"schema": 1, "run_dir": str(run_dir.root), "record": record})
     return 0

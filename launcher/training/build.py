@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.quantizers import AutoHfQuantizer
 
 from ftplan.launcher import remote_code
@@ -40,7 +41,9 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
     quantization = quantization_config(settings)
     if quantization is not None:
         arguments["quantization_config"] = quantization
-    if device_type == "cuda":
+    if is_fsdp_enabled():  # no GPU holds the whole model, which is divided in the host's RAM
+        arguments["device_map"] = {"": "cpu"} if quantization is not None else None
+    elif device_type == "cuda":
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     model_class = MODEL_CLASSES[settings["objective"]]
     arguments.update(model_class.settings)

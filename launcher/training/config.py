@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,36 @@ class StageConfig(Struct, frozen=True, kw_only=True):
     replayed: tuple[Path, ...] = ()
 
 
+class MicroBatches(Struct, frozen=True):
+    """How the plan cuts a step's rows: `rows` for each of `num_processes` at once, and
+    `accumulation_steps` times so many. The order of rows follows it, whoever trains on them."""
+
+    rows: int = 1
+    num_processes: int = 1
+    accumulation_steps: int = 1
+
+    @classmethod
+    def planned(cls, raw: Mapping[str, Any]) -> MicroBatches:
+        arguments = raw["training_arguments"]
+        return cls(
+            rows=arguments["per_device_train_batch_size"],
+            num_processes=raw.get("num_processes", 1),
+            accumulation_steps=arguments["gradient_accumulation_steps"],
+        )
+
+    def accumulation_steps_of(self, num_processes: int) -> int:
+        """With which so many processes train on the same rows in a step. Raises InputError where
+        they cannot."""
+        in_all = self.num_processes * self.accumulation_steps
+        if num_processes < 1 or in_all % num_processes:
+            able = [str(n) for n in range(1, in_all + 1) if in_all % n == 0]
+            raise InputError(
+                f"a step of {in_all} micro-batches cannot be shared by {num_processes} GPUs",
+                f"use `--num-gpus {' or '.join(able)}`: each step keeps its rows then",
+            )
+        return in_all // num_processes
+
+
 class TrainConfig(Struct, frozen=True, kw_only=True):
     """What the training process is to do."""
 
@@ -68,6 +99,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     adapter: Path | None = None
     """A trained one that goes on being trained."""
     stage: StageConfig | None = None
+    micro_batches: MicroBatches = MicroBatches()
     report_to: tuple[str, ...] = ()
     """Trackers that get the metrics besides metrics.jsonl."""
     template: Template = Template(name="model")
@@ -122,6 +154,7 @@ def read_train_config(run: RunDir) -> TrainConfig:
     """Raises InputError naming the missing key."""
     raw = read_mapping(run.train)
     try:
+        planned = MicroBatches.planned(raw)
         return TrainConfig(
             model=str((run.root / raw["model"]).resolve()),
             data=_data_config(run, raw["data"]),
@@ -136,7 +169,10 @@ def read_train_config(run: RunDir) -> TrainConfig:
             method=raw["method"],
             method_settings=raw["method_settings"],
             loss=checked_loss(raw["loss"], raw["trainer"]),
-            training_arguments=_checked_arguments(run, raw["training_arguments"]),
+            training_arguments=_for_processes(
+                _checked_arguments(run, raw["training_arguments"]), planned, _num_processes()
+            ),
+            micro_batches=planned,
             rewards=raw["rewards"] or {},
             report_to=checked_trackers(raw["report_to"]),
             adapter=run.root / raw["adapter"] if raw.get("adapter") else None,
@@ -144,6 +180,21 @@ def read_train_config(run: RunDir) -> TrainConfig:
         )
     except KeyError as error:
         raise InputError(f"`{run.train}` has no `{error.args[0]}`") from error
+
+
+def _num_processes() -> int:
+    """As torch's launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _for_processes(
+    arguments: Mapping[str, Any], planned: MicroBatches, num_processes: int
+) -> Mapping[str, Any]:
+    """The arguments with as many micro-batches a process as make the rows of a planned step."""
+    if num_processes == planned.num_processes:
+        return arguments
+    steps = planned.accumulation_steps_of(num_processes)
+    return {**arguments, "gradient_accumulation_steps": steps}
 
 
 # Of trainers' arguments, what would write or send anything outside of the run directory, run code

@@ -281,6 +281,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
         "train_dataset": train_rows.dataset,
         "eval_dataset": eval_rows.dataset,
         "row_lengths": train_rows.lengths,
+        "micro_batches": config.micro_batches,
         "processing_class": session.tokenizer.tokenizer,
         "peft_config": peft_config,
         "callbacks": [*reporters, session.reporter, session.phases, session.stopping],

@@ -17,8 +17,11 @@ class TokenizedPrompts(DurableCheckpoints):
     included, since it was last set to 0.
     """
 
-    def __init__(self, *args: Any, row_lengths: Any = None, **kwargs: Any) -> None:
-        self.step_tokens = 0  # rows are taken in the trainer's own order, in groups of one prompt
+    def __init__(
+        self, *args: Any, row_lengths: Any = None, micro_batches: Any = None, **kwargs: Any
+    ) -> None:
+        # Rows are taken in the trainer's own order, in groups of one prompt.
+        self.step_tokens = 0
         super().__init__(*args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[Any, ...]:

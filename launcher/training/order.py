@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Sampler
 
 from ftplan.launcher.training.checkpoints import DurableCheckpoints
+from ftplan.launcher.training.config import MicroBatches
 from ftplan.launcher.training.out_of_memory import InPieces
 from ftplan.planner.batching import training_order
 
@@ -43,17 +44,20 @@ class PlannedSampler(Sampler[int]):
 
 class PlannedOrder(InPieces, DurableCheckpoints):
     """For trainers of transformers. `row_lengths`: tokens of each row; None, and the trainer takes
-    rows in its own order. `tasks`: a TaskMix, where rows are of several tasks. `step_tokens`:
-    padding included, since it was last set to 0."""
+    rows in its own order. `micro_batches`: as planned; None, and they are as the trainer's
+    arguments say. `tasks`: a TaskMix, where rows are of several tasks. `step_tokens`: padding
+    included, since it was last set to 0."""
 
     def __init__(
         self,
         *args: Any,
         row_lengths: Sequence[int] | None = None,
+        micro_batches: MicroBatches | None = None,
         tasks: TaskMix | None = None,
         **kwargs: Any,
     ) -> None:
         self.row_lengths = row_lengths
+        self.micro_batches = micro_batches
         self.tasks = tasks
         self.step_tokens = 0
         super().__init__(*args, **kwargs)
@@ -62,12 +66,13 @@ class PlannedOrder(InPieces, DurableCheckpoints):
         trainer: Any = self
         if self.row_lengths is None:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        planned = (
-            self.row_lengths,
-            trainer.args.per_device_train_batch_size * trainer.args.world_size,
+        cut = self.micro_batches or MicroBatches(
+            trainer.args.per_device_train_batch_size,
+            trainer.args.world_size,
             trainer.args.gradient_accumulation_steps,
-            trainer.args.seed,
         )
+        rows = cut.rows * cut.num_processes
+        planned = (self.row_lengths, rows, cut.accumulation_steps, trainer.args.seed)
         if self.tasks is None or self.tasks.weighting.takes_each_row_once:
             return PlannedSampler(*planned)
         return self.tasks.sampler(*planned)

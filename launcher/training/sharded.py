@@ -8,11 +8,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from ftplan.launcher.training.measure import local_tensor
 
@@ -42,29 +44,32 @@ def spread(trainer: Any) -> None:
     for itself alone, and training takes what is prepared as it stands, so that DDP would exchange
     no gradient (transformers 5.23 `Trainer.evaluation_loop`, accelerate 1.15
     `Accelerator.prepare_model`), and FSDP2 would not find an optimizer beside the model."""
-    if trainer.args.world_size == 1:
-        return
     if trainer.is_fsdp_enabled:
         _divide(trainer)
-    else:
+    elif trainer.args.world_size > 1:
         model = trainer._wrap_model(trainer.model)
         trainer.model_wrapped = trainer.accelerator.prepare_model(model)
 
 
 def _divide(trainer: Any) -> None:
     """FSDP2 needs model and optimizer at once, and once: training and each evaluation ask for it
-    again."""
+    again. An optimizer that is made later is one of the divided parameters already."""
     accelerator = trainer.accelerator
     trainer.create_optimizer()
-    model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+    model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model = trainer.model_wrapped = model
-    trainer.optimizer = optimizer
     prepare = accelerator.prepare
 
+    def prepared(one: Any) -> Any:
+        if isinstance(one, AcceleratedOptimizer) or not isinstance(one, Optimizer):
+            return one
+        return accelerator.prepare_optimizer(one)
+
     def once(*objects: Any, **kwargs: Any) -> Any:
-        if all(one is model or one is optimizer for one in objects):
-            return objects if len(objects) > 1 else objects[0]
-        return prepare(*objects, **kwargs)
+        if objects[0] is not model:
+            return prepare(*objects, **kwargs)
+        found = tuple(map(prepared, objects))
+        return found if len(found) > 1 else found[0]
 
     accelerator.prepare = once
 
