@@ -13,7 +13,6 @@ from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.refused_steps import REFUSED_STEPS
 from ftplan.planner.trained import LM_HEAD, routers_taken_for_linear
-from ftplan.planner.units import format_bytes
 
 # FlashAttention-2's README: Ampere, Ada or Hopper GPUs.
 _FLASH_ATTENTION_CAPABILITY = (8, 0)
@@ -356,18 +355,15 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         name="every-process-loads",
         outcome="warned",
-        applies=lambda a: a.plan.sharding == "fsdp" and a.plan.num_gpus > 1,
+        applies=lambda a: (
+            a.plan.sharding == "fsdp" and a.plan.num_gpus > 1 and a.plan.quantization != "none"
+        ),
         text=lambda a: (
-            f"each of the {a.plan.num_gpus} processes loads the whole model into the "
-            "host's memory, "
-            + format_bytes(a.plan.num_gpus * a.model.num_parameters * a.plan.weight_bytes)
-            + " together"
+            f"each of the {a.plan.num_gpus} processes loads the whole quantized base into the "
+            "host's memory before it is divided"
         ),
-        way_out=lambda a: (
-            "set `fsdp_cpu_ram_efficient_loading: true` in accelerate's "
-            "configuration, with which one of them does"
-        ),
-        source="accelerate 1.15, FullyShardedDataParallelPlugin; axolotl issue 1717",
+        way_out=lambda a: "an unquantized base is loaded by one of them",
+        source="transformers 5.23, modeling_utils.py; axolotl issue 1717",
     ),
     Combination(
         name="fsdp-reentrant",

@@ -12,6 +12,7 @@ from torch import nn
 
 from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.training.adapters import tells_tasks_apart
+from ftplan.launcher.training.sharded import first_says
 
 
 @contextlib.contextmanager
@@ -48,7 +49,8 @@ def answers(
     began, found = time.monotonic(), list[str]()
     with asked(trainer) as model:
         for first in range(0, len(prompts), size):
-            if seconds is not None and found and time.monotonic() - began > seconds:
+            limited = seconds is not None and bool(found)
+            if limited and first_says(trainer, time.monotonic() - began > (seconds or 0.0)):
                 break
             batch = prompts[first : first + size]
             of_tasks = list(tasks[first : first + size]) or [0] * len(batch)

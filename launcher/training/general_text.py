@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.training.answering import asked
+from ftplan.launcher.training.sharded import first_says
 from ftplan.profiles.text_facts import general_text
 
 # Tokens of a piece; each is computed alone, so that its logits take less than a training step's.
@@ -55,8 +56,8 @@ def general_loss(
     losses: list[float] = []
     with asked(trainer) as model:
         for piece in pieces:
-            late = time.monotonic() - began > most_seconds
-            if num_pieces is None and late and len(losses) >= LEAST_PIECES:
+            enough = num_pieces is None and len(losses) >= LEAST_PIECES
+            if enough and first_says(trainer, time.monotonic() - began > most_seconds):
                 break
             losses.append(_piece_loss(model, opening, piece, trainer.args.device))
     tokens = sum(_num_predicted(opening, piece) for piece in pieces[: len(losses)])

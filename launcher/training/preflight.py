@@ -24,6 +24,7 @@ from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training.config import TrainConfig
 from ftplan.launcher.training.measure import CpuAllocationRecorder, local_tensor, measured_memory
+from ftplan.launcher.training.sharded import reshard
 from ftplan.planner.errors import InputError, RunFailedError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.objectives import OBJECTIVES
@@ -303,7 +304,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _fingerprint(model: torch.nn.Module) -> list[int]:
-    """The sum of each trained weight's bits."""
+    """The sum of each trained weight's bits, of those that this process holds."""
+    reshard(model)
     return [
         int(weights.view(_INTEGERS[weights.element_size()]).sum(dtype=torch.int64))
         for weights in (local_tensor(p.detach()) for p in model.parameters() if p.requires_grad)

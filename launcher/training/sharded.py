@@ -58,7 +58,11 @@ def _divide(trainer: Any) -> None:
     trainer.create_optimizer()
     model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model = trainer.model_wrapped = model
-    prepare = accelerator.prepare
+    prepare, create_optimizer = accelerator.prepare, trainer.create_optimizer
+
+    def create(*args: Any) -> Any:
+        reshard(model)
+        return create_optimizer(*args)
 
     def prepared(one: Any) -> Any:
         if isinstance(one, AcceleratedOptimizer) or not isinstance(one, Optimizer):
@@ -71,7 +75,24 @@ def _divide(trainer: Any) -> None:
         found = tuple(map(prepared, objects))
         return found if len(found) > 1 else found[0]
 
-    accelerator.prepare = once
+    accelerator.prepare, trainer.create_optimizer = once, create
+
+
+def reshard(model: Any) -> None:
+    """Give back what forward passes have gathered: until then a module's parameters are whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def first_says(trainer: Any, said: bool) -> bool:
+    """What the first process says, in all of them: where clocks decide, they would part, and wait
+    for each other for ever."""
+    if getattr(trainer.args, "world_size", 1) == 1:
+        return said
+    told = torch.tensor([int(said)], device=trainer.args.device)
+    torch.distributed.broadcast(told, src=0)
+    return bool(told.item())
 
 
 def is_divided(model: Any) -> bool:
