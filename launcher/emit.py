@@ -25,6 +25,7 @@ TRAIN_MODULE = "ftplan.launcher.train"
 # Settings of which runs are launched with these values only.
 LAUNCHED: dict[str, tuple[Any, ...]] = {
     "sharding": ("none", "fsdp"),
+    "dp_replicate_size": (1,),
     "tp_size": (1,),
     "cp_size": (1,),
     "packing": (False,),

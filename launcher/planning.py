@@ -144,9 +144,11 @@ def make_plan(
     wanted: Wanted = ANY_PLAN,
     machine: Machine | None = None,
     calibrate: bool = True,
+    on_processor: bool = False,
 ) -> Planned:
     """Find out what is there and choose a plan. `machine`: what was found of it already.
-    `calibrate`: correct predictions by what was learned of finished runs here.
+    `calibrate`: correct predictions by what was learned of finished runs here. `on_processor`: on
+    that, whatever GPUs there are, in as many processes as `num_gpus` says.
 
     With `for_launch` weights and tokenizer are fetched where need be. Raises InputError for
     input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
@@ -165,7 +167,7 @@ def make_plan(
     asked = asked.settled(ui)
     source = find_source(model_name) if model_name else None
     machine = None if named_device else machine or _probe(ui, runs_dir, calibrate)
-    devices = named_device or _offered(machine, given)
+    devices = named_device or _offered(machine, given, on_processor=on_processor)
     offer = Offer(
         devices=devices,
         given=given,
@@ -335,14 +337,16 @@ def _probe(ui: Ui, runs_dir: Path, calibrate: bool) -> Machine:
     return calibrated(ui, machine) if calibrate else machine
 
 
-def _offered(machine: Machine | None, given: Mapping[str, Any]) -> Device | Sequence[Device]:
-    """The machine's GPUs; else its processor, of which each of several processes has its part.
-    Raises InputError where more GPUs are asked for than there are."""
+def _offered(
+    machine: Machine | None, given: Mapping[str, Any], *, on_processor: bool
+) -> Device | Sequence[Device]:
+    """The machine's GPUs, else its processor; raises InputError where more GPUs are asked for than
+    there are. On a processor that is asked for, each of several processes has its part of it."""
     assert machine is not None
     wanted, count = given.get("num_gpus", 1), len(machine.gpus)
-    if not machine.gpus:
+    if on_processor:
         return divided(machine.cpu, wanted)
-    if wanted > count:
+    if wanted > max(1, count):
         raise InputError(
             f"`--num-gpus {wanted}` asks for more GPUs than this machine has: {count}",
             "leave it out; `ftplan plan DATA --gpu NAME` plans for GPUs that are elsewhere",

@@ -53,6 +53,7 @@ def run_plan(arguments: argparse.Namespace, ui: Ui) -> int:
         for_launch=False,
         wanted=wanted(arguments),
         calibrate=arguments.calibration,
+        on_processor=arguments.cpu,
     )
     if arguments.out is not None:
         write_stage_file(stages, arguments.out)
@@ -75,6 +76,7 @@ def run_auto(arguments: argparse.Namespace, ui: Ui) -> int:
         wanted=wanted(arguments),
         checked=partial(confirm, ui),
         calibrate=arguments.calibration,
+        on_processor=arguments.cpu,
     )
     show_stages(ui, stages)
     if not arguments.yes and not ui.confirm("Start these stages?"):
@@ -95,6 +97,7 @@ def run_stage_file(arguments: argparse.Namespace, ui: Ui) -> int:
         runs_dir=arguments.runs_dir,
         for_launch=True,
         calibrate=arguments.calibration,
+        on_processor=arguments.cpu,
     )
     show_stages(ui, stages)
     return _carry_out_new(ui, stages, arguments.name, arguments.runs_dir)

@@ -88,6 +88,7 @@ def plan_stages(
     wanted: Wanted = ANY_PLAN,
     checked: Callable[[Planned], Planned] = lambda planned: planned,
     calibrate: bool = True,
+    on_processor: bool = False,
 ) -> list[PlannedStage]:
     """Every stage's plan. `checked`: what a plan goes through before the next one is made.
 
@@ -117,6 +118,7 @@ def plan_stages(
                     wanted=wanted,
                     checked=checked,
                     calibrate=calibrate,
+                    on_processor=on_processor,
                 )
             )
         except FtplanError as error:
@@ -149,6 +151,7 @@ def _planned_stage(
     wanted: Wanted,
     checked: Callable[[Planned], Planned],
     calibrate: bool,
+    on_processor: bool,
 ) -> PlannedStage:
     before = earlier[-1].plan if earlier else None
     taken = inherited(before, stage.settings) if before else {}
@@ -164,6 +167,7 @@ def _planned_stage(
         wanted=wanted,
         machine=earlier[0].planned.machine if earlier else None,
         calibrate=calibrate,
+        on_processor=on_processor,
     )
     if stage.sha256 and planned.data.sha256 != stage.sha256:
         raise InputError(

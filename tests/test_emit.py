@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -101,7 +102,26 @@ class TestAccelerate:
         assert config.num_processes == num_gpus
         assert (config.num_machines, config.machine_rank) == (1, 0)
         assert config.mixed_precision == mixed_precision
-        assert config.use_cpu is (device.kind == "cpu")
+        assert config.use_cpu is (device.kind == "cpu" and num_gpus == 1)
+
+    @pytest.mark.parametrize("offload", ["none", "parameters"])
+    def test_its_own_plugin_divides_the_model_as_planned(self, run: RunDir, offload: str) -> None:
+        launch = pytest.importorskip("accelerate.commands.launch")
+        from accelerate.utils import FullyShardedDataParallelPlugin
+        from accelerate.utils.launch import prepare_multi_gpu_env
+
+        written(run, ON_CPU.replace(num_gpus=4, sharding="fsdp", offload=offload), GPU)
+        parsed = launch.launch_command_parser().parse_args(emit.launch_command(run)[3:])
+        parsed, _, _ = launch._validate_launch_command(parsed)
+        assert parsed.use_fsdp and parsed.num_processes == 4
+        with mock.patch.dict(os.environ, prepare_multi_gpu_env(parsed)):
+            assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+            plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward
+        assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+        assert plugin.cpu_ram_efficient_loading
+        offloads = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+        assert offloads is (offload == "parameters")
 
     @pytest.mark.parametrize("resume", [False, True])
     def test_its_own_parser_finds_module_run_and_settings_in_the_command(

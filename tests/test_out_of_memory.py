@@ -465,7 +465,7 @@ def test_two_ranks_agree_on_what_is_given_up(
     have the losses of one process with as many rows a step: gradients are exchanged."""
     alone = make_run(per_device_train_batch_size=6, gradient_accumulation_steps=1)
     assert loop.train(alone, resume=False) == 0
-    run = make_run(gradient_accumulation_steps=1)
+    run = make_run(gradient_accumulation_steps=1, num_gpus=2)
 
     def two_ranks(
         run: RunDir, checkpoint: Path | None, *, again: bool = False, **_: bool

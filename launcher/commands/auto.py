@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         runs_dir=arguments.runs_dir,
         for_launch=True,
         calibrate=arguments.calibration,
+        on_processor=arguments.cpu,
     )
     planned = confirm(ui, planned)
     show_plan(ui, planned)

@@ -9,6 +9,7 @@ from pathlib import Path
 from ftplan.launcher.commands.num_gpus import add_num_gpus_argument, check_one_run
 from ftplan.launcher.commands.plan import (
     add_calibration_argument,
+    add_cpu_argument,
     planned_to_dict,
     show_plan,
 )
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
     )
     add_num_gpus_argument(parser)
+    add_cpu_argument(parser)
     add_calibration_argument(parser)
     add_trust_argument(parser)
 
@@ -68,6 +70,7 @@ def _launch_plan_file(arguments: argparse.Namespace, ui: Ui) -> int:
         runs_dir=arguments.runs_dir,
         for_launch=True,
         calibrate=arguments.calibration,
+        on_processor=arguments.cpu,
     )
     if file.sha256 and planned.data.sha256 != file.sha256:
         raise InputError(

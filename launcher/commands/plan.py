@@ -77,8 +77,17 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs go (runs)"
     )
+    add_cpu_argument(parser)
     add_calibration_argument(parser)
     add_trust_argument(parser)
+
+
+def add_cpu_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="train on the processor, in as many processes as `--num-gpus` says",
+    )
 
 
 def add_calibration_argument(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +178,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         runs_dir=arguments.runs_dir,
         for_launch=False,
         calibrate=arguments.calibration,
+        on_processor=arguments.cpu,
     )
     if arguments.out is not None:
         write_plan_file(planned, arguments.out)

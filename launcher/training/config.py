@@ -62,7 +62,7 @@ class MicroBatches(Struct, frozen=True):
         arguments = raw["training_arguments"]
         return cls(
             rows=arguments["per_device_train_batch_size"],
-            num_processes=raw.get("num_processes", 1),
+            num_processes=raw["num_processes"],
             accumulation_steps=arguments["gradient_accumulation_steps"],
         )
 
