@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ftplan.launcher.commands.num_gpus import add_num_gpus_argument, check_one_run
 from ftplan.launcher.commands.plan import (
     add_calibration_argument,
     add_cpu_argument,
@@ -14,6 +13,7 @@ from ftplan.launcher.commands.plan import (
     show_plan,
 )
 from ftplan.launcher.launching import carry_out, write_run
+from ftplan.launcher.other_num_gpus import add_num_gpus_argument, check_one_run
 from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_file import read_plan_file
 from ftplan.launcher.planning import make_plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ftplan.launcher.commands.num_gpus import add_num_gpus_argument, check_one_run
 from ftplan.launcher.launching import carry_out
+from ftplan.launcher.other_num_gpus import add_num_gpus_argument, check_one_run
 from ftplan.launcher.remote_code import add_trust_argument
 from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.stage_commands import run_rest
