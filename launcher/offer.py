@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from ftplan.launcher.emit import LAUNCHED
 from ftplan.launcher.own_stack import installed_stack
 from ftplan.planner.base_models import Available
 from ftplan.planner.data_profile import DataProfile
@@ -18,14 +19,15 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import Reason
 from ftplan.planner.ranking import Evaluated, Ranking
 from ftplan.planner.search import choose_plan
+from ftplan.planner.space import CHOSEN_SHARDINGS
 from ftplan.profiles import lowest_prices
 
 
 class Offer(Struct, frozen=True, kw_only=True):
     """Devices to choose of, and what is asked of a plan on them.
 
-    `devices`: one, of which there are as many as asked for, or the GPUs of a machine. `divides`:
-    whether they may divide what a model holds; `has_liger`: whether Liger's kernels are there.
+    `devices`: one, of which there are as many as asked for, or the GPUs of a machine. `launches`:
+    whether the plan is carried out on them; `has_liger`: whether Liger's kernels are there.
     `host`: the machine around them, if it is known. `margin`: what is kept free on each of them.
     `reasons`: of settings among the given ones that nobody has asked for.
     """
@@ -33,7 +35,7 @@ class Offer(Struct, frozen=True, kw_only=True):
     devices: Device | Sequence[Device]
     given: Mapping[str, Any]
     wanted: Wanted
-    divides: bool
+    launches: bool = False
     has_liger: bool = False
     host: Host | None = None
     margin: Margin = ASSUMED_MARGIN
@@ -47,12 +49,18 @@ class Offer(Struct, frozen=True, kw_only=True):
         return max(self.devices, key=lambda gpu: gpu.free_bytes)
 
     @property
+    def shardings(self) -> Sequence[str]:
+        """How GPUs may divide what a model holds."""
+        launched = LAUNCHED["sharding"]
+        return [s for s in CHOSEN_SHARDINGS if not self.launches or s in launched]
+
+    @property
     def available(self) -> Available:
         """The devices, as bounds for models are told of them."""
         gpus = self.devices
         if isinstance(gpus, Device):
             gpus = [gpus] * self.given.get("num_gpus", 1)
-        return Available(gpus=gpus, given=self.given, divides=self.divides)
+        return Available(gpus=gpus, given=self.given)
 
     @property
     def is_named(self) -> bool:
@@ -75,7 +83,7 @@ class Offer(Struct, frozen=True, kw_only=True):
             self.devices,
             {**self.given, **more},
             installed_stack(self.device),
-            divides=self.divides,
+            shardings=self.shardings,
             has_liger=self.has_liger,
             goal=self.wanted.goal,
             limits=self.limits,
@@ -106,7 +114,7 @@ class Offer(Struct, frozen=True, kw_only=True):
             self.devices,
             self.given,
             installed_stack(self.device),
-            divides=self.divides,
+            shardings=self.shardings,
             has_liger=self.has_liger,
             limits=self.limits,
             host=self.host,

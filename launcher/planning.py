@@ -172,7 +172,7 @@ def make_plan(
         devices=devices,
         given=given,
         wanted=wanted,
-        divides=True,
+        launches=for_launch,
         has_liger=named_device is None and importlib.util.find_spec("liger_kernel") is not None,
         host=machine.host if machine else None,
         margin=_margin(devices, runs_dir),

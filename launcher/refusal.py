@@ -48,7 +48,7 @@ def refusal(
     assert nearest is not None, "what cannot be estimated at all is an error of its own"
     refused = refused_methods(source.spec, profile, offer, ranking.rejected)
     rungs = rungs_of(source, profile, offer, nearest)
-    error = does_not_fit(source, nearest, rungs, ranking.margin, launches=not offer.divides)
+    error = does_not_fit(source, nearest, rungs, ranking.margin, launches=offer.launches)
     if not ui.as_json:
         _show(ui, refused, rungs, nearest.device)
     ui.json(
@@ -128,7 +128,7 @@ def _offloaded(
 ) -> Rung | None:
     """The nearest method with the model in the host's memory; None where it does not fit even so,
     or cannot be."""
-    if not offer.divides or offer.device.kind != "cuda" or "sharding" in offer.given:
+    if offer.device.kind != "cuda" or "sharding" in offer.given:
         return None
     plan = nearest.plan
     settings = {"method": plan.method, "sharding": "fsdp", "offload": "parameters"}
@@ -231,7 +231,7 @@ def _last_part(name: str) -> str:
 def _may_hold(entry: ModelEntry, profile: DataProfile, offer: Offer) -> bool:
     """Whether what is offered may hold the model by the method that needs least of it: a search
     takes longer than this."""
-    device, number = offer.device, offer.num_gpus if offer.divides else 1
+    device, number = offer.device, offer.num_gpus
     quantizes = device.supports_quantization(DEFAULT_QUANTIZATION)
     if not quantizes or offer.given.get("quantization") == "none":
         least, method = _HALF_BYTES, "lora"

@@ -88,7 +88,7 @@ def more_alike(wish: Wish, offer: Offer) -> Remedy | None:
     """More of the GPUs at hand, where they may divide the model."""
     device = offer.device
     joins = device.kind == "cuda" and device.vendor != "apple"
-    if not joins or not offer.divides:
+    if not joins:
         return None
     return fewest_of(wish, device, installed_stack(device), more_than=offer.num_gpus)
 
@@ -98,7 +98,7 @@ def larger(wish: Wish, offer: Offer) -> Remedy | None:
     where they may divide the model."""
     cards = _cards()
     alone = smallest_of(wish, cards, installed_stack)
-    if alone is not None or not offer.divides:
+    if alone is not None:
         return alone
     return fewest_of(wish, cards[-1], installed_stack(cards[-1]))
 

@@ -178,17 +178,15 @@ def _why_behind(model: BaseModel, chosen: BaseModel, advice: Advice, language: s
 
 
 class Available(Struct, frozen=True, kw_only=True):
-    """GPUs that a model may be trained on, `divides`: and divided among; and given settings."""
+    """GPUs that a model may be trained on, or divided among; and given settings."""
 
     gpus: Sequence[Device]
     given: Mapping[str, Any]
-    divides: bool = True
 
     @property
     def held_bytes(self) -> int:
         """What they hold of one model."""
-        free = [gpu.free_bytes for gpu in self.gpus]
-        return sum(free) if self.divides else max(free)
+        return sum(gpu.free_bytes for gpu in self.gpus)
 
 
 def too_large(

@@ -23,7 +23,7 @@ from ftplan.planner.memory import fits
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.ranking import Evaluated, Ranking
-from ftplan.planner.space import SECONDS_PER_ROW, Candidate, Group, Space
+from ftplan.planner.space import CHOSEN_SHARDINGS, SECONDS_PER_ROW, Candidate, Group, Space
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.teams import teams_of
 
@@ -63,7 +63,7 @@ def front_of(
     given: Mapping[str, Any],
     stack: Stack = OWN_STACK,
     *,
-    divides: bool = True,
+    shardings: Sequence[str] = CHOSEN_SHARDINGS,
     has_liger: bool = False,
     limits: Limits = NO_LIMITS,
     host: Host | None = None,
@@ -74,7 +74,7 @@ def front_of(
     found = [ranking.best, *ranking.alternatives] if ranking.best else []
 
     def class_of(method: str) -> Class:
-        space = Space(model, data, given, stack, divides=divides, has_liger=has_liger)
+        space = Space(model, data, given, stack, shardings=shardings, has_liger=has_liger)
         known = tuple(evaluated for evaluated in found if evaluated.plan.method == method)
         return Class(space=space, groups=space.groups(resolve_method(method), teams), known=known)
 

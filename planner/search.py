@@ -27,7 +27,7 @@ from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.policy import preferred_methods
 from ftplan.planner.ranking import Evaluated, LeftOut, Ranking, Rejection
 from ftplan.planner.replayed import replayed_memory
-from ftplan.planner.space import Batches, Candidate, Group, Pricing, Space
+from ftplan.planner.space import CHOSEN_SHARDINGS, Batches, Candidate, Group, Pricing, Space
 from ftplan.planner.stack import OWN_STACK, Stack
 from ftplan.planner.step_time import StepTime
 from ftplan.planner.teams import Team, teams_of
@@ -48,7 +48,7 @@ def choose_plan(
     given: Mapping[str, Any],
     stack: Stack = OWN_STACK,
     *,
-    divides: bool = True,
+    shardings: Sequence[str] = CHOSEN_SHARDINGS,
     has_liger: bool = False,
     goal: str = GOALS[0],
     limits: Limits = NO_LIMITS,
@@ -59,7 +59,7 @@ def choose_plan(
     """The best plan for this data, `given` settings kept.
 
     `device`: one of which there are as many as `num_gpus` says, or the GPUs of a machine, any of
-    which may train. `divides`: whether they may divide what the model holds. `goal`: one of GOALS,
+    which may train. `shardings`: how they may divide what the model holds. `goal`: one of GOALS,
     what the best is best at; `limits`: what a run may take at most; `host`: whose RAM it may take,
     None for any; `rows_per_step`: in the place of the policy's; `margin`: a share of what is
     required that is kept free. Deterministic: the same input gives the same ranking. Raises
@@ -77,7 +77,7 @@ def choose_plan(
             data,
             given,
             stack,
-            divides=divides,
+            shardings=shardings,
             has_liger=has_liger,
             rows_per_step=rows_per_step,
             batches=batches,

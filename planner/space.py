@@ -10,7 +10,7 @@ what is larger than one that does not fit is not looked at.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -45,7 +45,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 # Ways to divide state among GPUs: gradients and optimizer states, and parameters too. ZeRO-3 and
 # FSDP do the same; FSDP is torch's own, and trains beside a quantized base, too. Gradients and
 # states of adapters are too small to be worth dividing without the base.
-_SHARDINGS = ("zero2", "fsdp")
+CHOSEN_SHARDINGS = ("zero2", "fsdp")
 _SHARDINGS_OF_ADAPTERS = ("fsdp",)
 
 # Of each so many layers one is checkpointed, where some are.
@@ -134,7 +134,7 @@ class Batches:
 class Space:
     """Plans of a method on teams of GPUs, `given` settings kept.
 
-    `divides`: whether GPUs may divide what a model holds; `has_liger`: whether Liger's kernels are
+    `shardings`: how GPUs may divide what a model holds; `has_liger`: whether Liger's kernels are
     there; `batches`: the data's, where plans of other methods know them already. `refused` gets
     the errors of plans that cannot be, `num_plans` counts all that there are, `num_timed` those
     whose time was worked out.
@@ -147,7 +147,7 @@ class Space:
         given: Mapping[str, Any],
         stack: Stack,
         *,
-        divides: bool = True,
+        shardings: Sequence[str] = CHOSEN_SHARDINGS,
         has_liger: bool = False,
         rows_per_step: int | None = None,
         batches: Batches | None = None,
@@ -160,7 +160,7 @@ class Space:
             self._rows = policy.completions_per_step(data.num_train_rows, group)
         if rows_per_step is not None:
             self._rows = policy.Advice(value=rows_per_step, why="asked for")
-        self._divides = divides
+        self._shardings = tuple(shardings)
         self._batches = batches or Batches(data)
         self.refused: list[InputError] = []
         self.num_plans = 0
@@ -295,9 +295,11 @@ class Space:
         yield base
         divided = base.plan.tp_size > 1 or base.plan.cp_size > 1
         alone = team.num_gpus == 1 or divided
-        if alone or "sharding" in self._given or not self._divides:
+        if alone or "sharding" in self._given:
             return
-        for sharding in _SHARDINGS_OF_ADAPTERS if method.adapter else _SHARDINGS:
+        for sharding in self._shardings:
+            if method.adapter and sharding not in _SHARDINGS_OF_ADAPTERS:
+                continue
             why = f"one GPU cannot hold all state; {team.num_gpus} divide it"
             yield from self._made(partial(self._divided, base, why, sharding))
 

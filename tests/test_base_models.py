@@ -255,8 +255,6 @@ def test_of_a_giant_not_even_the_shape_is_looked_at(make_data: MakeData) -> None
     giant = model("giant", 200)
     divided = partial(too_large, giant, never, make_data([64]))
     assert divided(Available(gpus=gpus, given={})) is not None
-    whole = model("whole", 60)
-    assert too_large(whole, never, make_data([64]), Available(gpus=gpus, given={}, divides=False))
 
 
 # --- the catalog

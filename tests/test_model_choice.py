@@ -57,7 +57,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def offer(device: Device) -> Offer:
-    return Offer(devices=device, given={}, wanted=ANY_PLAN, divides=True)
+    return Offer(devices=device, given={}, wanted=ANY_PLAN)
 
 
 def test_for_a_card_elsewhere_the_whole_catalog_is_there(
