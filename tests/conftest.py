@@ -22,6 +22,9 @@ from ftplan.planner.units import GIB
 # Workers of pytest-xdist have the width of the terminal that pytest was started in.
 os.environ.pop("COLUMNS", None)
 
+# Workers and the processes that they start share the cores; threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Shells have what they start in the background ignore Ctrl-C, and so would what tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -169,7 +172,9 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--whole-matrix", action="store_true", help="train every method on every architecture"
+        "--whole-matrix",
+        action="store_true",
+        help="every cell of the sweeps, not only one of each mechanism",
     )
 
 

@@ -35,6 +35,7 @@ from ftplan.planner.hardware_spec import Device
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.units import GIB
 from tests.launcher_fixtures import CHATML, tiny_tokenizer
+from tests.sweeps import swept
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("kept_signals")]
 
@@ -175,11 +176,17 @@ def at_the_end(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("method", "family"),
-    [
-        *(("relora", family) for family in sorted(CONFIGS)),
-        *(("plora", "llama"), ("lora-drop", "llama"), ("lora-drop", "gpt2")),
-        *(("adalora", "qwen3"), ("adalora", "gpt2")),
-    ],
+    swept(
+        [
+            *(("relora", family) for family in sorted(CONFIGS)),
+            *(("plora", "llama"), ("lora-drop", "llama"), ("lora-drop", "gpt2")),
+            *(("adalora", "qwen3"), ("adalora", "gpt2")),
+        ],
+        [
+            *(("relora", "llama"), ("relora", "gpt2"), ("plora", "llama")),
+            *(("lora-drop", "llama"), ("adalora", "qwen3")),
+        ],
+    ),
 )
 def test_it_learns_and_what_it_saves_is_what_it_was(
     method: str,

@@ -36,6 +36,12 @@ SHARDED: dict[str, Any] = {"sharding": "fsdp", "num_gpus": 4}
 ZERO3: dict[str, Any] = {"sharding": "zero3", "num_gpus": 4}
 TOLERANCE = 0.005
 
+# What other cells have one by one, joined.
+ONLY_JOINED = {
+    *("llama, full, mixed", "llama, lora, dropout", "llama, full, loop", "llama, padded"),
+    *("gpt2, qlora", "gemma2, full", "gemma2, qlora", "llama, fsdp, full"),
+}
+
 # Families that transformers itself cannot build, and one whose vision tower's layers come first.
 ELSEWHERE = {"baichuan", "chatglm", "internlm2", "qwen", "mistral3", "gemma3"}
 
@@ -43,7 +49,11 @@ ELSEWHERE = {"baichuan", "chatglm", "internlm2", "qwen", "mistral3", "gemma3"}
 @pytest.mark.parametrize(
     ("config", "settings"),
     [
-        pytest.param(config, {"every_n_layers": n, **settings}, id=f"{name}, 1 in {n}")
+        pytest.param(
+            *(config, {"every_n_layers": n, **settings}),
+            id=f"{name}, 1 in {n}",
+            marks=(pytest.mark.whole_matrix,) if name in ONLY_JOINED else (),
+        )
         for name, config, n, settings in (
             ("llama, full", LLAMA_, 2, FULL),
             ("llama, full, mixed", LLAMA_, 3, {**FULL, "dtype": "float32"}),

@@ -70,7 +70,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
 
 
 def ftplan(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
