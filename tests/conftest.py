@@ -303,15 +303,19 @@ def few_short_rows(make_data: Callable[[Iterable[int]], DataProfile]) -> DataPro
 
 
 @pytest.fixture(scope="module", autouse=True)
-def little_general_text() -> Iterator[None]:
-    """Runs within the tests' own process read the beginning of the general text: all of it, before
-    and after, would take most of their time."""
-    module = sys.modules.get("ftplan.launcher.training.general_text")
-    if module is None:  # nothing of this file trains
+def little_is_asked() -> Iterator[None]:
+    """Runs within the tests' own process read the beginning of the general text, and answer in few
+    tokens: all of it, before and after, would take most of their time."""
+    text = sys.modules.get("ftplan.launcher.training.general_text")
+    evaluation = sys.modules.get("ftplan.launcher.training.evaluation")
+    if text is None or evaluation is None:  # nothing of this file trains
         yield
         return
-    whole = module.text_pieces
-    with mock.patch.object(module, "text_pieces", lambda t: whole(t)[: module.LEAST_PIECES]):
+    whole = text.text_pieces
+    with (
+        mock.patch.object(text, "text_pieces", lambda t: whole(t)[: text.LEAST_PIECES]),
+        mock.patch.multiple(evaluation, SHOWN_NEW_TOKENS=8, MOST_SCORED_TOKENS=8),
+    ):
         yield
 
 

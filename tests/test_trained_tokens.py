@@ -26,6 +26,7 @@ from ftplan.planner.methods import resolve_method
 from ftplan.planner.plan import TrainingPlan
 from tests.dry_runs import GPT2, GPT2_MODULES, LLAMA, QWEN3, case
 from tests.launcher_fixtures import tiny_tokenizer
+from tests.sweeps import only_whole
 from tests.test_adapter_memory import TOLERANCE, WIDE_GPT2, WIDE_LLAMA, relative_error
 from tests.test_dry_run_methods import compare
 
@@ -155,7 +156,7 @@ def tiny_model(folder: Path, *, tied: bool) -> Path:
 TUNED = [
     "lora, tied",
     pytest.param("lora, untied", marks=pytest.mark.slow),
-    pytest.param("full, tied", marks=pytest.mark.slow),
+    only_whole("full, tied"),
     pytest.param("ia3, untied", marks=pytest.mark.slow),
 ]
 
