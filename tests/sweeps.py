@@ -3,7 +3,7 @@ with `--whole-matrix`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -15,6 +15,13 @@ def swept(cells: Iterable[Any], always: Iterable[Any]) -> list[Any]:
     unknown = [cell for cell in kept if cell not in cells]
     assert not unknown, f"no cells of the sweep: {unknown}"
     return [cell if cell in kept else only_whole(cell) for cell in cells]
+
+
+def named(name: str, *values: Any, joined: Collection[str]) -> Any:
+    """A cell with a name; those in `joined` have together what others have one by one, and run
+    with `--whole-matrix` alone."""
+    marks = (pytest.mark.whole_matrix,) if name in joined else ()
+    return pytest.param(*values, id=name, marks=marks)
 
 
 def only_whole(cell: Any, name: str | None = None) -> Any:

@@ -34,7 +34,7 @@ from tests.dry_runs import (
     assert_equal_records,
     cuda_case,
 )
-from tests.sweeps import only_whole
+from tests.sweeps import named
 from tests.test_objectives_memory import (
     CHECKPOINTING,
     CUDA,
@@ -69,8 +69,7 @@ MANY: dict[str, Any] = {
 ON_PROCESSOR: dict[str, Any] = {"kind": "cpu", "dtype": "float32", "mixed_precision": "no"}
 WIDE_QWEN2 = {**WIDE_LLAMA, "model_type": "qwen2"}
 
-# What other cells have one by one, joined.
-ONLY_JOINED = {
+JOINED = {
     *("lora, llama", "lora, eager", "full, gpt2", "cpu, lora", "rloo, judged, lora"),
     "cpu, judged, lora",
 }
@@ -86,9 +85,7 @@ def grpo_case(config: dict[str, Any], **settings: Any) -> DryRunCase:
 @pytest.mark.parametrize(
     "dry_case",
     [
-        only_whole(grpo_case(config, **settings), name)
-        if name in ONLY_JOINED
-        else pytest.param(grpo_case(config, **settings), id=name)
+        named(name, grpo_case(config, **settings), joined=JOINED)
         for name, config, settings in (
             ("lora, llama", WIDE_LLAMA, BETA),
             ("lora, qwen2, checkpointing", WIDE_QWEN2, CHECKPOINTING),
