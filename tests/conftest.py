@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,6 +17,7 @@ from ftplan.planner.families import spec_from_config
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.units import GIB
+from tests.quick import little_asked, measured_once
 
 # Workers of pytest-xdist have the width of the terminal that pytest was started in.
 os.environ.pop("COLUMNS", None)
@@ -303,19 +303,17 @@ def few_short_rows(make_data: Callable[[Iterable[int]], DataProfile]) -> DataPro
 
 
 @pytest.fixture(scope="module", autouse=True)
-def little_is_asked() -> Iterator[None]:
-    """Runs within the tests' own process read the beginning of the general text, and answer in few
-    tokens: all of it, before and after, would take most of their time."""
-    text = sys.modules.get("ftplan.launcher.training.general_text")
-    evaluation = sys.modules.get("ftplan.launcher.training.evaluation")
-    if text is None or evaluation is None:  # nothing of this file trains
+def quick_runs() -> Iterator[None]:
+    with little_asked():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_plans(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.module.__name__.endswith("test_probe"):  # which is about measuring
         yield
         return
-    whole = text.text_pieces
-    with (
-        mock.patch.object(text, "text_pieces", lambda t: whole(t)[: text.LEAST_PIECES]),
-        mock.patch.multiple(evaluation, SHOWN_NEW_TOKENS=8, MOST_SCORED_TOKENS=8),
-    ):
+    with measured_once():
         yield
 
 
