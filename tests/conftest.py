@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ from ftplan.planner.families import spec_from_config
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.units import GIB
-from tests.quick import little_asked, measured_once
+from tests.quick import libraries_left_alone, little_asked, measured_once
 
 # Workers of pytest-xdist have the width of the terminal that pytest was started in.
 os.environ.pop("COLUMNS", None)
@@ -304,7 +303,7 @@ def few_short_rows(make_data: Callable[[Iterable[int]], DataProfile]) -> DataPro
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_runs() -> Iterator[None]:
-    with little_asked():
+    with little_asked(), libraries_left_alone():
         yield
 
 
@@ -319,13 +318,11 @@ def quick_plans(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def on_the_processor() -> Iterator[None]:
-    """As in the dry run's own process: no GPU is seen, and libraries are not collected again."""
+    """As in the dry run's own process: no GPU is seen."""
     import torch  # only what needs it loads it
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for tensors so small more only wait for each other
     with mock.patch("torch.cuda.is_available", lambda: False):
-        gc.freeze()
         yield
-        gc.unfreeze()
     torch.set_num_threads(threads)

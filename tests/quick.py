@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,17 @@ def little_asked() -> Iterator[None]:
         mock.patch.multiple(evaluation, SHOWN_NEW_TOKENS=8, MOST_SCORED_TOKENS=8),
     ):
         yield
+
+
+@contextmanager
+def libraries_left_alone() -> Iterator[None]:
+    """What is there already, most of it torch's and transformers', is not looked through whenever
+    garbage is collected."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
