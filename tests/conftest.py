@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,9 +16,13 @@ from ftplan.planner.families import spec_from_config
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.units import GIB
+from tests.quick import libraries_left_alone, little_asked, measured_once
 
 # Workers of pytest-xdist have the width of the terminal that pytest was started in.
 os.environ.pop("COLUMNS", None)
+
+# Workers and the processes that they start share the cores; threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shells have what they start in the background ignore Ctrl-C, and so would what tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -169,7 +171,9 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--whole-matrix", action="store_true", help="train every method on every architecture"
+        "--whole-matrix",
+        action="store_true",
+        help="every cell of the sweeps, not only one of each mechanism",
     )
 
 
@@ -298,27 +302,27 @@ def few_short_rows(make_data: Callable[[Iterable[int]], DataProfile]) -> DataPro
 
 
 @pytest.fixture(scope="module", autouse=True)
-def little_general_text() -> Iterator[None]:
-    """Runs within the tests' own process read the beginning of the general text: all of it, before
-    and after, would take most of their time."""
-    module = sys.modules.get("ftplan.launcher.training.general_text")
-    if module is None:  # nothing of this file trains
+def quick_runs() -> Iterator[None]:
+    with little_asked(), libraries_left_alone():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_plans(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.module.__name__.endswith("test_probe"):  # which is about measuring
         yield
         return
-    whole = module.text_pieces
-    with mock.patch.object(module, "text_pieces", lambda t: whole(t)[: module.LEAST_PIECES]):
+    with measured_once():
         yield
 
 
 @pytest.fixture(scope="module")
 def on_the_processor() -> Iterator[None]:
-    """As in the dry run's own process: no GPU is seen, and libraries are not collected again."""
+    """As in the dry run's own process: no GPU is seen."""
     import torch  # only what needs it loads it
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for tensors so small more only wait for each other
     with mock.patch("torch.cuda.is_available", lambda: False):
-        gc.freeze()
         yield
-        gc.unfreeze()
     torch.set_num_threads(threads)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.quick import little_asked
+
 
 def main() -> None:
     import torch
@@ -22,6 +24,11 @@ def main() -> None:
     torch.set_num_threads(1)
     from ftplan.launcher.training import loop
 
+    with little_asked():
+        serve(loop)
+
+
+def serve(loop: Any) -> None:
     say({"ready": True})
     for line in sys.stdin:
         asked = json.loads(line)

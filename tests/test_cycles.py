@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
@@ -35,6 +37,7 @@ from ftplan.planner.hardware_spec import Device
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.units import GIB
 from tests.launcher_fixtures import CHATML, tiny_tokenizer
+from tests.sweeps import swept
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("kept_signals")]
 
@@ -159,38 +162,56 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.fixture
-def at_the_end(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Logits of the models as they were when they were saved."""
-    found: list[torch.Tensor] = []
+class Ended(NamedTuple):
+    """A run, and the logits of its model as it was when it was saved."""
+
+    plan: Planned
+    run: RunDir
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def trained_once(
+    make_model: MakeModel, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Ended]:
+    """Runs by method and family, each carried through when it is first asked for."""
     save = loop.save
 
-    def noting(session: Any, trainer: Any) -> str:
-        found.append(logits(trainer.model))
-        return save(session, trainer)
+    @functools.cache
+    def once(method: str, family: str) -> Ended:
+        found: list[torch.Tensor] = []
 
-    monkeypatch.setattr(loop, "save", noting)
-    return found
+        def noting(session: Any, trainer: Any) -> str:
+            found.append(logits(trainer.model))
+            return save(session, trainer)
+
+        given = {"lora_drop_threshold": 0.5} if method == "lora-drop" else {}
+        runs = tmp_path_factory.mktemp("runs")
+        with mock.patch.object(loop, "save", noting):
+            plan, run = trained(make_model(family), data_file, runs, method=method, **given)
+        return Ended(plan, run, found[0])
+
+    return once
 
 
 @pytest.mark.parametrize(
     ("method", "family"),
-    [
-        *(("relora", family) for family in sorted(CONFIGS)),
-        *(("plora", "llama"), ("lora-drop", "llama"), ("lora-drop", "gpt2")),
-        *(("adalora", "qwen3"), ("adalora", "gpt2")),
-    ],
+    swept(
+        [
+            *(("relora", family) for family in sorted(CONFIGS)),
+            *(("plora", "llama"), ("lora-drop", "llama"), ("lora-drop", "gpt2")),
+            *(("adalora", "qwen3"), ("adalora", "gpt2")),
+        ],
+        [
+            *(("relora", "llama"), ("relora", "gpt2"), ("plora", "llama")),
+            *(("lora-drop", "llama"), ("adalora", "qwen3")),
+        ],
+    ),
 )
 def test_it_learns_and_what_it_saves_is_what_it_was(
-    method: str,
-    family: str,
-    make_model: MakeModel,
-    data_file: Path,
-    tmp_path: Path,
-    at_the_end: list[torch.Tensor],
+    method: str, family: str, trained_once: Callable[[str, str], Ended]
 ) -> None:
-    given = {"lora_drop_threshold": 0.5} if method == "lora-drop" else {}
-    plan, run = trained(make_model(family), data_file, tmp_path, method=method, **given)
+    plan, run, at_the_end = trained_once(method, family)
     record, chosen = run.read_record(), plan.chosen.plan
     assert record["evaluation"]["after"] < record["evaluation"]["before"] - 0.2
     planned_count = chosen.resolved_method.count(plan.source.spec, chosen.method_settings)
@@ -200,7 +221,7 @@ def test_it_learns_and_what_it_saves_is_what_it_was(
     assert record["output"] == ("model" if whole else "adapter")
     read = AutoModelForCausalLM if whole else AutoPeftModelForCausalLM
     reloaded = read.from_pretrained(run.root / record["output"])
-    torch.testing.assert_close(logits(reloaded), at_the_end[0], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(reloaded), at_the_end, atol=2e-4, rtol=1e-4)
     if whole:
         files = (run.model / name for name in ("model.safetensors", "config.json"))
         written = sum(file.stat().st_size for file in files)
@@ -239,13 +260,12 @@ def update_rank(before: torch.Tensor, after: torch.Tensor) -> int:
 @pytest.mark.parametrize("method", ["relora", "plora", "lora-drop", "adalora"])
 def test_a_run_broken_off_goes_on_to_the_same_losses(
     method: str,
-    make_model: MakeModel,
-    data_file: Path,
+    trained_once: Callable[[str, str], Ended],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After the first restart, in the midst of the second cycle; to the last digit."""
-    whole, run = trained(make_model("llama"), data_file, tmp_path, method=method)
+    whole, run, _ = trained_once(method, "llama")
     cut = write_run(whole, None, tmp_path)
     begin = loop.StepReporter.on_step_begin
 
@@ -265,10 +285,10 @@ def test_a_run_broken_off_goes_on_to_the_same_losses(
 
 
 def test_adalora_leaves_ranks_where_they_matter(
-    make_model: MakeModel, data_file: Path, tmp_path: Path
+    trained_once: Callable[[str, str], Ended],
 ) -> None:
     """As many as asked for on average, unevenly over the modules."""
-    plan, run = trained(make_model("llama"), data_file, tmp_path, method="adalora")
+    plan, run, _ = trained_once("adalora", "llama")
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     ranks = [sum(kept) for kept in config["rank_pattern"].values()]
     assert config["init_r"] == 6 and config["total_step"] == 16 and len(ranks) == 28
@@ -276,16 +296,19 @@ def test_adalora_leaves_ranks_where_they_matter(
     assert min(ranks) < plan.chosen.plan.lora_rank < max(ranks)
 
 
-def test_lora_drop_saves_parameters(make_model: MakeModel, data_file: Path, tmp_path: Path) -> None:
+def test_lora_drop_saves_parameters(
+    trained_once: Callable[[str, str], Ended],
+    make_model: MakeModel,
+    data_file: Path,
+    tmp_path: Path,
+) -> None:
     """At half of the importance about half of the adapters are left, one of them shared; at all of
     it, each layer has its own."""
     counts = {}
-    for threshold in (0.5, 1.0):
-        plan, run = trained(
-            *(make_model("llama"), data_file, tmp_path),
-            method="lora-drop",
-            lora_drop_threshold=threshold,
-        )
+    half = trained_once("lora-drop", "llama")
+    whole = {"method": "lora-drop", "lora_drop_threshold": 1.0}
+    plan, all_kept = trained(make_model("llama"), data_file, tmp_path, **whole)
+    for threshold, run in ((0.5, half.run), (1.0, all_kept)):
         counts[threshold] = run.read_record()["num_trainable_parameters"]
         (scored,) = [row for row in run.metric_rows() if row.get("event") == "layers scored"]
         assert all(value > 0 for value in scored["importance"].values())

@@ -15,6 +15,7 @@ from ftplan.planner.families.sizes import spec_from_size
 from ftplan.planner.memory import estimate_memory
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
+from tests.sweeps import only_whole
 
 LORA_7B = 39_976_960
 LLAMA_2_7B = 6_738_415_616
@@ -130,16 +131,16 @@ def _written(plan: TrainingPlan, folder: Path) -> Mapping[str, int]:
     "settings",
     [
         {"method": "full", "optim": "adamw_torch"},
-        {"method": "full", "optim": "adamw_torch", "dtype": "bfloat16"},
+        only_whole({"method": "full", "optim": "adamw_torch", "dtype": "bfloat16"}),
         {"method": "full", "optim": "adafactor"},
-        {"method": "full", "optim": "sgd"},
-        {"method": "full", "optim": "lion_8bit"},
+        only_whole({"method": "full", "optim": "sgd"}),
+        only_whole({"method": "full", "optim": "lion_8bit"}),
         {"method": "full", "optim": "adamw_8bit"},
         {"method": "freeze", "optim": "adamw_torch"},
         {"method": "lora", "optim": "adamw_torch", "dtype": "bfloat16", "lora_rank": 64},
         {"method": "lora", "optim": "adamw_torch", "modules_to_save": ("lm_head",)},
         {"method": "vera", "optim": "adamw_torch", "dtype": "bfloat16"},
-        {"method": "randlora", "optim": "adamw_torch", "dtype": "bfloat16"},
+        only_whole({"method": "randlora", "optim": "adamw_torch", "dtype": "bfloat16"}),
         {"method": "shira", "optim": "adamw_torch", "dtype": "bfloat16"},
         {"method": "p-tuning", "optim": "adamw_torch", "dtype": "bfloat16"},
     ],

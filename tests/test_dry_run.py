@@ -39,14 +39,22 @@ from tests.dry_runs import (
     num_checkpointed,
     real_trainer,
 )
+from tests.sweeps import named
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
+
+JOINED = {
+    *("freeze, checkpointing", "lora, GPT-2, one in 2", "full, loop, one in 2"),
+    *("qlora nf4, one in 2", "qlora nf4, checkpointing", "lora, Trainer, checkpointing"),
+    *("lora, loop, accumulation, checkpointing", "lora, Trainer, reentrant"),
+}
+JOINED_ON_GPU = {"lora, reentrant checkpointing", "full, loop", "qlora int8"}
 
 
 @pytest.mark.parametrize(
     "dry_case",
     [
-        pytest.param(case(config, **settings), id=name)
+        named(name, case(config, **settings), joined=JOINED)
         for name, config, settings in (
             ("full", LLAMA, {"method": "full"}),
             ("full, checkpointing", LLAMA, {"method": "full", "gradient_checkpointing": True}),
@@ -146,7 +154,7 @@ def test_the_generator_state_is_as_large_as_assumed() -> None:
 @pytest.mark.parametrize(
     ("dry_case", "traced"),
     [
-        pytest.param(cuda_case(config, **settings), traced, id=name)
+        named(name, cuda_case(config, **settings), traced, joined=JOINED_ON_GPU)
         for name, config, traced, settings in (
             ("lora", LLAMA, 4, {"trainer": "transformers", "attn_implementation": "eager"}),
             (

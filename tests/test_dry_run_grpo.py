@@ -29,7 +29,7 @@ from tests.test_dry_run_objectives import measured, seed_model
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
-COMPLETION = 64
+COMPLETION = 32
 GRPO: dict[str, Any] = {
     **{"objective": "grpo", "loss": "trl-fused"},
     **{"num_generations": 2, "max_completion_length": COMPLETION},

@@ -43,6 +43,7 @@ from tests.dry_runs import (
     mark,
     measured_peaks,
 )
+from tests.sweeps import named
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
@@ -64,6 +65,12 @@ def narrow_tiles() -> Iterator[None]:
 
 ACCUMULATION: dict[str, Any] = {"gradient_accumulation_steps": 2}
 PRECOMPUTED: dict[str, Any] = {"precompute_ref_log_probs": True}
+
+JOINED = {
+    *("dpo, full, autocast", "dpo, lora, checkpointing", "simpo, freeze", "kto, lora, precomputed"),
+    *("dpo, qlora, accumulation", "reward, full"),
+}
+JOINED_ON_GPU = {"kto, full", "reward, qlora"}
 
 
 # --- the same steps for real ---------------------------------------------------------------------
@@ -126,7 +133,7 @@ def measured(trainer: Any, **how: Any) -> dict[str, int]:
 @pytest.mark.parametrize(
     "dry_case",
     [
-        pytest.param(case(config, **settings), id=name)
+        named(name, case(config, **settings), joined=JOINED)
         for name, config, settings in (
             ("dpo, full", LLAMA, {**DPO, **FULL}),
             ("dpo, full, autocast", QWEN3, {**DPO, **FULL, "mixed_precision": "bf16"}),
@@ -202,7 +209,7 @@ def allocated_levels(function: Callable[[], Any]) -> list[int]:
 @pytest.mark.parametrize(
     ("dry_case", "traced"),
     [
-        pytest.param(cuda_case(LLAMA, **{"num_layers": 5, **settings}), traced, id=name)
+        named(name, cuda_case(LLAMA, **{"num_layers": 5, **settings}), traced, joined=JOINED_ON_GPU)
         for name, traced, settings in (
             ("dpo, full", 4, {**DPO, **FULL, "dtype": "float32"}),
             (

@@ -31,6 +31,7 @@ from tests.dry_runs import (
     phase_peaks,
     real_trainer,
 )
+from tests.sweeps import only_whole
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
@@ -123,9 +124,9 @@ def same_but_for_norms(few: MemoryRecord, every: MemoryRecord) -> None:
             {**FSDP, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
             id="FSDP2, lora, accumulation",
         ),
-        pytest.param({**QLORA, **FSDP}, id="FSDP2, qlora"),
+        only_whole({**QLORA, **FSDP}, "FSDP2, qlora"),
         pytest.param({**FULL, **HYBRID, "dtype": "bfloat16"}, id="FSDP2, hybrid"),
-        pytest.param({**FULL, **FSDP, "sharding": "zero2"}, id="ZeRO-2"),
+        only_whole({**FULL, **FSDP, "sharding": "zero2"}, "ZeRO-2"),
         pytest.param(
             {**FULL, **FSDP, "sharding": "zero2", "offload": "optimizer"}, id="ZeRO-2, offload"
         ),

@@ -31,7 +31,7 @@ def activations(memory: MemoryEstimate) -> int:
     return max(phase.components["activations"] for phase in memory.phases)
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(case=cases, n=st.integers(2, 4), times=st.integers(2, 3))
 def test_the_more_layers_are_checkpointed_the_less_is_kept(
     case: ModelledCase, n: int, times: int

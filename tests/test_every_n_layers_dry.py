@@ -20,6 +20,7 @@ from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import Stack
 from ftplan.planner.trained import target_names
 from tests.dry_runs import GPT2, LLAMA, cuda_case
+from tests.sweeps import named
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
@@ -36,6 +37,11 @@ SHARDED: dict[str, Any] = {"sharding": "fsdp", "num_gpus": 4}
 ZERO3: dict[str, Any] = {"sharding": "zero3", "num_gpus": 4}
 TOLERANCE = 0.005
 
+JOINED = {
+    *("llama, full, mixed", "llama, lora, dropout", "llama, full, loop", "llama, padded"),
+    *("gpt2, qlora", "gemma2, full", "gemma2, qlora", "llama, fsdp, full"),
+}
+
 # Families that transformers itself cannot build, and one whose vision tower's layers come first.
 ELSEWHERE = {"baichuan", "chatglm", "internlm2", "qwen", "mistral3", "gemma3"}
 
@@ -43,7 +49,7 @@ ELSEWHERE = {"baichuan", "chatglm", "internlm2", "qwen", "mistral3", "gemma3"}
 @pytest.mark.parametrize(
     ("config", "settings"),
     [
-        pytest.param(config, {"every_n_layers": n, **settings}, id=f"{name}, 1 in {n}")
+        named(name, config, {"every_n_layers": n, **settings}, joined=JOINED)
         for name, config, n, settings in (
             ("llama, full", LLAMA_, 2, FULL),
             ("llama, full, mixed", LLAMA_, 3, {**FULL, "dtype": "float32"}),

@@ -34,6 +34,7 @@ from tests.dry_runs import (
     assert_equal_records,
     cuda_case,
 )
+from tests.sweeps import named
 from tests.test_objectives_memory import (
     CHECKPOINTING,
     CUDA,
@@ -68,6 +69,11 @@ MANY: dict[str, Any] = {
 ON_PROCESSOR: dict[str, Any] = {"kind": "cpu", "dtype": "float32", "mixed_precision": "no"}
 WIDE_QWEN2 = {**WIDE_LLAMA, "model_type": "qwen2"}
 
+JOINED = {
+    *("lora, llama", "lora, eager", "full, gpt2", "cpu, lora", "rloo, judged, lora"),
+    "cpu, judged, lora",
+}
+
 TOLERANCE = {GENERATION_PHASE: 0.01}
 OTHER_TOLERANCE = 0.005
 
@@ -79,7 +85,7 @@ def grpo_case(config: dict[str, Any], **settings: Any) -> DryRunCase:
 @pytest.mark.parametrize(
     "dry_case",
     [
-        pytest.param(grpo_case(config, **settings), id=name)
+        named(name, grpo_case(config, **settings), joined=JOINED)
         for name, config, settings in (
             ("lora, llama", WIDE_LLAMA, BETA),
             ("lora, qwen2, checkpointing", WIDE_QWEN2, CHECKPOINTING),

@@ -22,6 +22,7 @@ from ftplan.planner.memory import estimate_memory, memory_from_phases
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_part
 from ftplan.planner.plan import TrainingPlan
+from tests.sweeps import swept
 
 PROCESS = CPU_PROCESS_BYTES + CUDA_HOST_BYTES
 LLAMA_2_7B = 6_738_415_616
@@ -151,7 +152,7 @@ print(imported, peak())
 
 @pytest.mark.train
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", swept(["bfloat16", "float32"], ["float32"]))
 def test_a_process_that_loads_is_as_large_as_predicted(
     dtype: str, tmp_path: Path, devices: dict[str, Device]
 ) -> None:

@@ -20,6 +20,7 @@ from ftplan.planner.rewards import with_reward_model
 from ftplan.planner.stack import Stack
 from ftplan.planner.trained import target_names
 from tests.dry_runs import BF16, FREEZE, GPT2, GPT2_MODULES, LLAMA, QLORA, QWEN3, REENTRANT, case
+from tests.sweeps import named
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("on_the_processor")]
 
@@ -58,6 +59,12 @@ WIDE_GPT2 = {**GPT2, "n_embd": 256, "n_layer": 4, "vocab_size": 4000, "n_positio
 WIDE_PHI3 = {**LLAMA, **WIDE, "model_type": "phi3", "pad_token_id": 0}
 WIDE_PHI = {**WIDE_PHI3, "model_type": "phi", "partial_rotary_factor": 0.5}
 WIDE_GEMMA2 = {**QWEN3, **WIDE, "model_type": "gemma2", "head_dim": 64, "sliding_window": 4096}
+
+JOINED = {
+    *("dpo, freeze, checkpointing", "dpo, qlora", "orpo, full", "kto, qlora", "reward, qlora"),
+    *("reward, freeze", "reward, lora, reentrant", "packed, full", "packed, qlora"),
+    *("cpu, lora, dropout", "cpu, dpo", "cpu, kto", "cpu, reward, eager"),
+}
 
 PROCESSOR = Device(
     name="CPU",
@@ -112,7 +119,7 @@ def _joined(peaks: dict[str, int]) -> dict[str, int]:
 @pytest.mark.parametrize(
     "dry_case",
     [
-        pytest.param(wide_case(config, **settings), id=name)
+        named(name, wide_case(config, **settings), joined=JOINED)
         for name, config, settings in (
             ("dpo, full", WIDE_LLAMA, {**CUDA, **DPO, **FULL}),
             ("dpo, full, fp32", WIDE_QWEN3, {**CUDA, **DPO, **FULL, "dtype": "float32"}),

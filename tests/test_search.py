@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 from hypothesis import given as for_all
+from hypothesis import settings
 from hypothesis import strategies as st
 from msgspec import structs
 from rich.console import Console
@@ -86,6 +87,22 @@ def replayed_of(model: ModelSpec, data: DataProfile, evaluated: Evaluated) -> Me
     return replayed_memory(
         model, plan, device=evaluated.device, longest_row=data.longest, stack=stack
     )
+
+
+def cheapest_that_fit(
+    model: ModelSpec,
+    data: DataProfile,
+    evaluated: Iterable[Evaluated],
+    cost: Callable[[Evaluated], float],
+) -> list[Evaluated]:
+    """Of all that fit by a replay, those within 2 % of the least cost, cheapest first."""
+    found: list[Evaluated] = []
+    for one in sorted(evaluated, key=cost):
+        if found and cost(one) > 1.02 * cost(found[0]):
+            break  # whether it fits does not matter: a replay takes half a second
+        if fits(replayed_of(model, data, one), one.device):
+            found.append(one)
+    return found
 
 
 # --- feasibility
@@ -222,6 +239,7 @@ def test_estimate_says_that_it_fits_where_plan_does(
 # --- ranking
 
 
+@settings(max_examples=40)
 @for_all(
     method=st.sampled_from(sorted(COMPARED_METHODS)),
     size=st.sampled_from(["135M", "1.7B", "8B"]),
@@ -237,7 +255,8 @@ def test_more_free_memory_never_gives_a_slower_plan(
     devices: Devices,
     few_short_rows: DataProfile,
 ) -> None:
-    """Of one method; a method preferred for its quality may be slower than the next."""
+    """Of one method and optimizer; what is preferred for its quality may be slower than what is
+    given up for it, such as states in 8 bits."""
     model, given = sized[size], {"method": method}
     less, more = (
         choose_plan(model, few_short_rows, with_free(devices["A100"], round(gib * GIB)), given).best
@@ -245,7 +264,8 @@ def test_more_free_memory_never_gives_a_slower_plan(
     )
     if less is not None:
         assert more is not None
-        assert more.step.step_seconds <= less.step.step_seconds
+        if more.plan.optim == less.plan.optim:
+            assert more.step.step_seconds <= less.step.step_seconds
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -261,15 +281,13 @@ def test_the_least_memory_is_taken_among_plans_within_2_percent_of_the_fastest(
     if best is None:
         return
     given = {"method": best.plan.method}
-    model, gpu = sized[size], devices[device]
-    space, candidates = space_of(model, few_short_rows, gpu, given)
+    model = sized[size]
+    space, candidates = space_of(model, few_short_rows, devices[device], given)
     evaluated = map(space.evaluate, candidates)
-    possible = [one for one in evaluated if fits(replayed_of(model, few_short_rows, one), gpu)]
-    fastest = min(e.step.step_seconds for e in possible)
-    assert best.step.step_seconds <= 1.02 * fastest
-    for one in possible:
-        if one.step.step_seconds <= 1.02 * fastest:
-            assert best.memory.allocated_peak_bytes <= one.memory.allocated_peak_bytes
+    alike = cheapest_that_fit(model, few_short_rows, evaluated, lambda one: one.step.step_seconds)
+    assert best.step.step_seconds <= 1.02 * alike[0].step.step_seconds
+    for one in alike:
+        assert best.memory.allocated_peak_bytes <= one.memory.allocated_peak_bytes
 
 
 def test_the_same_input_gives_the_same_ranking(
@@ -339,23 +357,22 @@ def test_the_search_finds_what_looking_at_every_plan_finds(
     ]
     space = Space(model, few_short_rows, given, OWN_STACK)
     teams = teams_of(gpus, None)
-    fitting: list[Evaluated] = []
+
+    def price(one: Evaluated) -> float:
+        return Pricing().of(one.plan, one.step)
+
+    alike: list[Evaluated] = []
     for conceded in space.concessions(METHODS[method], teams):
         groups = space.groups(METHODS[method], teams, conceded)
-        fitting = [
-            evaluated
-            for evaluated in map(space.evaluate, space.candidates(groups))
-            if fits(replayed_of(model, few_short_rows, evaluated), evaluated.device)
-        ]
-        if fitting:
+        evaluated = map(space.evaluate, space.candidates(groups))
+        alike = cheapest_that_fit(model, few_short_rows, evaluated, price)
+        if alike:
             break
     best = choose_plan(model, few_short_rows, gpus, given).best
-    assert (best is None) == (not fitting)
+    assert (best is None) == (not alike)
     if best is None:
         return
-    prices = {id(one): Pricing().of(one.plan, one.step) for one in fitting}
-    alike = [one for one in fitting if prices[id(one)] <= 1.02 * min(prices.values())]
-    least = min(alike, key=lambda one: (one.memory.required_bytes, prices[id(one)]))
+    least = min(alike, key=lambda one: (one.memory.required_bytes, price(one)))
     assert best.plan == least.plan
 
 

@@ -342,21 +342,25 @@ def test_one_stage_is_not_launched_alone(
 
 
 def test_a_stage_that_does_not_fit_is_refused_before_anything_runs(
-    model: Path, files: dict[str, Path], tmp_path: Path
+    model: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "stages.yaml"
     file.write_text(
         f"schema: 1\nmodel: {model}\nstages:\n- data: {files['here']}\n- data: {files['lost']}\n"
         "  plan: {per_device_train_batch_size: 4000000, max_length: 256}\n"
     )
-    done = ftplan("launch", file, cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert "stage 2: " in done.stderr
+    assert main(["launch", str(file)]) == 1
+    assert "stage 2: " in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
 def test_ctrl_c_in_the_second_stage_leaves_stages_that_resume_finishes(
-    model: Path, files: dict[str, Path], tmp_path: Path
+    model: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = StagesDir(tmp_path / "runs" / "cut")
     second = RunDir(stages.root / "2-lost")
@@ -397,5 +401,5 @@ def test_ctrl_c_in_the_second_stage_leaves_stages_that_resume_finishes(
     assert RunDir(stages.root / "1-here").record.read_bytes() == first
     rows = [row["step"] for row in second.metric_rows() if "step" in row]
     assert rows == [*range(1, step + 4)]
-    again = ftplan("resume", stages.root, cwd=tmp_path)
-    assert again.returncode == 2 and "has finished" in " ".join(again.stderr.split())
+    assert main(["resume", str(stages.root)]) == 2
+    assert "has finished" in " ".join(capsys.readouterr().err.split())
