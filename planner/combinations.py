@@ -356,11 +356,11 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         name="every-process-loads",
         outcome="warned",
-        applies=lambda a: a.plan.sharding == "fsdp" and a.plan.num_gpus > 1,
+        applies=lambda a: a.plan.sharding == "fsdp" and a.plan.gpus_per_machine > 1,
         text=lambda a: (
-            f"each of the {a.plan.num_gpus} processes loads the whole model into the "
+            f"each of the {a.plan.gpus_per_machine} processes loads the whole model into the "
             "host's memory, "
-            + format_bytes(a.plan.num_gpus * a.model.num_parameters * a.plan.weight_bytes)
+            + format_bytes(a.plan.gpus_per_machine * a.model.num_parameters * a.plan.weight_bytes)
             + " together"
         ),
         way_out=lambda a: (

@@ -448,7 +448,8 @@ class Space:
             if not other.gradient_checkpointing:
                 layers = max(0.0, work.forward_flops - self._head_flops(work))
                 flops = work.flops + _LEAST_RECOMPUTED * share * layers
-                work = structs.replace(work, flops=flops, hooked=hooked)
+                beside = 1.0 if plan.gradient_checkpointing else work.overlapping
+                work = structs.replace(work, flops=flops, hooked=hooked, overlapping=beside)
             prices.append(pricing.of(other, time_of(work, group.team.device)))
         return min(prices, default=0.0)
 

@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from ftplan.launcher.amounts import parse_seconds, parse_usd
+from ftplan.launcher.cluster_flags import (
+    add_cluster_flags,
+    asked_cluster,
+    cluster_to_dict,
+    on_cluster,
+)
 from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.data.asked import DataAsked, checked_share, read_columns
 from ftplan.launcher.data.readings import said_columns
@@ -35,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--free-memory", metavar="SIZE", help="memory free on it (default: all), such as 22GiB"
     )
+    add_cluster_flags(parser)
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="write the plan for `ftplan launch FILE`"
     )
@@ -159,12 +166,15 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
 
         return run_plan(arguments, ui)
     check_no_replay(arguments)
+    given = given_settings(arguments)
+    named = named_device(arguments.gpu, arguments.free_memory)
+    cluster = asked_cluster(arguments, ui, given, named)
     planned = make_plan(
         ui,
         asked=data_asked(arguments),
         model_name=arguments.model,
-        named_device=named_device(arguments.gpu, arguments.free_memory),
-        given=given_settings(arguments),
+        named_device=on_cluster(named, cluster),
+        given=given,
         wanted=wanted(arguments),
         runs_dir=arguments.runs_dir,
         for_launch=False,
@@ -173,7 +183,13 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     if arguments.out is not None:
         write_plan_file(planned, arguments.out)
     said = _explained(planned) if arguments.explain else None
-    ui.json({**planned_to_dict(planned), **(said.to_dict(planned) if said else {})})
+    ui.json(
+        {
+            **planned_to_dict(planned),
+            **(said.to_dict(planned) if said else {}),
+            **({"cluster": cluster_to_dict(cluster)} if cluster else {}),
+        }
+    )
     show_plan(ui, planned, said)
     settled = {"columns": said_columns(planned.asked.columns) or None}
     again = command_line("plan", add_arguments, arguments, settled, leave_out=("out", "explain"))
