@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftplan.launcher.ui import Ui
-from ftplan.planner.cluster import Cluster, Node
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
+
+if TYPE_CHECKING:
+    from ftplan.planner.cluster import Cluster
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser, *, has_file: bool = True) -> None:
@@ -43,7 +45,7 @@ def asked_cluster(
     too little is known, and for flags that contradict each other.
     """
     if arguments.cluster is not None:
-        return _of_file(arguments, ui, given)
+        return read_cluster_flag(arguments, ui, given)
     machines = given.get("num_machines", 1)
     if machines > 1 and "num_gpus" not in given:
         raise InputError(
@@ -70,6 +72,7 @@ def cluster_of(
     per_machine: int,
 ) -> Cluster:
     """Alike machines of a catalogued GPU; what joins them is the usual where it is not said."""
+    from ftplan.planner.cluster import Cluster, Node
     from ftplan.profiles import find_gpu, find_network, usual_network
 
     name = interconnect
@@ -90,7 +93,8 @@ def on_cluster(device: Device | None, cluster: Cluster | None) -> Device | None:
     return device if cluster is None else cluster.device
 
 
-def _of_file(arguments: argparse.Namespace, ui: Ui, given: dict[str, Any]) -> Cluster:
+def read_cluster_flag(arguments: argparse.Namespace, ui: Ui, given: dict[str, Any]) -> Cluster:
+    """The machines of `--cluster`, their numbers put into `given`; raises InputError."""
     from ftplan.launcher.cluster_file import read_cluster
 
     others = {

@@ -7,7 +7,12 @@ from functools import reduce
 from msgspec import Struct, structs
 
 from ftplan.planner.errors import InputError
-from ftplan.planner.failures import GPU_SECONDS_BETWEEN_FAILURES
+from ftplan.planner.failures import (
+    ASSUMED_WRITE_BYTES_PER_SECOND_OF_A_GPU,
+    GPU_SECONDS_BETWEEN_FAILURES,
+    Failures,
+    failures_of,
+)
 from ftplan.planner.hardware_spec import Device, Network
 from ftplan.planner.teams import Team, least_of
 
@@ -48,6 +53,23 @@ class Cluster(Struct, frozen=True, kw_only=True):
     def num_machines(self) -> int:
         return len(self.nodes)
 
+    def first(self, num_gpus: int) -> Cluster:
+        """The first machines of it that have so many GPUs in all, all of theirs or, of one machine,
+        some. Raises InputError where none have."""
+        per_machine = self.gpus_per_machine
+        machines = -(-num_gpus // per_machine)
+        if machines > self.num_machines or num_gpus % machines:
+            raise InputError(
+                f"there are {self.num_machines} machines of {per_machine} GPUs"
+                if machines > self.num_machines
+                else f"no equal numbers of {num_gpus} GPUs on machines of {per_machine}",
+                f"ask for multiples of {per_machine}, {self.num_gpus} at most",
+            )
+        nodes = [
+            structs.replace(node, num_gpus=num_gpus // machines) for node in self.nodes[:machines]
+        ]
+        return structs.replace(self, nodes=tuple(nodes))
+
     @property
     def gpus_per_machine(self) -> int:
         """Torch's launcher starts as many processes on each machine: those of the smallest."""
@@ -84,6 +106,12 @@ class Cluster(Struct, frozen=True, kw_only=True):
     def seconds_between_failures(self) -> float:
         """The mean time until one machine fails, and with it the run."""
         return 1 / sum(node.failure_rate for node in self.nodes)
+
+    def failures(self, checkpoint_bytes: int) -> Failures:
+        """What failures cost a run on all GPUs."""
+        assumed = self.num_gpus * ASSUMED_WRITE_BYTES_PER_SECOND_OF_A_GPU
+        rate = self.write_bytes_per_second or assumed
+        return failures_of(self.seconds_between_failures, checkpoint_bytes, rate)
 
 
 def _alike(devices: list[Device]) -> bool:

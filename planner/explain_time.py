@@ -72,9 +72,13 @@ def _terms(work: StepWork, device: Device) -> Iterator[TimeTerm]:
     )
     yield _moving("memory traffic", "T4", work.moved_bytes, bandwidth, parts.traffic)
     yield _moving("optimizer step", "T1", work.optimizer_bytes, bandwidth, parts.optimizer)
-    link = device.link_bytes_per_second
-    if work.exchanged_bytes and link:
-        yield _moving("exchange between GPUs", "T5", work.exchanged_bytes, link, parts.sending)
+    if work.collectives and parts.sending:
+        yield TimeTerm(
+            part="exchange between GPUs",
+            equation="T5",
+            formula=_exchanges(work, device),
+            seconds=parts.sending,
+        )
     if work.copied_bytes:
         to_host = work.copied_bytes / parts.copying
         yield _moving(
@@ -88,6 +92,24 @@ def _terms(work: StepWork, device: Device) -> Iterator[TimeTerm]:
         formula=f"{work.kernels:,} of micro-batches, {work.optimizer_kernels:,} of the optimizer",
         seconds=parts.launching,
     )
+
+
+def _exchanges(work: StepWork, device: Device) -> str:
+    """What is exchanged, and the rates of the links that it crosses."""
+    found = [
+        f"{c.operation.replace('_', '-')} {c.count:,.0f} x {format_bytes(c.num_bytes)} "
+        f"among {c.num_gpus:,} GPUs"
+        for c in work.collectives
+    ]
+    rates = []
+    if device.link_bytes_per_second and any(c.per_machine > 1 for c in work.collectives):
+        rates.append(f"{format_bytes(device.link_bytes_per_second)} a second")
+    network = device.network
+    if network and any(c.num_machines > 1 for c in work.collectives):
+        rates.append(
+            f"{network.name}, {format_bytes(network.bytes_per_second)} a second of each GPU"
+        )
+    return f"{'; '.join(found)}; at {' and '.join(rates)}"
 
 
 def _moving(

@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from ftplan.planner.plan import TrainingPlan
 
 
+def check_rows(plan: TrainingPlan, num_train_rows: int) -> None:
+    """Raises InputError where some GPUs would have no row in a whole pass over the data."""
+    if plan.data_parallel_size > num_train_rows:
+        raise InputError(
+            f"{plan.num_gpus:,} GPUs share {num_train_rows:,} rows: not each has one",
+            f"use {num_train_rows:,} GPUs at most; `ftplan plan DATA --scale` says how many pay",
+        )
+
+
 def check_machines(plan: TrainingPlan) -> None:
     """Raises InputError where machines cannot share the plan's GPUs, or its layers."""
     machines = plan.num_machines

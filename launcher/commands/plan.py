@@ -33,6 +33,7 @@ from ftplan.planner.ranking import Evaluated
 
 if TYPE_CHECKING:
     from ftplan.launcher.plan_explained import Explained
+    from ftplan.planner.cluster import Cluster
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--free-memory", metavar="SIZE", help="memory free on it (default: all), such as 22GiB"
     )
     add_cluster_flags(parser)
+    _add_scale_argument(parser)
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="write the plan for `ftplan launch FILE`"
     )
@@ -51,6 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="every setting, the formulas of memory and time, and what else could be chosen",
     )
     add_setting_flags(parser)
+
+
+def _add_scale_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scale",
+        metavar="N,N,...",
+        nargs="?",
+        const="",
+        help="a table of plans on these numbers of GPUs in all (1,2,4,...,1024), on machines of "
+        "`--num-gpus` each (8)",
+    )
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +179,10 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
 
         return run_plan(arguments, ui)
     check_no_replay(arguments)
+    if arguments.scale is not None:
+        from ftplan.launcher.scale import run_scale
+
+        return run_scale(arguments, ui)
     given = given_settings(arguments)
     named = named_device(arguments.gpu, arguments.free_memory)
     cluster = asked_cluster(arguments, ui, given, named)
@@ -182,7 +199,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     )
     if arguments.out is not None:
         write_plan_file(planned, arguments.out)
-    said = _explained(planned) if arguments.explain else None
+    said = _explained(planned, cluster) if arguments.explain else None
     ui.json(
         {
             **planned_to_dict(planned),
@@ -199,10 +216,10 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     return 0
 
 
-def _explained(planned: Planned) -> Explained:
+def _explained(planned: Planned, cluster: Cluster | None) -> Explained:
     from ftplan.launcher.plan_explained import explained
 
-    return explained(planned)
+    return explained(planned, cluster)
 
 
 def show_plan(ui: Ui, planned: Planned, explained: Explained | None = None) -> None:
