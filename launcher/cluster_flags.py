@@ -46,6 +46,15 @@ def asked_cluster(
     """
     if arguments.cluster is not None:
         return read_cluster_flag(arguments, ui, given)
+    machines = checked_machines(arguments, given)
+    if device is None or machines == 1:
+        return None
+    per_machine = given["num_gpus"] // machines
+    return cluster_of(ui, arguments.gpu, device, arguments.interconnect, machines, per_machine)
+
+
+def checked_machines(arguments: argparse.Namespace, given: Mapping[str, Any]) -> int:
+    """How many there are; raises InputError for flags that say too little of them."""
     machines = given.get("num_machines", 1)
     if machines > 1 and "num_gpus" not in given:
         raise InputError(
@@ -57,10 +66,7 @@ def asked_cluster(
             f"`--interconnect {arguments.interconnect}` joins machines, and there is one",
             "say how many with `--num-machines`",
         )
-    if device is None or machines == 1:
-        return None
-    per_machine = given["num_gpus"] // machines
-    return cluster_of(ui, arguments.gpu, device, arguments.interconnect, machines, per_machine)
+    return int(machines)
 
 
 def cluster_of(

@@ -148,8 +148,8 @@ def _show(ui: Ui, found: FoundOut, cluster: Cluster, scaling: Scaling) -> None:
     if scaling.fitting:
         ui.show(
             "each: tokens/s of a GPU, beside the smallest number that fits. lost: of the time, to",
-            "failures: checkpoints, restarts, what is computed again; time and USD, of the whole run,",
-            "have it in them. how: what is divided, and rows x micro-batches of a GPU.",
+            "failures: checkpoints, restarts, what is computed again; time and USD have it in",
+            "them. how: what is divided, and rows x micro-batches of a GPU.",
         )
     for line in _said(found, scaling):
         ui.show(line)
