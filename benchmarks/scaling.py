@@ -192,9 +192,7 @@ def _runs(name: str, interconnect: str) -> Rows:
     return rows
 
 
-def _fastest(
-    model: ModelSpec, number: int, device: Device
-) -> tuple[TrainingPlan, StepTime] | None:
+def _fastest(model: ModelSpec, number: int, device: Device) -> tuple[TrainingPlan, StepTime] | None:
     """The fastest of FSDP over all GPUs and over each 1, 4 or 16 machines; None where none fits."""
     found = []
     for machines in (None, 1, 4, 16):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.plan import check_setting
 
 if TYPE_CHECKING:
     from ftplan.planner.cluster import Cluster
@@ -55,7 +56,8 @@ def asked_cluster(
 
 def checked_machines(arguments: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """How many there are; raises InputError for flags that say too little of them."""
-    machines = given.get("num_machines", 1)
+    machines = int(given.get("num_machines", 1))
+    check_setting("num_machines", machines)
     if machines > 1 and "num_gpus" not in given:
         raise InputError(
             f"`--num-machines {machines}` does not say how many GPUs each has",
@@ -66,7 +68,7 @@ def checked_machines(arguments: argparse.Namespace, given: Mapping[str, Any]) ->
             f"`--interconnect {arguments.interconnect}` joins machines, and there is one",
             "say how many with `--num-machines`",
         )
-    return int(machines)
+    return machines
 
 
 def cluster_of(

@@ -43,9 +43,7 @@ def collective(
 
 def exchanges(model: ModelSpec, **settings: object) -> tuple[Collective, ...]:
     plan = TrainingPlan(**{"method": "full", **settings})  # type: ignore[arg-type]
-    return step_collectives(
-        model, plan, updated_parameters(model, plan, trained_part(model, plan))
-    )
+    return step_collectives(model, plan, updated_parameters(model, plan, trained_part(model, plan)))
 
 
 def test_two_machines_sum_a_gigabyte_at_the_rate_of_nvlinks_ring() -> None:
@@ -80,9 +78,7 @@ def test_small_sums_over_many_machines_go_by_trees() -> None:
     num_bytes=st.floats(1e3, 1e11),
     operation=st.sampled_from(("all_reduce", "all_gather", "reduce_scatter")),
 )
-def test_more_machines_never_take_less(
-    num_machines: int, num_bytes: float, operation: str
-) -> None:
+def test_more_machines_never_take_less(num_machines: int, num_bytes: float, operation: str) -> None:
     fewer, more = (
         collective(operation, num_gpus=8 * n, num_bytes=num_bytes).seconds(360e9, NDR)
         for n in (num_machines, num_machines + 1)
@@ -101,9 +97,7 @@ def test_an_unknown_link_within_one_machine_counts_nothing() -> None:
 
 
 def test_ddp_sums_gradients_in_buckets_once_a_step(small_llama: ModelSpec) -> None:
-    (summed,) = exchanges(
-        small_llama, num_gpus=32, num_machines=4, gradient_accumulation_steps=4
-    )
+    (summed,) = exchanges(small_llama, num_gpus=32, num_machines=4, gradient_accumulation_steps=4)
     gradients = 2 * small_llama.num_parameters
     assert (summed.num_gpus, summed.per_machine, summed.num_machines) == (32, 8, 4)
     assert summed.count * summed.num_bytes == pytest.approx(gradients)

@@ -23,7 +23,7 @@ HOUR = 3600.0
 def test_a_gpu_fails_as_often_as_llama_3s_did() -> None:
     """419 times in 54 days on 16,384: once in three hours there."""
     assert pytest.approx(54 * 24 / 419 * HOUR) == GPU_SECONDS_BETWEEN_FAILURES / 16_384
-    assert GPU_SECONDS_BETWEEN_FAILURES / HOUR == pytest.approx(50_677, abs=1)
+    assert pytest.approx(50_677, abs=1) == GPU_SECONDS_BETWEEN_FAILURES / HOUR
 
 
 def test_the_intervals_of_young_and_daly() -> None:
@@ -57,8 +57,6 @@ def test_where_machines_fail_faster_than_they_save_all_is_lost() -> None:
 
 
 def test_a_large_run_loses_more_than_a_small_one() -> None:
-    few, many = (
-        failures_of(GPU_SECONDS_BETWEEN_FAILURES / n, 1e12, 80e6 * n) for n in (8, 16_384)
-    )
+    few, many = (failures_of(GPU_SECONDS_BETWEEN_FAILURES / n, 1e12, 80e6 * n) for n in (8, 16_384))
     assert few.lost_share < many.lost_share < 0.1
     assert many.daly_seconds < few.daly_seconds
