@@ -18,6 +18,7 @@ from ftplan.planner.plan import check_setting
 
 if TYPE_CHECKING:
     from ftplan.planner.cluster import Cluster
+    from ftplan.planner.memory import MemoryEstimate
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser, *, has_file: bool = True) -> None:
@@ -128,8 +129,8 @@ def read_cluster_flag(arguments: argparse.Namespace, ui: Ui, given: dict[str, An
     return cluster
 
 
-def cluster_to_dict(cluster: Cluster) -> Mapping[str, Any]:
-    """`cluster` of the JSON output."""
+def cluster_to_dict(cluster: Cluster, memory: MemoryEstimate | None = None) -> Mapping[str, Any]:
+    """`cluster` of the JSON output; with what a run needs there and what failures cost it."""
     kinds: dict[tuple[Any, ...], int] = {}
     for node in cluster.nodes:
         network = node.network
@@ -149,4 +150,14 @@ def cluster_to_dict(cluster: Cluster) -> Mapping[str, Any]:
             {**dict(zip(names, key, strict=True)), "count": count} for key, count in kinds.items()
         ],
         "seconds_between_failures": cluster.seconds_between_failures,
+        **(_needs(cluster, memory) if memory else {}),
+    }
+
+
+def _needs(cluster: Cluster, memory: MemoryEstimate) -> dict[str, Any]:
+    return {
+        "required_bytes": cluster.num_gpus * memory.required_bytes,
+        "host_ram_peak_bytes_of_a_machine": memory.host_ram_peak_bytes,
+        "checkpoint_bytes": memory.disk.checkpoint,
+        "failures": cluster.failures(memory.disk.checkpoint).to_dict(),
     }

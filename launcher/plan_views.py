@@ -249,7 +249,7 @@ def format_margin(share: float) -> str:
 # Shown first, in this order; what else was chosen or given follows.
 _FIRST = (
     "method", "quantization", "lora_rank", "dtype", "mixed_precision",
-    "num_gpus", "sharding",
+    "num_gpus", "num_machines", "sharding", "dp_replicate_size",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
     "gradient_checkpointing", "every_n_layers", "optim", "attn_implementation", "loss",
     "learning_rate", "num_train_epochs", "max_steps",

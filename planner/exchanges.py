@@ -80,6 +80,41 @@ def _sharded(model: ModelSpec, plan: TrainingPlan, gradients: float) -> tuple[Co
     return tuple(exchanged)
 
 
+def waited_collectives(
+    model: ModelSpec, plan: TrainingPlan, tokens: float, *, reached: float
+) -> tuple[Collective, ...]:
+    """What tensor parallelism exchanges in a step, of `tokens` a micro-batch: each waits for it.
+
+    In forward the products of attention's and the feed-forward's last matrices are summed, and the
+    embeddings; in backward the gradient of the input of every other matrix, one by one, as
+    transformers 5.23 divides them (`ColwiseParallel`, `RowwiseParallel`), in the `reached` share of
+    the layers. The logits are gathered.
+    """
+    if plan.tp_size == 1:
+        return ()
+    layers = model.layer_counts.items()
+    forward = 2 * model.num_hidden_layers
+    inputs = sum(n * len((*of.attention.inputs, *of.feed_forward.inputs)) for of, n in layers)
+    again = plan.gradient_checkpointing * forward / plan.every_n_layers
+    times = 2 + forward + again + reached * inputs  # the embeddings and the head: once each way
+    micro_batches = plan.gradient_accumulation_steps
+    group = {"num_gpus": plan.tp_size, "per_machine": plan.tp_size}
+    return (
+        Collective(
+            operation="all_reduce",
+            num_bytes=tokens * model.hidden_size * plan.compute_bytes,
+            count=micro_batches * times,
+            **group,
+        ),
+        Collective(
+            operation="all_gather",
+            num_bytes=tokens * model.vocab_size * plan.compute_bytes,
+            count=micro_batches,
+            **group,
+        ),
+    )
+
+
 def _together(plan: TrainingPlan, num_gpus: int, apart: int) -> int:
     """Of a group's GPUs, how many are on one machine, where each is so many numbers `apart` from
     the next; ranks are numbered machine by machine."""

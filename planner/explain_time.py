@@ -5,13 +5,14 @@ Equations carry the numbers of docs/time-model.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msgspec import Struct, structs
 
 from ftplan.planner.achieved import ESTIMATE
 from ftplan.planner.batching import mean_batch_tokens
+from ftplan.planner.collectives import Collective
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.model_spec import ModelSpec
@@ -76,8 +77,15 @@ def _terms(work: StepWork, device: Device) -> Iterator[TimeTerm]:
         yield TimeTerm(
             part="exchange between GPUs",
             equation="T5",
-            formula=_exchanges(work, device),
+            formula=_exchanges(work.collectives, device),
             seconds=parts.sending,
+        )
+    if parts.waiting:
+        yield TimeTerm(
+            part="exchange within layers",
+            equation="T5",
+            formula=_exchanges(work.waited, device),
+            seconds=parts.waiting,
         )
     if work.copied_bytes:
         to_host = work.copied_bytes / parts.copying
@@ -94,18 +102,18 @@ def _terms(work: StepWork, device: Device) -> Iterator[TimeTerm]:
     )
 
 
-def _exchanges(work: StepWork, device: Device) -> str:
+def _exchanges(collectives: Sequence[Collective], device: Device) -> str:
     """What is exchanged, and the rates of the links that it crosses."""
     found = [
         f"{c.operation.replace('_', '-')} {c.count:,.0f} x {format_bytes(c.num_bytes)} "
         f"among {c.num_gpus:,} GPUs"
-        for c in work.collectives
+        for c in collectives
     ]
     rates = []
-    if device.link_bytes_per_second and any(c.per_machine > 1 for c in work.collectives):
+    if device.link_bytes_per_second and any(c.per_machine > 1 for c in collectives):
         rates.append(f"{format_bytes(device.link_bytes_per_second)} a second")
     network = device.network
-    if network and any(c.num_machines > 1 for c in work.collectives):
+    if network and any(c.num_machines > 1 for c in collectives):
         rates.append(
             f"{network.name}, {format_bytes(network.bytes_per_second)} a second of each GPU"
         )

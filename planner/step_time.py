@@ -26,7 +26,7 @@ from ftplan.planner.achieved import (
 from ftplan.planner.calibration import Calibration
 from ftplan.planner.collectives import Collective
 from ftplan.planner.compiled_step import compiled_step
-from ftplan.planner.exchanges import step_collectives
+from ftplan.planner.exchanges import step_collectives, waited_collectives
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
@@ -69,7 +69,8 @@ class StepWork(Struct, frozen=True, kw_only=True):
     `float32_flops`: of `flops`, those of fp32 values; `model_flops`: without what is computed
     again. `moved_bytes`: by the operations of layers and loss and by reading weights.
     `collectives`: exchanges with other GPUs, those of context parallelism not counted;
-    `overlapping`: the part of the computing that they can go on beside.
+    `overlapping`: the part of the computing that they can go on beside; `waited`: those of tensor
+    parallelism, which nothing goes on beside.
     `copied_bytes`: from and to the host's memory, where `host_bytes` are moved by the optimizer of
     all processes, if it is there; `optimizer_bytes` are then none.
     `kernels` and `optimizer_kernels`: launched by the host, `hooked`: while checkpointing's hooks
@@ -92,6 +93,7 @@ class StepWork(Struct, frozen=True, kw_only=True):
     kernels: int
     optimizer_kernels: int
     hooked: bool
+    waited: tuple[Collective, ...] = ()
 
     @property
     def exchanged_bytes(self) -> float:
@@ -101,7 +103,8 @@ class StepWork(Struct, frozen=True, kw_only=True):
 
 class StepParts(Struct, frozen=True, kw_only=True):
     """Seconds that each part of an optimizer step takes by itself: Eq. (T1). `overlapping`: the
-    share of the computing, the optimizer's left out, that sending can go on beside."""
+    share of the computing, the optimizer's left out, that sending can go on beside; `waiting`: for
+    what layers exchange."""
 
     arithmetic: float
     traffic: float
@@ -111,6 +114,7 @@ class StepParts(Struct, frozen=True, kw_only=True):
     on_host: float
     launching: float
     overlapping: float = 1.0
+    waiting: float = 0.0
 
 
 class StepTime(Struct, frozen=True, kw_only=True):
@@ -225,6 +229,9 @@ def step_work(
         kernels=micro_batches * trace.num_kernels + round(made.kernels),
         optimizer_kernels=0 if on_host else plan.optimizer.num_kernels(updated, device.kind),
         hooked=plan.gradient_checkpointing and not plan.use_reentrant,
+        waited=waited_collectives(
+            share, plan, tokens, reached=trained.reached_layers(share) / share.num_hidden_layers
+        ),
     )
 
 
@@ -272,10 +279,12 @@ def joined_seconds(
         together = max(computing, alone + sending, copying)
     else:
         together = computing + sending + copying
-    together += parts.on_host
+    together += parts.on_host + parts.waiting
     launching = parts.launching
     bound: Bound = "arithmetic" if arithmetic >= moving else "memory bandwidth"
-    if together > computing:
+    if parts.waiting > computing:
+        bound = "links between GPUs"
+    elif max(sending, copying) > max(arithmetic, moving) and together > computing:
         bound = "links between GPUs" if sending >= copying else "links to the host"
     if kind == "cpu":
         return together + launching, bound if launching < computing else "launching kernels"
@@ -295,6 +304,7 @@ def step_parts(work: StepWork, device: Device, achieved: Achieved = ESTIMATE) ->
         optimizer=work.optimizer_bytes / bandwidth,
         sending=sum(c.seconds(link, device.network) for c in work.collectives),
         overlapping=work.overlapping,
+        waiting=sum(c.seconds(link, device.network) for c in work.waited),
         copying=work.copied_bytes / to_host,
         on_host=work.host_bytes / achieved.host_bandwidth,
         launching=achieved.host * device.calibration.launching * host_seconds(work),

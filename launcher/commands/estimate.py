@@ -41,6 +41,7 @@ from ftplan.planner.units import format_count, parse_bytes
 from ftplan.planner.vocabulary import check_named_tokens
 
 if TYPE_CHECKING:
+    from ftplan.planner.cluster import Cluster
     from ftplan.planner.dry_run_summary import DryRunSummary
 
 
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         {
             **estimate_to_dict(model, reasoned, memory, device, warnings, dry_run=dry_run),
             **(_explained(terms, memory, reasoned.plan) if terms else {}),
-            **({"cluster": cluster_to_dict(cluster)} if cluster else {}),
+            **({"cluster": cluster_to_dict(cluster, memory)} if cluster else {}),
             **({"compare": [row.to_dict() for row in compared]} if compared else {}),
         }
     )
@@ -126,7 +127,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
             views.COMPARE_NOTE,
         )
     elif not ui.as_json:
-        _show(ui, model, reasoned, memory, device, given, dry_run, terms)
+        _show(ui, model, reasoned, memory, device, given, dry_run, terms, cluster)
         for warning in warnings:
             ui.warn(str(warning))
     if dry_run and arguments.plot:
@@ -186,6 +187,7 @@ def _show(
     given: Mapping[str, Any],
     dry_run: DryRunSummary | None,
     terms: Sequence[Term] | None,
+    cluster: Cluster | None,
 ) -> None:
     from ftplan.launcher import views
 
@@ -202,6 +204,10 @@ def _show(
         views.memory_table(memory, device),
         "",
     )
+    if cluster is not None:
+        from ftplan.launcher.cluster_views import cluster_table
+
+        ui.show(cluster_table(cluster, memory), "")
     step = full_step(model, plan, device)
     if step is not None and device is not None:
         ui.show(views.step_table(plan, step, device), "")

@@ -204,10 +204,14 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         {
             **planned_to_dict(planned),
             **(said.to_dict(planned) if said else {}),
-            **({"cluster": cluster_to_dict(cluster)} if cluster else {}),
+            **({"cluster": cluster_to_dict(cluster, planned.chosen.memory)} if cluster else {}),
         }
     )
     show_plan(ui, planned, said)
+    if cluster is not None and not ui.as_json:
+        from ftplan.launcher.cluster_views import cluster_table
+
+        ui.show("", cluster_table(cluster, planned.chosen.memory))
     settled = {"columns": said_columns(planned.asked.columns) or None}
     again = command_line("plan", add_arguments, arguments, settled, leave_out=("out", "explain"))
     ui.show_lines([f"\nagain: {again}"])
