@@ -11,8 +11,13 @@ from msgspec import structs
 
 from ftplan.planner.collectives import Collective
 from ftplan.planner.errors import InputError
-from ftplan.planner.exchanges import DDP_BUCKET_BYTES, step_collectives
+from ftplan.planner.exchanges import (
+    DDP_BUCKET_BYTES,
+    step_collectives,
+    waited_collectives,
+)
 from ftplan.planner.hardware_spec import Device, Network
+from ftplan.planner.memory import estimate_memory
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_part
 from ftplan.planner.plan import TrainingPlan
@@ -160,7 +165,6 @@ def test_a_slower_network_takes_longer_and_hybrid_sharding_less_of_it(
 
 
 def test_machines_change_time_and_not_memory(llama_2_7b: ModelSpec) -> None:
-    from ftplan.planner.memory import estimate_memory
 
     one, four = (
         TrainingPlan(method="full", sharding="fsdp", num_gpus=16, num_machines=n) for n in (1, 4)
@@ -168,3 +172,34 @@ def test_machines_change_time_and_not_memory(llama_2_7b: ModelSpec) -> None:
     alone, several = (estimate_memory(llama_2_7b, plan) for plan in (one, four))
     assert alone.required_bytes == several.required_bytes
     assert several.host_ram_peak_bytes < alone.host_ram_peak_bytes
+
+
+def test_tensor_parallelism_waits_for_what_each_layer_exchanges(small_llama: ModelSpec) -> None:
+    """Sums in forward of two products a layer, in backward of five gradients; the embeddings and
+    the head add one each, and the logits are gathered."""
+    plan = TrainingPlan(
+        method="full", num_gpus=2, tp_size=2, gradient_checkpointing=False, max_length=64
+    )
+    summed, gathered = waited_collectives(small_llama, plan, 64.0, reached=1.0)
+    layers = small_llama.num_hidden_layers
+    assert summed.count == 7 * layers + 2
+    assert summed.num_bytes == 64 * small_llama.hidden_size * 2
+    assert gathered.num_bytes == 64 * small_llama.vocab_size * 2
+    again = plan.replace(gradient_checkpointing=True)
+    more, _ = waited_collectives(small_llama, again, 64.0, reached=1.0)
+    assert more.count == 9 * layers + 2
+
+
+def test_what_layers_exchange_is_added_to_the_step(llama_2_7b: ModelSpec) -> None:
+    taken = []
+    for rate in (1e9, 1e11):
+        device = structs.replace(find_gpu("H100 SXM").device(), link_bytes_per_second=rate)
+        plan = TrainingPlan(method="full", num_gpus=8, tp_size=8, gradient_checkpointing=False)
+        step = estimate_step_time(
+            llama_2_7b, plan, device, tokens_per_micro_batch=2048, mean_length=2048
+        )
+        taken.append((step.step_seconds, step.bound_by))
+    (slow, bound), (fast, _) = taken
+    assert bound == "links between GPUs"
+    exchanged = 2 * 7 / 8 * (7 * 32 + 2) * 2048 * 4096 * 2 + 7 / 8 * 2048 * 32000 * 2
+    assert slow - fast == pytest.approx(exchanged * (1e-9 - 1e-11), rel=0.1)
