@@ -254,6 +254,7 @@ def test_scale_alone_takes_the_usual_numbers_and_others_are_read() -> None:
         ((*MACHINES,), "`--num-machines` says so too"),
         ((*H100, "--explain"), "is of one plan"),
         ((*H100, "--out", "plan.yaml"), "is of one plan"),
+        ((*H100, "--then", str(DATA)), "stages are of one machine"),
     ],
 )
 def test_what_does_not_go_with_scale_is_refused(

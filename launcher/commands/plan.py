@@ -175,6 +175,7 @@ def wanted(arguments: argparse.Namespace) -> Wanted:
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     if arguments.then:
+        _check_one_machine(arguments)
         from ftplan.launcher.stage_commands import run_plan
 
         return run_plan(arguments, ui)
@@ -218,6 +219,17 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     if arguments.out is not None:
         ui.say(f"written to {arguments.out}; carry it out with `ftplan launch {arguments.out}`")
     return 0
+
+
+def _check_one_machine(arguments: argparse.Namespace) -> None:
+    """Raises InputError for several machines, or numbers of them, and several stages."""
+    for name in ("scale", "cluster", "interconnect", "num_machines"):
+        if getattr(arguments, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"`{flag}` with `--then` is not planned: stages are of one machine",
+                f"leave out `{flag}`, or plan each stage by itself",
+            )
 
 
 def _explained(planned: Planned, cluster: Cluster | None) -> Explained:
