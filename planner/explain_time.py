@@ -82,7 +82,7 @@ def _terms(work: StepWork, device: Device) -> Iterator[TimeTerm]:
         )
     if parts.waiting:
         yield TimeTerm(
-            part="exchange within layers",
+            part="exchange, waited for",
             equation="T5",
             formula=_exchanges(work.waited, device),
             seconds=parts.waiting,

@@ -69,8 +69,8 @@ class StepWork(Struct, frozen=True, kw_only=True):
     `float32_flops`: of `flops`, those of fp32 values; `model_flops`: without what is computed
     again. `moved_bytes`: by the operations of layers and loss and by reading weights.
     `collectives`: exchanges with other GPUs, those of context parallelism not counted;
-    `overlapping`: the part of the computing that they can go on beside; `waited`: those of tensor
-    parallelism, which nothing goes on beside.
+    `overlapping`: the part of the computing that they can go on beside; `waited`: those that
+    nothing goes on beside.
     `copied_bytes`: from and to the host's memory, where `host_bytes` are moved by the optimizer of
     all processes, if it is there; `optimizer_bytes` are then none.
     `kernels` and `optimizer_kernels`: launched by the host, `hooked`: while checkpointing's hooks
@@ -98,13 +98,13 @@ class StepWork(Struct, frozen=True, kw_only=True):
     @property
     def exchanged_bytes(self) -> float:
         """What a GPU sends to others, by rings."""
-        return sum(collective.sent_bytes for collective in self.collectives)
+        return sum(c.sent_bytes for c in (*self.collectives, *self.waited))
 
 
 class StepParts(Struct, frozen=True, kw_only=True):
     """Seconds that each part of an optimizer step takes by itself: Eq. (T1). `overlapping`: the
     share of the computing, the optimizer's left out, that sending can go on beside; `waiting`: for
-    what layers exchange."""
+    exchanges that nothing goes on beside."""
 
     arithmetic: float
     traffic: float
@@ -230,7 +230,11 @@ def step_work(
         optimizer_kernels=0 if on_host else plan.optimizer.num_kernels(updated, device.kind),
         hooked=plan.gradient_checkpointing and not plan.use_reentrant,
         waited=waited_collectives(
-            share, plan, tokens, reached=trained.reached_layers(share) / share.num_hidden_layers
+            share,
+            plan,
+            updated,
+            tokens,
+            reached=trained.reached_layers(share) / share.num_hidden_layers,
         ),
     )
 

@@ -180,13 +180,13 @@ def test_tensor_parallelism_waits_for_what_each_layer_exchanges(small_llama: Mod
     plan = TrainingPlan(
         method="full", num_gpus=2, tp_size=2, gradient_checkpointing=False, max_length=64
     )
-    summed, gathered = waited_collectives(small_llama, plan, 64.0, reached=1.0)
+    summed, gathered = waited_collectives(small_llama, plan, (), 64.0, reached=1.0)
     layers = small_llama.num_hidden_layers
     assert summed.count == 7 * layers + 2
     assert summed.num_bytes == 64 * small_llama.hidden_size * 2
     assert gathered.num_bytes == 64 * small_llama.vocab_size * 2
     again = plan.replace(gradient_checkpointing=True)
-    more, _ = waited_collectives(small_llama, again, 64.0, reached=1.0)
+    more, _ = waited_collectives(small_llama, again, (), 64.0, reached=1.0)
     assert more.count == 9 * layers + 2
 
 
@@ -203,3 +203,22 @@ def test_what_layers_exchange_is_added_to_the_step(llama_2_7b: ModelSpec) -> Non
     assert bound == "links between GPUs"
     exchanged = 2 * 7 / 8 * (7 * 32 + 2) * 2048 * 4096 * 2 + 7 / 8 * 2048 * 32000 * 2
     assert slow - fast == pytest.approx(exchanged * (1e-9 - 1e-11), rel=0.1)
+
+
+@pytest.mark.parametrize(("sharding", "times"), [("zero1", 1), ("zero2", 3)])
+def test_zero_waits_for_sums_and_for_what_was_updated(
+    sharding: str, times: int, small_llama: ModelSpec
+) -> None:
+    """ZeRO-2 divides gradients in each micro-batch, ZeRO-1 once a step."""
+    plan = TrainingPlan(
+        method="full",
+        sharding=sharding,
+        num_gpus=16,
+        num_machines=2,
+        gradient_accumulation_steps=3,
+    )
+    updated = updated_parameters(small_llama, plan, trained_part(small_llama, plan))
+    assert step_collectives(small_llama, plan, updated) == ()
+    divided, gathered = waited_collectives(small_llama, plan, updated, 64.0, reached=1.0)
+    assert divided.count == times * gathered.count
+    assert gathered.count * gathered.num_bytes == 2 * small_llama.num_parameters
