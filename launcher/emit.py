@@ -34,14 +34,14 @@ _LAUNCHED: dict[str, tuple[Any, ...]] = {
 
 
 def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
-    """accelerate's configuration file for one machine. Raises InputError for a sharded run."""
+    """accelerate's configuration, of the first machine. Raises InputError for a sharded run."""
     check_launched(dataclasses.asdict(plan))
     several = plan.num_gpus > 1
     return {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "MULTI_GPU" if several else "NO",
         "mixed_precision": plan.mixed_precision,
-        "num_machines": 1,
+        "num_machines": plan.num_machines,
         "num_processes": plan.num_gpus,
         "machine_rank": 0,
         "use_cpu": device.kind == "cpu",
