@@ -287,3 +287,11 @@ def test_hardware_takes_machines_too(ftplan: Ftplan) -> None:
     (one,), (other,) = fast["choices"], slow["choices"]
     assert one["num_gpus"] == 32 and one["fits"]
     assert other["seconds"] > 5 * one["seconds"]
+
+
+def test_what_would_fit_names_its_machines(ftplan: Ftplan) -> None:
+    words = ("--model", "smollm2-1.7b", *FULL, "--gpu", "T4", "--num-gpus", "2", "--yes")
+    several = ("--num-machines", "2", "--sharding", "none", "--max-length", "256")
+    status, _, err = ftplan("plan", str(DATA), *words, *several)
+    assert status == 1 and "does not fit on 4 GPUs of T4" in err
+    assert "--num-gpus 1 --num-machines 1" in err
