@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
 _GROUPINGS = ("shape", "objective", "quantization", "sharding", "trainer")
 
 Rows = list[list[str]]
+Tables = Mapping[str, tuple[Callable[[], Rows], ...]]
 
 
 @cache
@@ -52,7 +53,7 @@ def by_draw() -> Rows:
 
 
 # The tables under each heading, in their order.
-TABLES: dict[str, tuple[Callable[[], Rows], ...]] = {
+TABLES: Tables = {
     "How accurate it is": (by_trainer,),
     "Rules of thumb beside it": (by_rule, sources_of_rules),
     "Closed form beside dry run": (by_draw,),
@@ -65,12 +66,17 @@ def _measured() -> tuple[Case | Refusal, ...]:
 
 
 def with_tables(text: str) -> str:
-    """The page with the rows of its tables of TABLES replaced; heads and all else stay."""
-    for heading, tables in TABLES.items():
+    """The page of accuracy with its tables anew."""
+    return filled(text, TABLES)
+
+
+def filled(text: str, of: Tables) -> str:
+    """A page with the rows of these tables replaced; heads and all else stay."""
+    for heading, tables in of.items():
         start = text.index(f"## {heading}\n")
         end = text.find("\n## ", start)
-        filled = partial(_filled, iter(tables))
-        text = text[:start] + re.sub(_TABLE, filled, text[start:end], flags=re.M) + text[end:]
+        fresh = partial(_filled, iter(tables))
+        text = text[:start] + re.sub(_TABLE, fresh, text[start:end], flags=re.M) + text[end:]
     return text
 
 

@@ -25,7 +25,7 @@ from ftplan.launcher.ui import Ui, table
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.search import choose_plan
-from ftplan.profiles import find_gpu, require_model
+from ftplan.profiles import find_gpu, find_network, require_model, usual_network
 
 BAR_SECONDS = 1.0
 
@@ -34,18 +34,22 @@ _SEED = 7
 
 
 class Case(Struct, frozen=True):
-    """`num_gpus` of one kind, of which any number may train. `barred`: BAR_SECONDS holds."""
+    """`num_gpus` of one kind, of which any number may train; on several machines all of them, with
+    what is usual between. `barred`: BAR_SECONDS holds."""
 
     model: str
     gpu: str
     num_gpus: int
     barred: bool = False
+    num_machines: int = 1
 
 
 CASES = (
     Case("llama-3.1-8b", "RTX 4090", 1, barred=True),
     Case("llama-3.1-8b", "H100 SXM", 8, barred=True),
     Case("llama-3.1-8b", "H100 SXM", 512, barred=True),
+    Case("llama-3.1-8b", "H100 SXM", 512, barred=True, num_machines=64),
+    Case("llama-3.3-70b-instruct", "H100 SXM", 512, barred=True, num_machines=64),
     Case("llama-3.3-70b-instruct", "H100 SXM", 8),
     Case("mixtral-8x7b-v0.1", "A100 80GB SXM", 8),
     Case("llama-3.1-405b", "RTX 4090", 1),
@@ -65,6 +69,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     num_evaluated: int
     seconds: float
     barred: bool
+    num_machines: int
 
     @property
     def plans_per_second(self) -> float:
@@ -95,9 +100,14 @@ def rows() -> DataProfile:
 
 def measure(case: Case) -> Measured:
     """Search once."""
-    model, data, gpus = require_model(case.model).spec, rows(), _gpus(case)
+    model, data = require_model(case.model).spec, rows()
+    gpus: Device | list[Device] = _gpus(case)
+    given = {}
+    if case.num_machines > 1:
+        gpus = _joined(case)
+        given = {"num_gpus": case.num_gpus, "num_machines": case.num_machines}
     began = time.process_time()
-    ranking = choose_plan(model, data, gpus, {})
+    ranking = choose_plan(model, data, gpus, given)
     seconds = time.process_time() - began
     best = ranking.best
     return Measured(
@@ -113,6 +123,13 @@ def measure(case: Case) -> Measured:
 def _gpus(case: Case) -> list[Device]:
     device = find_gpu(case.gpu).device()
     return [structs.replace(device, index=index) for index in range(case.num_gpus)]
+
+
+def _joined(case: Case) -> Device:
+    """One of the GPUs of several machines."""
+    entry = find_gpu(case.gpu)
+    network = find_network(usual_network(entry), case.num_gpus // case.num_machines)
+    return structs.replace(entry.device(), network=network)
 
 
 def _in_a_process(case: Case) -> Measured:
@@ -190,7 +207,8 @@ def _table(measured: Sequence[Measured]) -> Any:
         [
             [
                 one.model,
-                f"{one.num_gpus} x {one.gpu}",
+                f"{one.num_gpus} x {one.gpu}"
+                + (f", {one.num_machines} machines" if one.num_machines > 1 else ""),
                 one.chosen,
                 f"{one.num_plans:,}",
                 f"{one.num_timed:,}",

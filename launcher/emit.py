@@ -35,7 +35,7 @@ LAUNCHED: dict[str, tuple[Any, ...]] = {
 
 
 def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
-    """accelerate's configuration file for one machine. Raises InputError for what is not launched.
+    """accelerate's configuration, of the first machine. Raises InputError for what is not launched.
 
     Several processes on processors are started as if they were on GPUs: with `use_cpu`, `accelerate
     launch` starts one process, whatever `num_processes` says (accelerate 1.15,
@@ -47,7 +47,7 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
         "compute_environment": "LOCAL_MACHINE",
         **_distribution(plan),
         "mixed_precision": plan.mixed_precision,
-        "num_machines": 1,
+        "num_machines": plan.num_machines,
         "num_processes": plan.num_gpus,
         "machine_rank": 0,
         "use_cpu": device.kind == "cpu" and not several,

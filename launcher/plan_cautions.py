@@ -11,6 +11,7 @@ from ftplan.planner.combination import Caution
 from ftplan.planner.combinations import cautions
 from ftplan.planner.overlong import said_counts
 from ftplan.planner.peft_options import read_options
+from ftplan.planner.policy import effective_batch_size
 from ftplan.planner.vocabulary import OF_TEMPLATE, shown_tokens
 
 
@@ -19,11 +20,29 @@ def plan_cautions(planned: Planned) -> list[Caution]:
     return [
         *(Caution(name="data", text=text) for text in planned.profile.warnings),
         *cautions(planned.source.spec, planned.chosen.plan, planned.device),
+        *_large_steps(planned),
         *_cut_rows(planned),
         *_untrained_template(planned),
         *_left_out(planned),
         *_not_launched(planned),
         *_host_lacks(planned),
+    ]
+
+
+def _large_steps(planned: Planned) -> list[Caution]:
+    """More GPUs than the recipe's rows of a step: each has one row, and the steps are larger."""
+    plan, given = planned.chosen.plan, planned.offer.given
+    rows = effective_batch_size(planned.profile.num_train_rows).value
+    asked = {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(given)
+    if asked or plan.data_parallel_size <= rows or plan.resolved_objective.generates:
+        return []
+    return [
+        Caution(
+            name="rows-of-a-step",
+            text=f"{plan.data_parallel_size:,} GPUs take a row each, and the recipe has {rows} a "
+            "step: fewer, larger steps may learn less",
+            way_out=f"take {rows} GPUs at most, or look at the held-out loss",
+        )
     ]
 
 

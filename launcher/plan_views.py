@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ftplan.planner.calibration import Calibration
     from ftplan.planner.data_profile import DataProfile
     from ftplan.planner.explain_time import TimeTerm
+    from ftplan.planner.failures import Failures
     from ftplan.planner.hardware_spec import Device, Machine
     from ftplan.planner.margin import Margin
     from ftplan.planner.ranking import Evaluated, LeftOut, Ranking
@@ -123,7 +124,10 @@ def _hardware(planned: Planned) -> str:
     machine = planned.machine
     if machine is None:
         number = f"{plan.num_gpus} x " if plan.num_gpus > 1 else ""
-        return f"{number}{device.name}, {_free(device)}"
+        several = f" in {plan.num_machines} machines" if plan.num_machines > 1 else ""
+        if device.network and several:
+            several += f" joined by {device.network.name}"
+        return f"{number}{device.name}{several}, {_free(device)}"
     host = machine.host
     parts = [
         *_gpus(machine),
@@ -245,7 +249,7 @@ def format_margin(share: float) -> str:
 # Shown first, in this order; what else was chosen or given follows.
 _FIRST = (
     "method", "quantization", "lora_rank", "dtype", "mixed_precision",
-    "num_gpus", "sharding",
+    "num_gpus", "num_machines", "sharding", "dp_replicate_size",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
     "gradient_checkpointing", "every_n_layers", "optim", "attn_implementation", "loss",
     "learning_rate", "num_train_epochs", "max_steps",
@@ -338,6 +342,7 @@ def _explained_parts(planned: Planned, explained: Explained) -> list[RenderableT
         *([views.explain_table(explained.memory)] if explained.memory else []),
         views.host_table(explained.host),
         time_table(planned, explained.time),
+        *([failures_table(explained.failures)] if explained.failures else []),
         *front_parts(planned, explained.front),
         *search_parts(planned.ranking),
     ]
@@ -355,6 +360,19 @@ def time_table(planned: Planned, terms: Sequence[TimeTerm]) -> Table:
     return table(
         "The time of a step (equations of docs/time-model.md)", ("", ">time", ">eq.", "of"), rows
     )
+
+
+def failures_table(failures: Failures) -> Table:
+    """How often checkpoints are worth writing, and what failing GPUs take of the time (T11)."""
+    rows: list[list[RenderableType]] = [
+        ["between failures", format_seconds(failures.seconds_between_failures), "of any machine"],
+        ["to save", format_seconds(failures.save_seconds), "a checkpoint, training waits"],
+        ["to go on", format_seconds(failures.restart_seconds), "from a failure to the next step"],
+        ["saved every", format_seconds(failures.daly_seconds), "as Daly says is best"],
+        ["", format_seconds(failures.young_seconds), "as Young does"],
+        ["lost", f"{100 * failures.lost_share:.2g} %", "of the time, to all of that"],
+    ]
+    return table("What failures cost (docs/scaling.md)", ("", ">time", ""), rows)
 
 
 def _shown_part(seconds: float) -> str:

@@ -19,6 +19,7 @@ from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.hashes import RowHashes, row_hashes
 from ftplan.launcher.data.overlong import Rule
 from ftplan.launcher.data.profiling import check_lengths, make_split, profile_data
+from ftplan.launcher.data.split import Split
 from ftplan.launcher.data.templates import check_template_name
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
 from ftplan.launcher.emit import check_launched
@@ -44,6 +45,7 @@ from ftplan.planner.errors import DoesNotFitError, InputError
 from ftplan.planner.goals import ANY_PLAN, Wanted, why_not
 from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.host_verdict import lacking_disk, lacking_ram
+from ftplan.planner.machines import check_rows
 from ftplan.planner.margin import Margin
 from ftplan.planner.memory import MemoryEstimate
 from ftplan.planner.model_spec import ModelSpec
@@ -120,6 +122,28 @@ class Planned(Struct, frozen=True, kw_only=True):
         return why_not(other, self.chosen, self.ranking.goal)
 
 
+class FoundOut(Struct, frozen=True, kw_only=True):
+    """What there is to plan with. `choice`: of a model, where none was named."""
+
+    asked: DataAsked
+    data: DataFile
+    eval_data: DataFile | None
+    split: Split
+    profile: DataProfile
+    tokenizer: RowTokenizer | None
+    machine: Machine | None
+    source: ModelSource
+    choice: ModelChoice | None
+    offer: Offer
+
+    @property
+    def hashes(self) -> RowHashes | None:
+        """How rows are read, divided and rendered; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return row_hashes(self.data, self.split, self.eval_data, self.tokenizer)
+
+
 def check_settings(given: Mapping[str, Any], *, for_launch: bool = True) -> None:
     """Raises before anything slow is done for values that no planned run can have."""
     for name, value in given.items():
@@ -132,7 +156,7 @@ def check_settings(given: Mapping[str, Any], *, for_launch: bool = True) -> None
     check_template_name(given.get("chat_template", TrainingPlan().chat_template))
 
 
-def make_plan(
+def find_out(
     ui: Ui,
     *,
     asked: DataAsked,
@@ -145,15 +169,8 @@ def make_plan(
     machine: Machine | None = None,
     calibrate: bool = True,
     on_processor: bool = False,
-) -> Planned:
-    """Find out what is there and choose a plan. `machine`: what was found of it already.
-    `calibrate`: correct predictions by what was learned of finished runs here. `on_processor`: on
-    that, whatever GPUs there are, in as many processes as `num_gpus` says.
-
-    With `for_launch` weights and tokenizer are fetched where need be. Raises InputError for
-    input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
-    or disk for what is to be launched.
-    """
+) -> FoundOut:
+    """What there is to plan with; as `make_plan`, which chooses of it."""
     given = rewarded_settings(given)
     check_settings(given, for_launch=for_launch)
     asked = structs.replace(
@@ -197,23 +214,71 @@ def make_plan(
     _check_answers(data, given)
     split = make_split(data, eval_data, asked.test_share)
     check_lengths(data, split, eval_data, strict=asked.strict)
-    profile = profile_data(data, split, eval_data)
-    ranking, chosen = _chosen(ui, source, profile, offer)
-    device = chosen.device
-    if machine is not None and for_launch:
-        _check_host(chosen, machine.host, profile)
-    return Planned(
+    return FoundOut(
         asked=asked,
         data=data,
         eval_data=eval_data,
-        profile=profile,
+        split=split,
+        profile=profile_data(data, split, eval_data),
         tokenizer=tokenizer,
-        hashes=row_hashes(data, split, eval_data, tokenizer) if tokenizer else None,
         machine=machine,
-        device=device,
         source=source,
-        model_why=choice.why if choice else "asked for",
-        runner_up=choice.runner_up if choice else None,
+        choice=choice,
+        offer=offer,
+    )
+
+
+def make_plan(
+    ui: Ui,
+    *,
+    asked: DataAsked,
+    model_name: str | None,
+    named_device: Device | None,
+    given: Mapping[str, Any],
+    runs_dir: Path,
+    for_launch: bool,
+    wanted: Wanted = ANY_PLAN,
+    machine: Machine | None = None,
+    calibrate: bool = True,
+    on_processor: bool = False,
+) -> Planned:
+    """Find out what is there and choose a plan. `machine`: what was found of it already.
+    `calibrate`: correct predictions by what was learned of finished runs here. `on_processor`: on
+    that, whatever GPUs there are, in as many processes as `num_gpus` says.
+
+    With `for_launch` weights and tokenizer are fetched where need be. Raises InputError for
+    input that cannot be used and DoesNotFitError when nothing fits, or the machine has not the RAM
+    or disk for what is to be launched.
+    """
+    found = find_out(
+        ui,
+        asked=asked,
+        model_name=model_name,
+        named_device=named_device,
+        given=given,
+        runs_dir=runs_dir,
+        for_launch=for_launch,
+        wanted=wanted,
+        machine=machine,
+        calibrate=calibrate,
+        on_processor=on_processor,
+    )
+    source, profile, offer, machine = found.source, found.profile, found.offer, found.machine
+    ranking, chosen = _chosen(ui, source, profile, offer)
+    if machine is not None and for_launch:
+        _check_host(chosen, machine.host, profile)
+    return Planned(
+        asked=found.asked,
+        data=found.data,
+        eval_data=found.eval_data,
+        profile=profile,
+        tokenizer=found.tokenizer,
+        hashes=found.hashes,
+        machine=machine,
+        device=chosen.device,
+        source=source,
+        model_why=found.choice.why if found.choice else "asked for",
+        runner_up=found.choice.runner_up if found.choice else None,
         offer=offer,
         ranking=ranking,
         refused=refused_methods(source.spec, profile, offer, ranking.rejected),
@@ -286,6 +351,7 @@ def _chosen(
     ranking = offer.ranking(source.spec, profile)
     if ranking.best is None:
         raise refusal(ui, source, profile, offer, ranking)
+    check_rows(ranking.best.plan, profile.num_train_rows)
     return ranking, settled(ranking.best, profile, offer.given)
 
 

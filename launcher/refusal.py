@@ -163,7 +163,7 @@ def _on_others(
             alone=True,
         )
     there = structs.replace(offer, devices=remedy.device, host=None)
-    changed = {"num_gpus": remedy.num_gpus, "sharding": remedy.sharding}
+    changed = {"num_gpus": remedy.num_gpus, "num_machines": 1, "sharding": remedy.sharding}
     ranking = _ranked_with(source, profile, there, changed)
     if ranking.best is None:
         return None

@@ -65,12 +65,16 @@ def _is_value(setting: str, word: str) -> bool:
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line, as their types; raises InputError."""
+    """The settings given on the command line, as their types; raises InputError.
+
+    There `num_gpus` is of each machine, in a plan it is of all."""
     given = {
         item.name: parse_setting(item.name, text)
         for item in dataclasses.fields(TrainingPlan)
         if (text := getattr(arguments, item.name)) is not None
     }
+    if given.get("num_machines", 0) > 0 and "num_gpus" in given:
+        given["num_gpus"] *= given["num_machines"]
     if "add_tokens" in given:
         given["add_tokens"] = _listed(given["add_tokens"])
     return given

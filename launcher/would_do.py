@@ -119,8 +119,11 @@ def _offered(remedy: Remedy, offer: Offer, kept: Mapping[str, Any]) -> Offered:
 def flags_for(remedy: Remedy, offer: Offer) -> tuple[str, ...]:
     """With which `ftplan plan` plans on a remedy's GPUs."""
     settings: dict[str, Any] = {}
+    machines = -(-remedy.num_gpus // MOST_OF_A_MACHINE) if "num_machines" in offer.given else 1
     if remedy.num_gpus != offer.given.get("num_gpus", 1):
-        settings["num_gpus"] = remedy.num_gpus
+        settings["num_gpus"] = remedy.num_gpus // machines
+    if machines != offer.given.get("num_machines", 1):
+        settings["num_machines"] = machines
     if offer.given.get("sharding", remedy.sharding) != remedy.sharding:
         settings["sharding"] = remedy.sharding
     return (*_gpu_flags(remedy.device, offer), *flags_of(settings))

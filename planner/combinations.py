@@ -77,6 +77,18 @@ def _flash_attention_cannot_run(asked: Asked) -> bool:
     return capability < _FLASH_ATTENTION_CAPABILITY
 
 
+# What PCI Express 5.0 with 16 lanes reaches; NVLink of any card in use since 2020 has more.
+_PCIE_BYTES_PER_SECOND = 38e9
+
+
+def _link(asked: Asked) -> float:
+    return (asked.device and asked.device.link_bytes_per_second) or 0.0
+
+
+def _tensor_parallel_over_pcie(asked: Asked) -> bool:
+    return asked.plan.tp_size > 1 and 0 < _link(asked) < _PCIE_BYTES_PER_SECOND
+
+
 QUANTIZED_ON_PROCESSOR = (
     "4- and 8-bit bases are for GPUs: a processor expands their weights for each product, which "
     "saves memory and takes far longer"
@@ -353,13 +365,27 @@ COMBINATIONS: tuple[Combination, ...] = (
         source="accelerate 1.15, utils/fsdp_utils.py `fsdp2_prepare_model`",
     ),
     Combination(
+        name="tensor-parallel-pcie",
+        outcome="warned",
+        applies=_tensor_parallel_over_pcie,
+        text=lambda a: (
+            f"`--tp-size {a.plan.tp_size}` exchanges the hidden state several times in each layer, "
+            f"and every GPU waits for it: {a.device_name} has "
+            f"{format_bytes(_link(a))} a second to the others, as PCIe has"
+        ),
+        way_out=lambda a: "use `--sharding fsdp`, which exchanges weights beside computing",
+        source="transformers 5.23, distributed/tensor_parallel.py; docs/time-model.md, Eq. (T5)",
+    ),
+    Combination(
         name="every-process-loads",
         outcome="warned",
         applies=lambda a: (
-            a.plan.sharding == "fsdp" and a.plan.num_gpus > 1 and a.plan.quantization != "none"
+            a.plan.sharding == "fsdp"
+            and a.plan.gpus_per_machine > 1
+            and a.plan.quantization != "none"
         ),
         text=lambda a: (
-            f"each of the {a.plan.num_gpus} processes loads the whole quantized base into the "
+            f"each of the {a.plan.gpus_per_machine} processes loads the whole quantized base into the "
             "host's memory before it is divided"
         ),
         way_out=lambda a: "an unquantized base is loaded by one of them",

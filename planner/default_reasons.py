@@ -7,6 +7,7 @@ WHY_DEFAULT = {
     "quantization": "the base stays in its dtype",
     "sharding": "each GPU holds everything",
     "num_gpus": "one device",
+    "num_machines": "one machine",
     "num_trainable_layers": "for `freeze` alone",
     "lora_rank": "for adapters alone",
     "lora_alpha": "for adapters alone",

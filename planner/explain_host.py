@@ -33,7 +33,7 @@ def _host_terms(memory: MemoryEstimate, plan: TrainingPlan) -> Iterator[dict[str
         if name == "processes":
             with_cuda = size > CPU_PROCESS_BYTES
             cuda = f" + {CUDA_HOST_BYTES:,} of CUDA)" if with_cuda else ")"
-            formula = f"{plan.num_gpus} x ({CPU_PROCESS_BYTES:,} B{cuda}"
+            formula = f"{plan.gpus_per_machine} x ({CPU_PROCESS_BYTES:,} B{cuda}"
         else:
             formula = HOST_COMPONENTS[name]
         equation = OFFLOAD_EQUATION if name in _OFFLOADED else HOST_EQUATION

@@ -5,13 +5,14 @@ Equations carry the numbers of docs/time-model.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msgspec import Struct, structs
 
 from ftplan.planner.achieved import ESTIMATE
 from ftplan.planner.batching import mean_batch_tokens
+from ftplan.planner.collectives import Collective
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.model_spec import ModelSpec
@@ -72,9 +73,20 @@ def _terms(work: StepWork, device: Device) -> Iterator[TimeTerm]:
     )
     yield _moving("memory traffic", "T4", work.moved_bytes, bandwidth, parts.traffic)
     yield _moving("optimizer step", "T1", work.optimizer_bytes, bandwidth, parts.optimizer)
-    link = device.link_bytes_per_second
-    if work.exchanged_bytes and link:
-        yield _moving("exchange between GPUs", "T5", work.exchanged_bytes, link, parts.sending)
+    if work.collectives and parts.sending:
+        yield TimeTerm(
+            part="exchange between GPUs",
+            equation="T5",
+            formula=_exchanges(work.collectives, device),
+            seconds=parts.sending,
+        )
+    if parts.waiting:
+        yield TimeTerm(
+            part="exchange, waited for",
+            equation="T5",
+            formula=_exchanges(work.waited, device),
+            seconds=parts.waiting,
+        )
     if work.copied_bytes:
         to_host = work.copied_bytes / parts.copying
         yield _moving(
@@ -88,6 +100,24 @@ def _terms(work: StepWork, device: Device) -> Iterator[TimeTerm]:
         formula=f"{work.kernels:,} of micro-batches, {work.optimizer_kernels:,} of the optimizer",
         seconds=parts.launching,
     )
+
+
+def _exchanges(collectives: Sequence[Collective], device: Device) -> str:
+    """What is exchanged, and the rates of the links that it crosses."""
+    found = [
+        f"{c.operation.replace('_', '-')} {c.count:,.0f} x {format_bytes(c.num_bytes)} "
+        f"among {c.num_gpus:,} GPUs"
+        for c in collectives
+    ]
+    rates = []
+    if device.link_bytes_per_second and any(c.per_machine > 1 for c in collectives):
+        rates.append(f"{format_bytes(device.link_bytes_per_second)} a second")
+    network = device.network
+    if network and any(c.num_machines > 1 for c in collectives):
+        rates.append(
+            f"{network.name}, {format_bytes(network.bytes_per_second)} a second of each GPU"
+        )
+    return f"{'; '.join(found)}; at {' and '.join(rates)}"
 
 
 def _moving(

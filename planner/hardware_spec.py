@@ -86,6 +86,15 @@ class GpuLink(Struct, frozen=True, kw_only=True):
     """Whether one reads the other's memory without the detour through RAM; None if unknown."""
 
 
+class Network(Struct, frozen=True, kw_only=True):
+    """What joins machines. `bytes_per_second`: what collective operations reach, in one direction,
+    for each GPU of a machine while all of them send; `latency_seconds`: of one hop."""
+
+    name: str
+    bytes_per_second: float
+    latency_seconds: float
+
+
 class Device(Struct, frozen=True, kw_only=True):
     """One GPU, or the processor as a device that can train.
 
@@ -94,6 +103,7 @@ class Device(Struct, frozen=True, kw_only=True):
     large matrix products reach, of the dtypes that someone measured on such a card.
     `link_bytes_per_second`: what collective operations reach to other GPUs beside it, in one
     direction, by NVLink or the like where it has that, else by PCIe; None where unknown.
+    `network`: the way to other machines, None where there are none.
     `host_link_bytes_per_second`: what copies reach from or to the host's memory.
     `calibration`: what finished runs say of the device's constants; none of a catalogued card.
     `power_watts`: the limit in force, `default_power_watts` the board's own; on a catalogued card
@@ -111,6 +121,7 @@ class Device(Struct, frozen=True, kw_only=True):
     vendor: Vendor = "nvidia"
     compute_capability: tuple[int, int] | None = None
     link_bytes_per_second: float | None = None
+    network: Network | None = None
     host_link_bytes_per_second: float | None = None
     power_watts: float | None = None
     default_power_watts: float | None = None

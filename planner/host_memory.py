@@ -132,8 +132,8 @@ def host_memory(
     if kind == "cpu":
         parts = {"loading": {"processes": CPU_PROCESS_BYTES, **_loaded_on_host(model, plan)}}
     else:
-        processes = {"processes": plan.num_gpus * (CPU_PROCESS_BYTES + CUDA_HOST_BYTES)}
-        waiting = share.times(plan.num_gpus)
+        processes = {"processes": plan.gpus_per_machine * (CPU_PROCESS_BYTES + CUDA_HOST_BYTES)}
+        waiting = share.times(plan.gpus_per_machine)
         parts = {"loading": {**processes, **_loading(model, plan, waiting, trained_own)}}
         if plan.sharding in ("zero1", "zero2"):
             parts["dividing"] = {**processes, "copies": _divided(plan, trained_all)}
@@ -190,7 +190,7 @@ def _is_its_file(model: ModelSpec, plan: TrainingPlan) -> bool:
 def _divided(plan: TrainingPlan, trained: int) -> int:
     """ZeRO-1 and ZeRO-2 flatten what is trained: every process copies it to the host, and copies
     that into one buffer (`DeepSpeedZeroOptimizer.__init__`), before there are masters."""
-    return plan.num_gpus * 2 * trained * plan.compute_bytes
+    return plan.gpus_per_machine * 2 * trained * plan.compute_bytes
 
 
 def _written(plan: TrainingPlan, whole_bytes: int, saved_bytes: int) -> int:
@@ -202,9 +202,9 @@ def _written(plan: TrainingPlan, whole_bytes: int, saved_bytes: int) -> int:
     parallelism each process first gathers that (`gather_state_dict_for_save` of transformers 5.23).
     """
     if plan.tp_size > 1:
-        return plan.num_gpus * saved_bytes + min(saved_bytes, SAVED_AT_ONCE_BYTES)
+        return plan.gpus_per_machine * saved_bytes + min(saved_bytes, SAVED_AT_ONCE_BYTES)
     if plan.sharding in ("zero1", "zero2"):
-        return plan.num_gpus * whole_bytes
+        return plan.gpus_per_machine * whole_bytes
     if plan.sharding == "none":
         return min(saved_bytes, SAVED_AT_ONCE_BYTES)
     return saved_bytes

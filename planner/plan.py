@@ -19,6 +19,7 @@ from ftplan.planner.context_parallel import check_context_parallel
 from ftplan.planner.cycles import PRUNE_METHODS, check_cycles
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.lora_optimizers import optimizer_of
+from ftplan.planner.machines import check_machines
 from ftplan.planner.method_checks import check_method_settings
 from ftplan.planner.methods import METHODS, Method, resolve_method
 from ftplan.planner.objective_checks import check_objective
@@ -178,7 +179,10 @@ class TrainingPlan:
     gamma_beta_ratio: float | None = _setting(
         None, "by how much the chosen answer is to lead, as a share of beta (simpo)", recipe=True
     )
-    num_gpus: int = _setting(1, "GPUs to use")
+    num_gpus: int = _setting(
+        1, "GPUs to use; with `--num-machines` of each machine, and the plan has all of them"
+    )
+    num_machines: int = _setting(1, "machines that train together, each with as many GPUs")
     sharding: str = _setting(
         "none", "what several GPUs divide among them instead of each holding it", choices=SHARDINGS
     )
@@ -224,6 +228,7 @@ class TrainingPlan:
         check_objective(self)
         check_task_weighting(self)
         _check_optimizer(self)
+        check_machines(self)
         check_sharding(self)
         check_tensor_parallel(self)
         check_context_parallel(self)
@@ -300,6 +305,10 @@ class TrainingPlan:
         return self.sharding in PARAMETERS_SHARDED
 
     @property
+    def gpus_per_machine(self) -> int:
+        return self.num_gpus // self.num_machines
+
+    @property
     def dp_shard_size(self) -> int:
         """GPUs that divide one copy of the model, where the plan shards."""
         return self.num_gpus // self.dp_replicate_size
@@ -339,6 +348,7 @@ _POSITIVE_SETTINGS = (
     "max_completion_length",
     "steps_per_generation",
     "num_gpus",
+    "num_machines",
     "tp_size",
     "cp_size",
     "dp_replicate_size",

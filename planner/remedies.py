@@ -44,6 +44,11 @@ class Wish(Struct, frozen=True, kw_only=True):
     data: DataProfile
     given: Mapping[str, Any]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those given, without machines: where GPUs stand changes nothing of what they hold."""
+        return {name: value for name, value in self.given.items() if name != "num_machines"}
+
 
 class Remedy(Struct, frozen=True, kw_only=True):
     """`num_gpus` of a device hold a plan of which each has to have `needed_bytes` free, the margin
@@ -84,9 +89,9 @@ class _Trial:
 
     def __init__(self, wish: Wish, device: Device, stack: Stack, num_gpus: int) -> None:
         self._wish, self._stack, self._team = wish, stack, Team(device, num_gpus)
-        sharding = wish.given.get("sharding", "fsdp") if num_gpus > 1 else "none"
-        self._given = {**wish.given, "num_gpus": num_gpus, "sharding": sharding}
-        self._method = resolve_method(str(wish.given["method"]))
+        sharding = wish.settings.get("sharding", "fsdp") if num_gpus > 1 else "none"
+        self._given = {**wish.settings, "num_gpus": num_gpus, "sharding": sharding}
+        self._method = resolve_method(str(wish.settings["method"]))
         self._space = Space(wish.model, wish.data, self._given, stack)
         first, *others = self._space.concessions(self._method, [self._team])
         self._concessions = [first, *others[-1:]]

@@ -132,14 +132,14 @@ def _works(
     stack: Stack,
 ) -> Iterator[Work]:
     """From the fastest to the smallest: what is tried in this order on a card."""
-    divided: tuple[str, ...] = ("none", "fsdp") if num_gpus > 1 else ("none",)
-    for sharding in (given["sharding"],) if "sharding" in given else divided:
+    for sharding, copies in _divided(num_gpus, given):
         for rows in _micro_batches(given):
             settings = {
                 "per_device_train_batch_size": rows,
                 "gradient_accumulation_steps": max(1, ROWS_PER_STEP // (rows * num_gpus)),
                 **given,
                 **{"method": method, "num_gpus": num_gpus, "sharding": sharding},
+                "dp_replicate_size": copies,
             }
             try:
                 plan = estimate_recipe(model, device, settings).plan
@@ -148,6 +148,17 @@ def _works(
             except InputError:
                 continue  # not on this card, or not so many of them
             yield work
+
+
+def _divided(num_gpus: int, given: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Ways to divide the model, and how many copies there are of what is divided: among the GPUs
+    of a machine where there are several machines, then among all."""
+    copies = given.get("dp_replicate_size", 1)
+    if "sharding" in given or num_gpus == 1:
+        return [(given.get("sharding", "none"), copies)]
+    machines = given.get("num_machines", 1)
+    hybrid = [("fsdp", machines)] if 1 < machines < num_gpus and copies == 1 else []
+    return [("none", 1), *hybrid, ("fsdp", copies)]
 
 
 def _micro_batches(given: Mapping[str, Any]) -> tuple[int, ...]:

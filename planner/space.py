@@ -48,6 +48,9 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 CHOSEN_SHARDINGS = ("zero2", "fsdp")
 _SHARDINGS_OF_ADAPTERS = ("fsdp",)
 
+# Copies of the model in hybrid sharding: one a machine, then so many times fewer.
+_FEWER_COPIES = 4
+
 # Of each so many layers one is checkpointed, where some are.
 EVERY_N_LAYERS = (1, 2, 3, 4, 8)
 
@@ -302,11 +305,24 @@ class Space:
                 continue
             why = f"one GPU cannot hold all state; {team.num_gpus} divide it"
             yield from self._made(partial(self._divided, base, why, sharding))
+        yield from self._with_copies(base)
 
-    def _divided(self, base: ReasonedPlan, why: str, sharding: str) -> ReasonedPlan:
+    def _with_copies(self, base: ReasonedPlan) -> Iterator[ReasonedPlan]:
+        """Hybrid sharding, where machines may hold a copy each, or some together."""
+        copies = base.plan.num_machines
+        if base.plan.num_gpus < 2 * copies or "dp_replicate_size" in self._given:
+            return
+        while copies > 1:
+            each = base.plan.num_gpus // copies
+            why = f"{each} GPUs divide a copy, so that less crosses the network"
+            hybrid = partial(self._divided, base, why, "fsdp", dp_replicate_size=copies)
+            yield from self._made(hybrid)
+            copies = copies // _FEWER_COPIES if copies % _FEWER_COPIES == 0 else 1
+
+    def _divided(self, base: ReasonedPlan, why: str, sharding: str, **more: int) -> ReasonedPlan:
         """bitsandbytes' optimizers fail on parameters that FSDP2 divides (bitsandbytes issue 1633,
         torchtune issue 1856): there states stay as they were, divided."""
-        reasoned = base.replace("derived", why, sharding=sharding)
+        reasoned = base.replace("derived", why, sharding=sharding, **more)
         plan = reasoned.plan
         if plan.sharding != "fsdp" or plan.optim != SMALL_OPTIMIZER or "optim" in self._given:
             return reasoned
@@ -450,7 +466,8 @@ class Space:
             if not other.gradient_checkpointing:
                 layers = max(0.0, work.forward_flops - self._head_flops(work))
                 flops = work.flops + _LEAST_RECOMPUTED * share * layers
-                work = structs.replace(work, flops=flops, hooked=hooked)
+                beside = 1.0 if plan.gradient_checkpointing else work.overlapping
+                work = structs.replace(work, flops=flops, hooked=hooked, overlapping=beside)
             prices.append(pricing.of(other, time_of(work, group.team.device)))
         return min(prices, default=0.0)
 
@@ -497,10 +514,10 @@ class Stream:
         self._heap: list[tuple[float, int, Group, Candidate | None]] = []
         self._serial = count()
         self._too_large: dict[int, int] = {}
-        kept: dict[tuple[int, str, str], list[tuple[TrainingPlan, StepWork]]] = {}
+        kept: dict[tuple[int, str, str, int], list[tuple[TrainingPlan, StepWork]]] = {}
         for group in groups:
             plan = group.base.plan
-            key = (id(group.team), plan.loss, plan.sharding)
+            key = (id(group.team), plan.loss, plan.sharding, plan.dp_replicate_size)
             if key not in kept:
                 kept[key] = space.kept(group)
             self._push(space.least_price(group, kept[key], pricing), group, None)

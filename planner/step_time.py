@@ -24,7 +24,9 @@ from ftplan.planner.achieved import (
     Achieved,
 )
 from ftplan.planner.calibration import Calibration
+from ftplan.planner.collectives import Collective
 from ftplan.planner.compiled_step import compiled_step
+from ftplan.planner.exchanges import step_collectives, waited_collectives
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
@@ -66,7 +68,9 @@ class StepWork(Struct, frozen=True, kw_only=True):
     `tokens`: the GPU's part of those of GPUs that divide layers or rows. `dtype`: of products.
     `float32_flops`: of `flops`, those of fp32 values; `model_flops`: without what is computed
     again. `moved_bytes`: by the operations of layers and loss and by reading weights.
-    `exchanged_bytes`: sent to other GPUs, what tensor and context parallelism send not counted.
+    `collectives`: exchanges with other GPUs, those of context parallelism not counted;
+    `overlapping`: the part of the computing that they can go on beside; `waited`: those that
+    nothing goes on beside.
     `copied_bytes`: from and to the host's memory, where `host_bytes` are moved by the optimizer of
     all processes, if it is there; `optimizer_bytes` are then none.
     `kernels` and `optimizer_kernels`: launched by the host, `hooked`: while checkpointing's hooks
@@ -82,16 +86,25 @@ class StepWork(Struct, frozen=True, kw_only=True):
     float32_flops: float
     moved_bytes: float
     optimizer_bytes: float
-    exchanged_bytes: float
+    collectives: tuple[Collective, ...]
+    overlapping: float
     copied_bytes: float
     host_bytes: float
     kernels: int
     optimizer_kernels: int
     hooked: bool
+    waited: tuple[Collective, ...] = ()
+
+    @property
+    def exchanged_bytes(self) -> float:
+        """What a GPU sends to others, by rings."""
+        return sum(c.sent_bytes for c in (*self.collectives, *self.waited))
 
 
 class StepParts(Struct, frozen=True, kw_only=True):
-    """Seconds that each part of an optimizer step takes by itself: Eq. (T1)."""
+    """Seconds that each part of an optimizer step takes by itself: Eq. (T1). `overlapping`: the
+    share of the computing, the optimizer's left out, that sending can go on beside; `waiting`: for
+    exchanges that nothing goes on beside."""
 
     arithmetic: float
     traffic: float
@@ -100,6 +113,8 @@ class StepParts(Struct, frozen=True, kw_only=True):
     copying: float
     on_host: float
     launching: float
+    overlapping: float = 1.0
+    waiting: float = 0.0
 
 
 class StepTime(Struct, frozen=True, kw_only=True):
@@ -207,12 +222,20 @@ def step_work(
         float32_flops=micro_batches * value(trace.float32_flops, rows, length),
         moved_bytes=micro_batches * moved + made.moved_bytes,
         optimizer_bytes=0.0 if on_host else optimizer_bytes,
-        exchanged_bytes=_exchanged_bytes(share, plan, updated),
+        collectives=step_collectives(share, plan, updated),
+        overlapping=_overlapping(plan, forward, flops),
         copied_bytes=_copied_bytes(share, plan, updated) if on_host else 0.0,
         host_bytes=plan.num_gpus * optimizer_bytes if on_host else 0.0,
         kernels=micro_batches * trace.num_kernels + round(made.kernels),
         optimizer_kernels=0 if on_host else plan.optimizer.num_kernels(updated, device.kind),
         hooked=plan.gradient_checkpointing and not plan.use_reentrant,
+        waited=waited_collectives(
+            share,
+            plan,
+            updated,
+            tokens,
+            reached=trained.reached_layers(share) / share.num_hidden_layers,
+        ),
     )
 
 
@@ -255,12 +278,17 @@ def joined_seconds(
     both = max(arithmetic, moving) if achieved.overlaps_traffic else arithmetic + moving
     computing = both + parts.optimizer
     copying = parts.copying
-    beside = max(sending, copying)
-    together = max(computing, beside) if achieved.overlaps_links else computing + sending + copying
-    together += parts.on_host
+    if achieved.overlaps_links:
+        alone = computing - parts.overlapping * both
+        together = max(computing, alone + sending, copying)
+    else:
+        together = computing + sending + copying
+    together += parts.on_host + parts.waiting
     launching = parts.launching
     bound: Bound = "arithmetic" if arithmetic >= moving else "memory bandwidth"
-    if beside > computing:
+    if parts.waiting > computing:
+        bound = "links between GPUs"
+    elif max(sending, copying) > max(arithmetic, moving) and together > computing:
         bound = "links between GPUs" if sending >= copying else "links to the host"
     if kind == "cpu":
         return together + launching, bound if launching < computing else "launching kernels"
@@ -278,7 +306,9 @@ def step_parts(work: StepWork, device: Device, achieved: Achieved = ESTIMATE) ->
         arithmetic=of_float32 + others / achieved_flops_per_second(work.dtype, device, achieved),
         traffic=work.moved_bytes / bandwidth,
         optimizer=work.optimizer_bytes / bandwidth,
-        sending=work.exchanged_bytes / link if link else 0.0,
+        sending=sum(c.seconds(link, device.network) for c in work.collectives),
+        overlapping=work.overlapping,
+        waiting=sum(c.seconds(link, device.network) for c in work.waited),
         copying=work.copied_bytes / to_host,
         on_host=work.host_bytes / achieved.host_bandwidth,
         launching=achieved.host * device.calibration.launching * host_seconds(work),
@@ -336,7 +366,7 @@ def _trace(
     is for all numbers.
     """
     if plan.sharding != "none" and plan.data_parallel_size == plan.num_gpus > 2:
-        plan = plan.replace(num_gpus=2, dp_replicate_size=1)
+        plan = plan.replace(num_gpus=2, num_machines=1, dp_replicate_size=1)
     if plan.offload != "none" and plan.num_gpus > 1:
         plan = plan.replace(offload="none")  # the same is computed on the GPU
     rows = tokens / length
@@ -428,18 +458,12 @@ def _optimizer_bytes(plan: TrainingPlan, updated: Sequence[Updated]) -> float:
     return (3 * parameter_bytes + 2 * plan.optimizer.state_bytes(updated)) / parts
 
 
-def _exchanged_bytes(model: ModelSpec, plan: TrainingPlan, updated: Sequence[Updated]) -> float:
-    """What a GPU sends in a step, by rings. Gradients are summed once; GPUs that divide parameters
-    gather them for forward and again for backward, and sum gradients, in each micro-batch."""
-    num_gpus = plan.data_parallel_size
-    if num_gpus == 1:
-        return 0.0
-    others = (num_gpus - 1) / num_gpus
-    gradients = sum(p.count * p.num_bytes for p in updated)
-    if not plan.shards_parameters:
-        return others * 2 * gradients
-    gathered = 2 * weight_memory_bytes(model, plan)
-    return others * plan.gradient_accumulation_steps * (gathered + gradients)
+def _overlapping(plan: TrainingPlan, forward: float, both: float) -> float:
+    """Of a step's computing, what exchanges can go on beside: all of it where layers are gathered
+    as they come; else the last micro-batch's backward, which the gradients come from."""
+    if plan.shards_parameters or not both:
+        return 1.0
+    return (both - forward) / both / plan.gradient_accumulation_steps
 
 
 def _copied_bytes(model: ModelSpec, plan: TrainingPlan, updated: Sequence[Updated]) -> float:

@@ -9,7 +9,7 @@ from itertools import groupby, product
 from msgspec import Struct, structs
 
 from ftplan.planner.calibration import UNCALIBRATED
-from ftplan.planner.hardware_spec import Device
+from ftplan.planner.hardware_spec import Device, Network
 
 
 class Team(Struct, frozen=True):
@@ -44,7 +44,9 @@ def teams_of(device: Device | Sequence[Device], num_gpus: int | None) -> list[Te
             taken = [kind[:count] for kind, count in zip(kinds, counts, strict=True) if count]
             members = sorted((gpu for alike in taken for gpu in alike), key=lambda gpu: gpu.index)
             # Alike GPUs differ in what is free, and the last has the least.
-            found.append(Team(reduce(_least, (alike[-1] for alike in taken)), size, tuple(members)))
+            found.append(
+                Team(reduce(least_of, (alike[-1] for alike in taken)), size, tuple(members))
+            )
     return found
 
 
@@ -52,7 +54,7 @@ def roomiest(gpus: Sequence[Device], num_gpus: int) -> Team:
     """So many of a machine's GPUs that the least memory that is free on one is the most."""
     freest = sorted(gpus, key=lambda gpu: (-gpu.free_bytes, gpu.index))[:num_gpus]
     members = tuple(sorted(freest, key=lambda gpu: gpu.index))
-    return Team(reduce(_least, members), len(members), members)
+    return Team(reduce(least_of, members), len(members), members)
 
 
 def divided(processor: Device, num_processes: int) -> Device:
@@ -79,7 +81,7 @@ def _kind(gpu: Device) -> tuple[object, ...]:
     return gpu.name, gpu.total_bytes, gpu.compute_capability or (0, 0), gpu.power_watts or 0.0
 
 
-def _least(one: Device, other: Device) -> Device:
+def least_of(one: Device, other: Device) -> Device:
     """A device that does no more than either."""
     if one.name == other.name:
         name = one.name
@@ -103,10 +105,22 @@ def _least(one: Device, other: Device) -> Device:
         compute_capability=_older(one, other),
         link_bytes_per_second=min((link for link in links if link), default=None),
         host_link_bytes_per_second=min((link for link in to_host if link), default=None),
+        network=_slower(one.network, other.network),
         power_watts=None if None in watts else max(watt for watt in watts if watt),
         context_bytes=max(one.context_bytes, other.context_bytes),
         # What was learned of one card is not known of the other.
         calibration=one.calibration if one.calibration == other.calibration else UNCALIBRATED,
+    )
+
+
+def _slower(one: Network | None, other: Network | None) -> Network | None:
+    """A network that does no more than either; of an unknown one nothing is known."""
+    if one is None or other is None or one == other:
+        return one if one == other else None
+    return Network(
+        name=" and ".join(sorted({*one.name.split(" and "), *other.name.split(" and ")})),
+        bytes_per_second=min(one.bytes_per_second, other.bytes_per_second),
+        latency_seconds=max(one.latency_seconds, other.latency_seconds),
     )
 
 

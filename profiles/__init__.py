@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from ftplan.planner.errors import UnknownNameError
 from ftplan.planner.families import spec_from_config
-from ftplan.planner.hardware_spec import ASSUMED_CUDA_CONTEXT_BYTES, Device, Vendor
+from ftplan.planner.hardware_spec import ASSUMED_CUDA_CONTEXT_BYTES, Device, Network, Vendor
 from ftplan.planner.model_spec import ModelSpec
 
 
@@ -228,6 +228,45 @@ def copied_share() -> float:
     return float(_data("interconnects.json")["pcie"]["copied_share"]["value"])
 
 
+# Kinds of networks between machines.
+NETWORK_KINDS = ("infiniband", "roce", "efa", "ethernet")
+
+
+@cache
+def network_names() -> tuple[str, ...]:
+    """Networks between machines, by kind and speed: `infiniband-ndr`, `ethernet-100g`, ..."""
+    known = _data("interconnects.json")
+    return tuple(f"{kind}-{speed}" for kind in NETWORK_KINDS for speed in known[kind][_RATES])
+
+
+_RATES = "bytes_per_second"
+
+
+def find_network(name: str, gpus_per_machine: int) -> Network:
+    """The network of that name, as each of a machine's GPUs has it; raises UnknownNameError.
+
+    InfiniBand, RoCE and EFA have a card for each GPU; plain Ethernet one for the machine.
+    """
+    wanted = name.casefold().replace(" ", "-").replace("_", "-")
+    if wanted not in network_names():
+        raise UnknownNameError("interconnect", name, network_names())
+    kind, _, speed = wanted.partition("-")
+    facts = _data("interconnects.json")[kind]
+    sharing = gpus_per_machine if facts["a_card_for_each"] == "machine" else 1
+    return Network(
+        name=wanted,
+        bytes_per_second=reached_share(kind) * float(facts[_RATES][speed]["value"]) / sharing,
+        latency_seconds=float(facts["latency_seconds"]["value"]),
+    )
+
+
+def usual_network(gpu: GpuEntry) -> str:
+    """What joins machines of such GPUs as a rule: InfiniBand where NVLink joins them within."""
+    generation = gpu.nvlink[0] if gpu.nvlink else ""
+    usual = _data("interconnects.json")["infiniband"]["usual_of_nvlink"]["generations"]
+    return f"infiniband-{usual[generation]}" if generation in usual else "ethernet-100g"
+
+
 @cache
 def prices() -> tuple[Price, ...]:
     """What GPUs were to be had for."""
@@ -320,6 +359,7 @@ def require_model(name: str) -> ModelEntry:
 __all__ = [
     "BILLINGS",
     "DRIVER_NAMES",
+    "NETWORK_KINDS",
     "GpuEntry",
     "ModelEntry",
     "Price",
@@ -328,11 +368,14 @@ __all__ = [
     "find_gpu_by_driver_name",
     "find_gpu_by_pci_id",
     "find_model",
+    "find_network",
     "gpu_catalog",
     "link_bytes_per_second",
     "lowest_prices",
     "model_catalog",
+    "network_names",
     "prices",
     "reached_share",
     "require_model",
+    "usual_network",
 ]

@@ -86,6 +86,7 @@ SETTING_FLAGS = [
     "--loss-type",
     "--gamma-beta-ratio",
     "--num-gpus",
+    "--num-machines",
     "--sharding",
     "--dp-replicate-size",
     "--offload",

@@ -38,6 +38,7 @@ PURE_FLOAT32 = ("--dtype", "float32", "--mixed-precision", "no")
 FSDP = ("--sharding", "fsdp", "--num-gpus", "2")
 ZERO2 = ("--sharding", "zero2", "--num-gpus", "2")
 ZERO3 = ("--sharding", "zero3", "--num-gpus", "2")
+TP = ("--method", "full", "--num-gpus", "2", "--tp-size", "2")
 FP16 = ("--dtype", "float32", "--mixed-precision", "fp16")
 CHECKPOINTED = ("--gradient-checkpointing", "true")
 EVERY_SECOND = ("--every-n-layers", "2")
@@ -68,6 +69,7 @@ MET: dict[str, tuple[str, ...]] = {
         *(SMALL, "--method", "qlora", "--sharding", "zero2", "--num-gpus", "2"),
     ),
     "quant-storage": (SMALL, "--method", "qlora", *FSDP),
+    "tensor-parallel-pcie": ("llama-3.1-8b", *TP, "--gpu", "l40s"),
     "every-process-loads": (SMALL, "--method", "qlora", *FSDP),
     "fsdp-reentrant": (SMALL, *FSDP, "--use-reentrant"),
     "relora-sharded": (SMALL, "--method", "relora", "--sharding", "zero1", "--num-gpus", "2"),
@@ -114,6 +116,7 @@ NOT_MET: dict[str, tuple[str, ...]] = {
     "data-parallel-memory": (SMALL, *FSDP),
     "zero-whole-quantized-base": (SMALL, "--method", "qlora", *FSDP),
     "quant-storage": (SMALL, *FSDP),
+    "tensor-parallel-pcie": ("llama-3.1-8b", *TP, "--gpu", "h100-sxm"),
     "every-process-loads": (SMALL, *FSDP),
     "fsdp-reentrant": (SMALL, *FSDP),
     "relora-sharded": (SMALL, "--method", "relora", "--num-gpus", "2"),

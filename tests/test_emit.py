@@ -243,6 +243,7 @@ class TestTrainConfig:
 
         bases = {
             "precompute_ref_log_probs": pairs,
+            "num_machines": ON_CPU.replace(num_gpus=2),
             "beta": pairs,
             "loss_type": pairs,
             "gamma_beta_ratio": pairs.replace(objective="simpo"),

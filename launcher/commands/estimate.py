@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
+from ftplan.launcher.cluster_flags import (
+    add_cluster_flags,
+    asked_cluster,
+    cluster_to_dict,
+    on_cluster,
+)
 from ftplan.launcher.compared import METHOD_BOUND, ComparedMethod, compared
 from ftplan.launcher.estimate_json import estimate_to_dict, full_step, parameter_counts
 from ftplan.launcher.host import read_host
@@ -35,6 +41,7 @@ from ftplan.planner.units import format_count, parse_bytes
 from ftplan.planner.vocabulary import check_named_tokens
 
 if TYPE_CHECKING:
+    from ftplan.planner.cluster import Cluster
     from ftplan.planner.dry_run_summary import DryRunSummary
 
 
@@ -46,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--free-memory", metavar="SIZE", help="memory free on it (default: all), such as 22GiB"
     )
+    add_cluster_flags(parser)
     parser.add_argument(
         "--exact", action="store_true", help="by a dry run of the real training step: seconds"
     )
@@ -68,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     """Exit status 1 when a GPU was named and the configuration does not fit it."""
     given = given_settings(arguments)
-    device = named_device(arguments.gpu, arguments.free_memory)
+    named = named_device(arguments.gpu, arguments.free_memory)
+    cluster = asked_cluster(arguments, ui, given, named)
+    device = on_cluster(named, cluster)
     if arguments.plot and not arguments.exact:
         raise InputError("`--plot` draws a dry run", "add `--exact`")
     if arguments.exact and (arguments.explain or arguments.compare):
@@ -92,7 +102,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         with shown_dry_runs(ui) as runner:
             dry_run = runner.run(case_of(source, reasoned.plan, device))
         memory = memory_of(dry_run, source, reasoned.plan, device)
-    if device is not None:
+    if device is not None and cluster is None:
         warnings += _host_cautions(memory, reasoned.plan, device)
     terms = explain(model, reasoned.plan, device, stack) if arguments.explain else None
     compared = _compared(arguments.compare, model, device, given) if arguments.compare else None
@@ -100,6 +110,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
         {
             **estimate_to_dict(model, reasoned, memory, device, warnings, dry_run=dry_run),
             **(_explained(terms, memory, reasoned.plan) if terms else {}),
+            **({"cluster": cluster_to_dict(cluster, memory)} if cluster else {}),
             **({"compare": [row.to_dict() for row in compared]} if compared else {}),
         }
     )
@@ -116,7 +127,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
             views.COMPARE_NOTE,
         )
     elif not ui.as_json:
-        _show(ui, model, reasoned, memory, device, given, dry_run, terms)
+        _show(ui, model, reasoned, memory, device, given, dry_run, terms, cluster)
         for warning in warnings:
             ui.warn(str(warning))
     if dry_run and arguments.plot:
@@ -176,6 +187,7 @@ def _show(
     given: Mapping[str, Any],
     dry_run: DryRunSummary | None,
     terms: Sequence[Term] | None,
+    cluster: Cluster | None,
 ) -> None:
     from ftplan.launcher import views
 
@@ -192,6 +204,10 @@ def _show(
         views.memory_table(memory, device),
         "",
     )
+    if cluster is not None:
+        from ftplan.launcher.cluster_views import cluster_table
+
+        ui.show(cluster_table(cluster, memory), "")
     step = full_step(model, plan, device)
     if step is not None and device is not None:
         ui.show(views.step_table(plan, step, device), "")

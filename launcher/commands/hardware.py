@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from rich.text import Text
 
 from ftplan.launcher.amounts import parse_seconds, parse_usd
+from ftplan.launcher.cluster_flags import add_cluster_flags, checked_machines
 from ftplan.launcher.model_source import find_source
 from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.settings_flags import add_setting_flags, given_settings
@@ -17,7 +19,9 @@ from ftplan.launcher.ui import Ui, table
 from ftplan.planner import policy
 from ftplan.planner.combinations import check_together
 from ftplan.planner.errors import InputError
+from ftplan.planner.hardware_spec import Network
 from ftplan.planner.model_spec import ModelSpec
+from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.recipe import estimate_recipe
 from ftplan.planner.renting import Card, Choice, Mark, list_choices, marks
 from ftplan.planner.units import (
@@ -28,7 +32,15 @@ from ftplan.planner.units import (
     parse_count,
 )
 from ftplan.planner.vocabulary import check_named_tokens
-from ftplan.profiles import GpuEntry, Price, find_gpu, gpu_catalog, lowest_prices
+from ftplan.profiles import (
+    GpuEntry,
+    Price,
+    find_gpu,
+    find_network,
+    gpu_catalog,
+    lowest_prices,
+    usual_network,
+)
 
 METHODS = ("full", "lora", "qlora")
 
@@ -59,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="every choice, those without a price too"
     )
+    add_cluster_flags(parser, has_file=False)
     add_setting_flags(parser)
 
 
@@ -71,9 +84,11 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     within = parse_seconds("--within", arguments.within) if arguments.within else None
     under = parse_usd("--under", arguments.under) if arguments.under else None
     methods = (given.pop("method"),) if "method" in given else METHODS
+    machines = checked_machines(arguments, given)
     for method in methods:  # what no card could run is told at once
         check_together(model, estimate_recipe(model, None, {**given, "method": method}).plan)
-    cards = [_card(entry, spot=arguments.spot) for entry in _entries(arguments.gpu)]
+    networks = _networks(given, arguments.interconnect) if machines > 1 else None
+    cards = [_card(entry, networks, spot=arguments.spot) for entry in _entries(arguments.gpu)]
     found = list_choices(model, cards, methods, tokens, given, installed_stack)
     found = [c for c in found if _is_wanted(c, within, under)]
     found.sort(key=_order)
@@ -120,13 +135,21 @@ def _entries(gpu: str | None) -> Sequence[GpuEntry]:
     return [find_gpu(gpu)] if gpu else list(gpu_catalog().values())
 
 
-def _card(entry: GpuEntry, *, spot: bool) -> Card:
+def _networks(given: Mapping[str, Any], interconnect: str | None) -> Callable[[GpuEntry], Network]:
+    """What joins machines of a GPU: the one that is asked for, else what is usual with it."""
+    per_machine = given["num_gpus"] // given["num_machines"]
+    if interconnect:
+        find_network(interconnect, 1)  # a name that is not known is told at once
+    return lambda entry: find_network(interconnect or usual_network(entry), per_machine)
+
+
+def _card(entry: GpuEntry, networks: Callable[[GpuEntry], Network] | None, *, spot: bool) -> Card:
     """With the lowest price that is known of it."""
     billings = ("on-demand", "spot") if spot else ("on-demand",)
     offered = [p for billing, p in lowest_prices(entry.name).items() if billing in billings]
     best: Price | None = min(offered, key=lambda p: p.usd_per_gpu_hour, default=None)
     return Card(
-        device=entry.device(),
+        device=structs.replace(entry.device(), network=networks(entry) if networks else None),
         usd_per_hour=best.usd_per_gpu_hour if best else None,
         where=f"{best.provider}, {best.billing}, {best.date}" if best else None,
     )
@@ -165,6 +188,7 @@ def _to_dict(
                 "required_bytes": choice.required_bytes,
                 "missing_bytes": choice.missing_bytes,
                 "sharding": choice.plan.sharding if choice.plan else None,
+                "dp_replicate_size": choice.plan.dp_replicate_size if choice.plan else None,
                 "per_device_train_batch_size": (
                     choice.plan.per_device_train_batch_size if choice.plan else None
                 ),
@@ -236,13 +260,18 @@ def _row(choice: Choice, marked: Sequence[Mark]) -> list[str | Text]:
     return [
         _cards(choice),
         choice.method,
-        "" if plan.sharding == "none" else plan.sharding,
+        _sharding(plan),
         format_bytes(choice.required_bytes),
         format_seconds(choice.seconds),
         "" if choice.usd is None else f"{choice.usd:.2f}",
         "" if choice.card.usd_per_hour is None else f"{choice.card.usd_per_hour:.2f}",
         Text(", ".join(marked), style="green"),
     ]
+
+
+def _sharding(plan: TrainingPlan) -> str:
+    copies = f" x {plan.dp_replicate_size}" if plan.dp_replicate_size > 1 else ""
+    return "" if plan.sharding == "none" else f"{plan.sharding}{copies}"
 
 
 def _missing(choice: Choice) -> list[str | Text]:

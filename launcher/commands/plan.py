@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from ftplan.launcher.amounts import parse_seconds, parse_usd
+from ftplan.launcher.cluster_flags import (
+    add_cluster_flags,
+    asked_cluster,
+    cluster_to_dict,
+    on_cluster,
+)
 from ftplan.launcher.commands.estimate import named_device
 from ftplan.launcher.data.asked import DataAsked, checked_share, read_columns
 from ftplan.launcher.data.readings import said_columns
@@ -27,6 +33,7 @@ from ftplan.planner.ranking import Evaluated
 
 if TYPE_CHECKING:
     from ftplan.launcher.plan_explained import Explained
+    from ftplan.planner.cluster import Cluster
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--free-memory", metavar="SIZE", help="memory free on it (default: all), such as 22GiB"
     )
+    add_cluster_flags(parser)
+    _add_scale_argument(parser)
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="write the plan for `ftplan launch FILE`"
     )
@@ -44,6 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="every setting, the formulas of memory and time, and what else could be chosen",
     )
     add_setting_flags(parser)
+
+
+def _add_scale_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scale",
+        metavar="N,N,...",
+        nargs="?",
+        const="",
+        help="a table of plans on these numbers of GPUs in all (1,2,4,...,1024), on machines of "
+        "`--num-gpus` each (8)",
+    )
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,16 +184,24 @@ def wanted(arguments: argparse.Namespace) -> Wanted:
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     if arguments.then:
+        _check_one_machine(arguments)
         from ftplan.launcher.stage_commands import run_plan
 
         return run_plan(arguments, ui)
     check_no_replay(arguments)
+    if arguments.scale is not None:
+        from ftplan.launcher.scale import run_scale
+
+        return run_scale(arguments, ui)
+    given = given_settings(arguments)
+    named = named_device(arguments.gpu, arguments.free_memory)
+    cluster = asked_cluster(arguments, ui, given, named)
     planned = make_plan(
         ui,
         asked=data_asked(arguments),
         model_name=arguments.model,
-        named_device=named_device(arguments.gpu, arguments.free_memory),
-        given=given_settings(arguments),
+        named_device=on_cluster(named, cluster),
+        given=given,
         wanted=wanted(arguments),
         runs_dir=arguments.runs_dir,
         for_launch=False,
@@ -182,9 +210,19 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     )
     if arguments.out is not None:
         write_plan_file(planned, arguments.out)
-    said = _explained(planned) if arguments.explain else None
-    ui.json({**planned_to_dict(planned), **(said.to_dict(planned) if said else {})})
+    said = _explained(planned, cluster) if arguments.explain else None
+    ui.json(
+        {
+            **planned_to_dict(planned),
+            **(said.to_dict(planned) if said else {}),
+            **({"cluster": cluster_to_dict(cluster, planned.chosen.memory)} if cluster else {}),
+        }
+    )
     show_plan(ui, planned, said)
+    if cluster is not None and not ui.as_json:
+        from ftplan.launcher.cluster_views import cluster_table
+
+        ui.show("", cluster_table(cluster, planned.chosen.memory))
     settled = {"columns": said_columns(planned.asked.columns) or None}
     again = command_line("plan", add_arguments, arguments, settled, leave_out=("out", "explain"))
     ui.show_lines([f"\nagain: {again}"])
@@ -193,10 +231,21 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     return 0
 
 
-def _explained(planned: Planned) -> Explained:
+def _check_one_machine(arguments: argparse.Namespace) -> None:
+    """Raises InputError for several machines, or numbers of them, and several stages."""
+    for name in ("scale", "cluster", "interconnect", "num_machines"):
+        if getattr(arguments, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"`{flag}` with `--then` is not planned: stages are of one machine",
+                f"leave out `{flag}`, or plan each stage by itself",
+            )
+
+
+def _explained(planned: Planned, cluster: Cluster | None) -> Explained:
     from ftplan.launcher.plan_explained import explained
 
-    return explained(planned)
+    return explained(planned, cluster)
 
 
 def show_plan(ui: Ui, planned: Planned, explained: Explained | None = None) -> None:
