@@ -19,6 +19,7 @@ from ftplan.launcher.ui import facts, table
 from ftplan.planner.units import format_bytes
 
 _COLOURS = {
+    "pending": "cyan",
     "running": "cyan",
     "finished": "green",
     "interrupted": "yellow",
@@ -92,6 +93,7 @@ def run_facts(
     rows = [
         ("run", str(run.path)),
         ("state", f"{state}; {said_age(now - run.changed_at)} ago"),
+        *([("job", run.job)] if run.job else []),
         *([("why", printable(run.why))] if run.why else []),
         ("model", str(run.model)),
         ("device", str(record.get("device") or (plan.get("device") or {}).get("name", "?"))),
@@ -176,8 +178,10 @@ def commands(run: RunSummary, *, merges: bool) -> list[tuple[str, str]]:
 
 
 def _commands(run: RunSummary, path: str, merges: bool) -> Iterator[tuple[str, str]]:
-    if run.state == "running":
-        yield "watch it", f"ftplan runs show {path} --follow"
+    if run.state in ("running", "pending"):
+        if run.state == "running":
+            yield "watch it", f"ftplan runs show {path} --follow"
+        yield "end it", f"ftplan cancel {path}"
     elif run.state == "finished":
         if merges:
             yield "one model", f"ftplan merge {path}"
