@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from ftplan.launcher.run_dir import RunDir, open_run
 from ftplan.launcher.ui import Ui
 from ftplan.launcher.user_data import remember
 from ftplan.planner.errors import FtplanError
+
+# Such as `slurmstepd: error: Detected 1 oom_kill event in StepId=7.0`.
+_SLURM_SAID = re.compile(r"^(?:srun|slurmstepd[\w.-]*): (?:fatal|error): (.+)$", re.MULTILINE)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,10 +48,18 @@ def settle(ui: Ui, run: RunDir, status: int, log_start: int, *, asked: bool) -> 
         if asked:
             tell(run, stage="interrupted")
         else:
-            tell(run, stage="failed", error=failed(run, status, log_start).message)
+            error = failed(run, status, log_start).message
+            tell(run, stage="failed", error=said_by_slurm(run, log_start) or error)
     report_end(ui, run)
     if run.finished:
         remember(ui, run)
+
+
+def said_by_slurm(run: RunDir, log_start: int) -> str | None:
+    """Why Slurm itself ended training, or could not begin it; None where it did neither."""
+    log = run.stderr.read_bytes()[log_start:].decode(errors="replace")
+    said = [found for found in _SLURM_SAID.findall(log) if "Exited with exit code" not in found]
+    return f"training failed: {said[-1]}" if said else None
 
 
 if __name__ == "__main__":

@@ -216,7 +216,6 @@ def _given(value: str | None) -> str:
 
 def _directives(job: Job) -> dict[str, str | None]:
     """Options of `sbatch`; None: one without a value."""
-    grace = job.grace_seconds + _REQUEUE_SECONDS
     own: dict[str, str | None] = {
         "job-name": f"ftplan-{job.name}",
         "nodes": str(job.num_machines),
@@ -224,9 +223,9 @@ def _directives(job: Job) -> dict[str, str | None]:
         **({"gpus-per-node": str(job.gpus_per_machine)} if job.gpus_per_machine else {}),
         **({"cpus-per-task": str(job.cpus_per_machine)} if job.cpus_per_machine else {}),
         "mem": f"{math.ceil(job.host_ram_bytes * _MEMORY_ROOM / MIB)}M",
-        **({"time": time_limit(job.seconds, grace)} if job.seconds is not None else {}),
+        **({"time": time_limit(job.seconds, _notice(job))} if job.seconds is not None else {}),
         "requeue": None,
-        "signal": f"B:TERM@{grace}",
+        "signal": f"B:TERM@{_notice(job)}",
         "open-mode": "append",
         # A per cent sign would begin a pattern.
         "output": str(job.run.stdout).replace("%", "%%"),
@@ -242,10 +241,40 @@ def _directives(job: Job) -> dict[str, str | None]:
     return own | passed
 
 
-def time_limit(seconds: float, grace_seconds: int) -> str:
+def _notice(job: Job) -> int:
+    """Seconds before the time limit at which training is asked to end, of which it has all but what
+    Slurm needs to start the job again; of a short limit that was given, a quarter."""
+    notice = job.grace_seconds + _REQUEUE_SECONDS
+    limit = seconds_of(job.options["time"]) if "time" in job.options else None
+    return notice if limit is None else max(1, min(notice, limit // 4))
+
+
+def _grace(job: Job) -> int:
+    """What training has of it."""
+    whole = job.grace_seconds + _REQUEUE_SECONDS
+    return max(1, _notice(job) * job.grace_seconds // whole)
+
+
+def seconds_of(limit: str) -> int | None:
+    """Of a limit as `sbatch --time` takes it: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`;
+    None where it is none of them, as of `UNLIMITED`."""
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdecimal() for part in (*parts, days or "0")) or len(parts) > 3:
+        return None
+    numbers = [int(part) for part in parts]
+    if dash:
+        numbers += [0] * (3 - len(numbers))
+    elif len(numbers) < 3:
+        numbers = [0, *numbers, 0][:3] if len(numbers) == 1 else [0, *numbers]
+    hours, minutes, seconds = numbers
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def time_limit(seconds: float, notice_seconds: int) -> str:
     """`D-HH:MM:00`: what is predicted, half as much again, and half an hour for what is not
     training. A run that takes longer is started again and goes on."""
-    minutes = math.ceil((seconds * _ROOM + _ROOM_SECONDS + grace_seconds) / 60)
+    minutes = math.ceil((seconds * _ROOM + _ROOM_SECONDS + notice_seconds) / 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return f"{days}-{hours:02}:{minutes:02}:00"
@@ -254,7 +283,7 @@ def time_limit(seconds: float, grace_seconds: int) -> str:
 def _environment_lines(job: Job) -> list[str]:
     """torch's launcher kills what it has started half a minute after SIGTERM unless told
     otherwise (torch 2.13 `LaunchConfig.shutdown_timeout`)."""
-    grace = str(job.grace_seconds)
+    grace = str(_grace(job))
     variables = {
         **job.environment,
         GRACE_SECONDS: grace,
@@ -287,8 +316,13 @@ run={run}
 asked=0
 step=
 
-# A time limit or a preemption is near, or `ftplan cancel` asks: training saves a checkpoint.
-trap 'asked=1; [ -n "$step" ] && scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+running() {{ [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; }}
+finished() {{ [ -f "$run/{record}" ]; }}
+saved() {{ ls "$run/{checkpoints}" 2>/dev/null; }}
+
+# A time limit or a preemption is near, or `ftplan cancel` asks: training saves a checkpoint. Where
+# the job is being cancelled or requeued, Slurm has told it already.
+trap 'asked=1; [ -n "$step" ] && running && scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
 train() {{
     srun --kill-on-bad-exit=0 --wait={wait} \
@@ -304,22 +338,17 @@ train() {{
     step=
 }}
 
-finished() {{ [ -f "$run/{record}" ]; }}
-saved() {{ ls "$run/{checkpoints}" 2>/dev/null; }}
-
 finished && exit 0
 before=$(saved)
-log_start=$(stat --format=%s "$run/{stderr}")
+log_start=$(stat --format=%s "$run/{stderr}" 2>/dev/null || echo 0)
 train
 # Memory ran out on one of several GPUs: again, with what it has given up.
 while ! finished && [ $asked = 0 ] && grep -qs '"again": true' "$run/{status}"; do
     train
 done
 
-# Again after the time limit, if this time something was saved. A job that is being cancelled or
-# requeued already does not run any more.
-if ! finished && [ $asked = 1 ] && [ "$(saved)" != "$before" ] &&
-    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] &&
+# Again after the time limit, if this time something was saved.
+if ! finished && [ $asked = 1 ] && [ "$(saved)" != "$before" ] && running &&
     scontrol requeue "$SLURM_JOB_ID" 2>/dev/null; then
     sleep 60 # Slurm ends this script
 fi
