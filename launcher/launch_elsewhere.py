@@ -81,7 +81,8 @@ def launch_elsewhere(arguments: argparse.Namespace, ui: Ui) -> int:
         check_no_job(run)
         _job(arguments, run, run.read_plan())  # refused, if at all, before anything is moved
         with held(run.root):
-            kept = run.set_results_aside()
+            begun = run.status.exists() or run.metrics.exists()
+            kept = run.set_results_aside() if begun else None
         if kept is not None:
             ui.say(f"results of the earlier attempt are kept in {kept}")
         return _submit(arguments, ui, run)

@@ -119,10 +119,11 @@ def with_job(summary: RunSummary) -> RunSummary:
         return structs.replace(summary, state="pending")
     if state == "running":
         return structs.replace(summary, state="running", stage=summary.stage or "starting")
-    if state in ("failed", "cancelled") and summary.state in ("not started", "running", "stale"):
-        why = summary.why or f"{handed.said} is {state}: see {run.stderr}"
+    begun = summary.state in ("running", "stale")
+    if state == "failed" and (begun or summary.state == "not started"):
+        why = f"{handed.said} has failed: see {run.stderr}"
         return structs.replace(summary, state="failed", why=why)
-    return summary
+    return structs.replace(summary, state="interrupted") if begun and state in ENDED_STATES else summary
 
 
 def _is_seen_here(status: Mapping[str, Any]) -> bool:

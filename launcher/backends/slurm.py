@@ -177,10 +177,11 @@ def _client(*command: str) -> str:
             "look at `scontrol ping`, and try again",
         ) from None
     if done.returncode:
-        words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = "; ".join(words) or f"exit status {done.returncode}"
+        own = f"{command[0]}: error: "
+        words = [line.removeprefix(own).strip() for line in done.stderr.splitlines()]
+        said = "; ".join(filter(None, words)) or f"exit status {done.returncode}"
         raise _RefusedError(
-            f"`{command[0]}` refused: {said.removeprefix(f'{command[0]}: error: ')}",
+            f"`{command[0]}` refused: {said}",
             "options of the cluster are given with `--backend-option NAME=VALUE`, such as "
             "`partition=gpu` or `account=project`",
         )
