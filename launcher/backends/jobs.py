@@ -123,7 +123,11 @@ def with_job(summary: RunSummary) -> RunSummary:
     if state == "failed" and (begun or summary.state == "not started"):
         why = f"{handed.said} has failed: see {run.stderr}"
         return structs.replace(summary, state="failed", why=why)
-    return structs.replace(summary, state="interrupted") if begun and state in ENDED_STATES else summary
+    return (
+        structs.replace(summary, state="interrupted")
+        if begun and state in ENDED_STATES
+        else summary
+    )
 
 
 def _is_seen_here(status: Mapping[str, Any]) -> bool:

@@ -317,7 +317,12 @@ run={run}
 asked=0
 step=
 
-running() {{ [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; }}
+running() {{
+    case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) in
+    RUNNING | SIGNALING) ;; # the second while the warning of the time limit is on its way
+    *) false ;;
+    esac
+}}
 finished() {{ [ -f "$run/{record}" ]; }}
 saved() {{ ls "$run/{checkpoints}" 2>/dev/null; }}
 
