@@ -18,6 +18,7 @@ from ftplan.launcher.backends.jobs import (
     backend_of,
     check_no_job,
     hand_over,
+    options_before,
     options_of,
 )
 from ftplan.launcher.backends.making import job_of
@@ -79,20 +80,20 @@ def launch_elsewhere(arguments: argparse.Namespace, ui: Ui) -> int:
         if arguments.dry_run:
             return _show(arguments, ui, run, run.read_plan(), run.command.read_text())
         check_no_job(run)
-        _job(arguments, run, run.read_plan())  # refused, if at all, before anything is moved
+        job = _job(arguments, run, run.read_plan())  # refused, if at all, before anything is moved
         with held(run.root):
             begun = run.status.exists() or run.metrics.exists()
             kept = run.set_results_aside() if begun else None
         if kept is not None:
             ui.say(f"results of the earlier attempt are kept in {kept}")
-        return _submit(arguments, ui, run)
+        return _submit(arguments, ui, run, job)
     planned = planned_of_file(arguments, ui, read_plan_file(path))
     if arguments.dry_run:
         run = RunDir(arguments.runs_dir / (arguments.name or default_name(planned)))
         return _show(arguments, ui, run, plan_to_dict(planned), command_text(run, planned))
     run = write_run(planned, arguments.name, arguments.runs_dir)
     ui.say(f"run directory: {run.root}")
-    return _submit(arguments, ui, run)
+    return _submit(arguments, ui, run, _job(arguments, run, run.read_plan()))
 
 
 def resume_elsewhere(arguments: argparse.Namespace, ui: Ui) -> int:
@@ -107,9 +108,10 @@ def resume_elsewhere(arguments: argparse.Namespace, ui: Ui) -> int:
     if arguments.dry_run:
         return _show(arguments, ui, run, run.read_plan(), run.command.read_text())
     check_no_job(run)
+    job = _job(arguments, run, run.read_plan())
     with held(run.root):
         pass
-    return _submit(arguments, ui, run)
+    return _submit(arguments, ui, run, job)
 
 
 def planned_of_file(arguments: argparse.Namespace, ui: Ui, file: PlanFile) -> Planned:
@@ -159,16 +161,17 @@ def check_backend(arguments: argparse.Namespace) -> None:
 
 
 def _job(arguments: argparse.Namespace, run: RunDir, written: Mapping[str, Any]) -> Job:
-    """The job, which its engine can make files of."""
+    """The job, which its engine can make files of; with the options of the last time where they are
+    not given anew."""
     backend = backend_of(arguments.backend)
-    job = job_of(written, run, options_of(backend, arguments.backend_option))
+    given = options_of(backend, arguments.backend_option)
+    job = job_of(written, run, {**options_before(run, backend), **given})
     backend.files(job)
     return job
 
 
-def _submit(arguments: argparse.Namespace, ui: Ui, run: RunDir) -> int:
-    backend = backend_of(arguments.backend)
-    handed = hand_over(ui, backend, _job(arguments, run, run.read_plan()))
+def _submit(arguments: argparse.Namespace, ui: Ui, run: RunDir, job: Job) -> int:
+    handed = hand_over(ui, backend_of(arguments.backend), job)
     ui.json({"schema": 1, "run_dir": str(run.root), "job": structs.asdict(handed)})
     ui.show(f"submitted as {handed.said}")
     shown = shlex.quote(str(run.root))

@@ -177,7 +177,7 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = folder / name
         path.write_text(
             f'#!/bin/sh\necho "{name} $*" >> {folder}/called\n'
-            f"if [ -f {folder}/{name}.error ]; then /bin/cat {folder}/{name}.error >&2; exit 1; fi\n"
+            f"[ -f {folder}/{name}.error ] && /bin/cat {folder}/{name}.error >&2 && exit 1\n"
             f"/bin/cat {folder}/{name}.says 2>/dev/null; exit 0\n"
         )
         path.chmod(0o755)
@@ -206,8 +206,14 @@ def test_a_run_is_submitted_and_remembered(
     words = ("launch", run.root, "--backend", "slurm", "--backend-option", "partition=gpu")
     status, shown, _ = told(capsys, *words)
     assert status == 0 and shown["job"]["id"] == "4711"
-    assert called(clients) == [f"sbatch --parsable {run.root / 'slurm.sh'}"]
+    submitted = f"sbatch --parsable {run.root / 'slurm.sh'}"
+    assert called(clients) == [submitted]
     assert directives((run.root / "slurm.sh").read_text())["partition"] == "gpu"
+    (clients / "squeue.says").write_text("FAILED   0\n")
+    again = ("resume", run.root, "--backend", "slurm", "--backend-option", "qos=low")
+    assert told(capsys, *again)[0] == 0
+    asked = directives((run.root / "slurm.sh").read_text())
+    assert (asked["partition"], asked["qos"]) == ("gpu", "low")
     handed = handed_over(run)
     assert handed and (handed.said, handed.files) == ("slurm job 4711", ("slurm.sh",))
 

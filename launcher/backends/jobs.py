@@ -21,12 +21,14 @@ LOCAL = "local"
 
 
 class HandedOver(Struct, frozen=True, kw_only=True):
-    """What job.json says. `backend`: a name of BACKENDS. `files`: those that the engine reads."""
+    """What job.json says. `backend`: a name of BACKENDS. `files`: those that the engine reads.
+    `options`: of the engine, as given."""
 
     backend: str
     id: str
     submitted_at: str
     files: tuple[str, ...] = ()
+    options: dict[str, str] = {}
 
     @property
     def said(self) -> str:
@@ -54,6 +56,12 @@ def options_of(backend: Backend, given: list[str]) -> dict[str, str]:
     return options
 
 
+def options_before(run: RunDir, backend: Backend) -> dict[str, str]:
+    """With which the run was handed to this engine the last time."""
+    handed = handed_over(run)
+    return handed.options if handed is not None and handed.backend == backend.name else {}
+
+
 def hand_over(ui: Ui, backend: Backend, job: Job) -> HandedOver:
     """Submit the job and remember it in the run directory. Raises InputError where the engine's
     client is missing or refuses."""
@@ -63,6 +71,7 @@ def hand_over(ui: Ui, backend: Backend, job: Job) -> HandedOver:
         id=job_id,
         submitted_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         files=tuple(backend.files(job)),
+        options=dict(job.options),
     )
     write_json(job.run.job, {"schema": 1, **structs.asdict(handed)})
     return handed
@@ -79,8 +88,9 @@ def handed_over(run: RunDir) -> HandedOver | None:
             id=str(told["id"]),
             submitted_at=str(told["submitted_at"]),
             files=tuple(told.get("files", ())),
+            options=dict(told.get("options", {})),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"`{run.job}` is damaged: it lacks {error}", "remove it") from error
 
 

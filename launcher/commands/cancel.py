@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftplan.launcher import processes
+from msgspec import structs
+
+from ftplan.launcher import processes, runs_views
 from ftplan.launcher.backends.job import ENDED_STATES
 from ftplan.launcher.backends.jobs import HandedOver, backend_of, handed_over, job_state
 from ftplan.launcher.live import newest_checkpoint
@@ -56,12 +57,16 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
             "checkpoint": checkpoint,
         }
     )
-    shown_path = shlex.quote(str(path))
-    if checkpoint:
-        ui.show_lines([f"{checkpoint} is saved", f"go on  ftplan resume {shown_path}"])
-    else:
-        ui.show_lines(["there is no checkpoint", f"from the start  ftplan launch {shown_path}"])
+    again = runs_views.go_on(
+        structs.replace(shown, job=handed and handed.said, checkpoint=checkpoint)
+    )
+    ui.show_lines([_left(checkpoint, ended=ended), *(f"{what}  {line}" for what, line in again)])
     return 0
+
+
+def _left(checkpoint: str | None, *, ended: bool) -> str:
+    so_far = "" if ended else " so far"
+    return f"{checkpoint} is saved{so_far}" if checkpoint else f"there is no checkpoint{so_far}"
 
 
 def _told_of_job(ui: Ui, handed: HandedOver, state: str) -> bool:
