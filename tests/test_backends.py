@@ -204,6 +204,7 @@ def test_a_run_is_submitted_and_remembered(
 ) -> None:
     run = write_plan(tmp_path / "runs" / "one")
     words = ("launch", run.root, "--backend", "slurm", "--backend-option", "partition=gpu")
+    words += ("--backend-option", "begin=now+1hour")
     status, shown, _ = told(capsys, *words)
     assert status == 0 and shown["job"]["id"] == "4711"
     submitted = f"sbatch --parsable {run.root / 'slurm.sh'}"
@@ -213,7 +214,7 @@ def test_a_run_is_submitted_and_remembered(
     again = ("resume", run.root, "--backend", "slurm", "--backend-option", "qos=low")
     assert told(capsys, *again)[0] == 0
     asked = directives((run.root / "slurm.sh").read_text())
-    assert (asked["partition"], asked["qos"]) == ("gpu", "low")
+    assert (asked["partition"], asked["qos"]) == ("gpu", "low") and "begin" not in asked
     handed = handed_over(run)
     assert handed and (handed.said, handed.files) == ("slurm job 4711", ("slurm.sh",))
 

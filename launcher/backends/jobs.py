@@ -57,9 +57,12 @@ def options_of(backend: Backend, given: list[str]) -> dict[str, str]:
 
 
 def options_before(run: RunDir, backend: Backend) -> dict[str, str]:
-    """With which the run was handed to this engine the last time."""
+    """With which the run was handed to this engine the last time, but for those of that time."""
     handed = handed_over(run)
-    return handed.options if handed is not None and handed.backend == backend.name else {}
+    if handed is None or handed.backend != backend.name:
+        return {}
+    once = getattr(backend, "once", ())
+    return {name: value for name, value in handed.options.items() if name not in once}
 
 
 def hand_over(ui: Ui, backend: Backend, job: Job) -> HandedOver:

@@ -99,9 +99,11 @@ _STATES: dict[str, JobState] = {
 
 
 class Backend:
-    """By `sbatch`, `squeue`, `sacct`, `scontrol` and `scancel`."""
+    """By `sbatch`, `squeue`, `sacct`, `scontrol` and `scancel`. `once`: options that are not meant
+    for the next time, too."""
 
     name = "slurm"
+    once = ("begin", "dependency")
     options: Mapping[str, str] = {
         **_PASSED,
         _SETUP: "a line of shell before training, such as `module load cuda`",
