@@ -13,7 +13,7 @@ import yaml
 from msgspec import structs
 
 from ftplan.launcher import cli
-from ftplan.launcher.backends import slurm
+from ftplan.launcher.backends import BACKENDS, slurm
 from ftplan.launcher.backends.ended import said_by_slurm
 from ftplan.launcher.backends.job import Job, shell_line
 from ftplan.launcher.backends.jobs import handed_over
@@ -406,3 +406,10 @@ def test_an_unfilled_job_is_the_engine_s_to_fill(tmp_path: Path) -> None:
     made = structs.replace(job(write_plan(tmp_path / "run")), cpus_per_machine=None, seconds=None)
     asked = directives(slurm.script(made))
     assert "cpus-per-task" not in asked and "time" not in asked
+
+
+def test_every_engine_is_listed() -> None:
+    modules = Path(slurm.__file__).parent.glob("*.py")
+    engines = {path.stem for path in modules if "\nclass Backend:" in path.read_text()}
+    assert engines <= set(BACKENDS)
+    assert BACKENDS["slurm"] == slurm.__name__
