@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "auto": "plan, show, launch, report",
     "launch": "start or repeat the run of a run directory",
     "resume": "go on with an interrupted run",
+    "cancel": "end a run that goes on, with a checkpoint",
     "runs": "the runs of a folder and their states; one of them, also while it goes on",
     "report": "the report of a run, finished or not, as one page",
     "merge": "a run's adapter in the weights of its base model",

@@ -262,7 +262,13 @@ def launch_command(
 def environment_changes(
     devices: Sequence[Device], plan: TrainingPlan, num_cores: int
 ) -> dict[str, str]:
-    """What the child's environment has on top of the parent's, to run on these devices.
+    """What the child's environment has on top of the parent's, to run on these devices."""
+    changed = engine_environment(devices[0].kind, num_cores // plan.num_gpus)
+    return changed | (_only(devices) if devices[0].kind == "cuda" else {})
+
+
+def engine_environment(kind: DeviceKind, num_threads: int) -> dict[str, str]:
+    """The same where an engine gives each process its devices.
 
     PYTHONSAFEPATH keeps a `torch.py` in the user's folder from replacing torch. accelerate
     would set one thread a process unless OMP_NUM_THREADS says otherwise.
@@ -273,15 +279,11 @@ def environment_changes(
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": str(max(1, num_cores // plan.num_gpus)),
+        "OMP_NUM_THREADS": str(max(1, num_threads)),
     }
-    if devices[0].kind == "cuda":
-        changed["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-        changed.update(_only(devices))
-    else:
-        changed["CUDA_VISIBLE_DEVICES"] = ""
-        changed.update(CPU_THREADS)
-    return changed
+    if kind == "cuda":
+        return changed | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    return changed | {"CUDA_VISIBLE_DEVICES": "", **CPU_THREADS}
 
 
 def _only(devices: Sequence[Device]) -> dict[str, str]:

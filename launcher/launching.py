@@ -15,6 +15,7 @@ from typing import Any
 from msgspec import structs
 
 from ftplan.launcher import emit, remote_code
+from ftplan.launcher.backends.jobs import check_no_job
 from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.overlong import Fate
 from ftplan.launcher.data.profiling import (
@@ -99,7 +100,7 @@ def default_name(planned: Planned) -> str:
 
 
 def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> None:
-    plan, team, device = planned.chosen.plan, planned.chosen.team, planned.device
+    plan, device = planned.chosen.plan, planned.device
     model = planned.source
     assert planned.hashes and planned.tokenizer, "what is launched has a tokenizer"
     tasks = tasks_of(planned.data, planned.eval_data)
@@ -129,7 +130,7 @@ def _write_files(run: RunDir, planned: Planned, of_stage: Mapping[str, Any]) -> 
     profile = profile_to_dict(planned.profile, model.spec, plan.max_length)
     write_json(run.data_profile, profile)
     _write_left_out(run, planned)
-    write_text(run.command, _command_text(run, team.members or (team.device,), plan))
+    write_text(run.command, command_text(run, planned))
     # Last: a directory without its plan is not a run directory.
     write_yaml(run.plan, plan_to_dict(planned), "What was planned, and why.")
 
@@ -201,7 +202,10 @@ def _left_out_of(data: DataFile, *fates: Fate) -> list[dict[str, Any]]:
     ]
 
 
-def _command_text(run: RunDir, devices: Sequence[Device], plan: TrainingPlan) -> str:
+def command_text(run: RunDir, planned: Planned) -> str:
+    """What command.txt holds: the run as a line for a shell."""
+    plan, team = planned.chosen.plan, planned.chosen.team
+    devices = team.members or (team.device,)
     settings = emit.environment_changes(devices, plan, usable_cores())
     return emit.shell_line(emit.launch_command(run), settings) + "\n"
 
@@ -286,6 +290,7 @@ def carry_out(
     already.
     """
     require_training()
+    check_no_job(run)
     model = Path(read_mapping(run.train).get("model", ""))
     if (model / "config.json").is_file():
         remote_code.check(source_from_folder(model, any_architecture=True))

@@ -26,13 +26,16 @@ _DATA_FIELDS = ("paths", "eval_paths", "columns", "strict", "test_share", "sha25
 
 
 class PlanFile(Struct, frozen=True, kw_only=True):
-    """What a plan file says. `reasons`: of settings that stand there with one."""
+    """What a plan file says. `reasons`: of settings that stand there with one. `device` and
+    `free_bytes`: what it was planned for, and the memory that was free on it."""
 
     model: str
     asked: DataAsked
     sha256: str | None
     settings: Mapping[str, Any]
     reasons: Mapping[str, Reason]
+    device: str = ""
+    free_bytes: int | None = None
 
     def with_reasons(self, planned: Planned) -> Planned:
         """The plan that came of the file, its reasons those of the file where they were kept."""
@@ -111,7 +114,15 @@ def read_plan_file(path: Path) -> PlanFile:
         sha256=data.get("sha256"),
         settings=settings,
         reasons=reasons,
+        **_device_part(path, raw.get("device") or {}),
     )
+
+
+def _device_part(path: Path, device: Any) -> dict[str, Any]:
+    free = device.get("free_bytes") if isinstance(device, Mapping) else "?"
+    if free is not None and not isinstance(free, int):
+        raise InputError(f"`{path}`: `device` has a `name` and a number of `free_bytes`")
+    return {"device": str(device.get("name", "")), "free_bytes": free}
 
 
 def checked_model(path: Path, raw: Mapping[str, Any]) -> str:

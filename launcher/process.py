@@ -85,7 +85,7 @@ def run_to_end(
     run.status.unlink(missing_ok=True)
     forget_stacks(run)
     kills_before = oom_kills()
-    _tell(run, stage="starting", launcher=named_process())
+    tell(run, stage="starting", launcher=named_process())
     log_start = run.stderr.stat().st_size if run.stderr.exists() else 0
     with _signals_as_request() as request, run.stdout.open("a") as out, run.stderr.open("a") as err:
         child = subprocess.Popen(
@@ -106,14 +106,14 @@ def run_to_end(
     if child.returncode == 0 and run.finished:
         return
     if request.wanted or run.read_status().get("stage") == "interrupted":
-        _tell(run, stage="interrupted")
+        tell(run, stage="interrupted")
         raise interrupted(run, request.number)
     error = failed(run, child.returncode, log_start, kills_before)
-    _tell(run, stage="failed", error=error.message)
+    tell(run, stage="failed", error=error.message)
     raise error
 
 
-def _tell(run: RunDir, **told: Any) -> None:
+def tell(run: RunDir, **told: Any) -> None:
     """Add to status.json, for those who watch from elsewhere; a full disk must not end the run."""
     with contextlib.suppress(OSError):
         write_json(run.status, {**run.read_status(), **told})

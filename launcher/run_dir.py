@@ -183,6 +183,11 @@ class RunDir(Struct, frozen=True):
         return self.root / LOCK_NAME
 
     @property
+    def job(self) -> Path:
+        """What the run was handed to, where that is an engine."""
+        return self.root / "job.json"
+
+    @property
     def previous(self) -> Path:
         """Results of earlier attempts in this directory, numbered."""
         return self.root / "previous"

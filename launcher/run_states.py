@@ -21,7 +21,9 @@ from ftplan.launcher.run_dir import RunDir, open_run, parsed_row
 from ftplan.launcher.stages_dir import StagesDir, is_stages_dir
 from ftplan.planner.errors import InputError, UnknownNameError
 
-State = Literal["running", "finished", "interrupted", "failed", "stale", "not started", "damaged"]
+State = Literal[
+    "pending", "running", "finished", "interrupted", "failed", "stale", "not started", "damaged"
+]  # fmt: skip
 
 # A process of another machine cannot be asked; its files tell of it at every step.
 QUIET_SECONDS = 30 * 60
@@ -37,7 +39,7 @@ class RunSummary(Struct, frozen=True, kw_only=True):
     """One run, or several stages, as `ftplan runs` lists it. None: the files do not tell.
 
     `stage`: what it does now, or was doing; `why`: of one that failed or is damaged; `changed_at`:
-    seconds since 1970, when its files last changed.
+    seconds since 1970, when its files last changed. `job`: of the engine that it was handed to.
     """
 
     name: str
@@ -54,6 +56,7 @@ class RunSummary(Struct, frozen=True, kw_only=True):
     changed_at: float = 0.0
     size_bytes: int = 0
     stages: tuple[RunSummary, ...] = ()
+    job: str | None = None
 
 
 def state_of(stage: str | None, *, finished: bool, alive: bool) -> State:

@@ -19,6 +19,7 @@ from ftplan.launcher.ui import facts, table
 from ftplan.planner.units import format_bytes
 
 _COLOURS = {
+    "pending": "cyan",
     "running": "cyan",
     "finished": "green",
     "interrupted": "yellow",
@@ -92,6 +93,7 @@ def run_facts(
     rows = [
         ("run", str(run.path)),
         ("state", f"{state}; {said_age(now - run.changed_at)} ago"),
+        *([("job", run.job)] if run.job else []),
         *([("why", printable(run.why))] if run.why else []),
         ("model", str(run.model)),
         ("device", str(record.get("device") or (plan.get("device") or {}).get("name", "?"))),
@@ -175,16 +177,25 @@ def commands(run: RunSummary, *, merges: bool) -> list[tuple[str, str]]:
     return list(_commands(run, shlex.quote(str(run.path)), merges))
 
 
+def go_on(run: RunSummary) -> list[tuple[str, str]]:
+    """The commands that carry on a run which has ended too early: where it was carried out."""
+    words = shlex.quote(str(run.path))
+    words += f" --backend {run.job.split()[0]}" if run.job else ""
+    from_the_start = ("from the start", f"ftplan launch {words}")
+    resumes = run.checkpoint or run.stages
+    return [*([("go on", f"ftplan resume {words}")] if resumes else []), from_the_start]
+
+
 def _commands(run: RunSummary, path: str, merges: bool) -> Iterator[tuple[str, str]]:
-    if run.state == "running":
-        yield "watch it", f"ftplan runs show {path} --follow"
+    if run.state in ("running", "pending"):
+        if run.state == "running":
+            yield "watch it", f"ftplan runs show {path} --follow"
+        yield "end it", f"ftplan cancel {path}"
     elif run.state == "finished":
         if merges:
             yield "one model", f"ftplan merge {path}"
         yield "again", f"ftplan launch {path}"
     else:
-        if run.checkpoint or run.stages:
-            yield "go on", f"ftplan resume {path}"
-        yield "from the start", f"ftplan launch {path}"
+        yield from go_on(run)
     if run.step is not None or run.stages:
         yield "report", f"ftplan report {path}"

@@ -8,6 +8,7 @@ started again after memory ran out on one of several GPUs.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -59,5 +60,7 @@ def mask_output() -> None:
 
 
 if __name__ == "__main__":
+    # A batch script may shield what starts this process from SIGTERM; training heeds it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     mask_output()
     sys.exit(main())

@@ -13,6 +13,7 @@ from ftplan.planner.peft_options import read_options
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.refused_steps import REFUSED_STEPS
 from ftplan.planner.trained import LM_HEAD, routers_taken_for_linear
+from ftplan.planner.units import format_bytes
 
 # FlashAttention-2's README: Ampere, Ada or Hopper GPUs.
 _FLASH_ATTENTION_CAPABILITY = (8, 0)
@@ -385,8 +386,8 @@ COMBINATIONS: tuple[Combination, ...] = (
             and a.plan.quantization != "none"
         ),
         text=lambda a: (
-            f"each of the {a.plan.gpus_per_machine} processes loads the whole quantized base into the "
-            "host's memory before it is divided"
+            f"each of the {a.plan.gpus_per_machine} processes loads the whole quantized base into "
+            "the host's memory before it is divided"
         ),
         way_out=lambda a: "an unquantized base is loaded by one of them",
         source="transformers 5.23, modeling_utils.py; axolotl issue 1717",

@@ -82,6 +82,7 @@ class TestNames:
             "data_profile": "data_profile.json",
             "left_out": "left_out.jsonl",
             "lock": "run.lock",
+            "job": "job.json",
             "data": "data",
             "metrics": "metrics.jsonl",
             "samples": "samples.jsonl",

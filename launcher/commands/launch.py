@@ -12,11 +12,15 @@ from ftplan.launcher.commands.plan import (
     planned_to_dict,
     show_plan,
 )
+from ftplan.launcher.launch_elsewhere import (
+    add_backend_arguments,
+    is_elsewhere,
+    launch_elsewhere,
+    planned_of_file,
+)
 from ftplan.launcher.launching import carry_out, write_run
 from ftplan.launcher.other_num_gpus import add_num_gpus_argument, check_one_run
-from ftplan.launcher.packages import require_training
 from ftplan.launcher.plan_file import read_plan_file
-from ftplan.launcher.planning import make_plan
 from ftplan.launcher.remote_code import add_trust_argument
 from ftplan.launcher.run_dir import open_run
 from ftplan.launcher.stage_commands import run_again, run_stage_file
@@ -24,7 +28,6 @@ from ftplan.launcher.stage_file import is_stage_file
 from ftplan.launcher.stage_runs import check_whole
 from ftplan.launcher.stages_dir import is_stages_dir
 from ftplan.launcher.ui import Ui
-from ftplan.planner.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_num_gpus_argument(parser)
     add_cpu_argument(parser)
     add_calibration_argument(parser)
+    add_backend_arguments(parser)
     add_trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     check_one_run(arguments.run, arguments.num_gpus)
+    if is_elsewhere(arguments):
+        return launch_elsewhere(arguments, ui)
     if arguments.run.is_file():
         if is_stage_file(arguments.run):
             return run_stage_file(arguments, ui)
@@ -57,27 +63,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
 
 
 def _launch_plan_file(arguments: argparse.Namespace, ui: Ui) -> int:
-    """A run as the file says, planned again for this machine: memory and time are this machine's,
-    settings the file's."""
-    require_training()
-    file = read_plan_file(arguments.run)
-    planned = make_plan(
-        ui,
-        asked=file.asked,
-        model_name=file.model,
-        named_device=None,
-        given=file.settings,
-        runs_dir=arguments.runs_dir,
-        for_launch=True,
-        calibrate=arguments.calibration,
-        on_processor=arguments.cpu,
-    )
-    if file.sha256 and planned.data.sha256 != file.sha256:
-        raise InputError(
-            f"the data of `{arguments.run}` has changed since it was planned",
-            "plan again with `ftplan plan DATA --out FILE`, or take `sha256` out of the file",
-        )
-    planned = file.with_reasons(planned)
+    planned = planned_of_file(arguments, ui, read_plan_file(arguments.run))
     show_plan(ui, planned)
     run_dir = write_run(planned, arguments.name, arguments.runs_dir)
     ui.say(f"run directory: {run_dir.root}")

@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ftplan.launcher.launch_elsewhere import (
+    add_backend_arguments,
+    is_elsewhere,
+    resume_elsewhere,
+)
 from ftplan.launcher.launching import carry_out
 from ftplan.launcher.other_num_gpus import add_num_gpus_argument, check_one_run
 from ftplan.launcher.remote_code import add_trust_argument
@@ -19,11 +24,14 @@ from ftplan.planner.errors import InputError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="an interrupted run")
     add_num_gpus_argument(parser)
+    add_backend_arguments(parser)
     add_trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace, ui: Ui) -> int:
     check_one_run(arguments.run_dir, arguments.num_gpus)
+    if is_elsewhere(arguments):
+        return resume_elsewhere(arguments, ui)
     if is_stages_dir(arguments.run_dir):
         return run_rest(arguments.run_dir, ui)
     check_whole(arguments.run_dir)

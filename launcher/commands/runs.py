@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from ftplan.launcher import runs_views
+from ftplan.launcher.backends.jobs import with_job
 from ftplan.launcher.run_dir import RunDir, open_run
 from ftplan.launcher.run_states import RunSummary, find_run, runs_in, summary_of
 from ftplan.launcher.ui import Ui
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
 
 
 def _list(runs_dir: Path, ui: Ui) -> int:
-    runs = runs_in(runs_dir)
+    runs = [with_job(one) for one in runs_in(runs_dir)]
     ui.json({"schema": 1, "runs_dir": str(runs_dir), "runs": [_to_dict(one) for one in runs]})
     if runs:
         ui.show(runs_views.runs_table(runs, time.time()))
@@ -70,7 +71,7 @@ def _chosen(arguments: argparse.Namespace) -> Path:
 
 
 def _show(path: Path, ui: Ui) -> int:
-    shown = summary_of(path)
+    shown = with_job(summary_of(path))
     if shown.state == "damaged":
         raise InputError(f"`{path}` is damaged: {shown.why}", "plan again with `ftplan auto`")
     if shown.stages:
@@ -161,5 +162,6 @@ def _to_dict(one: RunSummary) -> dict[str, Any]:
         "checkpoint": one.checkpoint,
         "changed_at": datetime.fromtimestamp(one.changed_at, UTC).isoformat(timespec="seconds"),
         "size_bytes": one.size_bytes,
+        "job": one.job,
         "stages": [_to_dict(part) for part in one.stages],
     }

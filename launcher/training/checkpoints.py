@@ -20,6 +20,7 @@ import torch
 from msgspec import Struct
 
 from ftplan.launcher import metrics_file
+from ftplan.launcher.backends.job import GRACE_SECONDS as GRACE_VARIABLE
 from ftplan.launcher.disk_full import free_bytes, is_disk_full
 from ftplan.launcher.manifest import seal, sync_folder, total_bytes
 from ftplan.launcher.run_dir import CHECKPOINT_PREFIX, RunDir
@@ -37,7 +38,6 @@ _OVERHEAD = 1.02
 # What Slurm (`KillWait`) and Kubernetes (`terminationGracePeriodSeconds`) leave between SIGTERM and
 # SIGKILL unless told otherwise.
 GRACE_SECONDS = 30.0
-GRACE_VARIABLE = "FTPLAN_GRACE_SECONDS"
 
 Tell = Callable[[str], None]
 
