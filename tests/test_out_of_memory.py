@@ -467,7 +467,9 @@ def test_two_ranks_agree_on_what_is_given_up(
     assert loop.train(alone, resume=False) == 0
     run = make_run(gradient_accumulation_steps=1)
 
-    def two_ranks(run: RunDir, checkpoint: Path | None, *, again: bool = False, **_: bool) -> list[str]:
+    def two_ranks(
+        run: RunDir, checkpoint: Path | None, *, again: bool = False, **_: bool
+    ) -> list[str]:
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
         module = ("-m", "tests.broken_rank", str(tmp_path / "failed"), str(run.root))
         return [sys.executable, *launcher, *module, *(["--resume"] if again else [])]
