@@ -20,9 +20,9 @@ _TIMEOUT_SECONDS = 1800.0
 _SHOWN_CHARACTERS = 400
 
 
-def call(command: Sequence[str], *, install: str) -> str:
+def call(command: Sequence[str], *, install: str, advice: str = "") -> str:
     """What the client prints. Raises InputError where it is not installed, with how to `install`
-    it, or refuses, with what it says."""
+    it, or refuses, with what it says and the `advice`."""
     if shutil.which(command[0]) is None:
         raise InputError(f"`{command[0]}` is not installed here", install)
     try:
@@ -40,7 +40,7 @@ def call(command: Sequence[str], *, install: str) -> str:
         said = " ".join((done.stderr.strip() or done.stdout.strip()).split())
         raise InputError(
             f"`{shlex.join(command[:3])}` failed: {said[-_SHOWN_CHARACTERS:] or done.returncode}",
-            f"try it yourself: `{shlex.join(command)}`",
+            advice or f"try it yourself: `{shlex.join(command)}`",
         )
     return done.stdout
 

@@ -1,10 +1,10 @@
 """Kubernetes: a TrainJob of Kubeflow Trainer 2.2 or later (docs/engines.md).
 
 The Torch plugin of Kubeflow Trainer tells each pod its number and the first pod's address in PET_
-variables, which torchrun takes for the defaults of its own options. accelerate sets all of those
-itself, from its configuration and its command line (accelerate 1.15, `prepare_multi_gpu_env`), so
-that PET_ variables alone would leave each pod on its own. They are handed to accelerate's options
-instead.
+variables, which torchrun takes for the defaults of its own options. accelerate sets all of them
+itself once its command line names several machines (accelerate 1.15, `prepare_multi_gpu_env`).
+Without, it sets the number of processes alone, and each machine would start those of all. So the
+variables are handed to accelerate's options.
 
 The run directory is on a claim that pods mount at the path that it has here.
 """
@@ -81,7 +81,8 @@ class Backend:
             write_text(job.run.root / name, text)
         for path in _elsewhere(job):
             ui.warn(f"`{path}` is not on the claim: the image must have it at that path")
-        client.call(_create(job), install=INSTALL)
+        again = f"a job of that name goes first: `ftplan cancel {job.run.root}`"
+        client.call(_create(job), install=INSTALL, advice=again)
         return _job_id(job)
 
     def state(self, job_id: str) -> JobState:
