@@ -197,7 +197,7 @@ def test_pet_variables_alone_would_give_accelerate_the_processes_of_all_machines
         return str(found.nnodes), str(found.nproc_per_node), int(found.node_rank), address
 
     # Half from each: 32 processes for 16 GPUs.
-    assert world("--main_process_port", "0")[:2] == ("2", "16")
+    assert world("--num_machines", "1", "--main_process_port", "0")[:2] == ("2", "16")
     options = ["--num_machines", "2", "--machine_rank", "1"]
     together = world(*options, "--main_process_ip", "first", "--main_process_port", "29400")
     assert together[:3] == ("2", "8", 1) and "first" in together[3]
