@@ -37,6 +37,9 @@ from ftplan.planner.errors import FtplanError, InputError
 
 _OWN_VARIABLE = re.compile(r"\$(FTPLAN_[A-Z_]+)")
 
+# Copies of the weights in other formats, pickles among them, which training refuses.
+_NOT_FETCHED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+
 # Other machines look this often, and this long, for what the first one brings.
 _LOOK_SECONDS = 0.5
 _BRINGING_SECONDS = 600.0
@@ -155,7 +158,9 @@ def fetch_models(ui: Ui, run: RunDir) -> None:
         cache = folder.parents[2]
         make_folder(cache)
         ui.say(f"fetching {hub_id} ...")
-        snapshot_download(hub_id, revision=revision, cache_dir=cache)
+        snapshot_download(
+            hub_id, revision=revision, cache_dir=cache, ignore_patterns=list(_NOT_FETCHED)
+        )
 
 
 def make_folder(path: Path) -> None:
