@@ -56,6 +56,26 @@ def run_directory(root: Path, model: str, files: list[str] | None = None) -> Run
     return run
 
 
+# Notes what each machine was told of the others.
+NOTING = (
+    "import os, pathlib, sys; pathlib.Path(sys.argv[1]).with_suffix('.' + sys.argv[2])"
+    ".write_text(' '.join([*sys.argv[2:], os.environ['OMP_NUM_THREADS']]))"
+)
+
+
+def noting(target: Path) -> tuple[str, ...]:
+    """A command in the place of accelerate's launcher: it writes to `target`.RANK."""
+    names = ("MACHINE_RANK", "NUM_MACHINES", "MAIN_ADDRESS", "MAIN_PORT")
+    return ("python", "-c", NOTING, str(target), *(f"$FTPLAN_{name}" for name in names))
+
+
+def wrapper(path: Path) -> None:
+    """This Python under another name."""
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+
+
 class StandIn:
     """A client on PATH that notes its arguments and answers as it is told."""
 

@@ -4,7 +4,9 @@ makes of the variables that pods are given."""
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ftplan.launcher.backends import k8s
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.planner.units import MIB
-from tests.engine_jobs import StandIn, job, run_directory
+from tests.engine_jobs import StandIn, job, noting, run_directory, wrapper
 
 GIVEN = {"claim": "runs", "image": "registry.example/ftplan:1"}
 KINDS = {"TrainJob": TrainerV1alpha1TrainJob, "TrainingRuntime": TrainerV1alpha1TrainingRuntime}
@@ -172,6 +174,22 @@ def test_pods_find_each_other_by_what_the_torch_plugin_sets(tmp_path: Path) -> N
     assert "$(" not in "\n".join(lines)
     words = shlex.split(lines[-1])
     assert words[0] == "exec" and str(tmp_path / "it's") in words
+
+
+def test_the_containers_command_runs_with_what_the_plugin_sets(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    run = run_directory(tmp_path / "it's" / "one", str(tmp_path / "model"))
+    python, noted = tmp_path / "it's" / "bin" / "python", tmp_path / "told"
+    wrapper(python)
+    command = (str(python), *noting(noted)[1:])
+    options = {"claim": "runs", "mount-path": str(tmp_path / "it's")}
+    (found,) = documents(run.root, options, command=command, environment={"OMP_NUM_THREADS": "4"})
+    trainer = found["spec"]["trainer"]
+    told = {"NODE_RANK": "1", "NNODES": "2", "MASTER_ADDR": "one-node-0-0.one"}
+    environ = {**os.environ, **{f"PET_{name}": value for name, value in told.items()}}
+    environ |= {"PET_MASTER_PORT": "29400"} | {e["name"]: e["value"] for e in trainer["env"]}
+    subprocess.run([*trainer["command"], *trainer["args"]], env=environ, check=True, timeout=60)
+    assert noted.with_suffix(".1").read_text() == "1 2 one-node-0-0.one 29400 4"
 
 
 @pytest.mark.train

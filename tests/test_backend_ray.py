@@ -120,6 +120,21 @@ def test_all_machines_begin_again_after_a_failure(
     assert len(attempts) == left
 
 
+def test_a_cluster_without_such_machines_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 8.0}},
+        {"Alive": True, "Resources": {"CPU": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}},
+    ]
+    asked = on_ray.Parts(root="", num_machines=2, resources={"GPU": 8, "CPU": 4}, arguments=())
+    on_ray._tell_the_wait(Ui(), asked, nodes)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "waiting for 2 machines with GPU 8, CPU 4 each" in said
+    assert "1 of this cluster's 2 machines have that much" in said
+    on_ray._tell_the_wait(Ui(), asked, [nodes[0]] * 2)
+    assert "warning" not in capsys.readouterr().err
+
+
 class FakeRay:
     """Tasks are names; each ends after so many looks with its status, or when it is cancelled."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
 from ftplan.profiles import gpu_catalog, sky_accelerators
-from tests.engine_jobs import StandIn, job, run_directory
+from tests.engine_jobs import StandIn, job, noting, run_directory, wrapper
 
 SCHEMA = json.loads(Path(__file__).with_name("engines").joinpath("skypilot.json").read_text())
 VOLUME = {"volume": "runs"}
@@ -98,6 +100,13 @@ def test_what_cannot_be_is_refused_with_the_way_out(
     assert "hf_abc" not in f"{raised.value.message} {raised.value.hint}"
 
 
+def test_what_only_the_run_directory_names_is_said_before_it_is_written(tmp_path: Path) -> None:
+    wanted = job(tmp_path / "run", sky.Backend(), VOLUME)
+    assert "also gets the model's folder" in sky.Backend().files(wanted)[sky.TASK]
+    run_directory(tmp_path / "run", "/models/own")
+    assert "also gets the model's folder" not in sky.Backend().files(wanted)[sky.TASK]
+
+
 def test_a_models_folder_and_large_data_go_along_and_the_hubs_models_do_not(
     tmp_path: Path,
 ) -> None:
@@ -118,6 +127,22 @@ def test_every_machine_knows_the_first_ones_address_and_its_own_number(tmp_path:
     assert words[:3] == ["exec", "~/ftplan-venv/bin/python", "-m"]
     assert words[4:7] == [str(tmp_path / "it's"), "--inputs", "$inputs"]
     assert "$FTPLAN_MACHINE_RANK" in words and words[-1] == "--resume"
+
+
+def test_the_task_runs_on_machines_that_have_nothing_but_the_inputs(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    wrapper(home / "ftplan-venv" / "bin" / "python")
+    (tmp_path / "model").mkdir()
+    run_directory(home / "ftplan-inputs", str(tmp_path / "model"))
+    kept, noted = tmp_path / "kept it's" / "one", tmp_path / "told"
+    found = task(kept, command=noting(noted), environment={"OMP_NUM_THREADS": "4"})
+    for rank in "01":
+        told = {"SKYPILOT_NODE_RANK": rank, "SKYPILOT_NUM_NODES": "2"}
+        told |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "HOME": str(home)}
+        environ = {**os.environ, **found["envs"], **told}
+        subprocess.run(["bash", "-c", found["run"]], env=environ, check=True, timeout=60)
+        assert noted.with_suffix(f".{rank}").read_text() == f"{rank} 2 10.0.0.1 29500 4"
+    assert RunDir(kept).plan.is_file()
 
 
 @pytest.mark.parametrize(

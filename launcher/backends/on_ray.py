@@ -114,7 +114,7 @@ def _attempt(ui: Ui, parts: Parts, stop: _Stop) -> int:
     group = placement_group([dict(parts.resources)] * parts.num_machines, strategy="STRICT_SPREAD")
     try:
         ready = group.ready()
-        ui.say(f"waiting for {parts.num_machines} x {dict(parts.resources)}")
+        _tell_the_wait(ui, parts, ray.nodes())
         while not ray.wait([ready], timeout=_POLL_SECONDS)[0]:
             if stop.number is not None:
                 return 128 + stop.number
@@ -132,6 +132,22 @@ def _attempt(ui: Ui, parts: Parts, stop: _Stop) -> int:
         return 1
     finally:
         remove_placement_group(group)
+
+
+def _tell_the_wait(ui: Ui, parts: Parts, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Ray waits for ever for machines that it does not have: an autoscaler may bring them."""
+    asked = ", ".join(f"{name} {amount:g}" for name, amount in parts.resources.items())
+    ui.say(f"waiting for {parts.num_machines} machines with {asked} each")
+    having = [each["Resources"] for each in nodes if each["Alive"]]
+    enough = sum(
+        all(has.get(name, 0) >= amount for name, amount in parts.resources.items())
+        for has in having
+    )
+    if enough < parts.num_machines:
+        ui.warn(
+            f"{enough} of this cluster's {len(having)} machines have that much in all: the job "
+            "waits until others join, or `ray job stop` ends it"
+        )
 
 
 def _asked(parts: Parts) -> dict[str, Any]:

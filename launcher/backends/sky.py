@@ -50,6 +50,11 @@ _RESTARTS = 3
 # 128 + SIGKILL and SIGTERM: what training ends with on a machine that is being taken away.
 _TAKEN_AWAY = (137, 143)
 
+# What the run directory names is known once it is written.
+_NOT_YET_KNOWN = (
+    "file_mounts also gets the model's folder and data files above 64 MiB, by their paths here"
+)
+
 _NAME = re.compile(r"[a-zA-Z]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?")
 _SUBMITTED = re.compile(r"(?:Job submitted, ID|Managed Job ID): (\d+)")
 
@@ -83,7 +88,10 @@ class Backend:
     }
 
     def files(self, job: Job) -> dict[str, str]:
-        return {TASK: yaml_text(task(job), comment=shlex.join(_command(job)))}
+        comments = [shlex.join(_command(job))]
+        if not job.run.train.is_file():
+            comments.append(_NOT_YET_KNOWN)
+        return {TASK: yaml_text(task(job), comment="\n# ".join(comments))}
 
     def submit(self, ui: Ui, job: Job) -> str:
         client.set_here(client.variable_names(job))
