@@ -1,4 +1,5 @@
-"""Kubernetes: a TrainJob of Kubeflow Trainer 2.2 or later (docs/engines.md).
+"""Kubernetes: a TrainJob of Kubeflow Trainer 2.3 or later, where runtimePatches may say
+how long pods have to save a checkpoint (docs/engines.md).
 
 The Torch plugin of Kubeflow Trainer tells each pod its number and the first pod's address in PET_
 variables, which torchrun takes for the defaults of its own options. accelerate sets all of them
