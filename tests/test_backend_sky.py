@@ -227,7 +227,7 @@ def test_a_job_that_is_forgotten_or_a_client_that_fails_is_unknown(
         sky.Backend().cancel("12")
     client.answers("")
     sky.Backend().cancel("12")
-    assert client.calls[-1] == ["jobs", "cancel", "--yes", "12"]
+    assert client.calls[-1] == ["jobs", "cancel", "--yes", "--graceful", "12"]
 
 
 def test_a_missing_client_is_named_with_how_to_install_it(

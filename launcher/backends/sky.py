@@ -119,7 +119,9 @@ class Backend:
         return "failed" if status.startswith("FAILED") else _STATES.get(status, "unknown")
 
     def cancel(self, job_id: str) -> None:
-        client.call(["sky", "jobs", "cancel", "--yes", job_id], install=INSTALL)
+        """What is in the bucket's cache is uploaded before the machines go; a checkpoint that takes
+        more than seconds is not waited for."""
+        client.call(["sky", "jobs", "cancel", "--yes", "--graceful", job_id], install=INSTALL)
 
 
 def _command(job: Job) -> list[str]:
