@@ -123,6 +123,8 @@ def test_secrets_are_named_and_kept_by_kubernetes(tmp_path: Path) -> None:
         ({"image": "i"}, {}, "the volume that the run directory is on"),
         ({"claim": "runs"}, {}, "pods have no ftplan"),
         ({**GIVEN, "mount-path": "/elsewhere"}, {}, "is not below `/elsewhere`"),
+        ({**GIVEN, "queue": "-x"}, {}, "queue=-x` is not a name of Kubernetes"),
+        ({**GIVEN, "service-account": "A"}, {}, "service-account=A` is not a name"),
         ({**GIVEN, "claim": "My_Claim"}, {}, "claim=My_Claim` is not a name of Kubernetes"),
         ({**GIVEN, "secret-env": "HF_TOKEN"}, {}, "no Secret is named"),
         ({**GIVEN, "node-selector": "h100"}, {}, "takes labels, not `h100`"),
@@ -241,6 +243,17 @@ def test_a_job_is_created_asked_for_and_deleted_by_kubectl(
     client.answers("")
     k8s.Backend().cancel(job_id)
     assert client.calls[-1][:3] == ["delete", "trainjob,trainingruntime", name]
+
+
+def test_an_id_that_kubectl_would_take_for_an_option_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = StandIn(tmp_path, "kubectl", monkeypatch)
+    for job_id in ("--kubeconfig=/tmp/theirs", "team/--kubeconfig=x", "a b", ""):
+        assert k8s.Backend().state(job_id) == "unknown"
+        with pytest.raises(InputError, match="is not the id of a job"):
+            k8s.Backend().cancel(job_id)
+    assert client.calls == []
 
 
 def test_a_model_that_pods_do_not_see_is_said(

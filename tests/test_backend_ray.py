@@ -90,6 +90,17 @@ def test_the_state_is_what_ray_says(
     assert ray.Backend().state("raysubmit_SBRG") == state
 
 
+def test_an_id_that_ray_would_take_for_an_option_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = StandIn(tmp_path, "ray", monkeypatch)
+    for job_id in ("--address=x", "one@--verify", "one two"):
+        assert ray.Backend().state(job_id) == "unknown"
+        with pytest.raises(InputError, match="is not the id of a job"):
+            ray.Backend().cancel(job_id)
+    assert client.calls == []
+
+
 def parts(root: Path, *arguments: str) -> on_ray.Parts:
     return on_ray.Parts(
         root=str(root), num_machines=2, resources={"CPU": 1}, arguments=tuple(arguments)

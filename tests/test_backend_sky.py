@@ -230,6 +230,15 @@ def test_a_job_that_is_forgotten_or_a_client_that_fails_is_unknown(
     assert client.calls[-1] == ["jobs", "cancel", "--yes", "--graceful", "12"]
 
 
+def test_an_id_that_is_no_number_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = StandIn(tmp_path, "sky", monkeypatch)
+    with pytest.raises(InputError, match="`--all` is not the id of a job"):
+        sky.Backend().cancel("--all")
+    assert client.calls == []
+
+
 def test_a_missing_client_is_named_with_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

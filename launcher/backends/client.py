@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,6 +44,16 @@ def call(command: Sequence[str], *, install: str, advice: str = "") -> str:
             advice or f"try it yourself: `{shlex.join(command)}`",
         )
     return done.stdout
+
+
+def checked_id(job_id: str, pattern: str) -> str:
+    """The id, as the engine gives them; raises InputError for another: job.json may come from
+    somebody else, and a client would take `--option` for one of its own."""
+    if not re.fullmatch(pattern, job_id):
+        raise InputError(
+            f"`{job_id}` is not the id of a job", "job.json of the run directory is damaged"
+        )
+    return job_id
 
 
 def plain_environment(job: Job) -> dict[str, str]:

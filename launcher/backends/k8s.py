@@ -87,10 +87,10 @@ class Backend:
         return _job_id(job)
 
     def state(self, job_id: str) -> JobState:
-        name, options = _parsed(job_id)
-        command = ["kubectl", "get", "trainjob", name, *options, "--ignore-not-found", "-o", "json"]
         try:
-            said = client.call(command, install=INSTALL)
+            name, options = _parsed(job_id)
+            found = ["get", "trainjob", name, *options, "--ignore-not-found", "-o", "json"]
+            said = client.call(["kubectl", *found], install=INSTALL)
             return _state(json.loads(said)) if said.strip() else "unknown"
         except (InputError, ValueError):
             return "unknown"
@@ -120,7 +120,8 @@ def _job_id(job: Job) -> str:
 
 
 def _parsed(job_id: str) -> tuple[str, list[str]]:
-    path, _, context = job_id.partition("@")
+    known = client.checked_id(job_id, r"([a-z0-9][-.a-z0-9]*/)?[a-z0-9][-a-z0-9]*(@.+)?")
+    path, _, context = known.partition("@")
     namespace, _, name = path.rpartition("/")
     options = {"context": context, "namespace": namespace}
     return name, _access({key: value for key, value in options.items() if value})
@@ -167,7 +168,7 @@ def manifests(job: Job) -> list[dict[str, Any]]:
 
 
 def _metadata(job: Job, name: str) -> dict[str, Any]:
-    queue = job.options.get("queue")
+    queue = _label(job, "queue") if "queue" in job.options else ""
     labels = {"app.kubernetes.io/managed-by": "ftplan"}
     labels |= {"kueue.x-k8s.io/queue-name": queue} if queue else {}
     namespace = {"namespace": _label(job, "namespace")} if "namespace" in job.options else {}
@@ -329,8 +330,8 @@ def _pod(job: Job) -> dict[str, Any]:
 
 def _placement(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if account := job.options.get("service-account"):
-        found["serviceAccountName"] = account
+    if "service-account" in job.options:
+        found["serviceAccountName"] = _label(job, "service-account")
     if selector := job.options.get("node-selector"):
         found["nodeSelector"] = dict(map(_pair, client.names(selector)))
     elif job.gpus_per_machine and (products := _products(_gpu(job))):

@@ -83,7 +83,7 @@ class Backend:
 
 
 def _of_job(verb: str, job_id: str) -> list[str]:
-    name, _, address = job_id.partition("@")
+    name, _, address = client.checked_id(job_id, r"\w[\w-]*(@\w.*)?").partition("@")
     return ["ray", "job", verb, *_address({"address": address} if address else {}), name]
 
 

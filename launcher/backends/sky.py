@@ -121,7 +121,8 @@ class Backend:
     def cancel(self, job_id: str) -> None:
         """What is in the bucket's cache is uploaded before the machines go; a checkpoint that takes
         more than seconds is not waited for."""
-        client.call(["sky", "jobs", "cancel", "--yes", "--graceful", job_id], install=INSTALL)
+        number = client.checked_id(job_id, r"\d+")
+        client.call(["sky", "jobs", "cancel", "--yes", "--graceful", number], install=INSTALL)
 
 
 def _command(job: Job) -> list[str]:
