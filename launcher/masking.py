@@ -21,12 +21,17 @@ _FEWEST_CHARACTERS = 8
 _TEXT = frozenset({".json", ".jsonl", ".yaml", ".txt", ".log", ".html"})
 
 
+def names_a_secret(variable: str) -> bool:
+    """Whether an environment variable is named as those are that hold a token or key."""
+    return _NAMES.search(variable) is not None
+
+
 def secrets_of(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Values of variables that are named as keys are, the longest first."""
     found = {
         value
         for name, value in environ.items()
-        if _NAMES.search(name) and len(value) >= _FEWEST_CHARACTERS and not value.startswith("/")
+        if names_a_secret(name) and len(value) >= _FEWEST_CHARACTERS and not value.startswith("/")
     }
     return tuple(sorted(found, key=lambda value: (-len(value), value)))
 

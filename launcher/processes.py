@@ -53,14 +53,20 @@ def parent_of(pid: int) -> int | None:
     return int(fields[_PARENT]) if fields else None
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below one, by Linux's own list: torchrun gives each worker a session of its
-    own, so that a signal to the group does not reach it."""
-    children: list[int] = []
+def children(pid: int) -> list[int]:
+    """The processes that one has started, by Linux's own list."""
+    found: list[int] = []
     for path in _PROC.glob(f"{pid}/task/*/children"):
         with contextlib.suppress(OSError):  # it has just ended
-            children += [int(child) for child in path.read_text().split()]
-    return [*children, *(below for child in children for below in descendants(child))]
+            found += [int(child) for child in path.read_text().split()]
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one: torchrun gives each worker a session of its own, so that a signal
+    to the group does not reach it."""
+    below = children(pid)
+    return [*below, *(each for child in below for each in descendants(child))]
 
 
 def resident_bytes(pid: int) -> int | None:

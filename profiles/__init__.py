@@ -289,6 +289,12 @@ def lowest_prices(gpu_name: str) -> dict[str, Price]:
     return found
 
 
+def sky_accelerators(gpu_key: str) -> tuple[str, ...]:
+    """What SkyPilot calls a catalogued GPU, the most widespread name first; empty where none of its
+    clouds has it."""
+    return tuple(_data("sky_accelerators.json")["accelerators"].get(gpu_key, ()))
+
+
 @cache
 def _data(name: str) -> Mapping[str, Any]:
     found: Mapping[str, Any] = json.loads(_path(name).read_text(encoding="utf-8"))
