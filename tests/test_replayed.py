@@ -177,7 +177,7 @@ EXPANDABLE = (False, True)
 
 # All, and replays of more events, take too long here; `python -m benchmarks.accuracy reserved` has
 # them.
-EVERY, MOST_EVENTS = 6, 20_000
+EVERY, MOST_EVENTS = 5, 20_000
 
 
 @pytest.fixture(scope="module")
