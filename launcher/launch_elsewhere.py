@@ -122,7 +122,7 @@ def planned_of_file(arguments: argparse.Namespace, ui: Ui, file: PlanFile) -> Pl
         ui,
         asked=file.asked,
         model_name=file.model,
-        named_device=None if arguments.backend == LOCAL else _named_device(file),
+        named_device=None if arguments.backend == LOCAL else _named_device(ui, file),
         given=file.settings,
         runs_dir=arguments.runs_dir,
         for_launch=True,
@@ -137,7 +137,7 @@ def planned_of_file(arguments: argparse.Namespace, ui: Ui, file: PlanFile) -> Pl
     return file.with_reasons(planned)
 
 
-def _named_device(file: PlanFile) -> Device | None:
+def _named_device(ui: Ui, file: PlanFile) -> Device | None:
     """The catalogued GPU that was planned for; None for a processor, which is planned for here."""
     from ftplan.profiles import find_gpu
 
@@ -145,7 +145,14 @@ def _named_device(file: PlanFile) -> Device | None:
         device = find_gpu(file.device).device()
     except UnknownNameError:
         return None
-    return structs.replace(device, free_bytes=file.free_bytes or device.free_bytes)
+    device = structs.replace(device, free_bytes=file.free_bytes or device.free_bytes)
+    machines = file.settings.get("num_machines", 1)
+    if machines == 1:
+        return device
+    from ftplan.launcher.cluster_flags import cluster_of
+
+    per_machine = file.settings.get("num_gpus", machines) // machines
+    return cluster_of(ui, file.device, device, file.interconnect, machines, per_machine).device
 
 
 def _no_stages(path: Path) -> InputError:

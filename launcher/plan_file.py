@@ -27,7 +27,8 @@ _DATA_FIELDS = ("paths", "eval_paths", "columns", "strict", "test_share", "sha25
 
 class PlanFile(Struct, frozen=True, kw_only=True):
     """What a plan file says. `reasons`: of settings that stand there with one. `device` and
-    `free_bytes`: what it was planned for, and the memory that was free on it."""
+    `free_bytes`: what it was planned for, and the memory that was free on it. `interconnect`: what
+    joins several machines."""
 
     model: str
     asked: DataAsked
@@ -36,6 +37,7 @@ class PlanFile(Struct, frozen=True, kw_only=True):
     reasons: Mapping[str, Reason]
     device: str = ""
     free_bytes: int | None = None
+    interconnect: str | None = None
 
     def with_reasons(self, planned: Planned) -> Planned:
         """The plan that came of the file, its reasons those of the file where they were kept."""
@@ -61,7 +63,11 @@ def write_plan_file(planned: Planned, path: Path) -> None:
             "ftplan": version(),
             "model": model_name(planned),
             "data": data_part(planned),
-            "device": {"name": device.name, "free_bytes": device.free_bytes},
+            "device": {
+                "name": device.name,
+                "free_bytes": device.free_bytes,
+                **({"interconnect": device.network.name} if device.network else {}),
+            },
             "plan": planned.chosen.reasoned.to_dict(),
         },
         _COMMENT,
@@ -122,7 +128,8 @@ def _device_part(path: Path, device: Any) -> dict[str, Any]:
     free = device.get("free_bytes") if isinstance(device, Mapping) else "?"
     if free is not None and not isinstance(free, int):
         raise InputError(f"`{path}`: `device` has a `name` and a number of `free_bytes`")
-    return {"device": str(device.get("name", "")), "free_bytes": free}
+    name, interconnect = str(device.get("name", "")), device.get("interconnect")
+    return {"device": name, "free_bytes": free, "interconnect": interconnect}
 
 
 def checked_model(path: Path, raw: Mapping[str, Any]) -> str:

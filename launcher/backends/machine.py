@@ -27,9 +27,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
+from ftplan.launcher.backends.ended import settle
 from ftplan.launcher.backends.job import MACHINE_RANK
 from ftplan.launcher.backends.needs import MACHINE_MODULE, hub_snapshot, model_folders
-from ftplan.launcher.masking import mask_files, secrets_of
 from ftplan.launcher.processes import children
 from ftplan.launcher.run_dir import RunDir, open_run
 from ftplan.launcher.ui import Ui
@@ -39,6 +39,9 @@ _OWN_VARIABLE = re.compile(r"\$(FTPLAN_[A-Z_]+)")
 
 # Copies of the weights in other formats, pickles among them, which training refuses.
 _NOT_FETCHED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+
+# 128 + SIGINT and SIGTERM.
+_ASKED = (130, 143)
 
 # Other machines look this often, and this long, for what the first one brings.
 _LOOK_SECONDS = 0.5
@@ -83,13 +86,10 @@ def carry_out_here(
         return 0
     fetch_models(ui, run)
     command = [sys.executable, *(filled(word, environ) for word in arguments)]
+    log_start = run.stderr.stat().st_size if run.stderr.exists() else 0
     status = _to_its_end(run, command, environ, is_first=is_first)
     if is_first:
-        mask_files(run, secrets_of(environ))
-    if is_first and status in (0, 1):
-        from ftplan.launcher.report.write import report_end
-
-        report_end(ui, run)
+        settle(ui, run, status, log_start, asked=status in _ASKED)
     return status
 
 
