@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ftplan.launcher.backends import machine, needs
+from ftplan.launcher.processes import descendants
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.ui import Ui
 from ftplan.planner.errors import InputError
@@ -67,7 +68,7 @@ def test_a_signal_lets_training_save_before_the_machine_ends(
     process = started(run, "-c", LAUNCHER, TRAINING, str(saved))
     until_training(process)
     if all_processes:
-        for pid in machine.children(process.pid):
+        for pid in descendants(process.pid):
             os.kill(pid, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=20)

@@ -106,10 +106,10 @@ def test_the_closed_form_points_to_the_dry_run() -> None:
     assert "--exact" in str(raised.value.hint)
 
 
-def test_a_sharded_run_is_not_launched() -> None:
+def test_state_divided_by_deepspeed_is_not_launched() -> None:
     with pytest.raises(InputError, match="does not launch runs with `--sharding zero2`"):
         check_settings({"sharding": "zero2"})
     with pytest.raises(InputError, match="does not launch runs with `--packing`"):
         check_settings({"packing": True})
     with pytest.raises(InputError, match="does not launch"):
-        accelerate_config(TrainingPlan(sharding="fsdp", num_gpus=2), find_gpu("l4").device())
+        accelerate_config(TrainingPlan(sharding="zero2", num_gpus=2), find_gpu("l4").device())
