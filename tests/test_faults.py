@@ -157,9 +157,13 @@ def steps(run: RunDir) -> list[int]:
     return [row["step"] for row in run.metric_rows() if "step" in row]
 
 
-def check_same(run: RunDir, unbroken: RunDir) -> None:
-    """Final weights bit by bit; every row of metrics once, to the last digit."""
-    assert told(run) == told(unbroken)
+def check_same(run: RunDir, unbroken: RunDir, *, asked_alike: bool = True) -> None:
+    """Final weights bit by bit; every row of metrics once, to the last digit. `asked_alike`: both
+    gave answers of as many tokens to as many questions (`tests.quick` asks little)."""
+    rows, wanted = told(run), told(unbroken)
+    if not asked_alike:
+        rows, wanted = ([row for row in found if "step" in row] for found in (rows, wanted))
+    assert rows == wanted
     weights = [one.adapter / "adapter_model.safetensors" for one in (run, unbroken)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert run.read_record()["evaluation"] == unbroken.read_record()["evaluation"]
@@ -360,4 +364,4 @@ def test_a_launched_run_outlives_its_launcher_and_is_resumed_after_kill_9(
     done = ftplan("resume", run.root, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on from checkpoint-" in done.stderr
-    check_same(open_run(run.root), short_unbroken)
+    check_same(open_run(run.root), short_unbroken, asked_alike=False)

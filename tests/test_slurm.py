@@ -115,6 +115,7 @@ def test_two_machines_meet_and_end_with_a_checkpoint_when_cancelled(
     write_yaml(run.plan, plan)
     accelerate = read_mapping(run.accelerate)
     write_yaml(run.accelerate, accelerate | {"distributed_type": "MULTI_GPU", "num_processes": 2})
+    write_yaml(run.train, read_mapping(run.train) | {"num_processes": 2})
 
     submit(run)
     until(lambda: len(run.checkpoint_steps()) > 0, run)
