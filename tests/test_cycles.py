@@ -23,13 +23,13 @@ from ftplan.launcher.launching import write_run
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.run_dir import RunDir
 from ftplan.launcher.training import loop
+from ftplan.launcher.training.allocations import highest_rise
 from ftplan.launcher.training.build import count_trainable
 from ftplan.launcher.training.cycles import merging
 from ftplan.launcher.training.cycles.lora_drop import important, share_adapters
 from ftplan.launcher.training.cycles.merging import adapted_modules, begin_anew
 from ftplan.launcher.training.cycles.pruning import prune_states
 from ftplan.launcher.training.cycles.rates import JaggedRate, StagedRate
-from ftplan.launcher.training.measure import highest_rise
 from ftplan.launcher.ui import Ui
 from ftplan.planner.cycles import adalora_schedule, check_steps, num_restarts, restart_steps
 from ftplan.planner.errors import InputError

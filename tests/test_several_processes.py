@@ -17,7 +17,10 @@ pytest.importorskip("trl", reason="needs the `train` extra")
 from safetensors.torch import load_file
 
 from ftplan.launcher import launching
+from ftplan.launcher.dry_run.step import dry_run
+from ftplan.launcher.exact import case_of
 from ftplan.launcher.launching import write_run
+from ftplan.launcher.planning import Planned
 from ftplan.launcher.run_dir import RunDir, write_yaml
 from ftplan.launcher.training import loop
 from ftplan.launcher.training.config import MicroBatches, read_train_config
@@ -31,6 +34,7 @@ pytestmark = [pytest.mark.train, pytest.mark.usefixtures("kept_signals")]
 
 STEPS = 5
 Launch = Callable[..., RunDir]
+PLANNED: dict[Path, Planned] = {}  # by run directory
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +46,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of unlike lengths, so that batches are padded."""
+    """Of unlike lengths, so that batches are padded; the longest fill the first steps."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     made = [
         {
-            "instruction": f"Say {n}" + " and more" * (n % 7),
-            "output": f"{n} it is" + " so" * (n % 5),
+            "instruction": f"Say {n:02d}" + " and more" * min(n % 11, 6),
+            "output": f"{n:02d} it is" + " so" * min(n % 11, 6),
         }
         for n in range(64)
     ]
@@ -70,7 +74,10 @@ def write(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> L
             **given,
         }
         runs = tmp_path_factory.mktemp("runs")
-        return write_run(planned(tiny, rows, runs, **settings), "run", runs)
+        result = planned(tiny, rows, runs, **settings)
+        run = write_run(result, "run", runs)
+        PLANNED[run.root] = result
+        return run
 
     return write
 
@@ -104,6 +111,21 @@ def assert_alike(run: RunDir, other: RunDir) -> None:
         assert (tensor - wanted[name]).abs().max() < 2e-4, name
 
 
+def assert_memory_as_predicted(run: RunDir) -> None:
+    """Of the first process, by the dry run; its first steps hold the longest rows."""
+    result = PLANNED[run.root]
+    case = case_of(
+        result.source,
+        result.chosen.plan,
+        result.chosen.device,
+        row_length=result.profile.longest_in_run,
+        padded=False,
+    )
+    predicted = max(peak.allocated_bytes for peak in dry_run(case).record.phase_peaks().values())
+    measured = max(row["allocated_bytes"] for row in run.metric_rows() if "step" in row)
+    assert predicted == pytest.approx(measured, rel=0.01)
+
+
 def weights(run: RunDir) -> Mapping[str, Any]:
     (path,) = (*run.adapter.glob("*.safetensors"), *run.model.glob("*.safetensors"))
     return load_file(path)
@@ -131,6 +153,7 @@ def test_four_processes_that_divide_the_model_train_as_one_and_two_go_on_with_th
     run = write(4, sharding="fsdp", method="lora")
     carry_out(run)
     assert_alike(run, one(run))
+    assert_memory_as_predicted(run)
     parts = run.last_checkpoint() or Path()
     assert len(list(parts.glob("pytorch_model_fsdp_0/*.distcp"))) == 4
     cut = copied(run, tmp_path / "cut")
@@ -160,6 +183,7 @@ def test_two_processes_divide_a_model_that_is_trained_whole_and_one_is_killed(
     assert any(row.get("event") == "preflight" and "measured" in row for row in run.metric_rows())
     carry_out(run, resume=True)
     assert_alike(run, one(run))
+    assert_memory_as_predicted(run)
 
 
 @pytest.mark.parametrize("num_gpus", [2, 4])
@@ -169,6 +193,7 @@ def test_processes_with_a_copy_each_train_as_one(
     run = write(num_gpus, method="full" if num_gpus == 2 else "lora")
     carry_out(run)
     assert_alike(run, one(run))
+    assert_memory_as_predicted(run)
 
 
 def test_processes_that_cannot_share_a_step_are_refused(

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ftplan.launcher.training.allocations import highest_rise, levels
+
 
 class CpuAllocationRecorder:
     """Peak of tensor bytes on the processor while it is on."""
@@ -60,26 +62,6 @@ class CpuAllocationRecorder:
         for phase, rise in rises_by_phase(levels(self._profiler), self._marks).items():
             self.peaks[phase] = max(self.peaks.get(phase, 0), self._base_bytes + rise)
         self._profiler = None
-
-
-def highest_rise(profiler: Any) -> int:
-    """How far allocations rose above the start of the profile, in bytes."""
-    return max([0, *(level for _, level in levels(profiler))])
-
-
-def levels(profiler: Any) -> list[tuple[int, int]]:
-    """After each allocation and release: nanoseconds since 1970, and bytes above the start of the
-    profile."""
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    level, found = 0, []
-    for when, num_bytes in sorted(events, key=lambda event: event[0]):
-        level += num_bytes
-        found.append((when, level))
-    return found
 
 
 def rises_by_phase(
