@@ -92,7 +92,8 @@ class TestWhatIsPlanted:
         (kind,) = self.kinds(monkeypatch, lambda: bytearray(2**31), memory_bytes=2**30)
         assert kind.startswith("MemoryError")
 
-    def test_it_is_made_small(self) -> None:
+    def test_it_is_made_small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "_SECONDS_TO_MINIMIZE", 600.0)  # a slow machine needs them
         fuzzer = Fuzzer(seed=0, limits=LIMITS, look=self.look)
         fuzzer.run(tries=20)
         (finding,) = fuzzer.findings.values()
