@@ -497,6 +497,7 @@ def comparison_table(record: Mapping[str, Any]) -> Table:
         ("memory, device", "device_bytes", format_bytes),
         ("seconds a step", "step_seconds", format_seconds),
         ("training time", "train_seconds", format_seconds),
+        ("evaluation", "evaluation_seconds", format_seconds),
     ):
         guess, real = predicted.get(key), measured.get(key)
         if guess is None or real is None:
