@@ -473,6 +473,9 @@ def make_record(
             "train_seconds": spent,
             "evaluation_seconds": _evaluation_seconds(before, after, seconds),
             "seconds": seconds,
+            "micro_batch_tokens": dict(
+                zip(("first", "later"), session.reporter.longest, strict=True)
+            ),
             "phases": session.phases.to_list(),
         },
         "sampled": sampled_peaks(session.run),
