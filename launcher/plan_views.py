@@ -96,7 +96,7 @@ def _facts(planned: Planned) -> Iterator[tuple[str, str]]:
     if profile.task_lengths:
         yield "tasks", _tasks(profile, TaskWeighting.of(plan))
     yield "time", _time(planned)
-    yield "evaluation", _evaluation(planned.evaluation_time)
+    yield "evaluate", _evaluation(planned.evaluation_time)
     speed = [f"{planned.chosen.step.tokens_per_second_per_gpu:,.0f} tokens/s"]
     speed[0] += " a GPU" if plan.num_gpus > 1 else ""
     if planned.chosen.step.mfu is not None:
@@ -170,15 +170,15 @@ def _time(planned: Planned) -> str:
 
 # Parts of evaluating, as a person reads them.
 _EVALUATED = {
-    "held_out": "held-out rows",
+    "held_out": "held-out",
     "answers": "answers",
-    "general_text": "general text",
-    "scoring": "LoRA-drop's scoring",
+    "general_text": "text",
+    "scoring": "scoring of layers",
 }
 
 
 def _evaluation(evaluation: EvaluationTime) -> str:
-    """How long is evaluated beside training, and on what."""
+    """How long is evaluated beside training, before and after it, and on what."""
     whole = evaluation.whole
     parts = [
         f"{_EVALUATED[name]} {format_seconds(part.expected)}"
@@ -187,7 +187,7 @@ def _evaluation(evaluation: EvaluationTime) -> str:
     ]
     return (
         f"{format_seconds(whole.expected)} ({format_seconds(whole.least)} to "
-        f"{format_seconds(whole.most)}), before and after training together: {', '.join(parts)}"
+        f"{format_seconds(whole.most)}): {', '.join(parts)}"
     )
 
 
