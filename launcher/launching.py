@@ -267,6 +267,7 @@ def predicted(planned: Planned) -> dict[str, Any]:
         "step_seconds": step.step_seconds,
         "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
         "train_seconds": planned.steps * step.step_seconds,
+        "evaluation_seconds": planned.evaluation_time.whole.expected,
         **uncalibrated(planned),
     }
 

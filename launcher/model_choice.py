@@ -38,6 +38,7 @@ from ftplan.planner.goals import ranked
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.policy import MODEL_CHOICE_SECONDS
 from ftplan.planner.ranking import Evaluated, Ranking
+from ftplan.planner.rewards import with_reward_model
 from ftplan.planner.run_time import RunTime
 from ftplan.planner.units import format_seconds
 from ftplan.profiles import ModelEntry, model_catalog
@@ -57,18 +58,21 @@ def default_source() -> ModelSource:
     )
 
 
-def choose_model(asked: DataAsked, offer: Offer, *, here: bool) -> tuple[ModelSource, ModelChoice]:
+def choose_model(
+    asked: DataAsked, offer: Offer, *, here: bool, judge: ModelSource | None = None
+) -> tuple[ModelSource, ModelChoice]:
     """The base model when none is named, and why.
 
     On a processor the embedded default. On a GPU what `choose_base_model` takes of the catalog;
-    where training is to be `here` and the Hub is out of reach, of the local cache.
+    where training is to be `here` and the Hub is out of reach, of the local cache. `judge`: the
+    reward model, which stands beside each.
     """
     default = default_source()
     if offer.device.kind != "cuda":
         return default, _for_a_processor(default.spec.name)
     data, eval_data = asked.read_roughly()
     rough = profile_data(data, make_split(data, eval_data, asked.test_share), eval_data)
-    trials = _Trials(rough, offer)
+    trials = _Trials(rough, offer, judge)
     in_cache_only = here and _hub_is_out_of_reach()
     choice = choose_base_model(
         [
@@ -121,9 +125,12 @@ def _published(entry: ModelEntry) -> BaseModel:
 class _Trials:
     """What speaks against models of the catalog on an offer, for rows of a first look."""
 
-    def __init__(self, profile: DataProfile, offer: Offer) -> None:
+    def __init__(
+        self, profile: DataProfile, offer: Offer, judge: ModelSource | None = None
+    ) -> None:
         self.entries = model_catalog()
         self._profile, self._offer = profile, offer
+        self._judge = judge and judge.spec
         self._specs: dict[str, ModelSpec] = {}
         wanted = offer.wanted
         self._most_seconds = wanted.seconds or MODEL_CHOICE_SECONDS
@@ -144,7 +151,8 @@ class _Trials:
     def spec(self, name: str) -> ModelSpec:
         """The same each time, since it remembers what was worked out of it."""
         if name not in self._specs:
-            self._specs[name] = self.entries[name].spec
+            spec = self.entries[name].spec
+            self._specs[name] = with_reward_model(spec, self._judge) if self._judge else spec
         return self._specs[name]
 
     def has_weights(self, model: BaseModel) -> bool:

@@ -15,6 +15,7 @@ from ftplan.launcher import views
 from ftplan.launcher.costs import usd_for
 from ftplan.launcher.token_settings import said_tokens
 from ftplan.launcher.ui import StackedBar, facts, table
+from ftplan.planner.evaluation_time import EvaluationTime
 from ftplan.planner.front import thinned
 from ftplan.planner.labels import said_labels
 from ftplan.planner.memory import MemoryEstimate, needed_bytes
@@ -95,6 +96,7 @@ def _facts(planned: Planned) -> Iterator[tuple[str, str]]:
     if profile.task_lengths:
         yield "tasks", _tasks(profile, TaskWeighting.of(plan))
     yield "time", _time(planned)
+    yield "evaluate", _evaluation(planned.evaluation_time)
     speed = [f"{planned.chosen.step.tokens_per_second_per_gpu:,.0f} tokens/s"]
     speed[0] += " a GPU" if plan.num_gpus > 1 else ""
     if planned.chosen.step.mfu is not None:
@@ -163,6 +165,29 @@ def _time(planned: Planned) -> str:
         f"{format_seconds(run.seconds)} ({format_seconds(run.least_seconds)} to "
         f"{format_seconds(run.most_seconds)}): {run.steps:,} steps of {plan.effective_batch_size} "
         f"rows, {step} each"
+    )
+
+
+# Parts of evaluating, as a person reads them.
+_EVALUATED = {
+    "held_out": "held-out",
+    "answers": "answers",
+    "general_text": "text",
+    "scoring": "scoring of layers",
+}
+
+
+def _evaluation(evaluation: EvaluationTime) -> str:
+    """How long is evaluated beside training, before and after it, and on what."""
+    whole = evaluation.whole
+    parts = [
+        f"{_EVALUATED[name]} {format_seconds(part.expected)}"
+        for name, part in evaluation.parts.items()
+        if part.expected
+    ]
+    return (
+        f"{format_seconds(whole.expected)} ({format_seconds(whole.least)} to "
+        f"{format_seconds(whole.most)}): {', '.join(parts)}"
     )
 
 

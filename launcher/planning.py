@@ -16,6 +16,7 @@ from ftplan.launcher.calibration_file import calibrated
 from ftplan.launcher.costs import usd_for
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.data.data_file import DataFile
+from ftplan.launcher.data.general_pieces import num_general_pieces
 from ftplan.launcher.data.hashes import RowHashes, row_hashes
 from ftplan.launcher.data.overlong import Rule
 from ftplan.launcher.data.profiling import check_lengths, make_split, profile_data
@@ -30,6 +31,7 @@ from ftplan.launcher.model_source import (
     find_source,
 )
 from ftplan.launcher.offer import Offer
+from ftplan.launcher.own_stack import installed_stack
 from ftplan.launcher.past_runs import margin_of
 from ftplan.launcher.probe import probe_machine
 from ftplan.launcher.refusal import refusal
@@ -42,6 +44,7 @@ from ftplan.planner.closed_form import check_modelled_method
 from ftplan.planner.cycles import check_steps, num_restarts, restart_steps
 from ftplan.planner.data_profile import DataProfile
 from ftplan.planner.errors import DoesNotFitError, InputError
+from ftplan.planner.evaluation_time import EvaluationTime, evaluation_time
 from ftplan.planner.goals import ANY_PLAN, Wanted, why_not
 from ftplan.planner.hardware_spec import Device, Host, Machine
 from ftplan.planner.host_verdict import lacking_disk, lacking_ram
@@ -111,6 +114,21 @@ class Planned(Struct, frozen=True, kw_only=True):
     def run_time(self) -> RunTime:
         """How long the run trains."""
         return RunTime.of(self.chosen.plan, self.chosen.step, self.profile.num_train_rows)
+
+    @property
+    def evaluation_time(self) -> EvaluationTime:
+        """How long it evaluates beside that."""
+        plan, device = self.chosen.plan, self.device
+        return evaluation_time(
+            self.source.spec,
+            plan,
+            device,
+            self.profile,
+            self.chosen.step,
+            steps=self.steps,
+            num_pieces=num_general_pieces(self.tokenizer),
+            stack=self.profile.on(installed_stack(device), plan),
+        )
 
     @property
     def usd(self) -> dict[str, float | None]:
@@ -196,7 +214,8 @@ def find_out(
     )
     choice: ModelChoice | None = None
     if source is None:
-        source, choice = choose_model(asked, offer, here=named_device is None)
+        rough = structs.replace(asked, rule=_completed(asked.rule, None, devices, given))
+        source, choice = choose_model(rough, offer, here=named_device is None, judge=judge)
     if for_launch:
         source = with_weights(ui, source)
         remote_code.check(source)
@@ -312,9 +331,13 @@ def _check_answers(data: DataFile, given: Mapping[str, Any]) -> None:
 
 
 def _completed(
-    rule: Rule, model: ModelSpec, devices: Device | Sequence[Device], given: Mapping[str, Any]
+    rule: Rule,
+    model: ModelSpec | None,
+    devices: Device | Sequence[Device],
+    given: Mapping[str, Any],
 ) -> Rule:
-    """With what the model adds to each prompt, where it does."""
+    """With what the model, or one that is still to be chosen, adds to each prompt, where it
+    does."""
     if not OBJECTIVES[given.get("objective", "sft")].generates:
         return rule
     device = devices if isinstance(devices, Device) else devices[0]

@@ -19,6 +19,7 @@ from ftplan.planner.achieved import SHARE_OF_POWER
 from ftplan.planner.memory import MEMORY_MARGIN, MemoryEstimate, fits, needed_bytes
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES, Phase
 from ftplan.planner.units import (
+    FLOAT32_BYTES,
     format_bytes,
     format_count,
     format_energy,
@@ -402,7 +403,10 @@ def ladder_table(rungs: Iterable[Rung], device: Device) -> Table:
 
 def report(record: Mapping[str, Any]) -> Group:
     """Predicted beside measured, what the model could do before and after, some answers."""
-    parts: list[RenderableType] = [comparison_table(record), Text(""), evaluation_table(record)]
+    parts: list[RenderableType] = [comparison_table(record)]
+    if said := said_unmet(record):
+        parts.append(Text(said, style="dim"))
+    parts += [Text(""), evaluation_table(record)]
     return Group(*parts, Text(""), samples_view(record.get("samples") or []))
 
 
@@ -497,12 +501,35 @@ def comparison_table(record: Mapping[str, Any]) -> Table:
         ("memory, device", "device_bytes", format_bytes),
         ("seconds a step", "step_seconds", format_seconds),
         ("training time", "train_seconds", format_seconds),
+        ("evaluation", "evaluation_seconds", format_seconds),
     ):
         guess, real = predicted.get(key), measured.get(key)
         if guess is None or real is None:
             continue
         rows.append([label, form(guess), form(real), format_percent(guess / real - 1)])
     return table("Predicted and measured", ("", ">predicted", ">measured", ">off by"), rows)
+
+
+# How far below the prediction measured memory is before it is said why.
+_SAID_SHARE = 0.03
+
+
+def said_unmet(record: Mapping[str, Any]) -> str | None:
+    """Why measured memory is below the prediction, where the run has not met its longest
+    micro-batch together with gradients; None elsewhere."""
+    predicted, measured = record["predicted"], record["measured"]
+    tokens = measured.get("micro_batch_tokens")
+    guess, real = predicted.get("allocated_bytes"), measured.get("allocated_bytes")
+    if not tokens or not guess or not real or not 0 < tokens["later"] < tokens["first"]:
+        return None
+    gap, gradients = guess - real, FLOAT32_BYTES * record["num_trainable_parameters"]
+    if gap < _SAID_SHARE * real or gap > 2 * gradients:
+        return None
+    return (
+        f"The longest micro-batch, of {tokens['first']:,} tokens, was the first of its step, when "
+        f"there are no gradients; the longest one beside them had {tokens['later']:,}. Memory is "
+        "predicted for the longest beside gradients."
+    )
 
 
 def samples_view(samples: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -73,3 +73,19 @@ def mean_batch_tokens(lengths: Sequence[int], batch_size: int, max_length: int) 
     tokens = padded_batch_tokens(sample, order, batch_size, max_length)
     full = tokens[: len(sample) // batch_size] or tokens
     return sum(full) / len(full)
+
+
+def mean_padded_rows(lengths: Sequence[int], batch_size: int, max_length: int) -> float:
+    """Mean length of rows in no order, each padded to the longest of its batch.
+
+    `lengths` sorted from the longest. The longest of B drawn rows is the i-th of N, counted from 0,
+    in a share ((N - i) / N)^B - ((N - i - 1) / N)^B of the batches.
+    """
+    stride = max(1, len(lengths) // _SAMPLE_ROWS)
+    sample = lengths[::stride]
+    number = len(sample)
+    reached = [((number - place) / number) ** batch_size for place in range(number + 1)]
+    return sum(
+        min(length, max_length) * (reached[place] - reached[place + 1])
+        for place, length in enumerate(sample)
+    )

@@ -12,6 +12,7 @@ from msgspec import Struct, structs
 
 from ftplan.planner.batching import mean_batch_tokens
 from ftplan.planner.errors import InputError
+from ftplan.planner.evaluating import Questions
 from ftplan.planner.labels import LabelRows
 from ftplan.planner.overlong import RowCounts, overlong_to_dict
 from ftplan.planner.plan import TrainingPlan
@@ -48,7 +49,7 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     length), as `planner.overlong` names it. `train_counts`, `eval_counts`: what became of which.
     `lengths_left`: the lengths of the rows that go into training, where those are not `lengths`.
     `longest_held_out`: the length of the longest held-out row, `longest_evaluated` what is left of
-    it.
+    it. `questions`: held-out rows that the model is asked.
     """
 
     path: str
@@ -77,6 +78,7 @@ class DataProfile(Struct, frozen=True, kw_only=True):
     lengths_left: tuple[int, ...] | None = None
     longest_held_out: int = 0
     longest_evaluated: int = 0
+    questions: Questions = Questions()
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
 

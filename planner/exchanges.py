@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from msgspec import structs
 
 from ftplan.planner.collectives import Collective, Operation
 from ftplan.planner.model_spec import ModelSpec
@@ -53,6 +55,26 @@ def waited_collectives(
     if plan.sharding in ("zero1", "zero2") and plan.data_parallel_size > 1:
         return _zero(plan, _gradient_bytes(plan, updated))
     return ()
+
+
+def forward_collectives(
+    model: ModelSpec, plan: TrainingPlan, tokens: float, calls: float
+) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
+    """Of `calls` passes without gradients over so many tokens each: what goes on beside computing,
+    and what is waited for."""
+    once = plan.replace(
+        gradient_accumulation_steps=1, gradient_checkpointing=False, every_n_layers=1
+    )
+    if plan.tp_size > 1:
+        return (), _times(calls, _within_layers(model, once, tokens, reached=0.0))
+    if not plan.shards_parameters:
+        return (), ()
+    gathers = [c for c in _sharded(model, once, 0.0) if c.operation == "all_gather"]
+    return _times(calls / 2, gathers), ()  # a step gathers for backward, too
+
+
+def _times(calls: float, collectives: Iterable[Collective]) -> tuple[Collective, ...]:
+    return tuple(structs.replace(c, count=calls * c.count) for c in collectives)
 
 
 def _gradient_bytes(plan: TrainingPlan, updated: Sequence[Updated]) -> float:

@@ -18,6 +18,7 @@ from ftplan.planner.hardware_spec import Device
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.stack import OWN_STACK, Stack
+from ftplan.planner.step_settings import mean_model_rows
 from ftplan.planner.step_time import (
     StepWork,
     achieved_bytes_per_second,
@@ -49,15 +50,15 @@ def explain_time(
     stack: Stack = OWN_STACK,
 ) -> list[TimeTerm]:
     """The parts of a step on the mean micro-batch of the data; Eq. (T1) joins them."""
-    rows = plan.per_device_train_batch_size
     lengths = data.epoch_lengths(TaskWeighting.of(plan))
-    tokens = mean_batch_tokens(lengths, rows, plan.max_length)
+    padded = mean_batch_tokens(lengths, plan.per_device_train_batch_size, plan.max_length)
+    tokens, length = mean_model_rows(plan, padded)
     work = step_work(
         model,
         plan,
         device,
         tokens_per_micro_batch=tokens,
-        mean_length=tokens / rows,
+        mean_length=length,
         stack=stack,
     )
     return list(_terms(work, device))

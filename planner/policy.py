@@ -83,11 +83,12 @@ COMPLETION_LENGTH = 512
 COMPLETION_LENGTH_ON_CPU = 64
 
 
-def max_completion_length(model: ModelSpec, kind: DeviceKind) -> Advice:
-    """Tokens that a model adds to a prompt while it trains. `kind`: of the device."""
+def max_completion_length(model: ModelSpec | None, kind: DeviceKind) -> Advice:
+    """Tokens that a model, or one of any positions, adds to a prompt while it trains. `kind`: of
+    the device."""
     length = COMPLETION_LENGTH_ON_CPU if kind == "cpu" else COMPLETION_LENGTH
     why = "a processor makes tokens slowly" if kind == "cpu" else "TRL's default"
-    if length > model.max_position_embeddings // 2:
+    if model is not None and length > model.max_position_embeddings // 2:
         return Advice(value=max(1, model.max_position_embeddings // 2), why="half the positions")
     return Advice(value=length, why=why)
 

@@ -238,7 +238,7 @@ def _loss(model: ModelSpec, given: Mapping[str, Any]) -> tuple[str, str]:
         return "stock", "in a plain loop the model computes its loss on whole logits"
     if model.model_type in MISNAMED_DECODERS:
         return "stock", f"TRL's fused loss does not find the decoder of {model.model_type}"
-    return "trl-fused", "TRL's loss in tiles: the full logits never exist"
+    return "trl-fused", "TRL's loss in tiles: no full logits"
 
 
 def _objective_of(given: Mapping[str, Any]) -> Objective | None:

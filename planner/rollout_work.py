@@ -36,13 +36,13 @@ def rollout_work(
     generations = plan.effective_batch_size / plan.generated_rows
     completion = plan.max_completion_length
     scores = plan.resolved_objective.scores_always + asks_reference(plan)
-    judged = _judged_share(model)
+    judged = judged_share(model)
     passes = 1 + scores + judged
     weights = weight_memory_bytes(model, plan)
     read = generations * completion * weights + micro_batches * scores * weights
     read += micro_batches * reward_bytes(model, plan)
     cached = (
-        micro_batches * rows * completion * (length - completion / 2) * _cache_bytes(model, plan)
+        micro_batches * rows * completion * (length - completion / 2) * cache_bytes(model, plan)
     )
     forward_kernels = trace.num_kernels / 2
     called = generations * (1 + completion) + micro_batches * (scores + (judged > 0))
@@ -53,13 +53,13 @@ def rollout_work(
     )
 
 
-def _judged_share(model: ModelSpec) -> float:
+def judged_share(model: ModelSpec) -> float:
     """Of the model's products, those of the reward model for as many tokens."""
     judge = model.reward_model
     return judge.num_parameters / model.num_parameters if judge else 0.0
 
 
-def _cache_bytes(model: ModelSpec, plan: TrainingPlan) -> int:
+def cache_bytes(model: ModelSpec, plan: TrainingPlan) -> int:
     """Keys and values of one token, in the dtype of products."""
     elements = sum(
         2 * layer.attention.num_key_value_heads * layer.attention.head_dim for layer in model.layers

@@ -32,6 +32,7 @@ from ftplan.planner.ranking import Evaluated
 from ftplan.planner.recipe import data_recipe
 from ftplan.planner.sharding import ZERO
 from ftplan.planner.stack import Stack
+from ftplan.planner.step_settings import mean_model_rows
 from ftplan.planner.step_time import StepTime, StepWork, step_work, time_of
 from ftplan.planner.tasks import TaskWeighting
 from ftplan.planner.teams import Team
@@ -123,7 +124,7 @@ class Batches:
         self._tokens: dict[tuple[TaskWeighting, int, int], float] = {}
 
     def mean_tokens(self, plan: TrainingPlan) -> float:
-        """Padded tokens of the mean micro-batch."""
+        """Padded tokens of the mean micro-batch, of one text of each row."""
         weighting = TaskWeighting.of(plan)
         size, max_length = plan.per_device_train_batch_size, plan.max_length
         key = (weighting, size, max_length)
@@ -476,13 +477,13 @@ class Space:
         return 2 * work.tokens * self._model.vocab_size * self._model.hidden_size
 
     def _work(self, plan: TrainingPlan, team: Team) -> StepWork:
-        tokens = self._batches.mean_tokens(plan)
+        tokens, length = mean_model_rows(plan, self._batches.mean_tokens(plan))
         return step_work(
             self._model,
             plan,
             team.device,
             tokens_per_micro_batch=tokens,
-            mean_length=tokens / plan.per_device_train_batch_size,
+            mean_length=length,
             stack=self._data.on(self._stack, plan),
         )
 

@@ -111,6 +111,18 @@ def model_rows(plan: TrainingPlan, length: int) -> tuple[int, int]:
     return (1, rows * own + in_front) if plan.packing else (rows, own + in_front)
 
 
+def mean_model_rows(plan: TrainingPlan, tokens: float) -> tuple[float, float]:
+    """(tokens, length) of what goes through the model at once on the mean micro-batch, of `tokens`
+    of the data for one text of each row. Both answers to a question do, as long as the longer."""
+    length = tokens / plan.per_device_train_batch_size
+    return tokens * plan.resolved_objective.sequences_per_row, length
+
+
+def in_front_of_rows(plan: TrainingPlan) -> int:
+    """Learned tokens in front of each row."""
+    return _in_front(plan)[0]
+
+
 def _in_front(plan: TrainingPlan) -> tuple[int, int]:
     """Learned tokens in front of each row, and learned keys and values."""
     method = plan.resolved_method

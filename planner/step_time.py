@@ -34,6 +34,7 @@ from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.plan import TrainingPlan
 from ftplan.planner.rollout_work import RolloutWork, rollout_work
 from ftplan.planner.stack import OWN_STACK, Stack
+from ftplan.planner.step_settings import in_front_of_rows
 from ftplan.planner.step_trace import StepTrace
 from ftplan.planner.tape import value
 from ftplan.planner.tensor_parallel import one_rank
@@ -200,7 +201,7 @@ def step_work(
     share = one_rank(model, plan.tp_size)
     trained = trained_part(share, plan)
     tokens, length = tokens_per_micro_batch / plan.cp_size, mean_length / plan.cp_size
-    trace, rows, length = _trace(model, plan, device, tokens, length, stack)
+    trace, rows, length = trace_of(model, plan, device, tokens, length, stack)
     forward = value(trace.forward_flops, rows, length)
     micro_batches = plan.gradient_accumulation_steps
     moved = _micro_batch_bytes(model, plan, trained, device, trace, rows, length)
@@ -352,7 +353,7 @@ def achieved_flops_per_second(dtype: str, device: Device, achieved: Achieved = E
     return learned * achieved.matmul * matmul
 
 
-def _trace(
+def trace_of(
     model: ModelSpec,
     plan: TrainingPlan,
     device: Device | None,
@@ -360,7 +361,7 @@ def _trace(
     length: float,
     stack: Stack = OWN_STACK,
 ) -> tuple[StepTrace, float, float]:
-    """The step's trace, and (rows, length) to read it at.
+    """The step's trace, and (rows, length) to read it at, with the learned tokens in front of rows.
 
     However many GPUs divide the state, each computes and moves the same, so that one trace, of two,
     is for all numbers.
@@ -370,6 +371,7 @@ def _trace(
     if plan.offload != "none" and plan.num_gpus > 1:
         plan = plan.replace(offload="none")  # the same is computed on the GPU
     rows = tokens / length
+    length += in_front_of_rows(plan)
     whole = max(1, round(rows)), max(1, round(length))
     return compiled_step(model, plan, *whole, device, stack).trace, rows, length
 
@@ -378,7 +380,7 @@ def forward_flops(
     model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, device: Device | None = None
 ) -> float:
     """FLOPs of one forward pass, output projection included."""
-    trace, rows, length = _trace(model, plan, device, tokens, length)
+    trace, rows, length = trace_of(model, plan, device, tokens, length)
     return value(trace.forward_flops, rows, length)
 
 
@@ -386,7 +388,7 @@ def micro_batch_flops(
     model: ModelSpec, plan: TrainingPlan, tokens: float, length: float, device: Device | None = None
 ) -> float:
     """FLOPs of forward, backward and recomputation of one micro-batch."""
-    trace, rows, length = _trace(model, plan, device, tokens, length)
+    trace, rows, length = trace_of(model, plan, device, tokens, length)
     both = value(trace.forward_flops, rows, length) + value(trace.backward_flops, rows, length)
     return both
 
@@ -416,7 +418,7 @@ def _micro_batch_bytes(
     backwards = trained.reached_layers(model) / model.num_hidden_layers
     passes_over_weights = trace.num_passes + forwards * backwards
     weights = passes_over_weights * weight_memory_bytes(model, plan)
-    expanded = _expanded_bytes(model, plan, passes_over_weights, backwards)
+    expanded = expanded_bytes(model, plan, passes_over_weights, backwards)
     return moved + logits + weights + expanded
 
 
@@ -435,7 +437,7 @@ def passes_over_logits(plan: TrainingPlan, kind: DeviceKind) -> int:
     return PASSES_OVER_LOGITS[plan.loss]
 
 
-def _expanded_bytes(model: ModelSpec, plan: TrainingPlan, passes: float, backwards: float) -> float:
+def expanded_bytes(model: ModelSpec, plan: TrainingPlan, passes: float, backwards: float) -> float:
     """Bytes of the 16-bit copies of quantized weights, written and read, beside the reading of
     the quantized weights themselves.
 

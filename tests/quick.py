@@ -21,9 +21,9 @@ def little_asked() -> Iterator[None]:
     if text is None or evaluation is None:  # nothing trains here
         yield
         return
-    whole = text.text_pieces
+    whole = text.general_pieces
     with (
-        mock.patch.object(text, "text_pieces", lambda t: whole(t)[: text.LEAST_PIECES]),
+        mock.patch.object(text, "general_pieces", lambda t: whole(t)[: text.LEAST_PIECES]),
         mock.patch.multiple(evaluation, SHOWN_NEW_TOKENS=8, MOST_SCORED_TOKENS=8),
     ):
         yield

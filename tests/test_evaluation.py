@@ -21,40 +21,37 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
 from ftplan.launcher import views
+from ftplan.launcher.data.general_pieces import general_pieces
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.merging.check import CHECKED_TOKENS, TOLERATED_EPSILONS
 from ftplan.launcher.model_card import card
-from ftplan.launcher.training.answer_scores import (
-    SHORT_ANSWER_TOKENS,
-    are_short,
-    normalized,
-    score,
-    token_f1,
-)
+from ftplan.launcher.training.answer_scores import normalized, score, token_f1
 from ftplan.launcher.training.answering import answers, stop_tokens
 from ftplan.launcher.training.evaluation import (
-    MOST_SCORED_TOKENS,
-    SCORING_SECONDS,
-    SHOWN_ROWS,
     Evaluator,
     asked_rows,
     evaluation_record,
     forgetting_record,
     samples_record,
 )
-from ftplan.launcher.training.general_text import (
-    LEAST_PIECES,
-    MOST_SECONDS,
-    PIECE_TOKENS,
-    general_loss,
-    text_pieces,
-)
+from ftplan.launcher.training.general_text import general_loss
 from ftplan.launcher.training.labels import NO_LOSS, predicted
-from ftplan.launcher.training.rows import ASKED_ROWS, _Asked
+from ftplan.launcher.training.rows import _Asked
 from ftplan.launcher.training.tasks import _summed_loss
 from ftplan.launcher.training.trainer import PlannedTrainer
 from ftplan.launcher.ui import Ui
+from ftplan.planner.evaluating import (
+    ASKED_ROWS,
+    GENERAL_TEXT_SECONDS,
+    LEAST_PIECES,
+    MOST_SCORED_TOKENS,
+    PIECE_TOKENS,
+    SCORING_SECONDS,
+    SHORT_ANSWER_TOKENS,
+    SHOWN_ROWS,
+    are_short,
+)
 from ftplan.planner.forgetting import PERPLEXITY_RISE, has_forgotten, what_helps
 from ftplan.planner.labels import MAX_LABELS
 from ftplan.profiles.text_facts import general_text
@@ -216,13 +213,13 @@ def test_an_answer_ends_with_the_templates_token(trainer: Any) -> None:
 def test_general_text_is_read_in_pieces_as_in_one(trainer: Any, tokenizer: RowTokenizer) -> None:
     found = general_loss(trainer, tokenizer, num_pieces=3)
     assert (found.num_pieces, found.num_tokens) == (3, 3 * (PIECE_TOKENS - 1))
-    pieces = torch.tensor(text_pieces(tokenizer)[:3])
+    pieces = torch.tensor(general_pieces(tokenizer)[:3])
     with torch.no_grad():
         wanted = trainer.model.eval()(input_ids=pieces, labels=pieces).loss
     assert found.loss == pytest.approx(float(wanted), rel=1e-4)
     trainer.model.train()
     few = general_loss(trainer, tokenizer, most_seconds=0.0)
-    assert 0 < few.num_pieces < len(text_pieces(tokenizer))
+    assert 0 < few.num_pieces < len(general_pieces(tokenizer))
 
 
 def config(objective: str = "sft") -> Any:
@@ -387,7 +384,7 @@ def test_the_page_states_the_constants() -> None:
         f"at most 4 tokens more than the longest in the data, and {MOST_SCORED_TOKENS} at most",
         f"after {SCORING_SECONDS:g} seconds before training",
         f"in pieces of {PIECE_TOKENS} tokens",
-        f"begun after {MOST_SECONDS:g} seconds, though {LEAST_PIECES} there are",
+        f"begun after {GENERAL_TEXT_SECONDS:g} seconds, though {LEAST_PIECES} there are",
         f"read {CHECKED_TOKENS} tokens in float32",
         f"more than {TOLERATED_EPSILONS} epsilons".replace("more", "More"),
     ):

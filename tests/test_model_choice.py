@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 
-from ftplan.launcher import model_choice
+from ftplan.launcher import model_choice, planning
 from ftplan.launcher.commands.plan import planned_to_dict
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.data.checks import row_language
 from ftplan.launcher.data.data_file import read_data
+from ftplan.launcher.data.overlong import Rule
+from ftplan.launcher.data.profiling import make_split, profile_data
+from ftplan.launcher.model_source import find_source
 from ftplan.launcher.offer import Offer
 from ftplan.launcher.planning import Planned, make_plan
 from ftplan.launcher.ui import Ui
 from ftplan.planner.goals import ANY_PLAN, Wanted
 from ftplan.planner.hardware_spec import Device
+from ftplan.planner.policy import COMPLETION_LENGTH
 from ftplan.planner.ranking import Ranking
 from ftplan.profiles import find_gpu, require_model
 
@@ -89,6 +93,49 @@ def test_here_without_a_hub_only_the_cache_counts(unreachable: None, tmp_path: P
     assert source.origin == "default" and choice.runner_up is None
     assert "no larger model" in choice.why
     assert model_choice.choose_model(asked, here, here=False)[0].origin == "catalog"
+
+
+class Seen(Exception):
+    """The choice of a model has been asked for."""
+
+
+def test_a_model_is_chosen_for_prompts_with_completions_and_a_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def choose(asked: DataAsked, offer: Offer, **more: Any) -> None:
+        seen.update(more, rule=asked.rule)
+        raise Seen
+
+    judge = find_source("qwen2.5-7b")
+    monkeypatch.setattr(planning, "choose_model", choose)
+    monkeypatch.setattr(planning, "reward_source", lambda given: judge)
+    path = write(tmp_path, *[ENGLISH] * 10)
+    with pytest.raises(Seen):
+        plan(path, objective="grpo", reward_model="judge")
+    assert seen["judge"] is judge and seen["rule"].completion_length == COMPLETION_LENGTH
+    with pytest.raises(Seen):
+        plan(path, objective="grpo", reward_model="judge", max_completion_length=40)
+    assert seen["rule"].completion_length == 40
+    with pytest.raises(Seen):
+        plan(path)
+    assert seen["rule"].completion_length == 0
+
+
+def test_a_reward_model_takes_room_beside_each(tmp_path: Path) -> None:
+    rule = Rule("truncate", None, completion_length=64)
+    data = read_data([write(tmp_path, *[ENGLISH] * 60)], objective="grpo", rule=rule)
+    profile = profile_data(data, make_split(data, None))
+    given = {
+        **{"objective": "grpo", "method": "lora", "max_steps": 2, "max_completion_length": 64},
+        **{"per_device_train_batch_size": 4, "num_generations": 4, "gradient_checkpointing": True},
+    }
+    there = Offer(devices=find_gpu(GPU).device(), given=given, wanted=ANY_PLAN)
+    model = model_choice._published(model_choice.model_catalog()["qwen2.5-7b"])
+    assert model_choice._Trials(profile, there).tried(model) is None
+    judged = model_choice._Trials(profile, there, find_source("qwen2.5-7b")).tried(model)
+    assert judged is not None
 
 
 def test_a_processor_trains_the_embedded_default(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from ftplan.launcher.ui import StackedBar, Ui, facts
 from ftplan.planner.explain_time import explain_time
 from ftplan.planner.margin import Margin
 from ftplan.planner.plan import SETTING_NAMES
+from ftplan.planner.units import format_seconds
 from ftplan.profiles import find_gpu
 
 # Lines of a terminal on which a plan is one screen, at 80 columns.
@@ -72,6 +73,18 @@ def rendered(*parts: Any, width: int = 100) -> list[str]:
         console.print(part)
     lines = cast(io.StringIO, console.file).getvalue().splitlines()
     return [line.rstrip() for line in lines]
+
+
+def test_a_plan_says_how_long_it_evaluates(planned: Planned) -> None:
+    told = plan_command.planned_to_dict(planned)["run"]["evaluation"]
+    assert set(told["parts"]) == {"held_out", "answers", "general_text", "scoring"}
+    assert 0 < told["least_seconds"] < told["seconds"] < told["most_seconds"]
+    (line,) = [
+        line
+        for line in rendered(*plan_views.plan_parts(planned), width=120)
+        if line.startswith("evaluate ")
+    ]
+    assert format_seconds(told["seconds"]) in line and "scoring" not in line
 
 
 # --- one screen

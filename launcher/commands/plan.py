@@ -274,7 +274,11 @@ def planned_to_dict(planned: Planned) -> dict[str, Any]:
         },
         "plan": planned.chosen.reasoned.to_dict(),
         "estimate": _estimate(planned, planned.chosen, warnings),
-        "run": {**planned.run_time.to_dict(), "usd": planned.usd},
+        "run": {
+            **planned.run_time.to_dict(),
+            "usd": planned.usd,
+            "evaluation": planned.evaluation_time.to_dict(),
+        },
         "overlong": planned.profile.overlong_to_dict(planned.chosen.plan.max_length),
         "hashes": planned.hashes.to_dict() if planned.hashes else None,
         "alternatives": [

@@ -10,6 +10,7 @@ from msgspec import structs
 from ftplan.launcher.data.data_file import DataFile
 from ftplan.launcher.data.labels import count_labels, label_warnings
 from ftplan.launcher.data.overlong import Fate
+from ftplan.launcher.data.questions import questions
 from ftplan.launcher.data.split import MAX_EVAL_ROWS, Split, rows_of, split_groups
 from ftplan.launcher.data.survey import Place
 from ftplan.launcher.data.tasks import task_lengths, tasks_of
@@ -68,6 +69,7 @@ def profile_data(data: DataFile, split: Split, eval_data: DataFile | None = None
         lengths_left=_longest_first(trained.left) if trained.counts.changes else None,
         longest_held_out=max(held_out.lengths, default=0),
         longest_evaluated=max(held_out.left, default=0),
+        questions=questions(data, split, eval_data),
         problems=(
             *problems,
             *_lengths_problems(data, trained),

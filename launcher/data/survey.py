@@ -25,7 +25,7 @@ from ftplan.planner.objectives import OBJECTIVES
 
 # Characters a token, where no tokenizer is at hand: about 4 in English text (GPT-2's byte-pair
 # encoding and its successors); the template adds a few tokens a message.
-_CHARACTERS_PER_TOKEN = 4.0
+CHARACTERS_PER_TOKEN = 4.0
 _TEMPLATE_TOKENS_PER_MESSAGE = 5
 
 _ROWS_AT_ONCE = 512
@@ -167,8 +167,8 @@ def _estimated(row: Row) -> Lengths:
 
 def _estimated_version(row: Row) -> Lengths:
     texts = row.texts
-    tokens = max(1, round(sum(map(len, texts)) / _CHARACTERS_PER_TOKEN))
-    trained = min(tokens, max(1, round(len(row.answer) / _CHARACTERS_PER_TOKEN)))
+    tokens = max(1, round(sum(map(len, texts)) / CHARACTERS_PER_TOKEN))
+    trained = min(tokens, max(1, round(len(row.answer) / CHARACTERS_PER_TOKEN)))
     tokens += _TEMPLATE_TOKENS_PER_MESSAGE * len(texts)
     first = 0 if row.is_prompt else 1 if row.text else tokens - trained
     return Lengths(tokens, trained, first)

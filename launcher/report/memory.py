@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from ftplan.launcher.report.elements import Child, Html, join, table, tag
 from ftplan.launcher.report.facts import RunFacts, mapping, number
+from ftplan.launcher.views import said_unmet
 from ftplan.planner.phases import COMPONENTS, STEP_PHASES
 from ftplan.planner.units import format_bytes, format_percent
 
@@ -211,9 +212,9 @@ def _on_processor(facts: RunFacts) -> bool:
 def _notes(facts: RunFacts) -> Html | None:
     if not _on_processor(facts):
         return None
-    return tag(
-        "p",
+    said = (
         "On a processor tensors are counted after loading and in the first two steps, which hold "
-        "the longest rows.",
-        class_="note",
+        "the longest rows."
     )
+    unmet = said_unmet(facts.record) if facts.record else None
+    return tag("p", f"{said} {unmet}" if unmet else said, class_="note")

@@ -21,6 +21,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("a step", "step_seconds", format_seconds),
     ("tokens a second", "tokens_per_second_per_gpu", _rate),
     ("training", "train_seconds", format_seconds),
+    ("evaluation", "evaluation_seconds", format_seconds),
 )
 
 

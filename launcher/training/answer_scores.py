@@ -16,10 +16,6 @@ from msgspec import Struct
 
 from ftplan.planner.labels import are_labels
 
-# Answers are short where half of them are no longer. SQuAD's are spans of three words in the mean;
-# labels are shorter still, and what explains itself is longer.
-SHORT_ANSWER_TOKENS = 8
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -32,11 +28,6 @@ class AnswerScores(Struct, frozen=True, kw_only=True):
     f1: float
     macro_f1: float | None = None
     majority_share: float | None = None
-
-
-def are_short(answer_tokens: Sequence[int]) -> bool:
-    """Whether answers of so many tokens can be scored by what they say."""
-    return bool(answer_tokens) and statistics.median(answer_tokens) <= SHORT_ANSWER_TOKENS
 
 
 def normalized(text: str) -> str:

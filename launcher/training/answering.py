@@ -13,6 +13,7 @@ from torch import nn
 from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.training.adapters import tells_tasks_apart
 from ftplan.launcher.training.sharded import first_says
+from ftplan.planner.evaluating import rows_at_once
 
 
 @contextlib.contextmanager
@@ -45,7 +46,7 @@ def answers(
     may be fewer answers than prompts; one batch there is.
     """
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    size = max(1, tokens_at_once // longest) if longest else 1
+    size = rows_at_once(tokens_at_once, longest)
     began, found = time.monotonic(), list[str]()
     with asked(trainer) as model:
         for first in range(0, len(prompts), size):

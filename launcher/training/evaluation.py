@@ -10,28 +10,24 @@ from msgspec import Struct, to_builtins
 
 from ftplan.launcher.data.rows import Row
 from ftplan.launcher.data.tokens import RowTokenizer
-from ftplan.launcher.training.answer_scores import AnswerScores, are_short, score
+from ftplan.launcher.training.answer_scores import AnswerScores, score
 from ftplan.launcher.training.answering import answers
 from ftplan.launcher.training.config import TrainConfig
 from ftplan.launcher.training.general_text import general_loss, perplexity
 from ftplan.launcher.training.tasks import evaluated_by_task
+from ftplan.planner.evaluating import (
+    MOST_PROMPT_TOKENS,
+    MOST_SCORED_TOKENS,
+    SCORING_SECONDS,
+    SHOWN_NEW_TOKENS,
+    SHOWN_ROWS,
+    SPARE_TOKENS,
+    are_short,
+    tokens_at_once,
+)
 from ftplan.planner.forgetting import PERPLEXITY_RISE, has_forgotten, what_helps
 from ftplan.planner.methods import resolve_method
 from ftplan.planner.objectives import OBJECTIVES
-
-# Answers that are shown, and how long one may be.
-SHOWN_ROWS = 3
-SHOWN_NEW_TOKENS = 64
-
-# A scored answer: no longer than the longest that the data have and a little, nor than this.
-MOST_SCORED_TOKENS = 32
-_SPARE_TOKENS = 4
-
-# Before training, no batch of scored answers is begun later. Afterwards it is the same rows.
-SCORING_SECONDS = 30.0
-
-# Where the objective sets no length of a row.
-MOST_PROMPT_TOKENS = 1024
 
 # Of TRL's metrics: the share of pairs in which the chosen answer has the higher reward.
 _ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")
@@ -81,7 +77,7 @@ class Evaluator(Struct, frozen=True):
         seconds = SCORING_SECONDS if short else None
         if before is not None and before["num_scored"]:
             rows, seconds = rows[: before["num_scored"]], None
-        longest = max((row.answer_tokens for row in rows), default=0) + _SPARE_TOKENS
+        longest = max((row.answer_tokens for row in rows), default=0) + SPARE_TOKENS
         said = answers(
             self.trainer,
             self.tokenizer,
@@ -112,12 +108,10 @@ class Evaluator(Struct, frozen=True):
 
     @property
     def _tokens_at_once(self) -> int:
-        """Half of what an evaluation batch has: keys and values of a layer are two, what
-        checkpointing keeps of it is one."""
         longest = int(self.config.training_arguments.get("max_length") or MOST_PROMPT_TOKENS)
         rows = int(self.config.training_arguments["per_device_eval_batch_size"])
         recovery = getattr(self.trainer, "recovery", None)
-        return (recovery.lowered.eval_rows if recovery else rows) * longest // 2
+        return tokens_at_once(recovery.lowered.eval_rows if recovery else rows, longest)
 
 
 def asked_rows(config: TrainConfig, tokenizer: RowTokenizer, rows: Sequence[Row]) -> list[AskedRow]:

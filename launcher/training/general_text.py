@@ -10,17 +10,11 @@ import torch
 from msgspec import Struct
 from torch.nn import functional
 
+from ftplan.launcher.data.general_pieces import general_pieces
 from ftplan.launcher.data.tokens import RowTokenizer
 from ftplan.launcher.training.answering import asked
 from ftplan.launcher.training.sharded import first_says
-from ftplan.profiles.text_facts import general_text
-
-# Tokens of a piece; each is computed alone, so that its logits take less than a training step's.
-PIECE_TOKENS = 128
-
-# On a slow machine there are fewer pieces, though some of each kind of text.
-LEAST_PIECES = 8
-MOST_SECONDS = 15.0
+from ftplan.planner.evaluating import GENERAL_TEXT_SECONDS, LEAST_PIECES
 
 
 class GeneralLoss(Struct, frozen=True, kw_only=True):
@@ -45,13 +39,13 @@ def general_loss(
     tokenizer: RowTokenizer,
     *,
     num_pieces: int | None = None,
-    most_seconds: float = MOST_SECONDS,
+    most_seconds: float = GENERAL_TEXT_SECONDS,
 ) -> GeneralLoss:
     """The trained model's loss on the general text, without a chat template.
 
     `num_pieces`: as many as were taken before training; None takes what there is time for.
     """
-    pieces = text_pieces(tokenizer)[:num_pieces]
+    pieces = general_pieces(tokenizer)[:num_pieces]
     opening, began = tokenizer.first_token, time.monotonic()
     losses: list[float] = []
     with asked(trainer) as model:
@@ -62,14 +56,6 @@ def general_loss(
             losses.append(_piece_loss(model, opening, piece, trainer.args.device))
     tokens = sum(_num_predicted(opening, piece) for piece in pieces[: len(losses)])
     return GeneralLoss(loss=sum(losses) / max(tokens, 1), num_pieces=len(losses), num_tokens=tokens)
-
-
-def text_pieces(tokenizer: RowTokenizer) -> list[list[int]]:
-    """The text in pieces of equal length, in its order; what is left at the end is dropped."""
-    whole = "\n\n".join(passage.text for passage in general_text().texts)
-    (ids,) = tokenizer.ids([whole])
-    ends = range(PIECE_TOKENS, len(ids) + 1, PIECE_TOKENS)
-    return [ids[end - PIECE_TOKENS : end] for end in ends]
 
 
 def _num_predicted(opening: list[int], piece: list[int]) -> int:

@@ -211,6 +211,7 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
         write_json(run.environment, environment())
     if checkpoint is None:
         _try_longest_batches(session, trainer)
+    preparing = time.time()
     if session.cycle is not None:
         session.say("preparing the adapters")
         session.cycle.prepare(trainer, checkpoint)
@@ -229,11 +230,15 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
     after = _evaluate(session, evaluator, "after", before)
     earlier = _of_stages(session, trainer, rows.train)
     session.say("saving")
+    saving = time.time()
     output = session.recovery.saved(lambda: save(session, trainer), trainer)
+    saved = time.time()
     session.phases.end("save")
     session.phases.tell()
     if trainer.is_world_process_zero():
-        seconds = {"load": loaded - started, "train": trained - began}
+        seconds = {"load": loaded - started, "train": trained - began, "save": saved - saving}
+        if checkpoint is None or session.cycle is None:
+            seconds["prepare"] = began - preparing
         seconds["total"] = time.time() - started
         record = make_record(session, trainer, rows, before, after, memory, seconds, output)
         record |= earlier | session.recovery.record() | preflight_record(run)
@@ -333,8 +338,9 @@ def _evaluate(
     session: _Session, evaluator: Evaluator, when: str, before: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """What the model can do now; kept in metrics.jsonl for a resume."""
-    trainer = evaluator.trainer
+    trainer, began = evaluator.trainer, time.monotonic()
     result = session.recovery.evaluated(lambda: evaluator.evaluate(when, before), trainer)
+    result["seconds"] = round(time.monotonic() - began, 3)
     session.phases.end("evaluation")
     session.phases.tell()
     if evaluator.trainer.is_world_process_zero():
@@ -465,7 +471,11 @@ def make_record(
             "tokens_per_second_per_gpu": tokens / spent if spent else None,
             "settled_tokens_per_second_per_gpu": settled_tokens_per_second(steps),
             "train_seconds": spent,
+            "evaluation_seconds": _evaluation_seconds(before, after, seconds),
             "seconds": seconds,
+            "micro_batch_tokens": dict(
+                zip(("first", "later"), session.reporter.longest, strict=True)
+            ),
             "phases": session.phases.to_list(),
         },
         "sampled": sampled_peaks(session.run),
@@ -489,6 +499,16 @@ def make_record(
         **rows.hashes.to_dict(),
         "output": output,
     }
+
+
+def _evaluation_seconds(
+    before: Mapping[str, Any], after: Mapping[str, Any], seconds: Mapping[str, float]
+) -> float | None:
+    """Of both evaluations and of preparing the adapters; None where an attempt before this one,
+    which did a part of that, did not tell."""
+    if "seconds" not in before or "prepare" not in seconds:
+        return None
+    return float(before["seconds"] + after["seconds"] + seconds["prepare"])
 
 
 def _tasks_record(

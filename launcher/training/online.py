@@ -22,6 +22,7 @@ class TokenizedPrompts(DurableCheckpoints):
     ) -> None:
         # Rows are taken in the trainer's own order, in groups of one prompt.
         self.step_tokens = 0
+        self.step_longest = [0, 0]  # rows are completed to any length: nothing is said of them
         super().__init__(*args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[Any, ...]:

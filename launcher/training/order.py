@@ -46,7 +46,8 @@ class PlannedOrder(InPieces, DurableCheckpoints):
     """For trainers of transformers. `row_lengths`: tokens of each row; None, and the trainer takes
     rows in its own order. `micro_batches`: as planned; None, and they are as the trainer's
     arguments say. `tasks`: a TaskMix, where rows are of several tasks. `step_tokens`: padding
-    included, since it was last set to 0."""
+    included, since it was last set to 0; `step_longest`: of the first micro-batch since then, and
+    the most of the others, which meet its gradients."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class PlannedOrder(InPieces, DurableCheckpoints):
         self.micro_batches = micro_batches
         self.tasks = tasks
         self.step_tokens = 0
+        self.step_longest = [0, 0]
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -78,5 +80,7 @@ class PlannedOrder(InPieces, DurableCheckpoints):
         return self.tasks.sampler(*planned)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.step_tokens += inputs["input_ids"].numel()
+        tokens, later = inputs["input_ids"].numel(), self.step_tokens > 0
+        self.step_longest[later] = max(self.step_longest[later], tokens)
+        self.step_tokens += tokens
         return super().training_step(model, inputs, *args, **kwargs)

@@ -34,13 +34,11 @@ from ftplan.launcher.training.token_file import (
 )
 from ftplan.planner.batching import training_order
 from ftplan.planner.errors import InputError
+from ftplan.planner.evaluating import ASKED_ROWS
 from ftplan.planner.overlong import RowCounts, refuse_overlong
 
 # Rows that are put into tokens at once.
 _ROWS_AT_ONCE = 256
-
-# Held-out rows that the model is asked, at most.
-ASKED_ROWS = 64
 
 
 class TrainingRows(Struct, frozen=True):

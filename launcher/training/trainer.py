@@ -66,6 +66,10 @@ class StepReporter(TrainerCallback):
         self._seconds = 0.0
         self._tokens = 0
         self._first_step = 0
+        # Tokens of the longest micro-batches that memory was measured in: the first of their steps,
+        # and those that met gradients.
+        self.longest = [0, 0]
+        self._measures = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,8 +86,9 @@ class StepReporter(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.trainer is not None:
-            self.trainer.step_tokens = 0
+            self.trainer.step_tokens, self.trainer.step_longest = 0, [0, 0]
         profiled = state.global_step - self._first_step < PROFILED_STEPS
+        self._measures = profiled or args.device.type != "cpu"
         if args.device.type == "cpu" and profiled:
             beside = models_beside(self.trainer)
             self.recorder.start(model, optimizer, beside, importance(model))
@@ -97,6 +102,8 @@ class StepReporter(TrainerCallback):
         self._seconds = time.monotonic() - self._began
         self.recorder.stop()
         self._tokens = self.trainer.step_tokens if self.trainer else 0
+        if self.trainer is not None and self._measures:
+            self.longest = list(map(max, self.longest, self.trainer.step_longest))
 
     def on_log(
         self,
