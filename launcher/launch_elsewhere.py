@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def planned_of_file(arguments: argparse.Namespace, ui: Ui, file: PlanFile) -> Pl
         ui,
         asked=file.asked,
         model_name=file.model,
-        named_device=None if arguments.backend == LOCAL else _named_device(ui, file),
+        named_device=None if arguments.backend == LOCAL else named_device(ui, file),
         given=file.settings,
         runs_dir=arguments.runs_dir,
         for_launch=True,
@@ -139,18 +140,22 @@ def planned_of_file(arguments: argparse.Namespace, ui: Ui, file: PlanFile) -> Pl
     return file.with_reasons(planned)
 
 
-def _named_device(ui: Ui, file: PlanFile) -> Device | None:
-    """The catalogued GPU that was planned for; None for a processor, which is planned for here."""
+def named_device(ui: Ui, file: PlanFile) -> Device | None:
+    """The catalogued GPU that was planned for, of unlike ones what each does at least; None for a
+    processor, which is planned for here."""
+    from ftplan.planner.teams import least_of, names_of
     from ftplan.profiles import find_gpu
 
     try:
-        device = find_gpu(file.device).device()
+        device = reduce(least_of, [find_gpu(name).device() for name in names_of(file.device)])
     except UnknownNameError:
         return None
     device = structs.replace(device, free_bytes=file.free_bytes or device.free_bytes)
     machines = file.settings.get("num_machines", 1)
     if machines == 1:
         return device
+    if file.network is not None:
+        return structs.replace(device, network=file.network)
     from ftplan.launcher.cluster_flags import cluster_of
 
     per_machine = file.settings.get("num_gpus", machines) // machines
