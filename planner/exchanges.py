@@ -119,8 +119,9 @@ def _of_all(
 
 def _zero(plan: TrainingPlan, gradients: float) -> tuple[Collective, ...]:
     """The sum of gradients is divided once a step (ZeRO-1), or in each micro-batch (ZeRO-2), and
-    what each GPU has updated is gathered behind the step. DeepSpeed overlaps neither by default:
-    `overlap_comm` is for stage 3 (deepspeed/runtime/zero/config.py, stage_1_and_2.py)."""
+    what each GPU has updated is gathered behind the step, by `allgather_bucket_size`, by default as
+    large as `reduce_bucket_size`. DeepSpeed overlaps neither by default: `overlap_comm` is for
+    stage 3 (deepspeed/runtime/zero/config.py, stage_1_and_2.py of 0.19.8)."""
     count = max(1, math.ceil(gradients / (REDUCE_BUCKET_SIZE * plan.compute_bytes)))
     times = plan.gradient_accumulation_steps if plan.sharding == "zero2" else 1
     return (
