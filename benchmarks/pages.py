@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
-from benchmarks import comparison, rules, views
+from benchmarks import comparison, rules, several_gpus, views
 from benchmarks.references import read
 from ftplan.launcher.cases import Case, Refusal, read_cases
 from ftplan.launcher.commands.validate import closed_form, compare
 from ftplan.launcher.validate_views import trainer_rows
+from ftplan.planner.accuracy import Prediction
 from ftplan.planner.rules_of_thumb import RULES
 
 PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
+
+_PREDICTED: dict[str, Prediction] = {}
 
 # Of the statistics of the draw, those that fit a page.
 _GROUPINGS = ("shape", "objective", "quantization", "sharding", "trainer")
@@ -30,8 +33,14 @@ Tables = Mapping[str, tuple[Callable[[], Rows], ...]]
 @cache
 def by_trainer() -> Rows:
     """Allocated memory of the runs in tests/measured, as `ftplan validate` prints it."""
-    rows = trainer_rows(list(compare(_measured(), closed_form)))
+    rows = trainer_rows(list(compare(_measured(), _closed_form)))
     return [row[:2] + row[3:] for row in rows if row[2] == "allocated"]
+
+
+@cache
+def on_several_gpus() -> Rows:
+    """Those on several GPUs, and fsdp_qlora's."""
+    return several_gpus.rows(several_gpus.errors(several_gpus.cases_of(), _closed_form))
 
 
 @cache
@@ -55,6 +64,7 @@ def by_draw() -> Rows:
 # The tables under each heading, in their order.
 TABLES: Tables = {
     "How accurate it is": (by_trainer,),
+    "Runs on several GPUs": (on_several_gpus,),
     "Rules of thumb beside it": (by_rule, sources_of_rules),
     "Closed form beside dry run": (by_draw,),
 }
@@ -63,6 +73,13 @@ TABLES: Tables = {
 @cache
 def _measured() -> tuple[Case | Refusal, ...]:
     return tuple(read_cases(rules.MEASURED))
+
+
+def _closed_form(case: Case) -> Prediction:
+    """Once for each run, which several tables have."""
+    if case.id not in _PREDICTED:
+        _PREDICTED[case.id] = closed_form(case)
+    return _PREDICTED[case.id]
 
 
 def with_tables(text: str) -> str:

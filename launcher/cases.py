@@ -6,6 +6,7 @@ reasons; nothing is guessed, and nothing is fetched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from msgspec import Struct
 
 from ftplan.launcher.model_source import ModelSource, cached_folder, find_source
-from ftplan.planner.errors import InputError
+from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.hardware_spec import Device
 from ftplan.planner.litgpt import check_litgpt
 from ftplan.planner.methods import METHODS
@@ -70,7 +71,7 @@ OPTIONAL_FIELDS = (
 # (`planner/litgpt.py`), peft-loop PEFT's method_comparison/MetaMathQA/run.py, whose `use_amp` is
 # off.
 NAME_OF_CASE: dict[str, dict[str, str]] = {
-    "trainer": {"peft-loop": "loop", "litgpt": "loop"},
+    "trainer": {"peft-loop": "loop", "litgpt": "loop", "fsdp_qlora": "transformers"},
     "method": {
         "prefix": "prefix-tuning",
         "ln_tuning": "ln-tuning",
@@ -121,6 +122,20 @@ LONGEST_FIRST = ("Lightning-AI/litgpt tutorials/resource-tables.md",)
 # configurations `*-foak-fast-kernels-liger`, `*-foak-liger`, `foak-fast-kernels` and `*-foak` of
 # its scenarios-liger.yaml and scenarios.yaml.
 FUSED_WITH_LIGER = ("foundation-model-stack/fms-acceleration",)
+
+# AnswerDotAI/fsdp_qlora's train.py (March 2024), a loop of its own around transformers' models:
+# FSDP1 also where each GPU holds all (`NO_SHARD`), checkpointing put within its units, no autocast;
+# `output` lives until the step is over. Its options say a dropout; bitsandbytes' Linear4bit
+# quantizes scales too unless told otherwise (`compress_statistics`), and PEFT before 0.11 made
+# adapters in the dtype of the weight beside them, which is bf16 also where 4-bit numbers lie in it.
+FSDP_QLORA = "fsdp_qlora"
+FSDP_QLORA_DEFAULTS: dict[str, Any] = {
+    "lora_dropout": 0.1,
+    "double_quant": True,
+    "autocast_adapter_dtype": False,
+}
+FSDP_QLORA_SOFTWARE = "torch 2.2, transformers 4.38"  # the newest then; torch 2.2 is in its README
+FSDP_QLORA_OFFLOAD = {"cpu (params+grads+opt)": "parameters"}
 
 # Any other setting of a plan, by its own name.
 FURTHER_FIELDS = tuple(
@@ -182,6 +197,7 @@ class Case(Struct, frozen=True, kw_only=True):
     """litgpt's `adapter_v2`."""
     longest_first: bool = False
     """The run begins with its longest batch."""
+    is_fsdp_qlora: bool = False
 
 
 class Refusal(Struct, frozen=True, kw_only=True):
@@ -279,6 +295,9 @@ def _case(
     name = source.partition(" ")[0]
     stack = STACK_OF_SOURCE.get(name, {})
     is_litgpt = config.get("trainer") == "litgpt"
+    is_qlora_script = config.get("trainer") == FSDP_QLORA
+    if is_qlora_script:
+        config, software = _of_fsdp_qlora(config), FSDP_QLORA_SOFTWARE
     settings = _settings({**config, **stack, **(_litgpt(config) if is_litgpt else {})}, attempt)
     if "lora_rank" in settings and name in DROPOUT_OF_SOURCE:
         settings.setdefault("lora_dropout", DROPOUT_OF_SOURCE[name])
@@ -315,6 +334,7 @@ def _case(
         is_litgpt=is_litgpt,
         second_adapter=is_litgpt and config["method"] == SECOND_ADAPTER,
         longest_first=source in LONGEST_FIRST,
+        is_fsdp_qlora=is_qlora_script,
     )
 
 
@@ -409,6 +429,20 @@ def _litgpt(config: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
+def _of_fsdp_qlora(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With what its script does unless told otherwise; `reentrant_checkpointing` is not among a
+    case's fields, the script's README asks for it and its benchmarks have it."""
+    offload = config.get("offload")
+    given = {name: value for name, value in config.items() if value is not None}
+    return {
+        **FSDP_QLORA_DEFAULTS,
+        **given,
+        "offload": FSDP_QLORA_OFFLOAD.get(offload, offload)
+        if isinstance(offload, str)
+        else offload,
+    }
+
+
 def _setting(name: str, value: object) -> Any:
     typed = typed_setting(name, value)
     check_setting(name, typed)
@@ -466,14 +500,18 @@ def _check_fields(config: Mapping[str, Any]) -> None:
 
 
 def _gpu(name: object) -> Device | None:
-    """The catalogued GPU, or the processor; a remark in parentheses after its name is left out."""
+    """The catalogued GPU, or the processor; a remark in parentheses after its name is left out, so
+    are how many there are before it (`config` says) and the memory of a card that has one size."""
     if name is None:
         return None
     if not isinstance(name, str):
         raise InputError("`gpu` is not text")
     if name == PROCESSOR.name:
         return PROCESSOR
-    return find_gpu(_without_remark(name)).device()
+    one = re.sub(r"^\d+ ?x ", "", _without_remark(name))
+    with contextlib.suppress(UnknownNameError):
+        return find_gpu(one).device()
+    return find_gpu(re.sub(r" \d+ ?GB$", "", one)).device()
 
 
 def _without_remark(name: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def launch_elsewhere(arguments: argparse.Namespace, ui: Ui) -> int:
     check_backend(arguments)
     path: Path = arguments.run
     if is_stages_dir(path) or (path.is_file() and is_stage_file(path)):
-        raise _no_stages(path)
+        raise _no_stages(path, "launch", arguments.backend)
     if not path.is_file():
         check_whole(path)
         run = open_run(path)
@@ -100,11 +101,13 @@ def resume_elsewhere(arguments: argparse.Namespace, ui: Ui) -> int:
     """`ftplan resume` of a run directory, by an engine."""
     check_backend(arguments)
     if is_stages_dir(arguments.run_dir):
-        raise _no_stages(arguments.run_dir)
+        raise _no_stages(arguments.run_dir, "resume", arguments.backend)
     check_whole(arguments.run_dir)
     run = open_run(arguments.run_dir)
     if run.finished:
-        raise InputError(f"`{run.root}` has finished", f"`ftplan launch {run.root}` runs it again")
+        raise InputError(
+            f"`{run.root}` has finished", f"`ftplan launch {run.quoted}` runs it again"
+        )
     if arguments.dry_run:
         return _show(arguments, ui, run, run.read_plan(), run.command.read_text())
     check_no_job(run)
@@ -122,7 +125,7 @@ def planned_of_file(arguments: argparse.Namespace, ui: Ui, file: PlanFile) -> Pl
         ui,
         asked=file.asked,
         model_name=file.model,
-        named_device=None if arguments.backend == LOCAL else _named_device(ui, file),
+        named_device=None if arguments.backend == LOCAL else named_device(ui, file),
         given=file.settings,
         runs_dir=arguments.runs_dir,
         for_launch=True,
@@ -137,28 +140,36 @@ def planned_of_file(arguments: argparse.Namespace, ui: Ui, file: PlanFile) -> Pl
     return file.with_reasons(planned)
 
 
-def _named_device(ui: Ui, file: PlanFile) -> Device | None:
-    """The catalogued GPU that was planned for; None for a processor, which is planned for here."""
+def named_device(ui: Ui, file: PlanFile) -> Device | None:
+    """The catalogued GPU that was planned for, of unlike ones what each does at least; None for a
+    processor, which is planned for here."""
+    from ftplan.planner.teams import least_of, names_of
     from ftplan.profiles import find_gpu
 
     try:
-        device = find_gpu(file.device).device()
+        device = reduce(least_of, [find_gpu(name).device() for name in names_of(file.device)])
     except UnknownNameError:
         return None
     device = structs.replace(device, free_bytes=file.free_bytes or device.free_bytes)
     machines = file.settings.get("num_machines", 1)
     if machines == 1:
         return device
+    if file.network is not None:
+        return structs.replace(device, network=file.network)
     from ftplan.launcher.cluster_flags import cluster_of
 
     per_machine = file.settings.get("num_gpus", machines) // machines
     return cluster_of(ui, file.device, device, file.interconnect, machines, per_machine).device
 
 
-def _no_stages(path: Path) -> InputError:
+def _no_stages(path: Path, verb: str, backend: str) -> InputError:
+    """What an engine is handed is one training command, which it may begin again at any time;
+    between stages ftplan itself passes on what each made."""
+    command = f"ftplan {verb} {shlex.quote(str(path))}"
+    how = {"slurm": f"as a job of one machine: `srun --nodes=1 --gpus=N {command}`"}
     return InputError(
-        f"`{path}` has several stages, which are carried out on one machine",
-        "log in to a machine with GPUs, and leave out `--backend`",
+        f"`{path}` has several stages, of which no engine carries out more than one",
+        how.get(backend, f"on one machine with GPUs, without `--backend`: `{command}`"),
     )
 
 
@@ -182,9 +193,8 @@ def _submit(arguments: argparse.Namespace, ui: Ui, run: RunDir, job: Job) -> int
     handed = hand_over(ui, backend_of(arguments.backend), job)
     ui.json({"schema": 1, "run_dir": str(run.root), "job": structs.asdict(handed)})
     ui.show(f"submitted as {handed.said}")
-    shown = shlex.quote(str(run.root))
     ui.show_lines(
-        [f"its state  ftplan runs show {shown}", f"end it     ftplan cancel {shown}"],
+        [f"its state  ftplan runs show {run.quoted}", f"end it     ftplan cancel {run.quoted}"],
     )
     return 0
 

@@ -408,7 +408,7 @@ def _devices_for(
     if plan.num_gpus > len(machine.gpus):
         raise InputError(
             f"this run is for {plan.num_gpus} GPUs, and {len(machine.gpus)} are here",
-            f"`ftplan resume {run.root} --num-gpus {len(machine.gpus)}` carries it out on those",
+            f"`ftplan resume {run.quoted} --num-gpus {len(machine.gpus)}` carries it out on those",
         )
     team = roomiest(machine.gpus, plan.num_gpus)
     device = team.device
@@ -423,14 +423,14 @@ def _devices_for(
 
 def result_lines(run: RunDir, record: Mapping[str, Any]) -> list[str]:
     """What was made, where it is, and how to use it: lines to be copied."""
-    folder = run.root / record["output"]
+    folder, root = run.root / record["output"], run.quoted
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return [
         f"{record['output']:<10}  {folder} ({format_bytes(size)})",
         f"report      {run.report}",
         f"figures     {run.record}",
-        f"again       ftplan launch {run.root}",
-        *([f"one model   ftplan merge {run.root}"] if is_merged_by_ftplan(record) else []),
+        f"again       ftplan launch {root}",
+        *([f"one model   ftplan merge {root}"] if is_merged_by_ftplan(record) else []),
         "use it",
         *(f"    {line}" for line in _loading_lines(record, folder)),
     ]

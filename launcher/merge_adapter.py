@@ -33,7 +33,7 @@ def merge_adapter(run: RunDir, folder: Path, environ: Mapping[str, str] = os.env
         why = said[-1].removeprefix("error: ") if said else f"exit status {done.returncode}"
         raise RunFailedError(
             f"the adapter of `{run.root}` could not be merged: {why}",
-            f"`ftplan merge {run.root}` says more",
+            f"`ftplan merge {run.quoted}` says more",
         )
 
 

@@ -6,6 +6,7 @@ kept as it stands, so that a plan may be looked at, changed by hand, and carried
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,20 @@ from ftplan.launcher.planning import Planned
 from ftplan.launcher.run_dir import read_mapping, write_yaml
 from ftplan.launcher.version import version
 from ftplan.planner.errors import InputError, UnknownNameError
+from ftplan.planner.hardware_spec import Network
 from ftplan.planner.plan import SETTING_NAMES, Reason, ReasonedPlan, typed_setting
 
 SCHEMA = 1
 _COMMENT = "Carry it out with `ftplan launch`; a setting that is left out is chosen anew."
 _PARTS = ("schema", "ftplan", "model", "data", "device", "plan")
+_RATES = ("bytes_per_second", "latency_seconds")
 _DATA_FIELDS = ("paths", "eval_paths", "columns", "strict", "test_share", "sha256")
 
 
 class PlanFile(Struct, frozen=True, kw_only=True):
     """What a plan file says. `reasons`: of settings that stand there with one. `device` and
     `free_bytes`: what it was planned for, and the memory that was free on it. `interconnect`: what
-    joins several machines."""
+    joins several machines; `network`: that, where the catalog has it otherwise or not at all."""
 
     model: str
     asked: DataAsked
@@ -38,6 +41,7 @@ class PlanFile(Struct, frozen=True, kw_only=True):
     device: str = ""
     free_bytes: int | None = None
     interconnect: str | None = None
+    network: Network | None = None
 
     def with_reasons(self, planned: Planned) -> Planned:
         """The plan that came of the file, its reasons those of the file where they were kept."""
@@ -66,7 +70,7 @@ def write_plan_file(planned: Planned, path: Path) -> None:
             "device": {
                 "name": device.name,
                 "free_bytes": device.free_bytes,
-                **({"interconnect": device.network.name} if device.network else {}),
+                **(_network_part(planned) if device.network else {}),
             },
             "plan": planned.chosen.reasoned.to_dict(),
         },
@@ -129,7 +133,31 @@ def _device_part(path: Path, device: Any) -> dict[str, Any]:
     if free is not None and not isinstance(free, int):
         raise InputError(f"`{path}`: `device` has a `name` and a number of `free_bytes`")
     name, interconnect = str(device.get("name", "")), device.get("interconnect")
-    return {"device": name, "free_bytes": free, "interconnect": interconnect}
+    said = {"device": name, "free_bytes": free, "interconnect": interconnect}
+    rates = [device[field] for field in _RATES if field in device]
+    if not rates:
+        return said
+    if len(rates) < len(_RATES) or not all(_is_rate(rate) for rate in rates):
+        raise InputError(f"`{path}`: `device` has two numbers above 0, {' and '.join(_RATES)}")
+    own = Network(name=str(interconnect), **dict(zip(_RATES, rates, strict=True)))
+    return {**said, "network": own}
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+
+
+def _network_part(planned: Planned) -> dict[str, Any]:
+    """What joins the plan's machines: a name of the catalog, or the name of what was described
+    (`--cluster`) with its figures."""
+    from ftplan.profiles import find_network
+
+    network, plan = planned.device.network, planned.chosen.plan
+    assert network is not None
+    with contextlib.suppress(UnknownNameError):
+        if find_network(network.name, plan.gpus_per_machine) == network:
+            return {"interconnect": network.name}
+    return {"interconnect": network.name, **{name: getattr(network, name) for name in _RATES}}
 
 
 def checked_model(path: Path, raw: Mapping[str, Any]) -> str:

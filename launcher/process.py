@@ -199,10 +199,10 @@ def _interrupted(run: RunDir) -> InterruptedRunError:
     if checkpoint is None:
         return InterruptedRunError(
             "interrupted before the first checkpoint",
-            f"start again with `ftplan launch {run.root}`",
+            f"start again with `ftplan launch {run.quoted}`",
         )
     return InterruptedRunError(
-        f"interrupted; {checkpoint.name} is saved", f"go on with `ftplan resume {run.root}`"
+        f"interrupted; {checkpoint.name} is saved", f"go on with `ftplan resume {run.quoted}`"
     )
 
 
@@ -226,7 +226,7 @@ def failed(
     if root and root.signal:  # what the others say is that one has gone
         said = f"rank {root.rank} was ended by {root.signal}"
         resumable = run.last_checkpoint() is not None
-        hint = f"go on with `ftplan resume {run.root}`" if resumable else hint
+        hint = f"go on with `ftplan resume {run.quoted}`" if resumable else hint
         if root.signal == "SIGKILL":
             hint = f"{_why_killed(kills_before)}; {hint}"
     elif not said and (returncode == -signal.SIGKILL or "SIGKILL" in died_by):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,11 @@ class RunDir(Struct, frozen=True):
     """Paths of one run. Making the object touches nothing."""
 
     root: Path
+
+    @property
+    def quoted(self) -> str:
+        """For a shell, in commands that are shown to be copied."""
+        return shlex.quote(str(self.root))
 
     @property
     def plan(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,8 @@ def run_plan(arguments: argparse.Namespace, ui: Ui) -> int:
     ui.json(stages_to_dict(stages))
     show_stages(ui, stages)
     if arguments.out is not None:
-        ui.say(f"written to {arguments.out}; carry it out with `ftplan launch {arguments.out}`")
+        shown = shlex.quote(str(arguments.out))
+        ui.say(f"written to {arguments.out}; carry it out with `ftplan launch {shown}`")
     return 0
 
 
@@ -115,7 +117,7 @@ def run_rest(path: Path, ui: Ui) -> int:
     """`ftplan resume` of a directory of stages."""
     stages = StagesDir(path)
     if stages.finished:
-        raise InputError(f"`{path}` has finished", f"`ftplan launch {path}` runs it again")
+        raise InputError(f"`{path}` has finished", f"`ftplan launch {stages.quoted}` runs it again")
     with held(stages.root):
         return _carry_out(ui, stages, {"schema": 1})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,9 +40,9 @@ def check_whole(path: Path) -> None:
     """Raises InputError for the run directory of one stage: stages are carried out together."""
     parent = path.resolve().parent
     if is_stages_dir(parent):
-        shown = path.parent
+        shown = shlex.quote(str(path.parent))
         raise InputError(
-            f"`{path}` is a stage of `{shown}`",
+            f"`{path}` is a stage of `{path.parent}`",
             f"`ftplan resume {shown}` goes on with the stages, `ftplan launch {shown}` begins anew",
         )
 
@@ -163,7 +164,7 @@ def _carried_out(ui: Ui, stages: StagesDir) -> dict[str, Any]:
             ui.say(f"{said}: {'going on' if goes_on else 'training'}")
             carry_out(ui, stage.run, resume=True, is_last=False)
         except FtplanError as error:
-            hint = f"then go on with `ftplan resume {stages.root}`"
+            hint = f"then go on with `ftplan resume {stages.quoted}`"
             raise of_stage(error, number, _hint(error, stage, stages, hint)) from error
     record = _record(stages, runs, time.time() - began)
     write_json(stages.record, record)
@@ -174,7 +175,8 @@ def _hint(error: FtplanError, stage: StageRun, stages: StagesDir, otherwise: str
     """An error's hint, with the folder of all stages where it names a stage's."""
     if not error.hint:
         return otherwise.removeprefix("then ")
-    words = re.sub(r"`ftplan (launch|resume) [^`]*`", f"`ftplan resume {stages.root}`", error.hint)
+    rest = f"`ftplan resume {stages.quoted}`"
+    words = re.sub(r"`ftplan (launch|resume) [^`]*`", lambda _: rest, error.hint)
     return words if words != error.hint else f"{error.hint}; {otherwise}"
 
 
@@ -242,5 +244,5 @@ def _end_lines(stages: StagesDir) -> Iterator[str]:
     made, *rest = result_lines(last, last.read_record())
     yield made
     yield f"figures     {stages.record}"
-    yield f"again       ftplan launch {stages.root}"
+    yield f"again       ftplan launch {stages.quoted}"
     yield from rest[rest.index("use it") :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from msgspec import Struct
@@ -14,6 +15,11 @@ class StagesDir(Struct, frozen=True):
     """Paths of stages that are trained one after the other. Making the object touches nothing."""
 
     root: Path
+
+    @property
+    def quoted(self) -> str:
+        """For a shell, in commands that are shown to be copied."""
+        return shlex.quote(str(self.root))
 
     @property
     def stages(self) -> Path:

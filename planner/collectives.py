@@ -17,7 +17,7 @@ from msgspec import Struct
 from ftplan.planner.errors import InputError
 from ftplan.planner.hardware_spec import Network
 
-Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 
 class _Protocol(Struct, frozen=True, kw_only=True):
@@ -59,7 +59,7 @@ _TREE_SHARE = 0.92
 
 class Collective(Struct, frozen=True, kw_only=True):
     """Exchanges of one kind in an optimizer step: `count` of them, each of `num_bytes`, the whole
-    of what is gathered, summed or divided.
+    of what is gathered, summed or divided; of `send`, what each GPU of a ring hands to the next.
 
     `num_gpus`: of a group that exchanges among itself, `per_machine` of them on one machine. All
     GPUs of a machine do so at once, in as many groups as it has, and share its network cards.
@@ -74,6 +74,8 @@ class Collective(Struct, frozen=True, kw_only=True):
     @property
     def sent_bytes(self) -> float:
         """What a GPU sends in a step, by rings: a sum goes round twice."""
+        if self.operation == "send":
+            return self.count * self.num_bytes
         rounds = 2 if self.operation == "all_reduce" else 1
         return self.count * rounds * (self.num_gpus - 1) / self.num_gpus * self.num_bytes
 
@@ -96,15 +98,24 @@ class Collective(Struct, frozen=True, kw_only=True):
                     "not known",
                     "name it with `--interconnect`, such as `--interconnect infiniband-ndr`",
                 )
-            # Each GPU has its part of the machine's cards, and a group those of its GPUs there.
-            rates.append(self.per_machine * network.bytes_per_second)
+            # Each GPU has its part of the machine's cards, and a group those of its GPUs there; to
+            # hand something on, the last of them has its own.
+            cards = 1 if self.operation == "send" else self.per_machine
+            rates.append(cards * network.bytes_per_second)
         if not rates:
             return 0.0
         hop = network.latency_seconds if network else 0.0
+        if self.operation == "send":
+            return self.count * min(self._next(each, min(rates), hop) for each in _PROTOCOLS)
         ways = [self._ring(protocol, min(rates), hop) for protocol in _PROTOCOLS]
         if self.operation == "all_reduce":
             ways += [self._tree(protocol, min(rates), hop) for protocol in _PROTOCOLS]
         return self.count * min(ways)
+
+    def _next(self, protocol: _Protocol, rate: float, hop: float) -> float:
+        """One hop, over the network where any of the GPUs has its neighbour on another machine."""
+        latency = hop + protocol.ring_network if self.num_machines > 1 else protocol.ring_link
+        return protocol.base + latency + self.num_bytes / (protocol.share * rate)
 
     def _ring(self, protocol: _Protocol, rate: float, hop: float) -> float:
         rounds = 2 if self.operation == "all_reduce" else 1

@@ -251,7 +251,8 @@ def _held(
 def _held_whole(
     model: ModelSpec, plan: TrainingPlan, stack: Stack, trained: Trained, settings: StepSettings
 ) -> Held:
-    """Every GPU holds all. DDP's buckets repeat the gradients."""
+    """Every GPU holds all. DDP's buckets repeat the gradients, FSDP1's `NO_SHARD` sums them where
+    they are."""
     optimizer, kind = plan.optimizer, DEVICE_KINDS[settings.on_cuda]
     updated = updated_parameters(model, plan, trained)
     gradients = sum(p.count * p.num_bytes for p in updated)
@@ -277,7 +278,7 @@ def _held_whole(
         reduced=kept,
         optimizer_states=states,
         on_host=HostShare(optimizer_states=host_states),
-        communication=gradients if plan.data_parallel_size > 1 else 0,
+        communication=gradients if plan.data_parallel_size > 1 and not stack.sums_in_place else 0,
         stepping=[
             with_parts(
                 moment, {"gradients": constant(unseen + others), "temporaries": constant(own)}

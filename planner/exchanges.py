@@ -11,7 +11,7 @@ from ftplan.planner.collectives import Collective, Operation
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.optimizer_steps import Updated
 from ftplan.planner.plan import TrainingPlan
-from ftplan.planner.units import MIB
+from ftplan.planner.units import FLOAT32_BYTES, MIB
 from ftplan.planner.weights import weight_memory_bytes
 from ftplan.planner.zero import REDUCE_BUCKET_SIZE
 
@@ -36,6 +36,46 @@ def step_collectives(
         return ()
     count = max(1, math.ceil(gradients / DDP_BUCKET_BYTES))
     return (_of_all(plan, "all_reduce", gradients, count),)
+
+
+def ring_collectives(
+    model: ModelSpec, plan: TrainingPlan, tokens: float, reached: float
+) -> tuple[Collective, ...]:
+    """What context parallelism's attention exchanges in a step, beside its computing.
+
+    Each layer gathers keys and values of the whole row in forward, as often as it is computed
+    again, and in backward. There their gradients go round besides, in fp32: in each of as many
+    rounds as GPUs, each hands on those of the part that it has just worked on
+    (`_templated_ring_attention` and its backward in torch 2.13, with accelerate's `allgather`;
+    gradients go by `ALL_TO_ALL`).
+
+    `tokens`: of a micro-batch on one GPU; `reached`: the share of the layers that backward reaches.
+    """
+    if plan.cp_size == 1:
+        return ()
+    micro_batches = plan.gradient_accumulation_steps
+    group = {"num_gpus": plan.cp_size, "per_machine": _together(plan, plan.cp_size, apart=1)}
+    again = plan.gradient_checkpointing * reached / plan.every_n_layers
+    exchanged = []
+    for layer, count in model.layer_counts.items():
+        attention = layer.attention
+        value_width = attention.value_head_dim or attention.head_dim
+        own = tokens * attention.num_key_value_heads * (attention.head_dim + value_width)
+        exchanged += [
+            Collective(
+                operation="all_gather",
+                num_bytes=plan.cp_size * own * plan.compute_bytes,
+                count=micro_batches * count * (1 + again + reached),
+                **group,
+            ),
+            Collective(
+                operation="send",
+                num_bytes=own * FLOAT32_BYTES,
+                count=micro_batches * count * reached * plan.cp_size,
+                **group,
+            ),
+        ]
+    return tuple(exchanged)
 
 
 def waited_collectives(
@@ -101,8 +141,9 @@ def _of_all(
 
 def _zero(plan: TrainingPlan, gradients: float) -> tuple[Collective, ...]:
     """The sum of gradients is divided once a step (ZeRO-1), or in each micro-batch (ZeRO-2), and
-    what each GPU has updated is gathered behind the step. DeepSpeed overlaps neither by default:
-    `overlap_comm` is for stage 3 (deepspeed/runtime/zero/config.py, stage_1_and_2.py)."""
+    what each GPU has updated is gathered behind the step, by `allgather_bucket_size`, by default as
+    large as `reduce_bucket_size`. DeepSpeed overlaps neither by default: `overlap_comm` is for
+    stage 3 (deepspeed/runtime/zero/config.py, stage_1_and_2.py of 0.19.8)."""
     count = max(1, math.ceil(gradients / (REDUCE_BUCKET_SIZE * plan.compute_bytes)))
     times = plan.gradient_accumulation_steps if plan.sharding == "zero2" else 1
     return (

@@ -61,7 +61,10 @@ class Stack(Struct, frozen=True, kw_only=True):
     for the installed one. `fused_kernels`: norms and rotary embeddings are fms-acceleration's.
     `fsdp_version`: of fully sharded data parallelism. `padded`: some rows are shorter than the
     longest, so that attention is masked. `efficient_takes_groups`: torch's memory-efficient
-    attention takes grouped heads, as from 2.14 on.
+    attention takes grouped heads, as from 2.14 on. `holds_outputs`: a loop of one's own has the
+    model's outputs until the step is over. `checkpoints_within`: and checkpoints what FSDP1 put
+    its units around, whatever the release. `sums_in_place`: GPUs that hold all sum gradients
+    without DDP's buckets.
     """
 
     kbit_prepare: bool = False
@@ -72,6 +75,9 @@ class Stack(Struct, frozen=True, kw_only=True):
     fsdp_version: int = 2
     padded: bool = False
     efficient_takes_groups: bool = False
+    holds_outputs: bool = False
+    checkpoints_within: bool = False
+    sums_in_place: bool = False
 
     @property
     def shifts_logits(self) -> bool:
@@ -108,7 +114,8 @@ class Stack(Struct, frozen=True, kw_only=True):
     def checkpoints_around(self) -> bool:
         """Whether checkpointing is around what FSDP1 put around a layer."""
         version = self.transformers_version
-        return version is not None and version < _CHECKPOINTS_WITHIN_SINCE
+        old = version is not None and version < _CHECKPOINTS_WITHIN_SINCE
+        return old and not self.checkpoints_within
 
     def repeats_heads(self, model_type: str, attn_implementation: str) -> bool:
         """Whether grouped heads are repeated before the attention kernel."""

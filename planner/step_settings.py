@@ -198,7 +198,7 @@ def _of_training(
         loss=plan.loss,
         loss_shape=workload.loss_shape,
         shifts_logits=stack.shifts_logits,
-        holds_logits=plan.trainer == "loop",
+        holds_logits=plan.trainer == "loop" or stack.holds_outputs,
         returns_fp32=autocast,
         lets_logits_go=stack.lets_logits_go,
         loses_in_16_bits=stack.loses_in_16_bits(model.model_type),
@@ -515,8 +515,8 @@ def adapter_weight_bytes(plan: TrainingPlan) -> int:
     PEFT holds adapters of a 16-bit base in fp32 (`autocast_adapter_dtype`); TRL's trainers
     cast the adapters of a quantized base to bf16 (trl.trainer.sft_trainer, TRL 1.16).
     """
-    if plan.quantization != "none":
-        return 2 if plan.trainer == "trl" else FLOAT32_BYTES
+    if plan.quantization != "none" and plan.trainer == "trl":
+        return 2
     return FLOAT32_BYTES if plan.autocast_adapter_dtype else plan.weight_bytes
 
 

@@ -26,7 +26,7 @@ from ftplan.planner.achieved import (
 from ftplan.planner.calibration import Calibration
 from ftplan.planner.collectives import Collective
 from ftplan.planner.compiled_step import compiled_step
-from ftplan.planner.exchanges import step_collectives, waited_collectives
+from ftplan.planner.exchanges import ring_collectives, step_collectives, waited_collectives
 from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.objectives import trained_model, trained_part
@@ -69,9 +69,8 @@ class StepWork(Struct, frozen=True, kw_only=True):
     `tokens`: the GPU's part of those of GPUs that divide layers or rows. `dtype`: of products.
     `float32_flops`: of `flops`, those of fp32 values; `model_flops`: without what is computed
     again. `moved_bytes`: by the operations of layers and loss and by reading weights.
-    `collectives`: exchanges with other GPUs, those of context parallelism not counted;
-    `overlapping`: the part of the computing that they can go on beside; `waited`: those that
-    nothing goes on beside.
+    `collectives`: exchanges with other GPUs; `overlapping`: the part of the computing that they can
+    go on beside; `waited`: those that nothing goes on beside.
     `copied_bytes`: from and to the host's memory, where `host_bytes` are moved by the optimizer of
     all processes, if it is there; `optimizer_bytes` are then none.
     `kernels` and `optimizer_kernels`: launched by the host, `hooked`: while checkpointing's hooks
@@ -213,6 +212,7 @@ def step_work(
     on_host = plan.offload != "none"
     optimizer_bytes = _optimizer_bytes(plan, updated)
     optimizer_flops = plan.optimizer.flops(updated)
+    reached = trained.reached_layers(share) / share.num_hidden_layers
     return StepWork(
         kind=device.kind,
         dtype=plan.compute_dtype,
@@ -223,20 +223,17 @@ def step_work(
         float32_flops=micro_batches * value(trace.float32_flops, rows, length),
         moved_bytes=micro_batches * moved + made.moved_bytes,
         optimizer_bytes=0.0 if on_host else optimizer_bytes,
-        collectives=step_collectives(share, plan, updated),
+        collectives=(
+            *step_collectives(share, plan, updated),
+            *ring_collectives(share, plan, tokens, reached),
+        ),
         overlapping=_overlapping(plan, forward, flops),
         copied_bytes=_copied_bytes(share, plan, updated) if on_host else 0.0,
         host_bytes=plan.num_gpus * optimizer_bytes if on_host else 0.0,
         kernels=micro_batches * trace.num_kernels + round(made.kernels),
         optimizer_kernels=0 if on_host else plan.optimizer.num_kernels(updated, device.kind),
         hooked=plan.gradient_checkpointing and not plan.use_reentrant,
-        waited=waited_collectives(
-            share,
-            plan,
-            updated,
-            tokens,
-            reached=trained.reached_layers(share) / share.num_hidden_layers,
-        ),
+        waited=waited_collectives(share, plan, updated, tokens, reached=reached),
     )
 
 

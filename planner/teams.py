@@ -11,6 +11,9 @@ from msgspec import Struct, structs
 from ftplan.planner.calibration import UNCALIBRATED
 from ftplan.planner.hardware_spec import Device, Network
 
+# Between the names of unlike devices that count as one.
+_AND = " and "
+
 
 class Team(Struct, frozen=True):
     """GPUs that train together, each with its own rows or its part of each.
@@ -81,15 +84,21 @@ def _kind(gpu: Device) -> tuple[object, ...]:
     return gpu.name, gpu.total_bytes, gpu.compute_capability or (0, 0), gpu.power_watts or 0.0
 
 
+def names_of(name: str) -> list[str]:
+    """What a device or a network stands for: several where it is what unlike ones do at least."""
+    return name.split(_AND)
+
+
 def least_of(one: Device, other: Device) -> Device:
     """A device that does no more than either."""
     if one.name == other.name:
         name = one.name
     else:
-        name = " and ".join(sorted({*one.name.split(" and "), other.name}))
+        name = _AND.join(sorted({*names_of(one.name), *names_of(other.name)}))
     links = (one.link_bytes_per_second, other.link_bytes_per_second)
     to_host = (one.host_link_bytes_per_second, other.host_link_bytes_per_second)
     watts = (one.power_watts, other.power_watts)
+    boards = (one.default_power_watts, other.default_power_watts)
     return structs.replace(
         one,
         name=name,
@@ -107,6 +116,7 @@ def least_of(one: Device, other: Device) -> Device:
         host_link_bytes_per_second=min((link for link in to_host if link), default=None),
         network=_slower(one.network, other.network),
         power_watts=None if None in watts else max(watt for watt in watts if watt),
+        default_power_watts=None if None in boards else max(watt for watt in boards if watt),
         context_bytes=max(one.context_bytes, other.context_bytes),
         # What was learned of one card is not known of the other.
         calibration=one.calibration if one.calibration == other.calibration else UNCALIBRATED,
@@ -118,7 +128,7 @@ def _slower(one: Network | None, other: Network | None) -> Network | None:
     if one is None or other is None or one == other:
         return one if one == other else None
     return Network(
-        name=" and ".join(sorted({*one.name.split(" and "), *other.name.split(" and ")})),
+        name=_AND.join(sorted({*names_of(one.name), *names_of(other.name)})),
         bytes_per_second=min(one.bytes_per_second, other.bytes_per_second),
         latency_seconds=max(one.latency_seconds, other.latency_seconds),
     )

@@ -18,10 +18,12 @@ from ftplan.launcher.backends.ended import said_by_slurm
 from ftplan.launcher.backends.job import Job, shell_line
 from ftplan.launcher.backends.jobs import handed_over
 from ftplan.launcher.backends.making import job_of, machine_command
+from ftplan.launcher.launching import result_lines
 from ftplan.launcher.processes import named_process
 from ftplan.launcher.run_dir import RunDir, write_json, write_text, write_yaml
 from ftplan.planner.errors import InputError
 from ftplan.planner.units import GIB
+from tests.engine_jobs import StandIn
 
 
 def write_plan(root: Path, kind: str = "cuda", **settings: int) -> RunDir:
@@ -326,6 +328,9 @@ def test_a_forgotten_job_is_unknown_also_where_there_are_no_accounts(clients: Pa
         ("CANCELLED  0", "not started", "not started"),
         ("CANCELLED  0", "training", "interrupted"),
         ("FAILED  0", "interrupted", "interrupted"),
+        ("COMPLETED  0", "not started", "finished"),
+        ("COMPLETED  0", "training", "finished"),
+        ("COMPLETED  0", "interrupted", "interrupted"),
     ],
 )
 def test_the_list_of_runs_asks_the_engine(
@@ -371,6 +376,76 @@ def test_a_pending_job_is_taken_out_of_the_queue(
     assert status == 2 and "does not go on" in said
 
 
+@pytest.mark.parametrize("job_id", ["1,2", "--user=me", "", "7; rm", "all"])
+def test_what_is_no_number_of_a_job_is_not_cancelled(
+    job_id: str, clients: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_plan(tmp_path / "runs" / "one")
+    written = {"schema": 1, "backend": "slurm", "id": job_id, "submitted_at": "today"}
+    write_json(run.job, written)
+    status, _, said = told(capsys, "cancel", run.root)
+    assert status == 2 and "is not the id of a job" in said and "job.json" in said
+    assert not called(clients)
+    assert told(capsys, "runs", "--runs-dir", tmp_path / "runs")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"backend": "lsf"}, "of an engine that is not known here: `lsf`"),
+        ({"id": None}, "is damaged"),
+        ({"files": 5}, "is damaged"),
+        ({"options": ["partition=gpu"]}, "is damaged"),
+        ({"options": {"partition": 5}}, "is damaged"),
+    ],
+)
+def test_a_damaged_or_foreign_job_file_is_told(
+    changes: dict[str, Any], said: str, clients: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = write_plan(tmp_path / "runs" / "one")
+    whole = {"schema": 1, "backend": "slurm", "id": "7", "submitted_at": "today"}
+    write_json(run.job, whole | changes)
+    for words in (("cancel", run.root), ("resume", run.root, "--backend", "slurm")):
+        status, _, message = told(capsys, *words)
+        assert status == 2 and said in message and "job.json" in message
+    status, shown, _ = told(capsys, "runs", "--runs-dir", tmp_path / "runs")
+    assert status == 0 and [one["state"] for one in shown["runs"]] == ["not started"]
+    assert not called(clients)
+
+
+def test_commands_to_be_copied_are_quoted(
+    clients: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_plan(tmp_path / "my runs" / "one")
+    assert cli.main(["launch", str(run.root), "--backend", "slurm"]) == 0
+    assert f"ftplan cancel '{run.root}'" in capsys.readouterr().out
+    write_json(run.record, {"schema": 1})
+    status, _, said = told(capsys, "resume", run.root, "--backend", "slurm")
+    assert status == 2 and f"`ftplan launch '{run.root}'`" in said
+    assert f"again       ftplan launch '{run.root}'" in result_lines(
+        run, {"method": "lora", "output": "adapter"}
+    )
+
+
+def test_a_run_in_a_bucket_is_told_from_the_engine_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of it is written here; SkyPilot does not wait for a checkpoint, which is said."""
+    client = StandIn(tmp_path, "sky", monkeypatch)
+    run = write_plan(tmp_path / "runs" / "one")
+    handed = {"backend": "sky", "id": "12", "options": {"bucket": "s3://mine/runs/"}}
+    write_json(run.job, {"schema": 1, "submitted_at": "today", **handed})
+    client.answers('[{"job_id": 12, "status": "RUNNING"}]')
+    status, shown, said = told(capsys, "cancel", run.root)
+    assert status == 0 and not shown["ended"] and "sky does not wait for a checkpoint" in said
+    assert client.calls[-1] == ["jobs", "cancel", "--yes", "--graceful", "12"]
+    client.answers('[{"job_id": 12, "status": "SUCCEEDED"}]')
+    shown = told(capsys, "runs", "show", run.root)[1]
+    assert shown["state"] == "finished"
+    assert shown["why"] == "sky job 12 has finished; its results are in s3://mine/runs/one"
+
+
 def test_a_run_of_this_machine_gets_sigterm(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,8 +472,11 @@ def test_stages_are_carried_out_on_one_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "stages.yaml").write_text(yaml.safe_dump({"schema": 1, "stages": []}))
-    status, _, said = told(capsys, "launch", tmp_path, "--backend", "slurm")
-    assert status == 2 and "several stages" in said
+    for backend, way in (("slurm", "srun --nodes=1"), ("ray", "without `--backend`")):
+        for verb in ("launch", "resume"):
+            status, _, said = told(capsys, verb, tmp_path, "--backend", backend)
+            assert status == 2 and "several stages" in said
+            assert way in said and f"ftplan {verb} {tmp_path}`" in said
 
 
 def test_an_unfilled_job_is_the_engine_s_to_fill(tmp_path: Path) -> None:

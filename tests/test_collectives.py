@@ -13,6 +13,7 @@ from ftplan.planner.collectives import Collective
 from ftplan.planner.errors import InputError
 from ftplan.planner.exchanges import (
     DDP_BUCKET_BYTES,
+    ring_collectives,
     step_collectives,
     waited_collectives,
 )
@@ -188,6 +189,60 @@ def test_tensor_parallelism_waits_for_what_each_layer_exchanges(small_llama: Mod
     again = plan.replace(gradient_checkpointing=True)
     more, _ = waited_collectives(small_llama, again, (), 64.0, reached=1.0)
     assert more.count == 9 * layers + 2
+
+
+def test_context_parallelism_sends_keys_and_values_round(small_llama: ModelSpec) -> None:
+    """Gathered for forward, for what is computed again and for backward; there fp32 gradients go
+    round besides, as often as there are GPUs."""
+    plan = TrainingPlan(
+        method="full",
+        sharding="fsdp",
+        num_gpus=8,
+        cp_size=4,
+        gradient_checkpointing=False,
+        max_length=64,
+    )
+    gathered, sent = ring_collectives(small_llama, plan, 16.0, 1.0)
+    layers, attention = small_llama.num_hidden_layers, small_llama.layers[0].attention
+    own = 16 * 2 * attention.num_key_value_heads * attention.head_dim  # elements of a layer
+    assert (gathered.operation, gathered.count, gathered.num_gpus) == ("all_gather", 2 * layers, 4)
+    assert gathered.sent_bytes == 2 * layers * 3 / 4 * (4 * own * 2)
+    assert (sent.operation, sent.sent_bytes) == ("send", layers * 4 * own * 4)
+    again = plan.replace(gradient_checkpointing=True, gradient_accumulation_steps=2)
+    assert ring_collectives(small_llama, again, 16.0, 1.0)[0].count == 2 * 3 * layers
+    assert ring_collectives(small_llama, plan, 16.0, 0.0)[1].count == 0
+    assert ring_collectives(small_llama, plan.replace(cp_size=1), 16.0, 1.0) == ()
+
+
+def test_what_goes_round_takes_time(llama_2_7b: ModelSpec) -> None:
+    """In a step that its links bind, the bytes over their rate."""
+    taken = {}
+    for rate in (1e8, 2e8):
+        device = structs.replace(find_gpu("H100 SXM").device(), link_bytes_per_second=rate)
+        plan = TrainingPlan(method="full", sharding="fsdp", num_gpus=8, cp_size=8)
+        step = estimate_step_time(
+            llama_2_7b, plan, device, tokens_per_micro_batch=8192, mean_length=8192
+        )
+        taken[rate] = step.step_seconds
+        sent = sum(each.sent_bytes for each in step.work.collectives)
+    row = 32 * 8192 * 2 * 4096  # keys and values of a row, in elements
+    ring = 3 * 7 / 8 * 2 * row + 4 * row
+    alone = sum(
+        each.sent_bytes
+        for each in step_collectives(
+            llama_2_7b, plan, updated_parameters(llama_2_7b, plan, trained_part(llama_2_7b, plan))
+        )
+    )
+    assert sent - alone == pytest.approx(ring)
+    assert taken[1e8] - taken[2e8] == pytest.approx(sent / 2e8, rel=0.01)
+
+
+def test_a_neighbour_on_another_machine_is_reached_by_one_card() -> None:
+    network = Network(name="net", bytes_per_second=50e9, latency_seconds=4e-6)
+    within = Collective(operation="send", num_bytes=1e9, count=3, num_gpus=8, per_machine=8)
+    across = structs.replace(within, num_gpus=16)
+    assert within.seconds(400e9, network) == pytest.approx(3 * 1e9 / 400e9, rel=0.02)
+    assert across.seconds(400e9, network) == pytest.approx(3 * 1e9 / 50e9, rel=0.02)
 
 
 def test_what_layers_exchange_is_added_to_the_step(llama_2_7b: ModelSpec) -> None:

@@ -24,7 +24,7 @@ from ftplan.launcher.dry_run.attention import (
 from ftplan.launcher.dry_run.cuda import CUDA_KERNELS, cuda_behaviour
 from ftplan.launcher.dry_run.draft import Draft
 from ftplan.launcher.dry_run.fakes import make_fake, quantization_tensors, quantize_blank
-from ftplan.launcher.dry_run.fused_kernels import FusedDropout, FusedNorm
+from ftplan.launcher.dry_run.fused_kernels import FusedDropout, FusedNorm, fused_rotary_embeddings
 from ftplan.launcher.dry_run.losses import LigerLoss, shifted_logits_loss
 from ftplan.launcher.dry_run.quantized import int8_matmul, quantized_kernels
 from ftplan.launcher.dry_run.recorder import Recorder
@@ -633,3 +633,12 @@ def test_an_8_bit_product_is_that_of_a_gpu() -> None:
     assert made.rise("forward") == codes + (4 + 2) * TOKENS * rows
     dense = 2 * rows * columns
     assert made.rise("backward") == dense + 2 * TOKENS * columns
+
+
+def test_a_model_that_learns_positions_has_no_rotary_embeddings_to_fuse() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    with fused_rotary_embeddings(model) as replaced:
+        assert replaced is None

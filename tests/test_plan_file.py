@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ftplan.launcher import cli, launch_elsewhere
 from ftplan.launcher.data.asked import DataAsked
 from ftplan.launcher.plan_file import read_plan_file, write_plan_file
 from ftplan.launcher.planning import Planned, make_plan
@@ -89,6 +90,63 @@ def test_what_is_changed_by_hand_is_kept_and_what_is_left_out_is_chosen(
     assert again.reasoned.reasons["lora_rank"].origin == "given"
     assert again.plan.effective_batch_size == planned.chosen.plan.effective_batch_size
     assert again.reasoned.reasons["per_device_train_batch_size"].origin == "derived"
+
+
+_TWO_MACHINES = ["--gpu", "H100 SXM", "--num-gpus", "8", "--num-machines", "2"]
+_UNLIKE = """
+machines:
+  - {gpu: H100 SXM, num_gpus: 8, interconnect: infiniband-ndr}
+  - {gpu: A100 80GB SXM, num_gpus: 8, interconnect: roce-200g}
+"""
+_OWN_NETWORK = """
+machines:
+  - {gpu: H100 SXM, num_gpus: 8, count: 2, interconnect: 45GB/s, latency: 9us}
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "cluster"),
+    [
+        (["--gpu", "RTX 4090", "--free-memory", "20GiB"], None),
+        (["--gpu", "H100 SXM", "--num-gpus", "8"], None),
+        ([*_TWO_MACHINES, "--interconnect", "roce-400g"], None),
+        (_TWO_MACHINES, None),
+        ([], _OWN_NETWORK),
+        ([], _UNLIKE),
+    ],
+)
+def test_an_engine_is_handed_what_was_planned_for(
+    flags: list[str], cluster: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every flag that names GPUs and machines comes back out of the file."""
+    data, path = tmp_path / "rows.jsonl", tmp_path / "plan.yaml"
+    data.write_text("".join(f'{{"prompt": "Why {n}?", "completion": "So."}}\n' for n in range(32)))
+    if cluster is not None:
+        (tmp_path / "cluster.yaml").write_text(cluster)
+        flags = ["--cluster", str(tmp_path / "cluster.yaml")]
+    kept: list[Planned] = []
+
+    def keeping(planned: Planned, to: Path) -> None:
+        kept.append(planned)
+        write_plan_file(planned, to)
+
+    monkeypatch.setattr("ftplan.launcher.commands.plan.write_plan_file", keeping)
+    words = ["plan", str(data), "--model", "qwen2.5-1.5b", "--method", "lora", "--json"]
+    assert cli.main([*words, "--out", str(path), *flags]) == 0
+    file, ui = read_plan_file(path), Ui(as_json=True, stdout=io.StringIO(), stderr=io.StringIO())
+    device = launch_elsewhere.named_device(ui, file)
+    assert device == kept[0].device
+    plan = kept[0].chosen.plan
+    assert file.settings == {name: getattr(plan, name) for name in SETTING_NAMES}
+
+
+@pytest.mark.parametrize("rates", [{"bytes_per_second": 5}, {"latency_seconds": 1e-6},
+    {"bytes_per_second": "fast", "latency_seconds": 1e-6},
+    {"bytes_per_second": 0, "latency_seconds": 1e-6}])  # fmt: skip
+def test_a_network_without_its_figures_is_refused(rates: dict[str, Any], written: Path) -> None:
+    device = {"name": "L4", "free_bytes": 5, "interconnect": "own", **rates}
+    with pytest.raises(InputError, match="two numbers above 0"):
+        read_plan_file(changed(written, device=device))
 
 
 def test_a_file_that_is_there_is_left_alone(planned: Planned, written: Path) -> None:

@@ -641,7 +641,8 @@ cases   why
 ───────────────────────────────
     2   unknown trainer `swift`
 
-Trainers that are modelled: trl, transformers, loop, peft-loop, litgpt.
+Trainers that are modelled: trl, transformers, loop, peft-loop, litgpt,
+fsdp_qlora.
 
 8 cases: 6 predicted, 2 refused
 Allocated memory predicted too low by more than 5 %: 1 of 4"""

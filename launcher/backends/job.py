@@ -58,11 +58,13 @@ class Job(Struct, frozen=True, kw_only=True):
 
 class Backend(Protocol):
     """An engine. `options`: what `--backend-option NAME=VALUE` takes, and what each is.
+    `saves_on_cancel`: it leaves training the time for a checkpoint.
 
     All raise InputError where the engine's client is missing or refuses.
     """
 
     name: str
+    saves_on_cancel: bool
     options: Mapping[str, str]
 
     def files(self, job: Job) -> dict[str, str]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, cast
 
-from msgspec import Struct, structs
+from msgspec import Struct, ValidationError, convert, structs
 
 from ftplan.launcher import processes
 from ftplan.launcher.backends import BACKENDS
@@ -81,20 +81,21 @@ def hand_over(ui: Ui, backend: Backend, job: Job) -> HandedOver:
 
 
 def handed_over(run: RunDir) -> HandedOver | None:
-    """None of a run that was not handed over. Raises InputError where job.json is damaged."""
+    """None of a run that was not handed over. Raises InputError where job.json is damaged, or is
+    of an engine that is not known here."""
     if not run.job.is_file():
         return None
     told = read_mapping(run.job)
     try:
-        return HandedOver(
-            backend=str(told["backend"]),
-            id=str(told["id"]),
-            submitted_at=str(told["submitted_at"]),
-            files=tuple(told.get("files", ())),
-            options=dict(told.get("options", {})),
+        handed = convert(told, HandedOver)
+    except ValidationError as error:
+        raise InputError(f"`{run.job}` is damaged: {error}", "remove it") from error
+    if handed.backend not in BACKENDS:
+        raise InputError(
+            f"`{run.job}` is of an engine that is not known here: `{handed.backend}`",
+            "update ftplan, or remove it",
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"`{run.job}` is damaged: it lacks {error}", "remove it") from error
+    return handed
 
 
 def job_state(handed: HandedOver) -> JobState:
@@ -110,7 +111,7 @@ def check_no_job(run: RunDir) -> None:
     if state not in (*ENDED_STATES, "unknown"):
         raise InputError(
             f"`{run.root}` was handed over as {handed.said}, which is {state}",
-            f"`ftplan cancel {run.root}` ends it; `ftplan runs show {run.root}` shows it",
+            f"`ftplan cancel {run.quoted}` ends it; `ftplan runs show {run.quoted}` shows it",
         )
 
 
@@ -133,6 +134,10 @@ def with_job(summary: RunSummary) -> RunSummary:
     if state == "running":
         return structs.replace(summary, state="running", stage=summary.stage or "starting")
     begun = summary.state in ("running", "stale")
+    if state == "finished" and (begun or summary.state == "not started"):
+        where = _kept_at(handed, run)
+        why = f"{handed.said} has finished" + (f"; its results are in {where}" if where else "")
+        return structs.replace(summary, state="finished", why=why)
     if state == "failed" and (begun or summary.state == "not started"):
         why = f"{handed.said} has failed: see {run.stderr}"
         return structs.replace(summary, state="failed", why=why)
@@ -141,6 +146,14 @@ def with_job(summary: RunSummary) -> RunSummary:
         if begun and state in ENDED_STATES
         else summary
     )
+
+
+def _kept_at(handed: HandedOver, run: RunDir) -> str | None:
+    """Where an engine keeps a run that is not in this file system; None where it does not say."""
+    if bucket := handed.options.get("bucket"):
+        return f"{bucket.rstrip('/')}/{run.root.name}"
+    volume = handed.options.get("volume")
+    return f"the volume {volume}" if volume else None
 
 
 def _is_seen_here(status: Mapping[str, Any]) -> bool:

@@ -59,6 +59,7 @@ class Backend:
     """By `kubectl create`, `kubectl get` and `kubectl delete`."""
 
     name = "k8s"
+    saves_on_cancel = True
     options: Mapping[str, str] = {
         "claim": "the PersistentVolumeClaim that holds the run directory",
         "mount-path": "where the claim is mounted, here and in pods (the folder of the runs)",
@@ -82,7 +83,7 @@ class Backend:
             write_text(job.run.root / name, text)
         for path in _elsewhere(job):
             ui.warn(f"`{path}` is not on the claim: the image must have it at that path")
-        again = f"a job of that name goes first: `ftplan cancel {job.run.root}`"
+        again = f"a job of that name goes first: `ftplan cancel {job.run.quoted}`"
         client.call(_create(job), install=INSTALL, advice=again)
         return _job_id(job)
 

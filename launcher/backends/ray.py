@@ -46,6 +46,7 @@ class Backend:
     """By `ray job submit`, `ray job status` and `ray job stop`."""
 
     name = "ray"
+    saves_on_cancel = True
     options: Mapping[str, str] = {
         "address": "of the cluster, such as http://head:8265 (RAY_API_SERVER_ADDRESS)",
         "python": "of the cluster's machines, with ftplan (python)",

@@ -75,6 +75,7 @@ class Backend:
     """By `sky jobs launch`, `sky jobs queue` and `sky jobs cancel`."""
 
     name = "sky"
+    saves_on_cancel = False
     options: Mapping[str, str] = {
         "bucket": "where the run is kept, such as s3://my-bucket/runs; for one machine",
         "volume": "the SkyPilot volume where the run is kept; for several machines",

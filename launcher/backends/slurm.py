@@ -7,11 +7,13 @@ runs it once more, and training goes on from the last whole checkpoint.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 
+from ftplan.launcher.backends.client import checked_id
 from ftplan.launcher.backends.job import (
     GRACE_SECONDS,
     MACHINE_RANK,
@@ -68,6 +70,9 @@ _WAIT_SECONDS = 600
 # Below what Linux gives to connections by itself (net.ipv4.ip_local_port_range, 32768).
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
 
+# Of one job, also of an array or of a heterogeneous one.
+_ID = r"[0-9]+([_+][0-9]+)?"
+
 # The longest time that a client is left: a controller under load answers slowly.
 _PATIENCE_SECONDS = 60
 
@@ -103,6 +108,7 @@ class Backend:
     for the next time, too."""
 
     name = "slurm"
+    saves_on_cancel = True
     once = ("begin", "dependency")
     options: Mapping[str, str] = {
         **_PASSED,
@@ -116,11 +122,15 @@ class Backend:
         for name, text in self.files(job).items():
             write_text(job.run.root / name, text)
         said = _client("sbatch", "--parsable", str(job.run.root / SCRIPT))
-        return said.split(";")[0].strip()  # `ID;CLUSTER` where there are several
+        job_id = said.split(";")[0].strip()  # `ID;CLUSTER` where there are several
+        if not re.fullmatch(_ID, job_id):
+            raise InputError("`sbatch` did not say which job it made", "look at `squeue --me`")
+        return job_id
 
     def state(self, job_id: str) -> JobState:
         try:
-            told = _queued(job_id) or _accounted(job_id)
+            number = checked_id(job_id, _ID)
+            told = _queued(number) or _accounted(number)
         except InputError:
             return "unknown"
         state, restarts = told or ("", "0")
@@ -129,7 +139,9 @@ class Backend:
 
     def cancel(self, job_id: str) -> None:
         """A job that runs is not to be started again, and its script asks training to stop:
-        `scancel` alone leaves no more than `KillWait`, whatever a checkpoint takes."""
+        `scancel` alone leaves no more than `KillWait`, whatever a checkpoint takes. Raises
+        InputError for what is no number of one job: `scancel` takes lists, and options."""
+        checked_id(job_id, _ID)
         if self.state(job_id) != "running":
             _client("scancel", job_id)
             return

@@ -74,7 +74,13 @@ def _told_of_job(ui: Ui, handed: HandedOver, state: str) -> bool:
     if state in ("pending", "requeued"):
         ui.say(f"{handed.said} was {state} and is cancelled")
         return True
-    ui.say(f"{handed.said} is asked to end; training saves a checkpoint first")
+    if backend_of(handed.backend).saves_on_cancel:
+        ui.say(f"{handed.said} is asked to end; training saves a checkpoint first")
+    else:
+        ui.say(
+            f"{handed.said} is asked to end; {handed.backend} does not wait for a checkpoint, what "
+            "came after the last one is lost"
+        )
     return False
 
 
@@ -83,7 +89,9 @@ def _end_here(ui: Ui, run: RunDir, handed: HandedOver | None) -> bool:
     status = run.read_status()
     told = status.get("process") or status.get("launcher")
     if not isinstance(told, Mapping):
-        raise InputError(f"`{run.root}` does not go on", f"`ftplan runs show {run.root}` shows it")
+        raise InputError(
+            f"`{run.root}` does not go on", f"`ftplan runs show {run.quoted}` shows it"
+        )
     if not processes.is_here(told):
         raise InputError(
             f"`{run.root}` is of another machine: process {told.get('pid')} on {told.get('host')}",
@@ -92,7 +100,7 @@ def _end_here(ui: Ui, run: RunDir, handed: HandedOver | None) -> bool:
     if not processes.lives(told):
         ending = f", nor does {handed.said}" if handed else ""
         raise InputError(
-            f"`{run.root}` does not go on{ending}", f"`ftplan runs show {run.root}` shows it"
+            f"`{run.root}` does not go on{ending}", f"`ftplan runs show {run.quoted}` shows it"
         )
     os.kill(int(told["pid"]), signal.SIGTERM)
     ui.say("asked to end; training saves a checkpoint first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,7 +228,8 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     again = command_line("plan", add_arguments, arguments, settled, leave_out=("out", "explain"))
     ui.show_lines([f"\nagain: {again}"])
     if arguments.out is not None:
-        ui.say(f"written to {arguments.out}; carry it out with `ftplan launch {arguments.out}`")
+        shown = shlex.quote(str(arguments.out))
+        ui.say(f"written to {arguments.out}; carry it out with `ftplan launch {shown}`")
     return 0
 
 

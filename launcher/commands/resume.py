@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace, ui: Ui) -> int:
     run_dir = open_run(arguments.run_dir)
     if run_dir.finished:
         raise InputError(
-            f"`{run_dir.root}` has finished", f"`ftplan launch {run_dir.root}` runs it again"
+            f"`{run_dir.root}` has finished", f"`ftplan launch {run_dir.quoted}` runs it again"
         )
     record = carry_out(ui, run_dir, resume=True, num_gpus=arguments.num_gpus)
     ui.json({"schema": 1, "run_dir": str(run_dir.root), "record": record})

@@ -167,6 +167,9 @@ def _stack(case: Case) -> Stack:
         padded=several and case.length_is == "cap",
         efficient_takes_groups=(_version("torch", case.software) or (0,)) >= TAKES_GROUPS_SINCE,
         transformers_version=_version("transformers", case.software),
+        holds_outputs=case.is_fsdp_qlora,
+        checkpoints_within=case.is_fsdp_qlora,
+        sums_in_place=case.is_fsdp_qlora,
     )
 
 
@@ -184,6 +187,8 @@ def dry_run(runner: DryRunner, case: Case) -> Prediction:
 
     if case.is_litgpt:
         raise InputError("litgpt is modelled in closed form only")
+    if case.is_fsdp_qlora:
+        raise InputError("fsdp_qlora's script is modelled in closed form only")
     version = _version("transformers", case.software)
     if (
         version

@@ -9,7 +9,7 @@ sharded under FSDP, where the plugin leaves them whole.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -70,8 +70,10 @@ def _fused_dropout(dropout: nn.Dropout, inputs: torch.Tensor) -> torch.Tensor:
 
 def fused_rotary_embeddings(model: nn.Module) -> AbstractContextManager[Any]:
     """Within, queries and keys of that model are turned in place, forward and backward
-    (kernels/unsloth/rope_embedding.py)."""
+    (kernels/unsloth/rope_embedding.py); a model that learns positions turns none."""
     modeling = sys.modules[type(model).__module__]
+    if not hasattr(modeling, "apply_rotary_pos_emb"):
+        return nullcontext()
     return mock.patch.object(modeling, "apply_rotary_pos_emb", _in_place)
 
 

@@ -42,7 +42,7 @@ def merge_request(path: Path, out: Path | None) -> MergeRequest:
     run = open_run(path)
     if not run.finished:
         raise InputError(
-            f"`{run.root}` has not finished", f"`ftplan resume {run.root}` goes on with it"
+            f"`{run.root}` has not finished", f"`ftplan resume {run.quoted}` goes on with it"
         )
     record, train = run.read_record(), read_mapping(run.train)
     if record.get("output") != "adapter":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,4 +52,4 @@ def _try(ui: Ui, root: Path, name: str, make: Callable[[], object]) -> None:
     try:
         make()
     except Exception as error:
-        ui.warn(f"no {name}: {error}; try `ftplan report {root}`")
+        ui.warn(f"no {name}: {error}; try `ftplan report {shlex.quote(str(root))}`")

@@ -309,7 +309,7 @@ class Recovery:
         rows = self.lowered.train_rows
         hint = "take a shorter `--max-length`, a smaller model, or a larger GPU"
         if trouble.place == "save" and checkpoint is not None:
-            hint = f"end other programs, then go on with `ftplan resume {self.run.root}`"
+            hint = f"end other programs, then go on with `ftplan resume {self.run.quoted}`"
         write_json(self.run.status, {"stage": "failed", "pid": os.getpid()})
         return RunFailedError(
             f"out of memory in {_PLACE_TITLES[trouble.place]} with {rows} row"
