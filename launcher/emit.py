@@ -11,6 +11,7 @@ from typing import Any
 
 from ftplan.launcher import remote_code
 from ftplan.launcher.host import CPU_THREADS
+from ftplan.launcher.parallelism import parallelism_config
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.cycles import CYCLE_SETTINGS
 from ftplan.planner.errors import InputError
@@ -25,7 +26,6 @@ TRAIN_MODULE = "ftplan.launcher.train"
 # Settings of which runs are launched with these values only.
 LAUNCHED: dict[str, tuple[Any, ...]] = {
     "sharding": ("none", "fsdp"),
-    "dp_replicate_size": (1,),
     "tp_size": (1,),
     "cp_size": (1,),
     "packing": (False,),
@@ -62,7 +62,12 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
 def _distribution(plan: TrainingPlan) -> dict[str, Any]:
     """How processes share the work: each a copy of the model, or each a part of it."""
     if plan.sharding == "fsdp":
-        return {"distributed_type": "FSDP", "fsdp_config": fsdp_config(plan)}
+        sizes = parallelism_config(plan)
+        return {
+            "distributed_type": "FSDP",
+            "fsdp_config": fsdp_config(plan),
+            **({"parallelism_config": sizes} if sizes else {}),
+        }
     return {"distributed_type": "MULTI_GPU" if plan.num_gpus > 1 else "NO"}
 
 
@@ -243,15 +248,15 @@ def launch_command(
     *,
     again: bool = False,
     trusts_code: bool = False,
-    num_processes: int | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> list[str]:
     """`accelerate launch` of the training module on a run directory. `checkpoint`: of it, which the
     run goes on from; `again`: what it has measured so far is kept where there is none;
-    `trusts_code`: of the model's repository, which may run; `num_processes`: None for as many as
-    were planned."""
+    `trusts_code`: of the model's repository, which may run; `sizes`: what is otherwise than in
+    accelerate.yaml."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(run.accelerate)]
-    command += ["--num_processes", str(num_processes)] if num_processes else []
+    command += [word for name, size in (sizes or {}).items() for word in (f"--{name}", str(size))]
     command += ["-m", TRAIN_MODULE, str(run.root)]
     command += [remote_code.FLAG] if trusts_code else []
     if checkpoint:

@@ -36,6 +36,7 @@ from ftplan.launcher.model_source import source_from_folder
 from ftplan.launcher.next_plans import cheaper_plans, write_next_plans
 from ftplan.launcher.notices import Notices
 from ftplan.launcher.packages import require_training
+from ftplan.launcher.parallelism import on_processes, sizes_on
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, settled
 from ftplan.launcher.probe import probe_machine
@@ -329,7 +330,7 @@ def _carry_out(
     plan = planned_settings(run, written)
     if num_gpus is not None:
         MicroBatches.planned(read_mapping(run.train)).accumulation_steps_of(num_gpus)
-        plan = plan.replace(num_gpus=num_gpus)
+        plan = on_processes(plan, read_mapping(run.accelerate), num_gpus)
     devices = _devices_for(ui, run, written, plan)
     for notice in require_trackers(plan.report_to, os.environ, run):
         ui.say(notice)
@@ -371,7 +372,7 @@ def run_through(
         emit.launch_command,
         run,
         trusts_code=remote_code.is_allowed(),
-        num_processes=num_processes,
+        sizes=sizes_on(read_mapping(run.accelerate), num_processes) if num_processes else None,
     )
     command = command_for(checkpoint)
     while True:
