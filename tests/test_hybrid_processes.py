@@ -46,3 +46,14 @@ def test_two_copies_of_a_divided_model_train_as_one_and_go_on_as_one_copy(
     cut.record.unlink()
     carry_out(cut, resume=True, num_processes=2)
     assert_alike(cut, run)
+
+
+def test_two_processes_divide_a_four_bit_base_and_train_its_adapter_as_one(
+    write: Launch, one: Callable[[RunDir], RunDir]
+) -> None:
+    # Gradients of adapters are in bfloat16: one micro-batch, so that sums of them are not compared.
+    step = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    run = write(2, sharding="fsdp", method="lora", quantization="nf4", **step)
+    carry_out(run)
+    assert_alike(run, one(run))
+    assert "Excluding from FSDP2 sharding" not in run.stderr.read_text()
