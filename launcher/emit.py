@@ -26,7 +26,6 @@ TRAIN_MODULE = "ftplan.launcher.train"
 # Settings of which runs are launched with these values only.
 LAUNCHED: dict[str, tuple[Any, ...]] = {
     "sharding": ("none", "fsdp"),
-    "tp_size": (1,),
     "cp_size": (1,),
     "packing": (False,),
     "quantization": tuple(q for q in QUANTIZATIONS if q not in PREQUANTIZED),
@@ -61,14 +60,11 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
 
 def _distribution(plan: TrainingPlan) -> dict[str, Any]:
     """How processes share the work: each a copy of the model, or each a part of it."""
+    sizes = parallelism_config(plan)
+    more = {"parallelism_config": sizes} if sizes else {}
     if plan.sharding == "fsdp":
-        sizes = parallelism_config(plan)
-        return {
-            "distributed_type": "FSDP",
-            "fsdp_config": fsdp_config(plan),
-            **({"parallelism_config": sizes} if sizes else {}),
-        }
-    return {"distributed_type": "MULTI_GPU" if plan.num_gpus > 1 else "NO"}
+        return {"distributed_type": "FSDP", "fsdp_config": fsdp_config(plan), **more}
+    return {"distributed_type": "MULTI_GPU" if plan.num_gpus > 1 else "NO", **more}
 
 
 def fsdp_config(plan: TrainingPlan) -> dict[str, Any]:
@@ -162,6 +158,7 @@ def method_settings(plan: TrainingPlan, token_ids: Sequence[int] | None = None) 
         "quantization": plan.quantization,
         "double_quant": plan.double_quant,
         # What divides parameters among GPUs divides only those of one dtype.
+        **({"tp_size": plan.tp_size} if plan.tp_size > 1 else {}),
         "quant_storage": plan.dtype if plan.shards_parameters else "uint8",
         "dtype": plan.dtype,
         "compute_dtype": plan.quantized_compute_dtype,
@@ -223,7 +220,7 @@ def train_config(
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),
-        "num_processes": plan.num_gpus,
+        "num_processes": plan.data_parallel_size,
         "report_to": list(plan.report_to),
         "rewards": rewards(plan, reward_model) if plan.resolved_objective.generates else None,
     }

@@ -329,8 +329,9 @@ def _carry_out(
     written = run.read_plan()
     plan = planned_settings(run, written)
     if num_gpus is not None:
-        MicroBatches.planned(read_mapping(run.train)).accumulation_steps_of(num_gpus)
         plan = on_processes(plan, read_mapping(run.accelerate), num_gpus)
+        planned = MicroBatches.planned(read_mapping(run.train))
+        planned.accumulation_steps_of(plan.data_parallel_size)
     devices = _devices_for(ui, run, written, plan)
     for notice in require_trackers(plan.report_to, os.environ, run):
         ui.say(notice)

@@ -14,13 +14,15 @@ _SIZES = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size")
 
 def parallelism_config(plan: TrainingPlan) -> dict[str, int]:
     """Of accelerate's configuration; empty where FSDP over all processes, or DDP, is all."""
+    if plan.tp_size > 1:
+        return _config(1, 1, plan.tp_size)
     if plan.dp_replicate_size == 1:
         return {}
     return _config(plan.dp_replicate_size, plan.dp_shard_size)
 
 
-def _config(copies: int, shards: int) -> dict[str, int]:
-    sizes = (copies, shards, 1, 1)
+def _config(copies: int, shards: int, tp_size: int = 1) -> dict[str, int]:
+    sizes = (copies, shards, tp_size, 1)
     return {f"{_PREFIX}{name}": size for name, size in zip(_SIZES, sizes, strict=True)}
 
 
@@ -31,6 +33,14 @@ def sizes_on(config: Mapping[str, Any], num_processes: int) -> dict[str, int]:
     changed = {"num_processes": num_processes}
     planned = config.get("parallelism_config")
     if not planned:
+        return changed
+    tp_size = int(planned[f"{_PREFIX}tp_size"])
+    if tp_size > 1:
+        if num_processes != tp_size:
+            raise InputError(
+                f"{tp_size} GPUs divide each layer of this model, and not {num_processes}",
+                f"use `--num-gpus {tp_size}`, or plan again",
+            )
         return changed
     group = int(planned[f"{_PREFIX}dp_shard_size"])
     if num_processes % group and group % max(1, num_processes):

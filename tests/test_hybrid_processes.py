@@ -1,4 +1,5 @@
-"""Hybrid sharding in several processes on the processor, through `accelerate launch`."""
+"""Hybrid sharding, a divided base in four bits and tensor parallelism in several processes on the
+processor, through `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import pytest
 pytest.importorskip("trl", reason="needs the `train` extra")
 
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from ftplan.launcher.run_dir import RunDir
+from ftplan.launcher.run_dir import RunDir, write_yaml
+from tests.launcher_fixtures import save_tiny_llama
 from tests.test_several_processes import (
     Launch,
     assert_alike,
@@ -20,14 +23,35 @@ from tests.test_several_processes import (
     copied,
     one,
     rows,
-    tiny,
     write,
 )
 from tests.test_training import kept_signals
 
-__all__ = ["kept_signals", "one", "rows", "tiny", "write"]
+__all__ = ["kept_signals", "one", "rows", "write"]
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("kept_signals")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a vocabulary that two processes can divide."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    save_tiny_llama(folder)
+    config = LlamaConfig.from_pretrained(folder)
+    config.vocab_size += config.vocab_size % 2
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def without_its_end(run: RunDir, folder: Path) -> RunDir:
+    """A copy that has the checkpoint before the last one to go on from."""
+    cut = copied(run, folder)
+    last = cut.last_checkpoint()
+    assert last is not None
+    shutil.rmtree(last)
+    shutil.rmtree(cut.model)
+    cut.record.unlink()
+    return cut
 
 
 def test_two_copies_of_a_divided_model_train_as_one_and_go_on_as_one_copy(
@@ -40,10 +64,7 @@ def test_two_copies_of_a_divided_model_train_as_one_and_go_on_as_one_copy(
     saved = FileSystemReader(parts / "pytorch_model_fsdp_0").read_metadata().state_dict_metadata
     pieces = {len(one.chunks) for one in saved.values() if len(one.size) > 1}
     assert pieces == {2}  # of each matrix: two processes divide a copy
-    cut = copied(run, tmp_path / "cut")
-    shutil.rmtree(cut.checkpoints / parts.name)
-    shutil.rmtree(cut.model)
-    cut.record.unlink()
+    cut = without_its_end(run, tmp_path / "cut")
     carry_out(cut, resume=True, num_processes=2)
     assert_alike(cut, run)
 
@@ -57,3 +78,19 @@ def test_two_processes_divide_a_four_bit_base_and_train_its_adapter_as_one(
     carry_out(run)
     assert_alike(run, one(run))
     assert "Excluding from FSDP2 sharding" not in run.stderr.read_text()
+
+
+def test_two_processes_divide_each_layer_and_go_on_with_their_checkpoint(
+    write: Launch, one: Callable[[RunDir], RunDir], tmp_path: Path
+) -> None:
+    same = {"method": "full", "optim": "adamw_torch", "gradient_accumulation_steps": 4}
+    run = write(2, tp_size=2, **same)
+    plan = run.read_plan()  # the trial of the longest batches is made where memory is tight
+    plan["estimate"]["per_gpu"]["required_bytes"] = 2**60
+    write_yaml(run.plan, plan)
+    carry_out(run)
+    assert_alike(run, one(write(1, **same)))
+    assert any(row.get("event") == "preflight" and "measured" in row for row in run.metric_rows())
+    cut = without_its_end(run, tmp_path / "cut")
+    carry_out(cut, resume=True)
+    assert_alike(cut, run)

@@ -1,9 +1,10 @@
-"""accelerate.yaml of hybrid sharding, parsed by accelerate's own classes."""
+"""accelerate.yaml of hybrid sharding and tensor parallelism, parsed by accelerate's own classes."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,7 +16,26 @@ from ftplan.planner.errors import InputError
 from ftplan.planner.plan import TrainingPlan
 from ftplan.profiles import find_gpu
 
+DIVIDED = TrainingPlan(num_gpus=4, tp_size=4, method="full")
 HYBRID = TrainingPlan(num_gpus=8, dp_replicate_size=2, sharding="fsdp")
+
+
+def parsed_by_accelerate(plan: TrainingPlan, run: RunDir, num_processes: int | None = None) -> Any:
+    """accelerate's `ParallelismConfig` of what `accelerate launch` makes of the command."""
+    launch = pytest.importorskip("accelerate.commands.launch")
+    from accelerate import ParallelismConfig
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    config = emit.accelerate_config(plan, find_gpu("h100-sxm").device())
+    write_yaml(run.accelerate, config)
+    changed = sizes_on(config, num_processes) if num_processes else None
+    parsed = launch.launch_command_parser().parse_args(emit.launch_command(run, sizes=changed)[3:])
+    parsed, _, _ = launch._validate_launch_command(parsed)
+    with mock.patch.dict(os.environ, prepare_multi_gpu_env(parsed)):
+        assert os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
+        found = ParallelismConfig()
+    assert parsed.num_processes == found.total_size
+    return found
 
 
 @pytest.mark.train
@@ -26,21 +46,21 @@ HYBRID = TrainingPlan(num_gpus=8, dp_replicate_size=2, sharding="fsdp")
 def test_accelerate_itself_makes_the_mesh_of_copies_and_parts(
     num_processes: int | None, sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
-    launch = pytest.importorskip("accelerate.commands.launch")
-    from accelerate import ParallelismConfig
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    run = RunDir(tmp_path)
-    config = emit.accelerate_config(HYBRID, find_gpu("h100-sxm").device())
-    write_yaml(run.accelerate, config)
-    changed = sizes_on(config, num_processes) if num_processes else None
-    parsed = launch.launch_command_parser().parse_args(emit.launch_command(run, sizes=changed)[3:])
-    parsed, _, _ = launch._validate_launch_command(parsed)
-    with mock.patch.dict(os.environ, prepare_multi_gpu_env(parsed)):
-        assert os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
-        found = ParallelismConfig()
+    found = parsed_by_accelerate(HYBRID, RunDir(tmp_path), num_processes)
     assert (found.dp_replicate_size, found.dp_shard_size, found.total_size) == sizes
-    assert parsed.num_processes == found.total_size
+
+
+@pytest.mark.train
+def test_accelerate_itself_makes_the_mesh_of_divided_layers(tmp_path: Path) -> None:
+    found = parsed_by_accelerate(DIVIDED, RunDir(tmp_path))
+    assert (found.tp_size, found.dp_shard_size, found.total_size) == (4, 1, 4)
+
+
+def test_divided_layers_need_as_many_gpus_as_planned() -> None:
+    config = {"parallelism_config": parallelism_config(DIVIDED)}
+    assert sizes_on(config, 4) == {"num_processes": 4}
+    with pytest.raises(InputError, match="4 GPUs divide each layer of this model, and not 2"):
+        on_processes(DIVIDED, config, 2)
 
 
 def test_groups_of_unequal_size_are_refused_with_the_numbers_that_go() -> None:
