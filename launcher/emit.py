@@ -26,6 +26,7 @@ TRAIN_MODULE = "ftplan.launcher.train"
 # Settings of which runs are launched with these values only.
 LAUNCHED: dict[str, tuple[Any, ...]] = {
     "sharding": ("none", "fsdp"),
+    # torch's ring attention has kernels of GPUs alone, on which no run has been tried.
     "cp_size": (1,),
     "packing": (False,),
     "quantization": tuple(q for q in QUANTIZATIONS if q not in PREQUANTIZED),

@@ -10,12 +10,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from transformers.distributed import DistributedConfig
 
 from ftplan.launcher.training.sharded import divides_matrices, whole_state
 
-_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"  # as the trainer names them
+_OPTIMIZER, _SCHEDULER = "optimizer_0", "scheduler.pt"  # as FSDP's and the trainer's are named
 
 
 def loading_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,15 +31,17 @@ def loading_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class DividedMatrices:
-    """For trainers of transformers: checkpoints of a divided model hold whole tensors. The trainer
+    """For trainers of transformers: checkpoints of a divided model hold whole weights. The trainer
     itself has no way to go on with such a model, and refuses to save its optimizer's states
     (transformers 5.23, `Trainer.__init__`)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not divides_matrices(kwargs.get("model")):
+            super().__init__(*args, **kwargs)
+            return
         arguments = kwargs["args"]
         kept = arguments.save_only_model
-        if divides_matrices(kwargs["model"]):
-            object.__setattr__(arguments, "save_only_model", True)
+        object.__setattr__(arguments, "save_only_model", True)
         super().__init__(*args, **kwargs)
         object.__setattr__(arguments, "save_only_model", kept)
 
@@ -49,14 +57,14 @@ class DividedMatrices:
                 write(output_dir, state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Of the optimizer's states each process writes its part: nobody has RAM for all."""
         trainer: Any = self
-        write = super()._save_optimizer_and_scheduler  # type: ignore[misc]
         if not divides_matrices(trainer.model):
-            write(output_dir)
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        whole = _whole(trainer.optimizer.state_dict(), keep=trainer.is_world_process_zero())
-        with mock.patch.object(trainer.optimizer, "state_dict", lambda: whole):
-            write(output_dir)
+        dcp.save(_states(trainer), checkpoint_id=Path(output_dir) / _OPTIMIZER)
+        if trainer.is_world_process_zero():
+            torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         trainer: Any = self
@@ -79,19 +87,22 @@ class DividedMatrices:
         if checkpoint is None or not divides_matrices(trainer.model):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
-        # In the host's RAM: no GPU has room for all of it.
-        found, scheduler = (
-            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-            for name in (_OPTIMIZER, _SCHEDULER)
-        )
-        groups = trainer.optimizer.param_groups
-        parameters = [one for group in groups for one in group["params"]]
-        for number, state in found["state"].items():
-            for name, value in state.items():
-                if value.shape == parameters[number].shape:
-                    state[name] = _part(value, parameters[number])
-        trainer.optimizer.load_state_dict(found)
+        states = _states(trainer)
+        dcp.load(states, checkpoint_id=Path(checkpoint) / _OPTIMIZER)
+        set_optimizer_state_dict(trainer.model, _optimizer(trainer), states)
+        scheduler = torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
         trainer.lr_scheduler.load_state_dict(scheduler)
+
+
+def _states(trainer: Any) -> dict[str, Any]:
+    states: dict[str, Any] = get_optimizer_state_dict(trainer.model, _optimizer(trainer))
+    return states
+
+
+def _optimizer(trainer: Any) -> Optimizer:
+    """Without accelerate's wrapper."""
+    optimizer: Optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return optimizer
 
 
 def _part(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
@@ -100,22 +111,6 @@ def _part(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
         return whole
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)
-
-
-def _whole(states: dict[str, Any], *, keep: bool) -> dict[str, Any]:
-    """An optimizer's state_dict with whole tensors, which all processes put together."""
-
-    def whole(value: Any) -> Any:
-        if not isinstance(value, DTensor):
-            return value
-        tensor = value.full_tensor()
-        return tensor.cpu() if keep else tensor.new_empty(0)
-
-    kept = {
-        number: {name: whole(value) for name, value in state.items()}
-        for number, state in states["state"].items()
-    }
-    return {**states, "state": kept}
 
 
 @contextmanager
