@@ -292,6 +292,7 @@ def carry_out(
     """
     require_training()
     check_no_job(run)
+    _plan_on(run, run.read_plan(), num_gpus)  # before results are set aside
     model = Path(read_mapping(run.train).get("model", ""))
     if (model / "config.json").is_file():
         remote_code.check(source_from_folder(model, any_architecture=True))
@@ -327,11 +328,7 @@ def _carry_out(
     from ftplan.launcher.report.write import report_end
 
     written = run.read_plan()
-    plan = planned_settings(run, written)
-    if num_gpus is not None:
-        plan = on_processes(plan, read_mapping(run.accelerate), num_gpus)
-        planned = MicroBatches.planned(read_mapping(run.train))
-        planned.accumulation_steps_of(plan.data_parallel_size)
+    plan = _plan_on(run, written, num_gpus)
     devices = _devices_for(ui, run, written, plan)
     for notice in require_trackers(plan.report_to, os.environ, run):
         ui.say(notice)
@@ -358,6 +355,16 @@ def _carry_out(
     if said := views.said_forgetting(record):
         ui.warn(said)
     return record
+
+
+def _plan_on(run: RunDir, written: Mapping[str, Any], num_gpus: int | None) -> TrainingPlan:
+    """The plan; raises InputError where so many GPUs cannot carry it out."""
+    plan = planned_settings(run, written)
+    if num_gpus is None:
+        return plan
+    plan = on_processes(plan, read_mapping(run.accelerate), num_gpus)
+    MicroBatches.planned(read_mapping(run.train)).accumulation_steps_of(plan.data_parallel_size)
+    return plan
 
 
 def run_through(

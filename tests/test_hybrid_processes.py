@@ -14,7 +14,10 @@ pytest.importorskip("trl", reason="needs the `train` extra")
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ftplan.launcher import launching
 from ftplan.launcher.run_dir import RunDir, write_yaml
+from ftplan.launcher.ui import Ui
+from ftplan.planner.errors import InputError
 from tests.launcher_fixtures import save_tiny_llama
 from tests.test_several_processes import (
     Launch,
@@ -91,6 +94,8 @@ def test_two_processes_divide_each_layer_and_go_on_with_their_checkpoint(
     carry_out(run)
     assert_alike(run, one(write(1, **same)))
     assert any(row.get("event") == "preflight" and "measured" in row for row in run.metric_rows())
-    cut = without_its_end(run, tmp_path / "cut")
+    with pytest.raises(InputError, match="2 GPUs divide each layer"):
+        launching.carry_out(Ui(as_json=True), run, anew=True, num_gpus=1)
+    cut = without_its_end(run, tmp_path / "cut")  # refused before results are set aside
     carry_out(cut, resume=True)
     assert_alike(cut, run)
