@@ -11,6 +11,7 @@ from typing import Any
 
 from ftplan.launcher import remote_code
 from ftplan.launcher.host import CPU_THREADS
+from ftplan.launcher.parallelism import parallelism_config
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.cycles import CYCLE_SETTINGS
 from ftplan.planner.errors import InputError
@@ -25,8 +26,7 @@ TRAIN_MODULE = "ftplan.launcher.train"
 # Settings of which runs are launched with these values only.
 LAUNCHED: dict[str, tuple[Any, ...]] = {
     "sharding": ("none", "fsdp"),
-    "dp_replicate_size": (1,),
-    "tp_size": (1,),
+    # torch's ring attention has kernels of GPUs alone, on which no run has been tried.
     "cp_size": (1,),
     "packing": (False,),
     "quantization": tuple(q for q in QUANTIZATIONS if q not in PREQUANTIZED),
@@ -61,9 +61,11 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
 
 def _distribution(plan: TrainingPlan) -> dict[str, Any]:
     """How processes share the work: each a copy of the model, or each a part of it."""
+    sizes = parallelism_config(plan)
+    more = {"parallelism_config": sizes} if sizes else {}
     if plan.sharding == "fsdp":
-        return {"distributed_type": "FSDP", "fsdp_config": fsdp_config(plan)}
-    return {"distributed_type": "MULTI_GPU" if plan.num_gpus > 1 else "NO"}
+        return {"distributed_type": "FSDP", "fsdp_config": fsdp_config(plan), **more}
+    return {"distributed_type": "MULTI_GPU" if plan.num_gpus > 1 else "NO", **more}
 
 
 def fsdp_config(plan: TrainingPlan) -> dict[str, Any]:
@@ -157,6 +159,7 @@ def method_settings(plan: TrainingPlan, token_ids: Sequence[int] | None = None) 
         "quantization": plan.quantization,
         "double_quant": plan.double_quant,
         # What divides parameters among GPUs divides only those of one dtype.
+        **({"tp_size": plan.tp_size} if plan.tp_size > 1 else {}),
         "quant_storage": plan.dtype if plan.shards_parameters else "uint8",
         "dtype": plan.dtype,
         "compute_dtype": plan.quantized_compute_dtype,
@@ -218,7 +221,7 @@ def train_config(
         "trainer": plan.trainer,
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),
-        "num_processes": plan.num_gpus,
+        "num_processes": plan.data_parallel_size,
         "report_to": list(plan.report_to),
         "rewards": rewards(plan, reward_model) if plan.resolved_objective.generates else None,
     }
@@ -243,15 +246,15 @@ def launch_command(
     *,
     again: bool = False,
     trusts_code: bool = False,
-    num_processes: int | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> list[str]:
     """`accelerate launch` of the training module on a run directory. `checkpoint`: of it, which the
     run goes on from; `again`: what it has measured so far is kept where there is none;
-    `trusts_code`: of the model's repository, which may run; `num_processes`: None for as many as
-    were planned."""
+    `trusts_code`: of the model's repository, which may run; `sizes`: what is otherwise than in
+    accelerate.yaml."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(run.accelerate)]
-    command += ["--num_processes", str(num_processes)] if num_processes else []
+    command += [word for name, size in (sizes or {}).items() for word in (f"--{name}", str(size))]
     command += ["-m", TRAIN_MODULE, str(run.root)]
     command += [remote_code.FLAG] if trusts_code else []
     if checkpoint:

@@ -36,6 +36,7 @@ from ftplan.launcher.model_source import source_from_folder
 from ftplan.launcher.next_plans import cheaper_plans, write_next_plans
 from ftplan.launcher.notices import Notices
 from ftplan.launcher.packages import require_training
+from ftplan.launcher.parallelism import on_processes, sizes_on
 from ftplan.launcher.plan_cautions import plan_cautions
 from ftplan.launcher.planning import Planned, settled
 from ftplan.launcher.probe import probe_machine
@@ -292,6 +293,7 @@ def carry_out(
     """
     require_training()
     check_no_job(run)
+    _plan_on(run, run.read_plan(), num_gpus)  # before results are set aside
     model = Path(read_mapping(run.train).get("model", ""))
     if (model / "config.json").is_file():
         remote_code.check(source_from_folder(model, any_architecture=True))
@@ -327,10 +329,7 @@ def _carry_out(
     from ftplan.launcher.report.write import report_end
 
     written = run.read_plan()
-    plan = planned_settings(run, written)
-    if num_gpus is not None:
-        MicroBatches.planned(read_mapping(run.train)).accumulation_steps_of(num_gpus)
-        plan = plan.replace(num_gpus=num_gpus)
+    plan = _plan_on(run, written, num_gpus)
     devices = _devices_for(ui, run, written, plan)
     for notice in require_trackers(plan.report_to, os.environ, run):
         ui.say(notice)
@@ -359,6 +358,16 @@ def _carry_out(
     return record
 
 
+def _plan_on(run: RunDir, written: Mapping[str, Any], num_gpus: int | None) -> TrainingPlan:
+    """The plan; raises InputError where so many GPUs cannot carry it out."""
+    plan = planned_settings(run, written)
+    if num_gpus is None:
+        return plan
+    plan = on_processes(plan, read_mapping(run.accelerate), num_gpus)
+    MicroBatches.planned(read_mapping(run.train)).accumulation_steps_of(plan.data_parallel_size)
+    return plan
+
+
 def run_through(
     run: RunDir,
     environment: Mapping[str, str],
@@ -372,7 +381,7 @@ def run_through(
         emit.launch_command,
         run,
         trusts_code=remote_code.is_allowed(),
-        num_processes=num_processes,
+        sizes=sizes_on(read_mapping(run.accelerate), num_processes) if num_processes else None,
     )
     command = command_for(checkpoint)
     while True:

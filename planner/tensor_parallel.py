@@ -31,6 +31,8 @@ MODEL_TYPES = frozenset(
         *("phi", "qwen2", "qwen3", "smollm3", "starcoder2"),
     )
 )
+# PEFT 0.21 wraps divided matrices, and fails where such a model is evaluated: a `down_proj` with
+# LoRA takes rows of another shape (two processes on torch 2.13, transformers 5.23).
 METHODS = ("full", "freeze")
 # TRL's asks for the whole weight of the output projection; others call it, or do not know DTensor.
 LOSSES = ("stock", "trl-fused")

@@ -201,3 +201,12 @@ def test_windows_and_old_cards_are_refused() -> None:
 def test_it_is_not_launched() -> None:
     with pytest.raises(InputError, match="does not launch runs with `--cp-size 2`"):
         check_launched({"cp_size": 2})
+
+
+@pytest.mark.train
+def test_torch_has_no_ring_attention_for_processors() -> None:
+    """Why it is not launched: once it has, runs can be tried there."""
+    attention = pytest.importorskip("torch.distributed.tensor.experimental._context_parallel")
+    kernels = {str(kernel) for kernel in attention._attention.custom_ops}
+    assert "aten._scaled_dot_product_flash_attention.default" in kernels
+    assert not any("for_cpu" in kernel for kernel in kernels)

@@ -244,6 +244,8 @@ class TestTrainConfig:
         bases = {
             "precompute_ref_log_probs": pairs,
             "num_machines": ON_CPU.replace(num_gpus=2),
+            "tp_size": ON_CPU.replace(num_gpus=2, method="full"),
+            "dp_replicate_size": ON_CPU.replace(num_gpus=4, sharding="fsdp"),
             "beta": pairs,
             "loss_type": pairs,
             "gamma_beta_ratio": pairs.replace(objective="simpo"),
@@ -253,7 +255,7 @@ class TestTrainConfig:
             **{name: ON_CPU.replace(method=m[0]) for name, m in CYCLE_SETTINGS.items()},
         }
         # Such plans are not launched (test_sharding).
-        refused = ("sharding", "dp_replicate_size", "offload", "packing", "tp_size", "cp_size")
+        refused = ("sharding", "offload", "packing", "cp_size")
         for item in dataclasses.fields(TrainingPlan):
             if item.name in refused:
                 continue

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftplan.launcher.emit import check_launched
 from ftplan.planner.errors import InputError
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.memory import MemoryEstimate, estimate_memory
@@ -234,8 +233,3 @@ def test_other_families_are_left_to_the_dry_run() -> None:
     with pytest.raises(InputError, match="`--tp-size 2` with `phi3`") as raised:
         estimate(model)
     assert "--exact" in str(raised.value.hint)
-
-
-def test_it_is_not_launched() -> None:
-    with pytest.raises(InputError, match="does not launch runs with `--tp-size 2`"):
-        check_launched({"tp_size": 2})

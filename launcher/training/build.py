@@ -18,6 +18,7 @@ from ftplan.launcher import remote_code
 from ftplan.launcher.training.adapters import peft_config_of
 from ftplan.launcher.training.bottlenecks import insert_bottlenecks
 from ftplan.launcher.training.model_classes import MODEL_CLASSES, check_model_class
+from ftplan.launcher.training.tensor_parallel import loading_arguments
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.methods import resolve_method
@@ -45,6 +46,10 @@ def load_model(model: str, settings: Settings, device_type: str) -> PreTrainedMo
         arguments["device_map"] = {"": "cpu"} if quantization is not None else None
     elif device_type == "cuda":
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    divided = loading_arguments(settings)
+    if divided:  # each process reads its part
+        arguments.pop("device_map", None)
+        arguments.update(divided)
     model_class = MODEL_CLASSES[settings["objective"]]
     arguments.update(model_class.settings)
     loaded = model_class.auto.from_pretrained(model, use_safetensors=True, **arguments)

@@ -170,7 +170,9 @@ def read_train_config(run: RunDir) -> TrainConfig:
             method_settings=raw["method_settings"],
             loss=checked_loss(raw["loss"], raw["trainer"]),
             training_arguments=_for_processes(
-                _checked_arguments(run, raw["training_arguments"]), planned, _num_processes()
+                _checked_arguments(run, raw["training_arguments"]),
+                planned,
+                _num_processes() // raw["method_settings"].get("tp_size", 1),
             ),
             micro_batches=planned,
             rewards=raw["rewards"] or {},

@@ -71,7 +71,7 @@ from ftplan.launcher.training.reporting import settle_reporting
 from ftplan.launcher.training.rewards import reward_functions
 from ftplan.launcher.training.rows import RunRows, TrainingRows, read_rows, remove_token_files
 from ftplan.launcher.training.saving import write_whole
-from ftplan.launcher.training.sharded import fsdp_on_processors, is_divided, spread, whole_state
+from ftplan.launcher.training.sharded import divided_on_processors, is_divided, spread, whole_state
 from ftplan.launcher.training.stages import (
     going_on,
     keep_rows,
@@ -294,7 +294,7 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     }
     if config.rewards:
         common["reward_funcs"] = reward_functions(config.rewards, arguments.device)
-    with going_on(model), fsdp_on_processors():
+    with going_on(model), divided_on_processors():
         trainer = make_trainer(objective, config.loss, **common)
     settle_adapters(trainer.model, config.method_settings, tasks.losses if tasks else None)
     if config.method == "loftq" and config.adapter is None:

@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 from ftplan.launcher.training.checkpoints import DurableCheckpoints
 from ftplan.launcher.training.config import MicroBatches
 from ftplan.launcher.training.out_of_memory import InPieces
+from ftplan.launcher.training.tensor_parallel import DividedMatrices
 from ftplan.planner.batching import training_order
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class PlannedSampler(Sampler[int]):
         return len(self.lengths)
 
 
-class PlannedOrder(InPieces, DurableCheckpoints):
+class PlannedOrder(InPieces, DurableCheckpoints, DividedMatrices):
     """For trainers of transformers. `row_lengths`: tokens of each row; None, and the trainer takes
     rows in its own order. `micro_batches`: as planned; None, and they are as the trainer's
     arguments say. `tasks`: a TaskMix, where rows are of several tasks. `step_tokens`: padding
@@ -80,7 +81,9 @@ class PlannedOrder(InPieces, DurableCheckpoints):
         return self.tasks.sampler(*planned)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
         tokens, later = inputs["input_ids"].numel(), self.step_tokens > 0
         self.step_longest[later] = max(self.step_longest[later], tokens)
-        self.step_tokens += tokens
+        # GPUs that divide each layer compute on the same tokens.
+        self.step_tokens += tokens // trainer.get_tp_size()
         return super().training_step(model, inputs, *args, **kwargs)

@@ -1,4 +1,5 @@
-"""Training in several processes: DDP, or FSDP2, where each holds a part of the model."""
+"""Training in several processes: DDP, or FSDP2 and tensor parallelism, where each holds a part of
+the model."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate import ParallelismConfig
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -20,10 +22,10 @@ from ftplan.launcher.training.measure import local_tensor
 
 
 @contextmanager
-def fsdp_on_processors() -> Iterator[None]:
+def divided_on_processors() -> Iterator[None]:
     """Within, accelerate divides models among processors as it does among GPUs: it looks for FSDP
-    on accelerators only (accelerate 1.15, `AcceleratorState.__init__`), torch's FSDP2 runs on any
-    device."""
+    on accelerators only (accelerate 1.15, `AcceleratorState.__init__`) and knows tensor parallelism
+    of them alone (`ParallelismConfig._validate_accelerator`); torch's run on any device."""
     init = AcceleratorState.__init__
 
     def with_fsdp(state: Any, *args: Any, **kwargs: Any) -> None:
@@ -35,7 +37,16 @@ def fsdp_on_processors() -> Iterator[None]:
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    with mock.patch.object(AcceleratorState, "__init__", with_fsdp):
+    check = ParallelismConfig._validate_accelerator
+
+    def checked(sizes: Any, accelerator: Any) -> None:
+        if accelerator.distributed_type is not DistributedType.MULTI_CPU:
+            check(sizes, accelerator)
+
+    with (
+        mock.patch.object(AcceleratorState, "__init__", with_fsdp),
+        mock.patch.object(ParallelismConfig, "_validate_accelerator", checked),
+    ):
         yield
 
 
@@ -46,7 +57,7 @@ def spread(trainer: Any) -> None:
     `Accelerator.prepare_model`), and FSDP2 would not find an optimizer beside the model."""
     if trainer.is_fsdp_enabled:
         _divide(trainer)
-    elif trainer.args.world_size > 1:
+    elif trainer.args.world_size > 1 and not is_divided(trainer.model):
         model = trainer._wrap_model(trainer.model)
         trainer.model_wrapped = trainer.accelerator.prepare_model(model)
 
@@ -97,7 +108,12 @@ def first_says(trainer: Any, said: bool) -> bool:
 
 def is_divided(model: Any) -> bool:
     """Whether processes hold a part of each parameter."""
-    return isinstance(model, FSDPModule)
+    return isinstance(model, FSDPModule) or divides_matrices(model)
+
+
+def divides_matrices(model: Any) -> bool:
+    """Whether transformers has divided each layer as it loaded it."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
 def whole_state(trainer: Any) -> dict[str, torch.Tensor]:

@@ -52,5 +52,5 @@ def _own_rows(trainer: Any, num_rows: int) -> int:
     state = trainer.accelerator.gradient_state
     if trainer.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return num_rows
-    left = state.remainder - trainer.args.process_index * num_rows
+    left = state.remainder - trainer.args.process_index // trainer.get_tp_size() * num_rows
     return int(min(max(left, 0), num_rows))
