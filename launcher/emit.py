@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftplan.launcher import remote_code
+from ftplan.launcher.deepspeed import deepspeed_config
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.run_dir import RunDir
 from ftplan.planner.cycles import CYCLE_SETTINGS
@@ -18,13 +19,13 @@ from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.objectives import LOSS_SETTINGS, beta_of
 from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
+from ftplan.planner.sharding import ZERO
 from ftplan.planner.trained import ALL_LINEAR
 
 TRAIN_MODULE = "ftplan.launcher.train"
 
 # Settings of which runs are launched with these values only.
 LAUNCHED: dict[str, tuple[Any, ...]] = {
-    "sharding": ("none", "fsdp"),
     "dp_replicate_size": (1,),
     "tp_size": (1,),
     "cp_size": (1,),
@@ -46,11 +47,10 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
     return {
         "compute_environment": "LOCAL_MACHINE",
         **_distribution(plan),
-        "mixed_precision": plan.mixed_precision,
         "num_machines": plan.num_machines,
         "num_processes": plan.num_gpus,
         "machine_rank": 0,
-        "use_cpu": device.kind == "cpu" and not several,
+        "use_cpu": device.kind == "cpu" and not several and plan.sharding not in ZERO,
         "rdzv_backend": "static",
         "same_network": True,
         "main_training_function": "main",
@@ -60,10 +60,18 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
 
 
 def _distribution(plan: TrainingPlan) -> dict[str, Any]:
-    """How processes share the work: each a copy of the model, or each a part of it."""
+    """How processes share the work: each a copy of the model, or each a part of it.
+
+    accelerate refuses to be told of a precision beside a configuration of DeepSpeed's
+    (`DeepSpeedPlugin._deepspeed_config_checks`), which train.yaml has.
+    """
+    if plan.sharding in ZERO:
+        init = {"zero3_init_flag": plan.sharding == "zero3"}
+        return {"distributed_type": "DEEPSPEED", "deepspeed_config": init}
+    precision = {"mixed_precision": plan.mixed_precision}
     if plan.sharding == "fsdp":
-        return {"distributed_type": "FSDP", "fsdp_config": fsdp_config(plan)}
-    return {"distributed_type": "MULTI_GPU" if plan.num_gpus > 1 else "NO"}
+        return {"distributed_type": "FSDP", "fsdp_config": fsdp_config(plan), **precision}
+    return {"distributed_type": "MULTI_GPU" if plan.num_gpus > 1 else "NO", **precision}
 
 
 def fsdp_config(plan: TrainingPlan) -> dict[str, Any]:
@@ -219,6 +227,7 @@ def train_config(
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),
         "num_processes": plan.num_gpus,
+        "deepspeed": deepspeed_config(plan),
         "report_to": list(plan.report_to),
         "rewards": rewards(plan, reward_model) if plan.resolved_objective.generates else None,
     }
@@ -283,7 +292,7 @@ def engine_environment(kind: DeviceKind, num_threads: int) -> dict[str, str]:
     }
     if kind == "cuda":
         return changed | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    return changed | {"CUDA_VISIBLE_DEVICES": "", **CPU_THREADS}
+    return changed | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", **CPU_THREADS}
 
 
 def _only(devices: Sequence[Device]) -> dict[str, str]:

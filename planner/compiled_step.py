@@ -397,7 +397,6 @@ def _standing(
             share=held.on_host,
             trained_own=trained.base_parameters,
             trained_all=trained.num_trainable_parameters,
-            whole_bytes=held.weights + held.adapters,
             saved_bytes=max(saved, final),
         ),
         disk=disk_needs(
