@@ -153,9 +153,9 @@ def held_under_zero3(
     base_share = _base_share(model, partition.num_gpus)
     at_rest = 0 if partition.offloads_parameters else width
     masters = [_share(sum(group), FLOAT32_BYTES) for group in groups]
-    states = sum(plan.optimizer.state_bytes(master) for master in masters)
-    if on_host or width < FLOAT32_BYTES:  # else the weights are their own masters
-        states += share * FLOAT32_BYTES
+    # fp32 weights have masters beside them, too: DeepSpeed compares a `torch.device` with a string
+    # where it would do without (`_create_fp32_partitions`).
+    states = share * FLOAT32_BYTES + sum(plan.optimizer.state_bytes(one) for one in masters)
     stepping = [_stepping(0, max(map(max, groups)) * FLOAT64_BYTES)]
     for group, master in zip(groups, masters, strict=True):
         in_float32 = sum(group) * FLOAT32_BYTES
