@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftplan.launcher import remote_code
+from ftplan.launcher.deepspeed import deepspeed_config
 from ftplan.launcher.host import CPU_THREADS
 from ftplan.launcher.parallelism import parallelism_config
 from ftplan.launcher.run_dir import RunDir
@@ -19,13 +20,13 @@ from ftplan.planner.hardware_spec import Device, DeviceKind
 from ftplan.planner.objectives import LOSS_SETTINGS, beta_of
 from ftplan.planner.plan import LOSSES, QUANTIZATIONS, TrainingPlan, flag_name
 from ftplan.planner.prequantized import PREQUANTIZED
+from ftplan.planner.sharding import ZERO
 from ftplan.planner.trained import ALL_LINEAR
 
 TRAIN_MODULE = "ftplan.launcher.train"
 
 # Settings of which runs are launched with these values only.
 LAUNCHED: dict[str, tuple[Any, ...]] = {
-    "sharding": ("none", "fsdp"),
     # torch's ring attention has kernels of GPUs alone, on which no run has been tried.
     "cp_size": (1,),
     "packing": (False,),
@@ -46,11 +47,10 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
     return {
         "compute_environment": "LOCAL_MACHINE",
         **_distribution(plan),
-        "mixed_precision": plan.mixed_precision,
         "num_machines": plan.num_machines,
         "num_processes": plan.num_gpus,
         "machine_rank": 0,
-        "use_cpu": device.kind == "cpu" and not several,
+        "use_cpu": device.kind == "cpu" and not several and plan.sharding not in ZERO,
         "rdzv_backend": "static",
         "same_network": True,
         "main_training_function": "main",
@@ -60,9 +60,17 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
 
 
 def _distribution(plan: TrainingPlan) -> dict[str, Any]:
-    """How processes share the work: each a copy of the model, or each a part of it."""
-    sizes = parallelism_config(plan)
-    more = {"parallelism_config": sizes} if sizes else {}
+    """How processes share the work: each a copy of the model, or each a part of it.
+
+    accelerate refuses to be told of a precision beside a configuration of DeepSpeed's
+    (`DeepSpeedPlugin._deepspeed_config_checks`), which train.yaml has.
+    """
+    if plan.sharding in ZERO:
+        init = {"zero3_init_flag": plan.sharding == "zero3"}
+        return {"distributed_type": "DEEPSPEED", "deepspeed_config": init}
+    more: dict[str, Any] = {"mixed_precision": plan.mixed_precision}
+    if sizes := parallelism_config(plan):
+        more["parallelism_config"] = sizes
     if plan.sharding == "fsdp":
         return {"distributed_type": "FSDP", "fsdp_config": fsdp_config(plan), **more}
     return {"distributed_type": "MULTI_GPU" if plan.num_gpus > 1 else "NO", **more}
@@ -222,6 +230,7 @@ def train_config(
         "loss": plan.loss,
         "training_arguments": training_arguments(plan, device.kind),
         "num_processes": plan.data_parallel_size,
+        "deepspeed": deepspeed_config(plan),
         "report_to": list(plan.report_to),
         "rewards": rewards(plan, reward_model) if plan.resolved_objective.generates else None,
     }
@@ -286,7 +295,7 @@ def engine_environment(kind: DeviceKind, num_threads: int) -> dict[str, str]:
     }
     if kind == "cuda":
         return changed | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    return changed | {"CUDA_VISIBLE_DEVICES": "", **CPU_THREADS}
+    return changed | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", **CPU_THREADS}
 
 
 def _only(devices: Sequence[Device]) -> dict[str, str]:

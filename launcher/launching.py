@@ -25,6 +25,7 @@ from ftplan.launcher.data.profiling import (
     profile_to_dict,
 )
 from ftplan.launcher.data.tasks import tasks_of
+from ftplan.launcher.deepspeed import check_installed, check_parts
 from ftplan.launcher.estimate_json import estimate_to_dict
 from ftplan.launcher.formula_figures import uncalibrated
 from ftplan.launcher.gpu_samples import Sampling
@@ -330,6 +331,8 @@ def _carry_out(
 
     written = run.read_plan()
     plan = _plan_on(run, written, num_gpus)
+    check_installed(plan.sharding)
+    check_parts(checkpoint, plan.num_gpus)
     devices = _devices_for(ui, run, written, plan)
     for notice in require_trackers(plan.report_to, os.environ, run):
         ui.say(notice)

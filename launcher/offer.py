@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from ftplan.launcher.emit import LAUNCHED
+from ftplan.launcher import deepspeed
 from ftplan.launcher.own_stack import installed_stack
 from ftplan.planner.base_models import Available
 from ftplan.planner.data_profile import DataProfile
@@ -19,6 +19,7 @@ from ftplan.planner.model_spec import ModelSpec
 from ftplan.planner.plan import Reason
 from ftplan.planner.ranking import Evaluated, Ranking
 from ftplan.planner.search import choose_plan
+from ftplan.planner.sharding import ZERO
 from ftplan.planner.space import CHOSEN_SHARDINGS
 from ftplan.profiles import lowest_prices
 
@@ -51,8 +52,8 @@ class Offer(Struct, frozen=True, kw_only=True):
     @property
     def shardings(self) -> Sequence[str]:
         """How GPUs may divide what a model holds."""
-        launched = LAUNCHED["sharding"]
-        return [s for s in CHOSEN_SHARDINGS if not self.launches or s in launched]
+        launched = not self.launches or deepspeed.is_installed()
+        return [s for s in CHOSEN_SHARDINGS if launched or s not in ZERO]
 
     @property
     def available(self) -> Available:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ftplan.launcher import emit
+from ftplan.launcher import deepspeed
 from ftplan.launcher.planning import Planned, host_lacks
 from ftplan.launcher.token_settings import is_base_model
 from ftplan.planner.combination import Caution
 from ftplan.planner.combinations import cautions
+from ftplan.planner.errors import InputError
 from ftplan.planner.overlong import said_counts
 from ftplan.planner.peft_options import read_options
 from ftplan.planner.policy import effective_batch_size
@@ -94,14 +95,12 @@ def _left_out(planned: Planned) -> list[Caution]:
 
 
 def _not_launched(planned: Planned) -> list[Caution]:
-    plan = planned.chosen.plan
-    if plan.sharding in emit.LAUNCHED["sharding"]:
-        return []
-    text = (
-        f"GPUs that divide state (`--sharding {plan.sharding}`) are planned for, not launched: "
-        "`ftplan auto` plans without"
-    )
-    return [Caution(name="not-launched", text=text)]
+    try:
+        deepspeed.check_installed(planned.chosen.plan.sharding)
+    except InputError as error:
+        text = f"{error.message}: `ftplan auto` plans without it here"
+        return [Caution(name="not-launched", text=text, way_out=error.hint or "")]
+    return []
 
 
 def _host_lacks(planned: Planned) -> list[Caution]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from ftplan.launcher import remote_code
+from ftplan.launcher import deepspeed, remote_code
 from ftplan.launcher.calibration_file import calibrated
 from ftplan.launcher.costs import usd_for
 from ftplan.launcher.data.asked import DataAsked
@@ -167,9 +167,9 @@ def check_settings(given: Mapping[str, Any], *, for_launch: bool = True) -> None
     for name, value in given.items():
         check_setting(name, value)
     _check_rewarded(given, given.get("objective", TrainingPlan().objective))
-    # GPUs that divide state are planned for, and a caution says that they are not launched.
-    kept = {name: value for name, value in given.items() if for_launch or name != "sharding"}
-    check_launched(kept)
+    check_launched(given)
+    if for_launch:
+        deepspeed.check_installed(given.get("sharding", TrainingPlan().sharding))
     check_modelled_method(given.get("method", TrainingPlan().method))
     check_template_name(given.get("chat_template", TrainingPlan().chat_template))
 

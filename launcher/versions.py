@@ -16,6 +16,7 @@ PACKAGES: dict[str, str] = {
     "trl": "the loss and how rows are put into batches may differ",
     "accelerate": "how rows are dealt out may differ",
     "datasets": "nothing but the speed of reading should differ",
+    "deepspeed": "ZeRO's checkpoints may not be readable",
     "bitsandbytes": "quantized weights and 8-bit optimizer states may differ",
 }
 _PYTHON = "random numbers and the order of sets may differ"

@@ -241,7 +241,10 @@ def _held(
         return held_of_shares(step_units(model, settings), plan, settings.spread, scales)
     if settings.reduction is not None:
         weights = weight_memory_bytes(model, plan, stack, settings.numerics.weights)
-        return held_under_zero(weights, plan, trained, settings.reduction)
+        held = held_under_zero(weights, plan, trained, settings.reduction)
+        layers = any(numerics.trains for numerics in settings.numerics_of_layers(model))
+        learns = layers or settings.trains_input or settings.trains_head
+        return held if learns else structs.replace(held, reducing=None)
     if settings.partition is not None:
         updated = updated_parameters(model, plan, trained)
         return held_under_zero3(model, plan, trained, settings.partition, updated)
@@ -398,7 +401,6 @@ def _standing(
             share=held.on_host,
             trained_own=trained.base_parameters,
             trained_all=trained.num_trainable_parameters,
-            whole_bytes=held.weights + held.adapters,
             saved_bytes=max(saved, final),
         ),
         disk=disk_needs(

@@ -107,10 +107,13 @@ def held_under_zero(
     handing_over = _stepping(share * (width + FLOAT32_BYTES), share * width)
     updating = _step_of_share(plan.optimizer, masters)
     carries = plan.gradient_accumulation_steps > 1
-    reducing = {
-        "gradients": reduction.share + (0 if carries else gradients),
-        "communication": 0 if carries else reduction.bucket,
-    }
+    if reduction.partitions:
+        reducing = {"gradients": reduction.share, "communication": reduction.bucket}
+    else:
+        reducing = {
+            "gradients": reduction.share + (0 if carries else gradients),
+            "communication": 0 if carries else reduction.bucket,
+        }
     waiting = reduction.bucket if carries and not reduction.partitions else 0
     largest = max(p.size for parameters in lists for p in parameters)
     adapters = width * (num_elements(trained.added) + trained.frozen_parameters)
@@ -124,7 +127,7 @@ def held_under_zero(
         stepping=[_stepping(0, 0)] if offloads else [handing_over, updating],
         communication=largest * width if offloads else 0,
         exchanged=waiting,
-        reducing=None if reduction.partitions else reducing,
+        reducing=reducing if reduction.at_end or not reduction.partitions else None,
         saved_states=plan.num_gpus * states,
     )
 
@@ -150,9 +153,9 @@ def held_under_zero3(
     base_share = _base_share(model, partition.num_gpus)
     at_rest = 0 if partition.offloads_parameters else width
     masters = [_share(sum(group), FLOAT32_BYTES) for group in groups]
-    states = sum(plan.optimizer.state_bytes(master) for master in masters)
-    if on_host or width < FLOAT32_BYTES:  # else the weights are their own masters
-        states += share * FLOAT32_BYTES
+    # fp32 weights have masters beside them, too: DeepSpeed compares a `torch.device` with a string
+    # where it would do without (`_create_fp32_partitions`).
+    states = share * FLOAT32_BYTES + sum(plan.optimizer.state_bytes(one) for one in masters)
     stepping = [_stepping(0, max(map(max, groups)) * FLOAT64_BYTES)]
     for group, master in zip(groups, masters, strict=True):
         in_float32 = sum(group) * FLOAT32_BYTES

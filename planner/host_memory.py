@@ -118,14 +118,13 @@ def host_memory(
     share: HostShare = NOTHING_ON_HOST,
     trained_own: int,
     trained_all: int,
-    whole_bytes: int,
     saved_bytes: int,
 ) -> HostMemory:
     """RAM of a run on one machine, eq. (9), but for training on a processor.
 
     `model`: as it is published; `share`: what each process keeps there while it trains;
     `trained_own`, `trained_all`: trained parameters of the model itself, and with what a method
-    adds; `whole_bytes`: the model and its adapters on a GPU; `saved_bytes`: what a save writes.
+    adds; `saved_bytes`: what a save writes.
     """
     merges = plan.resolved_method.peft_type == "LORA"
     merging = CPU_PROCESS_BYTES + model.num_parameters * MERGED_WEIGHT_BYTES
@@ -138,7 +137,7 @@ def host_memory(
         if plan.sharding in ("zero1", "zero2"):
             parts["dividing"] = {**processes, "copies": _divided(plan, trained_all)}
         parts["training"] = {**processes, **waiting}
-        copies = _written(plan, whole_bytes, saved_bytes)
+        copies = _written(plan, saved_bytes)
         parts["saving"] = {**processes, **waiting, "copies": copies}
     return HostMemory(
         phases=tuple(HostPhase(name=name, components=sizes) for name, sizes in parts.items()),
@@ -193,19 +192,16 @@ def _divided(plan: TrainingPlan, trained: int) -> int:
     return plan.gpus_per_machine * 2 * trained * plan.compute_bytes
 
 
-def _written(plan: TrainingPlan, whole_bytes: int, saved_bytes: int) -> int:
+def _written(plan: TrainingPlan, saved_bytes: int) -> int:
     """Copies of weights while they are saved.
 
     safetensors keeps a copy of all that a file gets (`_flatten_as_ptr` of safetensors 0.8). Under
-    ZeRO-1 and ZeRO-2 every process copies the whole model (`Accelerator.get_state_dict` of
-    accelerate 1.15), under ZeRO-3 and FSDP the first one what is saved. Under tensor
-    parallelism each process first gathers that (`gather_state_dict_for_save` of transformers 5.23).
+    ZeRO-3 and FSDP the first process copies what is saved. Under tensor parallelism each process
+    first gathers that (`gather_state_dict_for_save` of transformers 5.23).
     """
     if plan.tp_size > 1:
         return plan.gpus_per_machine * saved_bytes + min(saved_bytes, SAVED_AT_ONCE_BYTES)
-    if plan.sharding in ("zero1", "zero2"):
-        return plan.gpus_per_machine * whole_bytes
-    if plan.sharding == "none":
+    if not plan.shards_parameters:
         return min(saved_bytes, SAVED_AT_ONCE_BYTES)
     return saved_bytes
 

@@ -165,7 +165,6 @@ def _surroundings(
             device.kind if device else "cuda",
             trained_own=0 if adapter else trained,
             trained_all=trained,
-            whole_bytes=whole,
             saved_bytes=saved,
         )
         final = final_weight_bytes(model, plan, saved) if adapter else whole

@@ -439,6 +439,7 @@ def _reduction(plan: TrainingPlan, trained: Trained) -> Reduction | None:
         share=0 if plan.offload == "optimizer" else share * plan.compute_bytes,
         partitions=plan.sharding == "zero2",
         accumulates=plan.gradient_accumulation_steps > 1,
+        at_end=trained.num_trainable_parameters <= REDUCE_BUCKET_SIZE,
         waits=trains_shared_alone(trained),
     )
 

@@ -25,6 +25,7 @@ class Reduction(Struct, frozen=True, kw_only=True):
 
     `partitions`: gradients go as they come (ZeRO-2); else they stay to the end of the last
     backward, when the shares are made, and so does the bucket, from the first one on.
+    `at_end`: the bucket has room for all of them, so that the share is made when backward ends;
     `accumulates`: there are several micro-batches. `waits`: layers share all that is trained, so
     that its gradient is whole once backward has been through them.
     """
@@ -33,6 +34,7 @@ class Reduction(Struct, frozen=True, kw_only=True):
     share: int
     partitions: bool
     accumulates: bool
+    at_end: bool
     waits: bool = False
 
 
@@ -73,5 +75,5 @@ class _Zero(Exchange):
         reduction = self.reduction
         if reduction.partitions or not reduction.accumulates:
             self.made.append(buffer(tape, reduction.bucket))
-        if reduction.partitions:
+        if reduction.partitions and not reduction.at_end:
             self.made.append(buffer(tape, reduction.share, "gradients"))

@@ -106,10 +106,9 @@ def test_the_closed_form_points_to_the_dry_run() -> None:
     assert "--exact" in str(raised.value.hint)
 
 
-def test_state_divided_by_deepspeed_is_not_launched() -> None:
-    with pytest.raises(InputError, match="does not launch runs with `--sharding zero2`"):
-        check_settings({"sharding": "zero2"})
+def test_what_is_planned_only_is_not_launched() -> None:
     with pytest.raises(InputError, match="does not launch runs with `--packing`"):
         check_settings({"packing": True})
     with pytest.raises(InputError, match="does not launch"):
-        accelerate_config(TrainingPlan(sharding="zero2", num_gpus=2), find_gpu("l4").device())
+        plan = TrainingPlan(loss="triton_ce", trainer="transformers")
+        accelerate_config(plan, find_gpu("l4").device())

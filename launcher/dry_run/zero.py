@@ -85,6 +85,8 @@ class _Zero:
         self.partition_gradients = plan.sharding == "zero2"
         self.cpu_offload = plan.offload == "optimizer"
         self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        # Else the bucket is reduced before backward ends.
+        self.at_end = sum(p.numel() for p in self.parameters) <= REDUCE_BUCKET_SIZE
         self.partition: list[nn.Parameter] = []
         self.buffers: list[torch.Tensor] = []
         self.grads_in_partition: list[torch.Tensor] = []
@@ -129,7 +131,8 @@ class _Zero:
                 self.buffers = [torch.empty(REDUCE_BUCKET_SIZE, dtype=self.dtype)]
         if not self.partition_gradients:
             return
-        self._allocate_share()
+        if not self.at_end:
+            self._allocate_share()
         large = parameter.numel() > REDUCE_BUCKET_SIZE
         self.extra_large = parameter.grad if large else None
         parameter.grad = None

@@ -97,10 +97,8 @@ class _Stage3:
         self.lp_flat = list(flat.split(numels))
 
     def _master(self, flat: torch.Tensor) -> nn.Parameter:
-        """`_create_fp32_partitions`: fp32 weights are their own masters."""
-        if self.offload_optimizer or flat.dtype is not torch.float32:
-            flat = torch.empty(flat.numel())
-        return nn.Parameter(flat)
+        """`_create_fp32_partitions`: a copy, of fp32 weights as well."""
+        return nn.Parameter(torch.empty(flat.numel()))
 
     def has_gradient(self, parameter: Any) -> None:
         """`reduce_independent_p_g_buckets_and_remove_grads`."""

@@ -18,6 +18,7 @@ from ftplan.launcher.run_dir import RunDir, read_mapping
 from ftplan.launcher.training.config import TrainConfig
 from ftplan.launcher.training.rows import TrainingRows
 from ftplan.launcher.training.trainer import StepReporter, append_metric
+from ftplan.launcher.training.zero import loss_scale
 from ftplan.planner.bad_steps import (
     DEAD_STEPS,
     EXPLODED_STEPS,
@@ -170,11 +171,12 @@ class StepGuard(TrainerCallback):
     def _trouble(self, bad_loss: bool) -> Trouble | None:
         """What is wrong with this step, of any process; all come to the same answer."""
         scaler = self.trainer.accelerator.scaler
+        scale = loss_scale(self.trainer) if scaler is None else float(scaler.get_scale())
         bad_gradient = not math.isfinite(self._grad_norm)
-        if scaler is None:
+        if scale is None:
             overflow = False
-        else:  # it skips such steps itself, looking for its scale
-            overflow = bad_gradient and float(scaler.get_scale()) < LOWEST_LOSS_SCALE
+        else:  # what has it skips such steps itself, looking for its scale
+            overflow = bad_gradient and scale < LOWEST_LOSS_SCALE
             bad_gradient = False
         found = self._of_any([bad_loss, bad_gradient, overflow])
         names: tuple[Trouble, ...] = ("loss", "gradient", "overflow")

@@ -19,6 +19,7 @@ from ftplan.launcher.training.adapters import peft_config_of
 from ftplan.launcher.training.bottlenecks import insert_bottlenecks
 from ftplan.launcher.training.model_classes import MODEL_CLASSES, check_model_class
 from ftplan.launcher.training.tensor_parallel import loading_arguments
+from ftplan.launcher.training.zero import num_elements
 from ftplan.planner.errors import InputError, UnknownNameError
 from ftplan.planner.families import spec_from_config
 from ftplan.planner.methods import resolve_method
@@ -204,7 +205,7 @@ def decoder_layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def count_trainable(model: nn.Module) -> int:
     """Parameters that receive gradients."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(num_elements(p) for p in model.parameters() if p.requires_grad)
 
 
 def trained_bytes(model: nn.Module) -> int:

@@ -100,6 +100,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True):
     """A trained one that goes on being trained."""
     stage: StageConfig | None = None
     micro_batches: MicroBatches = MicroBatches()
+    deepspeed: Mapping[str, Any] | None = None
+    """DeepSpeed's configuration, where it divides the model."""
     report_to: tuple[str, ...] = ()
     """Trackers that get the metrics besides metrics.jsonl."""
     template: Template = Template(name="model")
@@ -175,6 +177,7 @@ def read_train_config(run: RunDir) -> TrainConfig:
                 _num_processes() // raw["method_settings"].get("tp_size", 1),
             ),
             micro_batches=planned,
+            deepspeed=checked_deepspeed(run, raw["deepspeed"]),
             rewards=raw["rewards"] or {},
             report_to=checked_trackers(raw["report_to"]),
             adapter=run.root / raw["adapter"] if raw.get("adapter") else None,
@@ -215,6 +218,29 @@ def _checked_arguments(run: RunDir, arguments: Mapping[str, Any]) -> Mapping[str
                 f"remove `{name}` from its `training_arguments`",
             )
     return arguments
+
+
+# Of DeepSpeed's configuration, what its engine reads to divide a model. Others of its settings
+# write files and send figures to trackers.
+_DEEPSPEED = {"device", "zero_optimization", "bf16", "fp16", "gradient_clipping"} | {
+    *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+}
+
+
+def checked_deepspeed(run: RunDir, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Raises InputError for settings that ftplan does not write."""
+    if config is None:
+        return None
+    zero = config["zero_optimization"]
+    offloads = (zero.get(f"offload_{part}") or {} for part in ("optimizer", "param"))
+    elsewhere = {name for offload in offloads for name in offload}
+    for name in sorted({*config, *elsewhere} - _DEEPSPEED):
+        raise InputError(
+            f"`{run.train}` sets `{name}` of DeepSpeed, which a run may not set for itself",
+            f"remove `{name}` from its `deepspeed`",
+        )
+    return config
 
 
 def _kept_rows(run: RunDir, raw: Mapping[str, Any]) -> KeptRows:

@@ -18,6 +18,7 @@ from msgspec import Struct, field, to_builtins
 from transformers import set_seed
 
 from ftplan.launcher.data.tokens import RowTokenizer, load_tokenizer
+from ftplan.launcher.deepspeed import check_parts
 from ftplan.launcher.disk_full import is_disk_full
 from ftplan.launcher.gpu_samples import sampled_peaks
 from ftplan.launcher.lock import held_for_training
@@ -88,6 +89,7 @@ from ftplan.launcher.training.vocabulary import (
     save_tokenizer,
     settle_ends,
 )
+from ftplan.launcher.training.zero import join, with_deepspeed
 from ftplan.launcher.versions import installed
 from ftplan.planner.errors import RunFailedError
 from ftplan.planner.methods import resolve_method
@@ -202,6 +204,7 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
     evaluator = Evaluator(trainer, session.tokenizer, config, asked, session.say)
     loaded = time.time()
     checkpoint = _checkpoint_of(session, resume)
+    check_parts(checkpoint, trainer.args.world_size)
     if resume and trainer.is_world_process_zero():
         forget_rows_after(run, checkpoint)
     before = _earlier_evaluation(run) if resume else None
@@ -269,8 +272,10 @@ def build_trainer(session: _Session, train_rows: TrainingRows, eval_rows: Traini
     """The trainer with model, method and data in place."""
     config, run = session.config, session.run
     objective = config.objective
-    arguments = planned_arguments(objective, config.training_arguments, str(run.checkpoints))
+    planned = with_deepspeed(config.training_arguments, config.deepspeed)
+    arguments = planned_arguments(objective, planned, str(run.checkpoints))
     settle_reporting(arguments, config.report_to, run)
+    join(config.deepspeed)
     set_seed(arguments.seed)
     model = load_model(config.model, config.method_settings, arguments.device.type)
     add_rows(model, session.tokenizer)

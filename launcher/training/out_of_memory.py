@@ -153,7 +153,9 @@ class Recovery:
         self.tried = tried
         self.config = config
         self.lowered = _read_lowered(run, config)
-        self.is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        # DeepSpeed's engine is made once in a process, on one GPU too.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.is_distributed = several or config.deepspeed is not None
         self._next_plan: int | None = None
 
     @property

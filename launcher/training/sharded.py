@@ -1,5 +1,5 @@
-"""Training in several processes: DDP, or FSDP2 and tensor parallelism, where each holds a part of
-the model."""
+"""Training in several processes: DDP; FSDP2, ZeRO and tensor parallelism, where each holds a part
+of the model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ftplan.launcher.training import zero
 from ftplan.launcher.training.measure import local_tensor
 
 
@@ -55,7 +56,9 @@ def spread(trainer: Any) -> None:
     for itself alone, and training takes what is prepared as it stands, so that DDP would exchange
     no gradient (transformers 5.23 `Trainer.evaluation_loop`, accelerate 1.15
     `Accelerator.prepare_model`), and FSDP2 would not find an optimizer beside the model."""
-    if trainer.is_fsdp_enabled:
+    if trainer.is_deepspeed_enabled:
+        zero.divide(trainer)
+    elif trainer.is_fsdp_enabled:
         _divide(trainer)
     elif trainer.args.world_size > 1 and not is_divided(trainer.model):
         model = trainer._wrap_model(trainer.model)
@@ -108,7 +111,7 @@ def first_says(trainer: Any, said: bool) -> bool:
 
 def is_divided(model: Any) -> bool:
     """Whether processes hold a part of each parameter."""
-    return isinstance(model, FSDPModule) or divides_matrices(model)
+    return isinstance(model, FSDPModule) or zero.is_partitioned(model) or divides_matrices(model)
 
 
 def divides_matrices(model: Any) -> bool:
@@ -120,6 +123,8 @@ def whole_state(trainer: Any) -> dict[str, torch.Tensor]:
     """What is saved of a divided model, put together in the first process's RAM, one tensor after
     the other: an adapter's tensors, else all. All processes call it; the others get nothing."""
     model = trainer.model
+    if zero.is_partitioned(model):
+        return zero.whole_state(trainer)
     parts = model.state_dict()
     kept = set(_saved_with_adapter(model, parts) if isinstance(model, PeftModel) else parts)
     state: dict[str, torch.Tensor] = {}

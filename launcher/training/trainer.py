@@ -21,6 +21,7 @@ from ftplan.launcher.training.measure import (
 from ftplan.launcher.training.order import PlannedOrder
 from ftplan.launcher.training.tasks import TaskCollator
 from ftplan.launcher.training.token_mean import TokenMeanEvaluation
+from ftplan.launcher.training.zero import held_by_engine
 
 
 class PlannedTrainer(TokenMeanEvaluation, PlannedOrder, SFTTrainer):
@@ -91,7 +92,8 @@ class StepReporter(TrainerCallback):
         self._measures = profiled or args.device.type != "cpu"
         if args.device.type == "cpu" and profiled:
             beside = models_beside(self.trainer)
-            self.recorder.start(model, optimizer, beside, importance(model))
+            remembered = (*importance(model), *held_by_engine(self.trainer))
+            self.recorder.start(model, optimizer, beside, remembered)
         _synchronize(args)
         self._began = time.monotonic()
 
