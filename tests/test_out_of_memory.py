@@ -333,6 +333,21 @@ def test_the_longest_batches_are_tried_and_nothing_is_changed_by_it(
 
 
 @pytest.mark.train
+def test_a_trial_that_moves_weights_is_made_once_however_often_the_run_is_started(
+    make_run: MakeRun, unbroken: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "is_tight", lambda run: True)
+    prints = itertools.count()  # each is another one
+    monkeypatch.setattr(preflight, "_fingerprint", lambda model: next(prints))
+    run = make_run()
+    assert loop.train(run, resume=False) == 0
+    assert losses(run) == unbroken, "to the last digit"
+    assert next(prints) == 2, "before the trial and after it"
+    rows = [row for row in run.metric_rows() if row.get("event") == "preflight"]
+    assert rows == [preflight.MOVED_ROW] and preflight.has_moved_weights(run)
+
+
+@pytest.mark.train
 def test_what_does_not_fit_is_replaced_before_training_starts(
     make_run: MakeRun, unbroken: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from ftplan.launcher.disk_full import is_disk_full
 from ftplan.launcher.gpu_samples import sampled_peaks
 from ftplan.launcher.lock import held_for_training
 from ftplan.launcher.manifest import read_manifest
+from ftplan.launcher.metrics_file import append_row
 from ftplan.launcher.model_card import write_card
 from ftplan.launcher.processes import named_process
 from ftplan.launcher.run_dir import (
@@ -61,9 +62,11 @@ from ftplan.launcher.training.out_of_memory import Recovery, StartAgain, carried
 from ftplan.launcher.training.phase_peaks import PhasePeaks
 from ftplan.launcher.training.prefix_start import begin_with_words
 from ftplan.launcher.training.preflight import (
+    MOVED_ROW,
     PREFLIGHT,
     WeightsMovedError,
     check_machine,
+    has_moved_weights,
     is_worth_trying,
     preflight_record,
     try_longest_batches,
@@ -254,13 +257,13 @@ def _train(session: _Session, *, resume: bool | str, started: float) -> int:
 def _try_longest_batches(session: _Session, trainer: Any) -> None:
     """Where it is worth its time; once, however often the run is started."""
     run, recovery = session.run, session.recovery
-    if recovery.tried or not is_worth_trying(run, session.config):
+    if recovery.tried or has_moved_weights(run) or not is_worth_trying(run, session.config):
         return
     session.say("trying the longest batches")
     try:
         row = try_longest_batches(trainer, run.read_plan()["predicted"])
     except WeightsMovedError:
-        recovery.tried = True
+        append_row(run.metrics, MOVED_ROW)  # by any rank: those that start anew read it
         raise StartAgain from None
     recovery.tried = True
     if trainer.is_world_process_zero():

@@ -157,6 +157,20 @@ def is_tight(run: RunDir) -> bool:
     return required_bytes(run.read_plan()) > TIGHT_ON_CPU * available
 
 
+def has_moved_weights(run: RunDir) -> bool:
+    """Whether a trial of this run has, in an earlier process too: it is not made again."""
+    rows = (row for row in run.metric_rows() if row.get("event") == PREFLIGHT)
+    return any(row.get("weights_moved") for row in rows)
+
+
+# In metrics.jsonl where a trial has moved a weight.
+MOVED_ROW: Row = {
+    "event": PREFLIGHT,
+    "weights_moved": True,
+    "said": "the trial of the longest batches moved weights: training begins anew without it",
+}
+
+
 def preflight_record(run: RunDir) -> Row:
     """`preflight` of record.json, where something was tried."""
     rows = [row for row in run.metric_rows() if row.get("event") == PREFLIGHT and "measured" in row]

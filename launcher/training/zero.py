@@ -83,11 +83,14 @@ def _forget_steps(engine: Any) -> None:
     """The engine as it was before its first step, but for the weights.
 
     Stage 3 has the order of modules of the last evaluation, which is not that of training, and
-    would fetch anew what it keeps until it has another.
+    would fetch anew what it keeps until it has another. Small parameters that stay whole are
+    divided again, as they are when training begins.
     """
     offload = getattr(engine.optimizer, "parameter_offload", None)
-    if offload is not None and not offload.get_param_coordinator().is_invalid_trace():
-        offload.get_param_coordinator()._invalidate_trace()
+    if offload is not None:
+        offload.partition_all_parameters()
+        if not offload.get_param_coordinator().is_invalid_trace():
+            offload.get_param_coordinator()._invalidate_trace()
     engine.optimizer.optimizer.state.clear()
     engine.global_steps = engine.global_samples = engine.micro_steps = engine.skipped_steps = 0
     scaler = engine.optimizer.loss_scaler
