@@ -63,6 +63,9 @@ def test_nothing_is_said_where_that_is_not_why(measured: dict[str, Any]) -> None
 class Base:
     def training_step(self, model: Any, inputs: Any, *more: Any) -> None: ...
 
+    def get_tp_size(self) -> int:
+        return 1
+
 
 class Ordered(PlannedOrder, Base):
     def __init__(self) -> None:
