@@ -50,6 +50,9 @@ def accelerate_config(plan: TrainingPlan, device: Device) -> dict[str, Any]:
         "num_machines": plan.num_machines,
         "num_processes": plan.num_gpus,
         "machine_rank": 0,
+        # A free port, so that runs beside each other do not meet; of several machines the engine
+        # says which.
+        **({"main_process_port": 0} if several and plan.num_machines == 1 else {}),
         "use_cpu": device.kind == "cpu" and not several and plan.sharding not in ZERO,
         "rdzv_backend": "static",
         "same_network": True,
